@@ -1,0 +1,1 @@
+"""The sweep: grid -> runs -> submission -> status -> collected table."""

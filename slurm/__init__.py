@@ -1,0 +1,1 @@
+"""Where runs happen: cluster profiles, and later the one-machine development cluster."""

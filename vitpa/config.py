@@ -1,0 +1,381 @@
+"""What a run is: its typed configuration, how that is read, and the signature that names it.
+
+defaults < YAML file < `a.b=value` overrides, all through one checked path. `runtime` is the one section that must not
+change the numbers; it stays out of the signature. Also the door through which `jobs` reaches the run directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vitpa.rundir import (
+    AttemptDir,
+    ProcessId,
+    Result,
+    RunDir,
+    RunError,
+    create_exclusive,
+    read_json,
+    to_json,
+    utc_now,
+    write_atomic,
+    write_json,
+)
+
+__all__ = [
+    "AttemptDir",
+    "AugmentConfig",
+    "ConfigError",
+    "ModelConfig",
+    "OptimConfig",
+    "ProcessId",
+    "Result",
+    "RunConfig",
+    "RunDir",
+    "RunError",
+    "RuntimeConfig",
+    "TrainConfig",
+    "create_exclusive",
+    "load_config",
+    "load_model",
+    "parse_config",
+    "read_json",
+    "read_yaml",
+    "record_config",
+    "shipped_configs",
+    "to_json",
+    "to_yaml",
+    "utc_now",
+    "write_atomic",
+    "write_json",
+]
+
+EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
+
+
+class ConfigError(ValueError):
+    """A configuration the user has to mend: one line with the file or key, what was found and what is allowed."""
+
+
+def _number(value: object) -> object:
+    """PyYAML reads `1e-3` (no dot) as a string; any string that is a number is meant as one."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """One part of a configuration: immutable, no unknown keys, no silent conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    """The network, in timm's names. Changes the numbers."""
+
+    attention: Literal["content", "positional"] = Field("content", description="what the attention matrix depends on")
+    img_size: int = Field(32, ge=1, description="height and width of the input, pixels")
+    patch_size: int = Field(4, ge=1, description="height and width of a patch, pixels")
+    embed_dim: int = Field(384, ge=1, description="width D of the token vectors")
+    depth: int = Field(7, ge=1, description="number of blocks")
+    num_heads: int = Field(12, ge=1, description="attention heads per block")
+    mlp_ratio: Float = Field(1.0, gt=0, description="hidden width of the MLP as a multiple of embed_dim")
+    drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly")
+    pos_embed_std: Float = Field(0.02, gt=0, description="standard deviation of the initial positional encoding")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"model.img_size={self.img_size} is not a multiple of model.patch_size={self.patch_size}")
+        return self
+
+
+class AugmentConfig(Section):
+    """What happens to training images, drawn per sample from (seed, epoch, sample). Changes the numbers."""
+
+    crop: Literal["none", "padded", "random_resized"] = Field("padded", description="how a training crop is taken")
+    crop_padding_px: int = Field(4, ge=0, description="padded: zero pixels added on each side before the crop")
+    crop_scale: tuple[Float, Float] = Field((0.08, 1.0), description="random_resized: range of the crop's share of area")
+    crop_ratio: tuple[Float, Float] = Field((0.75, 4 / 3), description="random_resized: range of its width / height")
+    hflip: bool = Field(True, description="mirror half of the images left to right")
+    eval_crop_pct: Float = Field(0.875, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, (low, high) in {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}.items():
+            if not 0 < low <= high:
+                raise ValueError(f"augment.{name}=[{low}, {high}] is not a range of positive numbers")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"augment.crop_scale={list(self.crop_scale)} goes beyond the whole image (1.0)")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and the loss. Changes the numbers."""
+
+    lr: Float = Field(1e-3, gt=0, description="peak learning rate, reached at the end of the warm-up")
+    min_lr: Float = Field(1e-5, ge=0, description="learning rate at the last step (cosine)")
+    warmup_epochs: Float = Field(5.0, ge=0, description="epochs of linear warm-up from 0")
+    weight_decay: Float = Field(0.05, ge=0, description="AdamW's decoupled decay, on weight matrices only")
+    betas: tuple[Float, Float] = Field((0.9, 0.999), description="AdamW's running-average coefficients")
+    eps: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    label_smoothing: Float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
+    grad_clip_norm: Float | None = Field(1.0, gt=0, description="bound on the gradient's 2-norm; null for none")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)}: each must be in [0, 1)")
+        return self
+
+
+class TrainConfig(Section):
+    """How long and in what batches. Changes the numbers."""
+
+    epochs: int = Field(300, ge=1, description="passes over the training set")
+    global_batch_size: int = Field(
+        128, ge=1, description="images per optimiser step over all processes and accumulation steps"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast type of the forward pass")
+
+
+class RuntimeConfig(Section):
+    """Where and how it runs. Must not change the numbers (beyond rounding); not part of the signature."""
+
+    root: str = Field("outputs", description="folder of runs/ and sweeps/")
+    data_dir: str = Field("data", description="folder with <dataset>/train.beton and val.beton")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU")
+    accum_steps: int = Field(1, ge=1, description="gradient accumulation steps per optimiser step")
+    compile: bool = Field(False, description="torch.compile the model")
+    cpu_threads: int | None = Field(None, ge=1, description="torch's threads per process; null: the CPUs allowed / processes")
+    workers: int | None = Field(None, ge=1, description="decoding threads per process; null: the CPUs allowed / processes")
+    loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
+    eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
+    log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at each epoch's end")
+    poll_every_steps: int = Field(1, ge=1, description="steps between looks at the file `stop`")
+    tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
+    takeover: bool = Field(False, description="resume a run last seen alive on another host")
+
+
+class RunConfig(Section):
+    """One run, its seed included."""
+
+    dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$", description="name under which `vitpa prep` made the .beton")
+    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    experiment_version: int = Field(EXPERIMENT_VERSION, ge=1, description="raised when a configuration changes its meaning")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} is longer than train.epochs={self.train.epochs}")
+        if self.train.global_batch_size % self.runtime.accum_steps:
+            raise ValueError(
+                f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
+                f"runtime.accum_steps={self.runtime.accum_steps}"
+            )
+        return self
+
+    def experiment(self) -> dict[str, Any]:
+        """Everything that may change the numbers: the whole resolved document without `runtime`."""
+        return self.model_dump(mode="json", exclude={"runtime"})
+
+    @property
+    def signature(self) -> str:
+        """The run's identity: 16 hex digits of SHA-256 over the canonical JSON of `experiment()`."""
+        canonical = json.dumps(self.experiment(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def run_dir(self) -> RunDir:
+        """Where the run lives: `<runtime.root>/runs/<signature>`."""
+        return RunDir(Path(self.runtime.root), self.signature)
+
+
+def record_config(config: RunConfig) -> RunDir:
+    """Make the run's directory and put its resolved configuration there, or check the one that is there.
+
+    Raises:
+        ConfigError: the directory of this signature holds another experiment.
+    """
+    run = config.run_dir
+    run.path.mkdir(parents=True, exist_ok=True)
+    if not create_exclusive(run.config_yaml, to_yaml(config.model_dump(mode="json"))):
+        recorded = load_model(RunConfig, run.config_yaml)
+        if recorded.experiment() != config.experiment():
+            raise ConfigError(
+                f"{run.config_yaml}: another experiment under the signature {config.signature}; "
+                "it was edited by hand: restore it, or move the run's directory away"
+            )
+    return run
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply overrides such as `optim.lr=3e-4`.
+
+    `path` may also be the name of a shipped recipe, such as `cifar10` for vitpa/configs/cifar10.yaml.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest known one is named), wrong type or bad combination.
+    """
+    return load_model(RunConfig, _find(path, shipped_configs()), overrides)
+
+
+def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run configuration from a document in memory; `where` names its origin in error messages."""
+    return _validate(RunConfig, apply_overrides(document, overrides), where)
+
+
+def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ()) -> SectionT:
+    """Read any YAML file of ours into its pydantic model, with overrides, under the same checks.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
+    return _validate(model, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The recipes that come with vitpa, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def _find(path: Path, shipped: Mapping[str, Path]) -> Path:
+    if path.is_file():
+        return path
+    if str(path) in shipped:
+        return shipped[str(path)]
+    raise ConfigError(f"{path}: no such file, and no shipped recipe of that name (there are {', '.join(shipped)})")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but two equal keys are an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"line {node.start_mark.line + 1}: the key {key!r} is given {keys.count(key)} times")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, or a key given twice.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    document = _parse_yaml(text, str(path))
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(document).__name__}")
+    return document
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
+
+
+def to_yaml(document: Mapping[str, Any]) -> str:
+    """`document` as YAML in the order of its keys."""
+    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+
+
+def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `document` with each `a.b=value` set; the value is read as YAML.
+
+    Raises:
+        ConfigError: an override that is not of that form, or goes below something that is not a section.
+    """
+    result = json.loads(json.dumps(document))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise ConfigError(f"override {override!r}: expected key=value, such as optim.lr=3e-4")
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        section[last] = _parse_yaml(text, f"override {override!r}")
+    return typing.cast(dict[str, Any], result)
+
+
+def _validate(model: type[SectionT], document: Mapping[str, Any], where: str) -> SectionT:
+    try:
+        # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
+        return model.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        lines = [_explain(dict(problem), model) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+    except TypeError as error:
+        raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
+
+
+def _explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list(dotted_keys(model))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [name for name in known if name.rsplit(".")[-1] == key.rsplit(".", maxsplit=1)[-1]][:1]
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message  # our own checks name their keys
+    value = problem["input"]
+    shown = value if isinstance(value, int | float | str | bool | None) and not _is_nan(value) else json.dumps(value)
+    return f"{key}={shown}: {message}"
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration in dotted form, in order: dataset, seed, model.attention, ..."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -1,0 +1,249 @@
+"""The run directory: its paths, the records kept in it, and how two processes agree on who runs what.
+
+This is the contract between the trainer, which writes a run, and `jobs`, which starts and reads it. Everything works on
+NFS: records appear whole or not at all (temporary file, fsync, rename or link), claims are exclusive creations, and no
+clock of one host is compared with another's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Json = Mapping[str, Any]
+
+
+class RunError(Exception):
+    """A run directory that cannot be used as it is: one line saying what, where and how to mend it."""
+
+
+def utc_now() -> str:
+    """The time in UTC to the second, for people; programs never compare it between hosts."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` so that `path` holds either its old content or all of `data`, also after a crash."""
+    temporary = _write_temporary(path, data)
+    temporary.replace(path)
+    _fsync_directory(path.parent)
+
+
+def create_exclusive(path: Path, data: bytes | str) -> bool:
+    """Create `path` with all of `data`; False if it exists already. Exactly one of several callers gets True."""
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)  # atomic and exclusive, on NFS too
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    _fsync_directory(path.parent)
+    return True
+
+
+def write_json(path: Path, document: Json) -> None:
+    """Write `document` as indented JSON, atomically. NaN is refused: JSON has none."""
+    write_atomic(path, to_json(document))
+
+
+def to_json(document: Json) -> str:
+    """`document` as indented JSON with a final newline."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None if there is no such file.
+
+    Raises:
+        RunError: the file holds anything but one whole JSON object.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: not a JSON text ({error.reason})") from error
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}); it was cut or edited") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return document
+
+
+def _write_temporary(path: Path, data: bytes | str) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk leaves nothing half-written behind
+        raise
+    return temporary
+
+
+def _fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class ProcessId(BaseModel):
+    """A process that can be recognised again: a pid alone is reused, a pid with its start time is not."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    host: str
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+    @staticmethod
+    def of(pid: int) -> ProcessId:
+        """The identity of a process of this host that is alive now.
+
+        Raises:
+            ProcessLookupError: there is no such process.
+        """
+        ticks = _start_ticks(pid)
+        if ticks is None:
+            raise ProcessLookupError(pid)
+        return ProcessId(host=socket.gethostname(), boot_id=_boot_id(), pid=pid, start_ticks=ticks)
+
+    @staticmethod
+    def mine() -> ProcessId:
+        """The identity of this process."""
+        return ProcessId.of(os.getpid())
+
+    def alive(self) -> bool | None:
+        """Whether the process still runs; None if it ran on another host and cannot be seen from here."""
+        if self.host != socket.gethostname():
+            return None
+        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Start time of a live process in clock ticks since boot (proc(5), stat field 22); None if dead or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()  # the command name before may hold spaces and brackets
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+class Result(BaseModel):
+    """`result.json`: it exists if and only if the run is finished and valid. Metrics are fractions, losses finite."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+
+    signature: str
+    dataset: str
+    attention: str
+    seed: int
+    epochs: int = Field(ge=0)
+    steps: int = Field(ge=0)
+    val_top1: float = Field(ge=0, le=1)
+    val_top5: float = Field(ge=0, le=1)
+    val_loss: float = Field(ge=0)
+    train_time_s: float = Field(ge=0)
+    gpu_hours: float = Field(ge=0)
+    images_per_s: float = Field(ge=0)
+    attempts: int = Field(ge=1)
+    weights_sha256: str
+    code_version: str
+    beton_sha256: dict[str, str]
+    finished_utc: str
+
+
+class AttemptDir:
+    """`attempts/0001`: one execution of a run. It belongs to the process that claimed it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = int(path.name)
+        self.claim_json = path / "claim.json"  # who may run it; there from the first moment
+        self.start_json = path / "start.json"  # written by the process that runs it
+        self.exit_json = path / "exit.json"  # how it ended; missing if it was killed
+        self.log = path / "log.txt"  # everything the training processes print
+
+
+class RunDir:
+    """All paths of a run. Nothing is created until something is written."""
+
+    def __init__(self, root: Path, signature: str) -> None:
+        self.signature = signature
+        self.path = root / "runs" / signature
+        self.config_yaml = self.path / "config.yaml"
+        self.env_json = self.path / "env.json"
+        self.metrics_jsonl = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tb"
+        self.checkpoints = self.path / "checkpoints"
+        self.result_json = self.path / "result.json"
+        self.stop = self.path / "stop"
+        self.attempts_dir = self.path / "attempts"
+
+    def attempts(self) -> list[AttemptDir]:
+        """The attempts so far, oldest first."""
+        if not self.attempts_dir.is_dir():
+            return []
+        return [AttemptDir(path) for path in sorted(self.attempts_dir.iterdir()) if path.name.isdigit()]
+
+    def claim_attempt(self, number: int, claim: Json) -> AttemptDir | None:
+        """Make attempt `number` mine, with `claim` as its claim.json; None if another process was faster.
+
+        A claim is made for the number after the last attempt that the caller has looked at, so that whatever happened
+        since then makes it fail: of several processes that saw the same state exactly one gets the run.
+        """
+        self.attempts_dir.mkdir(parents=True, exist_ok=True)
+        draft = self.attempts_dir / f".claim-{secrets.token_hex(8)}"
+        draft.mkdir()
+        write_json(draft / "claim.json", claim)
+        target = self.attempts_dir / f"{number:04d}"
+        try:
+            draft.rename(target)  # refused where the target holds anything, and it always holds a claim
+        except OSError:
+            shutil.rmtree(draft)
+            if not target.exists():
+                raise
+            return None
+        return AttemptDir(target)
+
+    def result(self) -> Result | None:
+        """The run's result; None if it is not finished.
+
+        Raises:
+            RunError: there is a result.json that cannot be trusted; the message says why.
+        """
+        document = read_json(self.result_json)
+        if document is None:
+            return None
+        mend = "delete it to train the run again"
+        try:
+            result = Result.model_validate_json(json.dumps(document))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise RunError(f"{self.result_json}: {field}: {first['msg']}; {mend}") from error
+        if result.signature != self.signature:
+            raise RunError(f"{self.result_json}: belongs to run {result.signature}, not {self.signature}; {mend}")
+        return result
