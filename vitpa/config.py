@@ -172,8 +172,9 @@ class RuntimeConfig(Section):
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
     eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="steps between checkpoints; null: at each epoch's end")
-    poll_every_steps: int = Field(1, ge=1, description="steps between looks at the file `stop`")
+    checkpoint_every_s: Float = Field(60.0, ge=0, description="seconds between checkpoints")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="optimiser steps between checkpoints, besides")
+    poll_every_steps: int = Field(10, ge=1, description="steps between looks at the clock and at the file `stop`")
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")
 

@@ -1,0 +1,74 @@
+"""One execution of a run: who has the right to it, and the records it leaves in `attempts/0001`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vitpa.rundir import AttemptDir, ProcessId, RunDir, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+
+CLAIMED = "VITPA_ATTEMPT"  # set by a launcher that has claimed the attempt, started this process and keeps the records
+
+
+@contextmanager
+def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
+    """Hold the run while the body trains it; at the end record how the attempt ended.
+
+    A launcher that has claimed the attempt says so in the environment; it then keeps the records, and nothing is done here.
+
+    Raises:
+        RunError: another process trains the run, or may be training it on another host.
+    """
+    if CLAIMED in os.environ:
+        yield
+        return
+    attempts = run.attempts()
+    if attempts and not takeover:
+        refuse_if_held(attempts[-1])
+    me = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
+    attempt = run.claim_attempt(attempts[-1].number + 1 if attempts else 1, {"by": "vitpa train", **me})
+    if attempt is None:
+        raise RunError(f"{run.path}: another process has just started this run")
+    run.stop.unlink(missing_ok=True)  # it was meant for an earlier attempt
+    create_exclusive(attempt.start_json, to_json(me))
+    started_s = time.monotonic()
+
+    def record(state: str, reason: str) -> None:
+        end: dict[str, Any] = {"state": state, "reason": reason, "finished_utc": utc_now()}
+        write_json(attempt.exit_json, {**end, "duration_s": time.monotonic() - started_s})
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        record("interrupted", "interrupted from the keyboard")
+        raise
+    except BaseException as error:
+        record("failed", f"{type(error).__name__}: {error}")
+        raise
+    if run.result_json.exists():
+        record("done", "")
+    else:
+        record("interrupted", f"stopped by the file {run.stop}")
+
+
+def refuse_if_held(attempt: AttemptDir) -> None:
+    """Raise RunError unless the attempt is known to have ended: by its record, or because its process is gone."""
+    if attempt.exit_json.exists():
+        return
+    holder = read_json(attempt.start_json) or read_json(attempt.claim_json) or {}
+    process = ProcessId.model_validate(holder["process"])
+    alive = process.alive()
+    if alive is False and attempt.start_json.exists():
+        return
+    where = f"process {process.pid} on {process.host}"
+    if not attempt.start_json.exists():
+        raise RunError(f"{attempt.path}: a sweep has queued this run ({where}); cancel it there, or set runtime.takeover=true")
+    if alive:
+        raise RunError(f"{attempt.path}: this run is being trained by {where}; wait for it, or stop that process")
+    raise RunError(
+        f"{attempt.path}: this run was started by {where}, which cannot be seen from here; "
+        "if that process is gone, set runtime.takeover=true"
+    )

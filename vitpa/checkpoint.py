@@ -1,0 +1,57 @@
+"""Checkpoints: a file appears whole or not at all, the two newest are kept, a damaged one is passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitpa.rundir import RunDir, write_atomic
+
+KEEP = 2
+
+
+def save(run: RunDir, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` (tensors, numbers, strings, dicts and lists of them) as the checkpoint after `step` steps."""
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = run.checkpoints / f"step_{step:09d}.pt"
+    write_atomic(path, buffer.getvalue())
+    for old in _newest_first(run)[KEEP:]:
+        old.unlink()
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, its tensors on the CPU."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_newest(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, with its path; None if there is none. A damaged one is warned about."""
+    for path in _newest_first(run):
+        try:
+            return path, load(path)
+        except Exception as error:  # torch.load raises many types on damaged files
+            warnings.warn(f"{path}: cannot be read ({error}); going back to the one before", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _newest_first(run: RunDir) -> list[Path]:
+    return sorted(run.checkpoints.glob("step_*.pt"), reverse=True)
+
+
+def weights_sha256(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers in name order: equal if and only if bit-identical."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

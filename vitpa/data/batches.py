@@ -1,0 +1,48 @@
+"""Which sample goes into which batch of which process: pure functions of (seed, epoch, step), no images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vitpa.data.counter_rng import Purpose, key, permutation
+
+
+def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Optimiser steps in an epoch. The last, incomplete batch is left out: other samples in every epoch."""
+    return num_samples // global_batch_size
+
+
+def train_batches(
+    *,
+    seed: int,
+    epoch: int,
+    num_samples: int,
+    global_batch_size: int,
+    accum_steps: int,
+    rank: int,
+    world_size: int,
+    start_step: int,
+) -> Iterator[list[Tensor]]:
+    """The sample indices of this process, step by step from `start_step` of the epoch.
+
+    Yields:
+        for each optimiser step a list of `accum_steps` int64 tensors of global_batch_size / (accum_steps * world_size).
+        Together the processes see the same global batch whatever their number.
+    """
+    order = permutation(key(seed, Purpose.ORDER, epoch), num_samples)
+    for step in range(start_step, steps_per_epoch(num_samples, global_batch_size)):
+        batch = order[step * global_batch_size : (step + 1) * global_batch_size]
+        yield list(batch.view(accum_steps, world_size, -1)[:, rank].unbind())
+
+
+def eval_batches(*, num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[Tensor]:
+    """The sample indices of this process for an exact evaluation: every sample once over all processes.
+
+    Yields:
+        int64 tensors of exactly `batch_size`; the last one is filled up with -1, which stands for "no image".
+    """
+    for batch in torch.arange(rank, num_samples, world_size).split(batch_size):
+        yield torch.nn.functional.pad(batch, (0, batch_size - len(batch)), value=-1)

@@ -1,0 +1,87 @@
+"""The processes of one run: who this one is, and the few things they say to each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vitpa.config import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among those that train one run (torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE)."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    @property
+    def cpus(self) -> int:
+        """The CPUs this process may use: those the scheduler allows, shared among the processes of the node."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The element-wise sum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def minimum(self, values: Tensor) -> Tensor:
+        """The element-wise minimum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
+    def from_main(self, value: T) -> T:
+        """The main process's `value` (anything that pickles), in all processes."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def join(device: Literal["auto", "cpu", "cuda"]) -> Group:
+    """Find this process's place from torchrun's environment and, if it is one of several, join the others.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is none, or too few GPUs for the processes of this node.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"runtime.device={device}: {local_world_size} processes on this node, {torch.cuda.device_count()} visible GPUs; "
+            "start fewer processes, ask for more GPUs, or set runtime.device=cpu"
+        )
+    place = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=10), device_id=place if use_cuda else None
+        )
+    return Group(rank, world_size, local_rank, local_world_size, place)
+
+
+def leave() -> None:
+    """Leave the group that `join` joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

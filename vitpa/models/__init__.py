@@ -1,0 +1,47 @@
+"""The two networks of the paper: timm's ViT and the same ViT with positional attention."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitpa.models.positional import PositionalVisionTransformer
+
+
+def build_model(
+    *,
+    attention: Literal["content", "positional"],
+    num_classes: int,
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    pos_embed_std: float,
+    seed: int,
+) -> VisionTransformer:
+    """A ViT on the CPU, initialised from `seed` alone; images (B, 3, img_size, img_size) -> logits (B, num_classes).
+
+    `attention="content"` is timm's VisionTransformer itself, so that timm's weights load and give timm's logits.
+    Initialisation is timm's (weights truncated normal with std 0.02, biases 0), but for `pos_embed_std`.
+    """
+    network = VisionTransformer if attention == "content" else PositionalVisionTransformer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
+            num_classes=num_classes,
+        )
+        nn.init.trunc_normal_(model.pos_embed, std=pos_embed_std, a=-2 * pos_embed_std, b=2 * pos_embed_std)
+    return model

@@ -1,0 +1,33 @@
+"""The optimiser's parameter groups and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names."""
+    spared: Collection[str] = model.no_weight_decay()  # type: ignore[operator]  # timm's: pos_embed, cls_token, ...
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decay if parameter.ndim >= 2 and name not in spared else no_decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up, then a half cosine from `peak` down to `minimum`.
+
+    Step 0 has peak / warmup_steps, step warmup_steps - 1 has `peak`, step total_steps - 1 has `minimum`.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps + 1) / (total_steps - warmup_steps)
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
