@@ -1,0 +1,114 @@
+"""`vitpa prep`: its arguments, its exit codes, and what happens at Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from vitpa.datasets import DATASETS
+
+DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{train,val}}.beton, each with a manifest (.json).
+
+DATASET is {", ".join(DATASETS)}, or any other name for your own ImageFolder at --source
+(train/ and val/, each with one folder per class). cifar10, cifar100 and svhn are downloaded if there is no --source.
+Photos are turned upright by their EXIF orientation and become RGB (transparent parts white); the default for them is
+short side 256 px, JPEG quality 90. Small images are stored as raw pixels. Images are never enlarged.
+Repeated with the same settings it does nothing."""
+
+EXAMPLES = """examples:
+  vitpa prep digits
+  vitpa prep cifar10 --verify
+  vitpa prep cifar10 --source ~/datasets            a folder with cifar-10-batches-py/
+  vitpa prep imagenet --source /datasets/imagenet --out /scratch/beton --workers 32
+  vitpa prep pets --source ~/pets --max-side-px 500 --jpeg-share 0.5 --skip-corrupt
+
+exit codes: 0 done (or nothing to do), 1 it cannot be done or --verify found a difference, 2 usage."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `prep` to the commands of `vitpa`."""
+    parser = commands.add_parser(
+        "prep",
+        help="convert a data set to .beton files",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", metavar="DATASET")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="folder with the raw data")
+    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes; default: the CPUs, 1 for small images")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--short-side-px", type=_positive, metavar="N", help="bring the shorter side down to N pixels")
+    size.add_argument("--max-side-px", type=_positive, metavar="N", help="bring the longer side down to N pixels")
+    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="1 to 100; default: 90")
+    parser.add_argument(
+        "--jpeg-share",
+        type=_share,
+        metavar="S",
+        help="share of images stored as JPEG, the others are raw pixels: larger, faster to read "
+        "(0: FFCV's write_mode raw, 1: jpg, between: proportion)",
+    )
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave corrupt images out and list them in the manifest")
+    parser.add_argument("--force", action="store_true", help="convert again what is there")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare what is there, or was made, with the source: all labels, the content hash, all small images "
+        "exactly, 1,000 photos to within 3 of 255 grey levels of the same JPEG quality",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do `vitpa prep` and return its exit code: 0 done, 1 one clear line on stderr says what is wrong."""
+    from data_prep.prep import Options, prepare  # noqa: PLC0415  # `vitpa --help` needs none of it
+    from data_prep.sources import PrepError  # noqa: PLC0415
+    from vitpa.data.beton import BetonError  # noqa: PLC0415
+
+    arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        return 0 if prepare(Options(**arguments), print) else 1
+    except (PrepError, BetonError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        print("vitpa prep: interrupted; what was not finished has been removed", file=sys.stderr)
+        return 128 + int(number)
+    print(f"vitpa prep: {message}", file=sys.stderr)
+    return 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _positive(text: str) -> int:
+    return _number(text, 1, 1_000_000)
+
+
+def _quality(text: str) -> int:
+    return _number(text, 1, 100)
+
+
+def _number(text: str, low: int, high: int) -> int:
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share

@@ -1,0 +1,65 @@
+"""One conversion at a time: a lock file that names its holder and is taken over from a dead one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from data_prep.sources import PrepError
+from vitpa.data.beton import ProcessId, RunError, create_exclusive, read_json
+
+LOCK_NAME = ".prep.lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which is made if missing, and removed at the end if nothing came into it.
+
+    Raises:
+        PrepError: another process holds it, or may hold it on another host.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK_NAME
+    mine = ProcessId.mine().model_dump_json()
+    if not create_exclusive(lock, mine):
+        _remove_stale(lock, mine)
+        if not create_exclusive(lock, mine):
+            raise PrepError(f"{lock}: another conversion was faster; wait for it")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove_stale(lock: Path, mine: str) -> None:
+    """Remove the lock of a dead process. Only the holder of a second lock may, or two could remove each other's."""
+    guard = lock.with_name(f"{lock.name}.takeover")
+    if not create_exclusive(guard, mine):
+        raise PrepError(f"{guard}: another process is taking over the lock; if none is running, delete this file")
+    try:
+        holder = _holder(lock)
+        if holder is None:
+            return  # released in between
+        if holder.alive() is None:
+            raise PrepError(
+                f"{lock}: held by process {holder.pid} on {holder.host}, which cannot be seen from here; "
+                "if it is gone, delete this file"
+            )
+        if holder.alive():
+            raise PrepError(f"{lock}: process {holder.pid} is converting this data set; wait for it or end it")
+        lock.unlink(missing_ok=True)
+    finally:
+        guard.unlink()
+
+
+def _holder(lock: Path) -> ProcessId | None:
+    try:
+        document = read_json(lock)
+        return ProcessId.model_validate(document) if document is not None else None
+    except (RunError, ValidationError):
+        raise PrepError(f"{lock}: does not say who holds it; if no conversion is running, delete this file") from None

@@ -1,0 +1,228 @@
+"""The conversion of a data set: from its source to a finished pair of files per split, or to nothing.
+
+A split is written to a temporary name; the old manifest goes, the .beton is renamed into place, the new manifest is written
+last. At every moment the pair is whole or `Beton.open` refuses it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.lock import locked
+from data_prep.progress import progress_bar
+from data_prep.sources import PrepError, Split, is_photo_set, load_splits
+from data_prep.verify import verify
+from data_prep.write import Job, Writer, WriterError, Written
+from vitpa.data.beton import (
+    VITPA_VERSION,
+    Beton,
+    BetonError,
+    BetonFile,
+    ImageSettings,
+    Manifest,
+    beton_path,
+    manifest_path,
+    utc_now,
+    write_json,
+)
+from vitpa.datasets import facts_of
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9_\-]*"  # RunConfig.dataset accepts the same
+DOWNLOADS = "raw"  # folder of downloads in the output folder
+PHOTO_SIDE_PX = 256
+PHOTO_QUALITY = 90
+PHOTO_PAGE_BYTES = 1 << 25  # 3,344 x 3,344 px; each worker holds two pages in memory
+SMALL_PAGE_BYTES = 1 << 21
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None where the data set's own default is meant."""
+
+    dataset: str
+    source: Path | None = None
+    out: Path = Path("data")
+    workers: int | None = None
+    short_side_px: int | None = None
+    max_side_px: int | None = None
+    jpeg_share: float | None = None
+    jpeg_quality: int | None = None
+    skip_corrupt: bool = False
+    force: bool = False
+    verify: bool = False
+
+
+def prepare(options: Options, say: Callable[[str], None]) -> bool:
+    """Convert what is not converted yet and, if asked to, verify all of it; `say` gets a line per split and step.
+
+    Returns:
+        False if the verification found a difference.
+
+    Raises:
+        PrepError: it cannot be done; nothing that looks finished is left by what was not.
+        BetonError: an existing file is damaged.
+        OSError: a file cannot be read or written.
+    """
+    if not re.fullmatch(NAME_PATTERN, options.dataset) or options.dataset == DOWNLOADS:
+        raise PrepError(f"{options.dataset!r} cannot name a data set: a-z, 0-9, _ and - only, and not {DOWNLOADS!r}")
+    settings = image_settings(options)
+    folder = options.out / options.dataset
+    with locked(folder):
+        for leftover in folder.glob(".*.part"):
+            leftover.unlink()
+        splits = load_splits(options.dataset, options.source, options.out / DOWNLOADS)
+        todo = [split for split in splits if options.force or _to_do(split, options, settings, say)]
+        if todo:
+            with Writer() as writer:
+                for split in todo:
+                    _convert(writer, split, options, settings, say)
+        if not options.verify:
+            return True
+        verified = [_verified(split, options, say) for split in splits]  # each is reported, also after a failure
+        return all(verified)
+
+
+def image_settings(options: Options) -> ImageSettings:
+    """The settings asked for: photos default to short side 256 px and JPEG of quality 90, small images to raw pixels."""
+    photos = is_photo_set(options.dataset)
+    share = options.jpeg_share if options.jpeg_share is not None else float(photos)
+    if share == 0 and options.jpeg_quality is not None:
+        raise PrepError("--jpeg-quality has no meaning for raw pixels; give --jpeg-share too")
+    quality = (options.jpeg_quality or PHOTO_QUALITY) if share else None
+    if options.max_side_px is not None:
+        return ImageSettings(resize="max_side", size_px=options.max_side_px, jpeg_share=share, jpeg_quality=quality)
+    if options.short_side_px is not None or photos:
+        side_px = options.short_side_px or PHOTO_SIDE_PX
+        return ImageSettings(resize="short_side", size_px=side_px, jpeg_share=share, jpeg_quality=quality)
+    return ImageSettings(resize="none", size_px=None, jpeg_share=share, jpeg_quality=quality)
+
+
+def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callable[[str], None]) -> bool:
+    """Whether a split has to be converted: False if what is there was made from this source with these settings."""
+    path = beton_path(options.out, options.dataset, split.name)
+    if not path.exists() or not manifest_path(path).exists():
+        return True
+    with Beton.open(path, options.dataset, split.name) as beton:
+        manifest = beton.manifest
+    asked = (options.short_side_px, options.max_side_px, options.jpeg_share, options.jpeg_quality)
+    differences = [
+        f"{name} {getattr(manifest.images, name)} there, {getattr(settings, name)} asked for"
+        for name in ImageSettings.model_fields
+        if getattr(manifest.images, name) != getattr(settings, name)
+    ]
+    if options.verify and asked == (None,) * len(asked):
+        differences = []  # to verify a file its settings need not be repeated
+    if manifest.source_sha256 != split.source_sha256 and not options.verify:
+        differences.append(f"the source has changed since {manifest.created_utc} (was {manifest.source}, now {split.source})")
+    if differences:
+        raise PrepError(f"{path} was made otherwise: {'; '.join(differences)}; --force makes it again")
+    say(f"{options.dataset}/{split.name}: {manifest.num_samples:,} images in {path} are up to date")
+    return False
+
+
+def _convert(writer: Writer, split: Split, options: Options, settings: ImageSettings, say: Callable[[str], None]) -> None:
+    start = time.monotonic()
+    path = beton_path(options.out, options.dataset, split.name)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        kept, skipped, written = _write(writer, split, part, options, settings)
+        with BetonFile(part) as file:
+            if file.labels.tolist() != kept.labels.tolist():
+                raise PrepError(f"{part}: FFCV wrote other labels than it was given")
+            with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
+                content_sha256 = file.content_sha256(advance)
+        _flush(part)
+        manifest = Manifest(
+            dataset=options.dataset,
+            split=split.name,
+            num_samples=len(kept),
+            class_names=kept.class_names,
+            class_counts=kept.class_counts(),
+            images=settings,
+            source=split.source,
+            source_sha256=split.source_sha256,
+            beton_sha256=content_sha256,
+            file_size_bytes=part.stat().st_size,
+            skipped=skipped,
+            tools={"vitpa": VITPA_VERSION, **written.tools},
+            created_utc=utc_now(),
+            duration_s=round(time.monotonic() - start, 1),
+        )
+        manifest_path(path).unlink(missing_ok=True)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    write_json(manifest_path(path), manifest.model_dump(mode="json"))
+    say(
+        f"{options.dataset}/{split.name}: {len(kept):,} images of {len(kept.class_names)} classes -> {path} "
+        f"({manifest.file_size_bytes / 2**20:,.0f} MiB, {manifest.duration_s} s)"
+        + (f"; {len(skipped)} corrupt ones left out, listed in {manifest_path(path).name}" if skipped else "")
+    )
+    wanted = {"train": facts_of(options.dataset).num_train, "val": facts_of(options.dataset).num_val}[split.name]
+    if wanted not in (None, len(kept)):
+        say(f"{options.dataset}/{split.name}: note that the full data set has {wanted:,} images")
+
+
+def _write(
+    writer: Writer, split: Split, part: Path, options: Options, settings: ImageSettings
+) -> tuple[Split, tuple[str, ...], Written]:
+    """Write a split to `part`, a second time without its corrupt images if they may be skipped."""
+    corrupt = (written := _write_once(writer, split, part, options, settings)).corrupt
+    if not corrupt:
+        return split, (), written
+    reasons = [f"  {split.describe(index)}: {reason}" for index, reason in sorted(corrupt.items())]
+    if not options.skip_corrupt:
+        raise PrepError(
+            f"{len(corrupt)} of {len(split)} images of {options.dataset}/{split.name} are corrupt; mend them, or leave "
+            "them out with --skip-corrupt:\n" + "\n".join(reasons)
+        )
+    skipped = tuple(split.describe(index) for index in sorted(corrupt))
+    kept = split.without(set(skipped))
+    emptied = [name for name, count in zip(kept.class_names, kept.class_counts(), strict=True) if count == 0]
+    if emptied:
+        raise PrepError(f"{options.dataset}/{split.name}: only corrupt images in class {emptied[0]}:\n" + "\n".join(reasons))
+    written = _write_once(writer, kept, part, options, settings)
+    if written.corrupt:
+        raise PrepError(f"{kept.describe(min(written.corrupt))}: became corrupt during the conversion; start again")
+    return kept, skipped, written
+
+
+def _write_once(writer: Writer, split: Split, part: Path, options: Options, settings: ImageSettings) -> Written:
+    photos = is_photo_set(options.dataset)
+    cpus = len(os.sched_getaffinity(0)) if photos else 1  # small images are copied faster than workers start
+    job = Job(
+        split=split,
+        path=part,
+        settings=settings,
+        workers=options.workers or min(cpus, len(split)),
+        page_bytes=PHOTO_PAGE_BYTES if photos else SMALL_PAGE_BYTES,
+    )
+    try:
+        with progress_bar(f"{options.dataset}/{split.name}", len(split)) as advance:
+            return writer.write(job, advance)
+    except WriterError as error:
+        raise PrepError(f"writing {part.parent / part.name[1:-5]} failed: {error}") from error
+
+
+def _verified(split: Split, options: Options, say: Callable[[str], None]) -> bool:
+    path = beton_path(options.out, options.dataset, split.name)
+    what = f"{options.dataset}/{split.name}"
+    try:
+        with Beton.open(path, options.dataset, split.name) as beton, progress_bar(f"{what} verifying", len(beton)) as advance:
+            report = verify(beton, split, advance)
+    except BetonError as error:
+        say(f"{what}: NOT VERIFIED: {error}")
+        return False
+    for line in report.lines():
+        say(f"{what}: {line}")
+    return report.ok
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
