@@ -1,1 +1,1 @@
-"""Where runs happen: cluster profiles, and later the one-machine development cluster."""
+"""Where runs are executed: profiles of machines and clusters."""

@@ -1,0 +1,82 @@
+"""The command line of `vitpa sweep`: verbs and options, nothing else, so that importing it costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+FILTER_HELP = "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME (several values: seed=0,1)"
+VERBS = {
+    "plan": ("show the runs, what is done and what is missing", "vitpa sweep plan demo"),
+    "submit": ("start what is missing; again: resume", "vitpa sweep submit demo --wait"),
+    "status": ("show where each run is", "vitpa sweep status demo --watch"),
+    "logs": ("show what the runs printed", "vitpa sweep logs demo --failed"),
+    "cancel": ("stop runs; what is in training writes a checkpoint first", "vitpa sweep cancel demo seed=2"),
+    "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
+    "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
+}
+EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 4 partial (some runs failed or are missing)
+
+example: """
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `sweep` and its verbs to the `vitpa` command."""
+    sweep = subparsers.add_parser("sweep", help="run a grid of data sets x attentions x seeds, and collect the table")
+    verbs = sweep.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (text, example) in VERBS.items():
+        parser = verbs.add_parser(
+            verb,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=EPILOG + example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_arguments(parser, verb)
+        parser.set_defaults(run=_run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    starts = verb in ("submit", "retry")
+    parser.add_argument("sweep", metavar="SWEEP", help="a shipped sweep (demo, paper_small, paper_imagenet) or a YAML file")
+    settings = "; runtime.KEY=VALUE sets what does not change the numbers" if starts else ""
+    parser.add_argument("terms", metavar="KEY=VALUE", nargs="*", help=FILTER_HELP + settings)
+    parser.add_argument("--root", default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
+    if starts or verb == "plan":
+        parser.add_argument(
+            "--profile", default="local", help="where to run: a shipped profile or a YAML file (default: local)"
+        )
+        parser.add_argument("--data-dir", help="folder of the data sets (default: the recipe's runtime.data_dir)")
+    if starts:
+        parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
+    if starts or verb == "cancel":
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
+    if verb in ("plan", "status", "collect"):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    if verb == "submit":
+        parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
+    if verb == "retry":
+        parser.add_argument(
+            "--force", action="store_true", help="also what failed twice alike, or was last seen on another host"
+        )
+    if verb == "cancel":
+        parser.add_argument("--now", action="store_true", help="kill instead of letting a checkpoint be written")
+    if verb == "status":
+        parser.add_argument("--watch", action="store_true", help="keep showing until nothing is in progress (Ctrl-C to leave)")
+    if verb == "logs":
+        parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
+        parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
+        parser.add_argument("--lines", type=int, default=15, help="lines of each log (default: 15)")
+    if verb == "collect":
+        parser.add_argument(
+            "--allow-mixed", action="store_true", help="average over different code or data, and mark the table"
+        )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from jobs.verbs import run_verb  # noqa: PLC0415 - what the verbs need is imported when one is used
+
+    return run_verb(options)

@@ -1,0 +1,312 @@
+"""What each verb of `vitpa sweep` does: load, select by filter, look, act, print, exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs import logs, status
+from jobs.collect import collect, markdown, write_report
+from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
+from jobs.profile import load_profile
+from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
+from jobs.submit import prepare, submit
+from vitpa.config import ConfigError, RunError, read_json, utc_now, write_json
+
+OK, ERROR, PARTIAL = 0, 1, 4
+FILTERS: dict[str, Callable[[RunState], str]] = {
+    "dataset": lambda state: state.run.dataset,
+    "attention": lambda state: state.run.attention,
+    "seed": lambda state: str(state.run.seed),
+    "state": lambda state: state.state,
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a verb works on."""
+
+    options: argparse.Namespace
+    root: Path
+    sweep: Sweep  # as it was recorded at the last submission; for plan and submit, as its file says now
+    drift: Drift
+    filters: Mapping[str, set[str]]
+    overrides: list[str]  # runtime.key=value
+    console: Console
+
+    @property
+    def suffix(self) -> str:
+        """What follows `vitpa sweep VERB` to mean this sweep again."""
+        root = "" if self.options.root == "outputs" else f" --root {self.options.root}"
+        return f"{self.options.sweep}{root}"
+
+    def look(self) -> list[RunState]:
+        """The states of the runs that the filters select."""
+        return select(Survey(self.root).states(self.sweep.runs), self.filters)
+
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_json(self, document: object) -> None:
+        """Print JSON and nothing else."""
+        print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def run_verb(options: argparse.Namespace) -> int:
+    """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
+    try:
+        return VERBS[options.verb](_context(options))
+    except (SweepError, ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _context(options: argparse.Namespace) -> Context:
+    root = Path(options.root).resolve()
+    sweep = load_sweep(options.sweep, root)
+    recorded = SweepDir(root, sweep.name).recorded()
+    drift = Drift.between(sweep, recorded)
+    if recorded is not None and options.verb not in ("plan", "submit"):
+        sweep = Sweep(sweep.config, recorded)
+    filters, overrides = parse_terms(options.terms, sweep.runs)
+    if overrides and options.verb not in ("submit", "retry"):
+        raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
+    if getattr(options, "data_dir", None):
+        overrides.append(f"runtime.data_dir={json.dumps(options.data_dir)}")
+    return Context(options, root, sweep, drift, filters, overrides, Console())
+
+
+def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[str]]:
+    """Filters and runtime settings from `key=value` terms. Values of one key are alternatives.
+
+    Raises:
+        SweepError: a key that is neither, or a value that no run of the sweep has.
+    """
+    known: dict[str, set[str]] = {
+        "dataset": {run.dataset for run in runs},
+        "attention": {run.attention for run in runs},
+        "seed": {str(run.seed) for run in runs},
+        "state": set(STATES),
+    }
+    filters: dict[str, set[str]] = {}
+    overrides = []
+    for term in terms:
+        key, equals, text = term.partition("=")
+        if equals and key.startswith("runtime."):
+            overrides.append(term)
+            continue
+        if not equals or key not in known:
+            raise SweepError(
+                f"{term!r}: expected a filter ({', '.join(f'{name}=' for name in known)}) or a setting runtime.KEY=VALUE; "
+                "whatever changes the numbers belongs into the sweep's YAML file"
+            )
+        for value in text.split(","):
+            if value not in known[key]:
+                raise SweepError(f"{term!r}: there is no {key} {value!r}; there is {', '.join(sorted(known[key]))}")
+            filters.setdefault(key, set()).add(value)
+    return filters, overrides
+
+
+def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunState]:
+    """The states that every filter accepts."""
+    return [state for state in states if all(FILTERS[key](state) in values for key, values in filters.items())]
+
+
+def _plan(context: Context) -> int:
+    states = context.look()
+    missing = [state for state in states if state.state in SUBMITTABLE]
+    problem, slots = "", 0
+    try:
+        slots = len(prepare(missing, load_profile(context.options.profile), context.root, context.overrides).slots)
+    except SweepError as error:
+        problem = str(error)
+    estimate_s = status.estimated_s(states)
+    rows = [status.row_of(state, context.root) for state in states]
+    if context.options.json:
+        document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "slots": slots}
+        context.say_json(
+            {**document, "estimated_train_s": estimate_s, "problem": problem, "changed": context.drift.describe()}
+        )
+        return OK
+    context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
+    if context.drift.describe():
+        context.say(context.drift.describe())
+    if missing and problem:
+        context.say(f"cannot be submitted yet: {problem}")
+    elif missing:
+        time = "" if estimate_s is None else f", about {status.duration(estimate_s / slots)} by the finished runs' images/s"
+        context.say(f"submit would start {len(missing)} runs, {slots} at a time{time}")
+    _say_left_alone(context, states)
+    return OK
+
+
+def _submit(context: Context) -> int:
+    if context.drift.gone and not context.options.update:
+        raise SweepError(
+            f"{context.drift.describe()}. Undo the change in the sweep's file or recipe, or repeat with --update "
+            "to make the changed sweep the sweep"
+        )
+    if context.drift.added or context.drift.gone:
+        context.say(context.drift.describe())
+    states = context.look()
+    return _start(context, [state for state in states if state.state in SUBMITTABLE])
+
+
+def _retry(context: Context) -> int:
+    force = context.options.force
+    states = context.look()
+    chosen = [state for state in states if state.state in RETRYABLE or (force and state.unseen)]
+    hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
+    for state in hopeless:
+        context.say(
+            f"{state.run.label} is left alone: it failed twice in the same way ({state.reason}); mend that, then --force"
+        )
+    chosen = [state for state in chosen if state not in hopeless]
+    if not chosen:
+        context.say(f"nothing to retry: {status.summary(states)}")
+        return PARTIAL if hopeless else OK
+    return max(_start(context, chosen), PARTIAL if hopeless else OK)
+
+
+def _fails_alike(state: RunState, root: Path) -> bool:
+    """Whether the last two attempts failed for the same reason: a third one would, too."""
+    exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
+    causes = {(ended.get("state"), ended.get("reason")) for ended in exits}
+    return state.state == "failed" and len(exits) == 2 and len(causes) == 1
+
+
+def _start(context: Context, chosen: list[RunState]) -> int:
+    """Submit `chosen`, show them if asked to, and say what to type next."""
+    profile = load_profile(context.options.profile)
+    order = prepare(chosen, profile, context.root, context.overrides)
+    if context.options.dry_run:
+        context.say(f"would start {len(chosen)} runs, {len(order.slots)} at a time")
+        for state in chosen:
+            context.say(f"  {state.run.label} ({state.state})")
+        return OK
+    if chosen:
+        claimed = submit(context.sweep, order, profile, context.root)
+        faster = f"; {len(chosen) - len(claimed)} were claimed by somebody else first" if len(claimed) < len(chosen) else ""
+        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs, {len(order.slots)} at a time{faster}")
+    else:
+        context.say("nothing to submit")
+    if context.options.wait:
+        _wait(context)
+    states = context.look()
+    context.say(f"{context.sweep.name}: {status.summary(states)}")
+    _say_left_alone(context, states)
+    _say_next(context)
+    settled = {"done"} if context.options.wait else {"done", *LIVE}
+    return OK if all(state.state in settled for state in states) else PARTIAL
+
+
+def _wait(context: Context) -> None:
+    runs = [state.run for state in context.look()] if "state" not in context.filters else context.sweep.runs
+    try:
+        status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+    except KeyboardInterrupt:
+        context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
+
+
+def _say_left_alone(context: Context, states: list[RunState]) -> None:
+    counts = Counter(state.state for state in states if state.state in RETRYABLE)
+    for state, count in sorted(counts.items()):
+        context.say(f"{count} {state}, not touched by submit; to run again: vitpa sweep retry {context.suffix} state={state}")
+
+
+def _say_next(context: Context) -> None:
+    folder = SweepDir(Path(context.options.root), context.sweep.name).path
+    context.say("next:")
+    context.say(f"  vitpa sweep status {context.suffix} --watch")
+    context.say(f"  vitpa sweep collect {context.suffix}")
+    context.say(f"  tensorboard --logdir {folder}")
+
+
+def _status(context: Context) -> int:
+    states = context.look()
+    if context.options.watch:
+        runs = [state.run for state in states]
+        try:
+            states = status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+        except KeyboardInterrupt:
+            return OK
+    elif context.options.json:
+        context.say_json({"sweep": context.sweep.name, "runs": [status.row_of(state, context.root) for state in states]})
+    else:
+        rows = [status.row_of(state, context.root) for state in states]
+        context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
+        if context.drift.describe():
+            context.say(context.drift.describe())
+        _say_left_alone(context, states)
+    return OK if all(state.state in {"done", *LIVE} for state in states) else PARTIAL
+
+
+def _logs(context: Context) -> int:
+    states = context.look()
+    if context.options.follow:
+        try:
+            logs.follow([state.run for state in states], context.root, context.console)
+        except KeyboardInterrupt:
+            return OK
+    elif context.options.failed:
+        logs.show_failures(states, context.options.lines, context.console)
+    else:
+        logs.show(states, context.options.lines, context.console)
+    return OK
+
+
+def _cancel(context: Context) -> int:
+    """Pending claims first, so that the slots that become free find nothing to start."""
+    live = [state for state in context.look() if state.state in LIVE or state.state == "uncertain"]
+    if context.options.dry_run:
+        for state in live:
+            context.say(f"would cancel {state.run.label} ({state.state})")
+        return OK
+    withdrawn = 0
+    running = []
+    for state in sorted(live, key=lambda state: state.state == "running"):
+        assert state.attempt is not None, "what is live has an attempt"
+        if state.state != "running" and withdraw(state.attempt, "cancelled", "cancelled before it started"):
+            withdrawn += 1
+        else:
+            running.append(state)
+    for state in running:
+        assert state.attempt is not None
+        request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
+        write_json(state.run.directory(context.root).stop, request)
+    how = "killed" if context.options.now else "stopping at their next step, with a checkpoint"
+    context.say(f"{withdrawn} cancelled before they started, {len(running)} {how}")
+    return OK
+
+
+def _collect(context: Context) -> int:
+    states = context.look()
+    table = collect(context.sweep, states, allow_mixed=context.options.allow_mixed)
+    folder = SweepDir(context.root, context.sweep.name).report
+    if not context.filters:
+        write_report(table, folder)
+    if context.options.json:
+        context.say_json(table.as_json())
+    else:
+        context.say(markdown(table))
+        context.say(f"written to {folder}" if not context.filters else "a filtered table is not written to files")
+    return OK if table.complete else PARTIAL
+
+
+VERBS: dict[str, Callable[[Context], int]] = {
+    "plan": _plan,
+    "submit": _submit,
+    "status": _status,
+    "logs": _logs,
+    "cancel": _cancel,
+    "retry": _retry,
+    "collect": _collect,
+}

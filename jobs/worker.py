@@ -1,0 +1,232 @@
+"""What a job does: works through the claimed runs of its submission, one at a time, and records how each ended.
+
+It takes a run by creating its start.json, starts the training as a process, and waits. It never outlives its use: it ends
+when every claim of its submission has been started by somebody. The training never outlives the worker: the kernel kills
+it when the worker dies.
+
+A request to stop is the file `stop` in the run's directory, {reason, attempt, now, utc}: the trainer reads it at a step
+boundary, writes a checkpoint and exits 0 without a result. `attempt` says whom it is meant for. Signals to the worker
+(SIGTERM, SIGINT, SIGUSR2) become such a file; SIGUSR1 and SIGUSR2 do not reach the training (SLURM sends them to everybody).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jobs.profile import Slot
+from jobs.slots import take_slot
+from vitpa.config import (
+    AttemptDir,
+    ProcessId,
+    RunDir,
+    RunError,
+    create_exclusive,
+    load_config,
+    read_json,
+    to_json,
+    utc_now,
+    write_json,
+)
+
+POLL_S = 0.3
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass
+class Signals:
+    """Whether this worker has been told to stop, and by which signal."""
+
+    received: str = ""
+    numbers: tuple[signal.Signals, ...] = field(default=(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
+
+    def listen(self) -> None:
+        """From now on note these signals instead of dying of them."""
+        for number in self.numbers:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+def work(root: str, submission: str) -> None:
+    """Work through the claims of `submission` (a path below `root`)."""
+    signals = Signals()
+    signals.listen()
+    intent = read_json(Path(root) / submission / "intent.json")
+    assert intent is not None, "a job is started only after the intent is written"
+    slots = [Slot.model_validate(slot) for slot in intent["slots"]]
+
+    def useful() -> bool:
+        return not signals.received and any(True for _ in waiting_claims(Path(root), intent))
+
+    slot = take_slot(Path(root), slots, useful)
+    if slot is None:
+        return
+    for run, attempt, claim in waiting_claims(Path(root), intent):
+        if signals.received:
+            return
+        start = {
+            "process": ProcessId.mine().model_dump(),
+            "host": os.uname().nodename,
+            "slot": slot.units,
+            "gpus": slot.gpus,
+            "started_utc": utc_now(),
+        }
+        if create_exclusive(attempt.start_json, to_json(start)):
+            Training(run, attempt, claim, slot, intent["train_command"]).supervise(signals)
+
+
+def waiting_claims(root: Path, intent: dict[str, Any]) -> Iterator[tuple[RunDir, AttemptDir, dict[str, Any]]]:
+    """The claims of a submission that nobody has started or withdrawn, in order."""
+    for entry in intent["runs"]:
+        run = RunDir(root, entry["signature"])
+        attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
+        if attempt.start_json.exists():
+            continue
+        claim = read_json(attempt.claim_json)
+        if claim is not None and claim["token"] == intent["token"]:
+            yield run, attempt, claim
+
+
+class Training:
+    """One attempt of one run, from start.json to exit.json. It belongs to this worker."""
+
+    def __init__(self, run: RunDir, attempt: AttemptDir, claim: dict[str, Any], slot: Slot, command: list[str]) -> None:
+        self.run = run
+        self.attempt = attempt
+        self.claim = claim
+        self.slot = slot
+        self.command = command
+
+    def supervise(self, signals: Signals) -> None:
+        """Train until the end or until told to stop, and write exit.json."""
+        began = time.monotonic()
+        try:
+            state, code, reason = self._train(signals)
+        except (OSError, RunError, ValueError) as error:  # nothing was trained: a full disk, an unusable config.yaml
+            state, code, reason = "failed", None, str(error)
+        self._take_stop()
+        ended = {
+            "state": state,
+            "exit_code": code,
+            "reason": reason,
+            "finished_utc": utc_now(),
+            "duration_s": round(time.monotonic() - began, 3),
+        }
+        write_json(self.attempt.exit_json, ended)
+
+    def _train(self, signals: Signals) -> tuple[str, int | None, str]:
+        stop = self._take_stop()
+        if stop is not None:
+            return "cancelled", None, "cancelled before it started"
+        self._set_broken_result_aside()
+        process = self._start()
+        try:
+            while True:
+                try:
+                    code = process.wait(timeout=POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    self._pass_on(signals, process)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return self._outcome(code)
+
+    def _take_stop(self) -> dict[str, Any] | None:
+        """Move `stop` out of the run's directory; its content if it was meant for this attempt, and not a left-over.
+
+        Moved first and read then: a request that comes in between is not lost.
+        """
+        taken = self.attempt.path / "stop.json"
+        try:
+            self.run.stop.replace(taken)
+        except FileNotFoundError:
+            return None
+        return self._mine(read_json(taken))
+
+    def _mine(self, stop: dict[str, Any] | None) -> dict[str, Any] | None:
+        return stop if stop is not None and stop.get("attempt", self.attempt.number) == self.attempt.number else None
+
+    def _set_broken_result_aside(self) -> None:
+        try:
+            self.run.result()
+        except RunError:
+            self.run.result_json.replace(self.attempt.path / "broken-result.json")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        recorded = load_config(self.run.config_yaml).runtime.model_dump(mode="json")
+        changed = {key: value for key, value in self.claim["runtime"].items() if recorded.get(key) != value}
+        overrides = [f"runtime.{key}={'null' if value is None else value}" for key, value in changed.items()]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT_")}
+        environment |= {
+            "CUDA_VISIBLE_DEVICES": ",".join(self.slot.gpus),
+            "VITPA_ATTEMPT": str(self.attempt.path),
+            "PYTHONUNBUFFERED": "1",
+        }
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        parent = os.getpid()
+
+        def bind() -> None:  # runs in the child, before the training program replaces it
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)  # the worker died before that
+
+        with self.attempt.log.open("ab") as log:
+            return subprocess.Popen(
+                [*self.command, str(self.run.config_yaml), *overrides],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=bind,  # noqa: PLW1509 - the worker has no threads of its own
+            )
+
+    def _pass_on(self, signals: Signals, process: subprocess.Popen[bytes]) -> None:
+        if signals.received:
+            request = {"reason": f"signal {signals.received}", "attempt": self.attempt.number, "now": False, "utc": utc_now()}
+            create_exclusive(self.run.stop, to_json(request))
+        stop = self._mine(read_json(self.run.stop))
+        if stop is not None and stop.get("now"):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def _outcome(self, code: int) -> tuple[str, int, str]:
+        """State, exit code and reason of a training that has ended. A valid result decides; codes are only evidence."""
+        try:
+            if self.run.result() is not None:
+                return "done", code, ""
+        except RunError as error:
+            return "failed", code, str(error)
+        stop = self._mine(read_json(self.run.stop))
+        if stop is not None and (code == 0 or stop.get("now")):
+            return ("cancelled" if stop["reason"] == "cancel" else "interrupted"), code, str(stop["reason"])
+        if code == 0:
+            return "failed", code, "the training ended without a result"
+        if code < 0:
+            name = signal.Signals(-code).name
+            return "failed", code, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        return "failed", code, last_error(self.attempt.log)
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that best says why a program failed: the last exception, otherwise the last line."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 100_000))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    exception = re.compile(r"^(\[rank\d+\]: ?)?([\w.]+(Error|Exception|Interrupt)\b.*)")
+    found = [match[2] for line in lines if (match := exception.match(line)) and "ChildFailedError" not in line]
+    return (found or lines or ["no output"])[-1][:300]
