@@ -6,6 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 FILTER_HELP = "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME (several values: seed=0,1)"
@@ -23,10 +26,28 @@ EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 4 parti
 example: """
 
 
+class IntermixedParser(argparse.ArgumentParser):
+    """A parser that takes `SWEEP --root DIR seed=0` as it takes `SWEEP seed=0 --root DIR`; argparse's own refuses that."""
+
+    _inside = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As in argparse, by way of its intermixed variant, which calls this again."""
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
 def add_parser(subparsers: Subparsers) -> None:
     """Add `sweep` and its verbs to the `vitpa` command."""
     sweep = subparsers.add_parser("sweep", help="run a grid of data sets x attentions x seeds, and collect the table")
-    verbs = sweep.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = sweep.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=IntermixedParser)
     for verb, (text, example) in VERBS.items():
         parser = verbs.add_parser(
             verb,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -106,21 +107,13 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
     }
 
 
-def table_of(rows: list[dict[str, Any]], title: str) -> Table:
-    """Rows as a table."""
-    table = Table(title=title, title_justify="left", pad_edge=False)
-    for name, justify in (
-        ("run", "left"),
-        ("state", "left"),
-        ("step", "right"),
-        ("epoch", "right"),
-        ("top-1 %", "right"),
-        ("images/s", "right"),
-        ("ETA", "right"),
-        ("attempts", "right"),
-        ("reason", "left"),
-    ):
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "reason")
+def table_of(rows: list[dict[str, Any]], title: str) -> Group:
+    """Rows as a table; below it a line for each row that has a reason to be as it is."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "epoch", "top-1 %", "images/s", "ETA", "try"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["run"],
@@ -131,9 +124,8 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
             "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
             duration(row["eta_s"]),
             str(row["attempts"] or ""),
-            Text(row["reason"]),
         )
-    return table
+    return Group(table, *(Text(f"{row['run']} {row['state']}: {row['reason']}") for row in rows if row["reason"]))
 
 
 def duration(seconds: float | None) -> str:
@@ -154,7 +146,10 @@ def summary(states: list[RunState]) -> str:
 
 
 def watch(runs: list[Run], root: Path, name: str, console: Console, until: Callable[[list[RunState]], bool]) -> list[RunState]:
-    """Show the table until `until` says so; without a terminal, a line whenever the counts change. The last states."""
+    """Show the table until `until` says so; without a terminal, a line whenever the counts change.
+
+    Returns the last states.
+    """
     if not console.is_terminal:
         shown = ""
         while True:

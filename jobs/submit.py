@@ -159,9 +159,9 @@ def _intent(sweep: Sweep, order: Order, profile: Profile, token: str) -> dict[st
 
 
 def _claim(state: RunState, config: RunConfig, claim: dict[str, Any]) -> AttemptDir | None:
-    if state.attempt is not None and state.state in ("uncertain", "pending"):
-        if not withdraw(state.attempt, "interrupted", "never started: nobody was left to start it"):
-            return None  # started after all
+    waiting = state.attempt if state.state in ("uncertain", "pending") else None
+    if waiting and not withdraw(waiting, "interrupted", "never started: nobody was left to start it"):
+        return None  # started after all
     return record_config(config).claim_attempt(state.attempts + 1, claim)
 
 

@@ -81,7 +81,12 @@ def _context(options: argparse.Namespace) -> Context:
         raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
     if getattr(options, "data_dir", None):
         overrides.append(f"runtime.data_dir={json.dumps(options.data_dir)}")
-    return Context(options, root, sweep, drift, filters, overrides, Console())
+    return Context(options, root, sweep, drift, filters, overrides, _console())
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a file or a pipe has no width to fit
 
 
 def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[str]]:

@@ -1,0 +1,132 @@
+"""Sweeps for the tests of `jobs`: making one, submitting it with the stand-in trainer, and looking at what came of it.
+
+`python -m tests.jobs_sweeps ROOT SLOTS VERB [TERM ...]` is a `vitpa sweep VERB` with the stand-in trainer: a launcher to kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+import jobs.submit
+from jobs.grid import Sweep, load_sweep
+from jobs.state import RunState, Survey
+from jobs.status import nothing_live
+from vitpa.cli import main as vitpa
+from vitpa.config import Result, read_json
+
+REPOSITORY = Path(__file__).parent.parent
+STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_trainer.py"))]
+RECIPE = {"dataset": "digits", "model": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}}
+
+
+def make_sweep(root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small") -> Sweep:
+    """A sweep of 2 x `seeds` runs of `steps` x 50 ms, as YAML files below `root`."""
+    root.mkdir(exist_ok=True)
+    recipe = {**RECIPE, "train": {"epochs": steps}, "optim": {"warmup_epochs": 0}}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    grid = {"name": name, "recipes": ["recipe.yaml"], "attentions": ["content", "positional"], "seeds": list(range(seeds))}
+    (root / f"{name}.yaml").write_text(yaml.safe_dump(grid))
+    for split in ("train", "val"):
+        path = root / "data" / "digits" / f"{split}.beton"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return load_sweep(str(root / f"{name}.yaml"), root)
+
+
+def command(root: Path, slots: int, verb: str, *terms: str, name: str = "small") -> list[str]:
+    """The command line of a launcher."""
+    return [sys.executable, "-m", "tests.jobs_sweeps", str(root), str(slots), name, verb, *terms]
+
+
+def launch(root: Path, slots: int, verb: str = "submit", *terms: str, name: str = "small") -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end."""
+    line = command(root, slots, verb, *terms, name=name)
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+
+
+def start_launcher(root: Path, slots: int, name: str = "small") -> subprocess.Popen[bytes]:
+    """Start a launcher of `submit` and return at once."""
+    line = command(root, slots, "submit", name=name)
+    return subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def main(root: str, slots: str, name: str, verb: str, *terms: str) -> int:
+    """A `vitpa sweep` whose runs are trained by the stand-in."""
+    jobs.submit.training_command = lambda processes: STAND_IN
+    profile = Path(root) / f"slots-{slots}.yaml"
+    profile.write_text(f"slots: {slots}\nruntime: {{device: cpu, data_dir: {root}/data}}\n")
+    where = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
+    return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *where, *terms])
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60, poll_s: float = 0.0005) -> None:
+    """Poll until `condition` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(poll_s)
+
+
+def settle(root: Path, sweep: Sweep) -> list[RunState]:
+    """Wait until nothing is in progress; the states then."""
+    wait_for(lambda: nothing_live(Survey(root).states(sweep.runs)), poll_s=0.1)
+    return Survey(root).states(sweep.runs)
+
+
+def results(root: Path, sweep: Sweep) -> list[Result]:
+    """The results of all runs, which must be there."""
+    found = [run.directory(root).result() for run in sweep.runs]
+    assert all(found)
+    return [result for result in found if result is not None]
+
+
+def exits(root: Path, sweep: Sweep) -> list[list[str]]:
+    """For each run, how its attempts ended, oldest first."""
+    ends = [[read_json(attempt.exit_json) for attempt in run.directory(root).attempts()] for run in sweep.runs]
+    return [[end["state"] if end else "" for end in run] for run in ends]
+
+
+def finished_trainings(root: Path) -> list[str]:
+    """Signatures of the runs that a training process has brought to an end, once for each time."""
+    return sorted(path.name.split("-")[0] for path in (root / "trace").iterdir() if json.loads(path.read_text())[1])
+
+
+def most_at_a_time(root: Path) -> int:
+    """The largest number of training processes that were alive at the same moment (killed ones left out)."""
+    spans = [json.loads(path.read_text()) for path in (root / "trace").iterdir()]
+    events = sorted([(began, 1) for began, ended in spans if ended] + [(ended, -1) for began, ended in spans if ended])
+    alive = most = 0
+    for _, change in events:
+        alive += change
+        most = max(most, alive)
+    return most
+
+
+def processes_of(root: Path) -> list[str]:
+    """Command lines of the live processes that work below `root`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(root) in line and int(path.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def assert_no_process_left(root: Path) -> None:
+    """Every process that worked below `root` ends by itself."""
+    wait_for(lambda: not processes_of(root), timeout_s=20, poll_s=0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
