@@ -40,7 +40,10 @@ class Logs:
         kept = [row for row in read_metrics(run.metrics_jsonl) if row["step"] <= restored_step]
         write_atomic(run.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = run.metrics_jsonl.open("a", buffering=1)
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=restored_step + 1) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            wait_until_newest(run.tensorboard)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=restored_step + 1)
         self._line = ProgressLine(name, steps_total, restored_step)
 
     def __enter__(self) -> Self:
@@ -88,6 +91,17 @@ class Logs:
         self._file.flush()
         if self._board is not None:
             self._board.flush()
+
+
+def wait_until_newest(folder: Path) -> None:
+    """Wait until an event file opened now sorts after those in `folder`: TensorBoard reads them by the second in their names.
+
+    At most five seconds: beyond that the clocks of two nodes disagree, and only the order of points suffers.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    late_s = max(seconds, default=0) + 1 - time.time()
+    if 0 < late_s < 5:
+        time.sleep(late_s)
 
 
 class ProgressLine:

@@ -44,5 +44,5 @@ def eval_batches(*, num_samples: int, batch_size: int, rank: int, world_size: in
     Yields:
         int64 tensors of exactly `batch_size`; the last one is filled up with -1, which stands for "no image".
     """
-    for batch in torch.arange(rank, num_samples, world_size).split(batch_size):
+    for batch in torch.arange(num_samples)[rank::world_size].split(batch_size):
         yield torch.nn.functional.pad(batch, (0, batch_size - len(batch)), value=-1)

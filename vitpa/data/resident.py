@@ -25,6 +25,10 @@ class ResidentImages:
                 f"{beton.path}: images of {beton.image_size_px or 'different sizes'} cannot stay on the device at "
                 f"model.img_size={img_size}; set runtime.loader=stream"
             )
+        if beton.content_sha256() != beton.manifest.beton_sha256:
+            raise BetonError(
+                f"{beton.path}: its content is not what its manifest says; convert again with `vitpa prep --force`"
+            )
         images = np.empty((len(beton), img_size, img_size, 3), np.uint8)
         for index in range(len(beton)):
             beton.read_image(index, out=images[index])

@@ -1,0 +1,40 @@
+"""Data shared by tests: real .beton files, converted once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.prep import Options, prepare
+
+
+def quiet(_line: str) -> None:
+    """Take what `prepare` says."""
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with scikit-learn's digits as .beton files."""
+    out = tmp_path_factory.mktemp("digits")
+    assert prepare(Options(dataset="digits", out=out), quiet)
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with `photos`: JPEGs of different sizes in two classes, 12 to train on and 7 to validate."""
+    source, out = tmp_path_factory.mktemp("photos_source"), tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for label, name in enumerate(("dark", "light")):
+            folder = source / split / name
+            folder.mkdir(parents=True)
+            for index in range(count - (split == "val" and label)):
+                height, width = (int(side) for side in rng.integers(40, 90, 2))
+                coarse = rng.integers(0, 128, (8, 8, 3), np.uint8) + np.uint8(120 * label)
+                Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    assert prepare(Options(dataset="photos", source=source, out=out, short_side_px=48, jpeg_quality=95), quiet)
+    return out

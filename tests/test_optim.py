@@ -1,0 +1,35 @@
+"""Parameter groups and the learning-rate schedule, the latter against values written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitpa.models import build_model
+from vitpa.optim import adamw, learning_rate
+
+
+def test_schedule_equals_values_written_by_hand() -> None:
+    # 4 warm-up steps to 1.0, then cosine over 4 steps to 0.1: 0.1 + 0.9 (1 + cos(pi k / 4)) / 2 for k = 1, 2, 3, 4
+    expected = [0.25, 0.5, 0.75, 1.0, 0.868198, 0.55, 0.231802, 0.1]
+    got = [learning_rate(step, peak=1.0, minimum=0.1, warmup_steps=4, total_steps=8) for step in range(8)]
+    assert got == pytest.approx(expected, abs=1e-6)
+
+
+def test_schedule_without_warmup_and_with_warmup_alone() -> None:
+    assert learning_rate(0, peak=1.0, minimum=0.0, warmup_steps=0, total_steps=1) == pytest.approx(0.0)
+    assert learning_rate(1, peak=1.0, minimum=0.0, warmup_steps=2, total_steps=2) == 1.0
+
+
+def test_only_weight_matrices_decay() -> None:
+    model = build_model(
+        attention="positional", num_classes=10, img_size=8, patch_size=2, embed_dim=24, depth=2, num_heads=4,
+        mlp_ratio=2.0, drop_path_rate=0.0, pos_embed_std=0.02, seed=0,
+    )  # fmt: skip
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=False)
+    decay, no_decay = optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in decay["params"]}
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.05, 0.0)
+    assert len(decay["params"]) + len(no_decay["params"]) == len(names)
+    assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qk.weight"} <= decayed
+    assert not any(name.endswith("bias") or "norm" in name or name in ("pos_embed", "cls_token") for name in decayed)
