@@ -1,0 +1,32 @@
+# make demo: the whole job on a small data set.  make test: all checks.  Both set everything up first.
+# make PYTHON=python3.12 ... chooses the interpreter of the virtual environment.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	$(BIN)/vitpa prep digits
+	$(BIN)/vitpa sweep submit demo --wait
+	$(BIN)/vitpa sweep collect demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml .system-packages.sh
+	bash .system-packages.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing Python packages into .venv (PyTorch is several GB: minutes)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs data
