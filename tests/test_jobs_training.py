@@ -1,0 +1,57 @@
+"""A sweep of real trainings on the digits: killed with its worker, resumed, and equal bit for bit to an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.grid import Sweep, load_sweep
+from jobs.state import Survey
+from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, results, settle, wait_for
+from vitpa.config import read_json
+
+pytestmark = pytest.mark.slow
+
+
+def make(root: Path) -> Sweep:
+    root.mkdir()
+    overrides = {"model.depth": 1, "train.epochs": 3, "optim.warmup_epochs": 1, "runtime.checkpoint_every_steps": 5}
+    grid = {"name": "real", "recipes": ["digits"], "attentions": ["content", "positional"], "seeds": [0]}
+    (root / "real.yaml").write_text(yaml.safe_dump({**grid, "overrides": overrides | {"runtime.log_every_steps": 5}}))
+    return load_sweep(str(root / "real.yaml"), root)
+
+
+def vitpa_sweep(root: Path, data: Path, verb: str, *rest: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "vitpa.cli", "sweep", verb, f"{root}/real.yaml", "--root", str(root), *rest]
+    if verb == "submit":
+        line += ["--data-dir", str(data), "runtime.device=cpu"]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
+    undisturbed = make(tmp_path / "undisturbed")
+    table = vitpa_sweep(tmp_path / "undisturbed", digits, "submit", "--wait")
+    assert table.returncode == 0, table.stderr
+    root = tmp_path / "killed"
+    sweep = make(root)
+    assert vitpa_sweep(root, digits, "submit").returncode == 0
+    victim = sweep.runs[0].directory(root)
+    wait_for(lambda: victim.checkpoints.is_dir() and any(victim.checkpoints.glob("*.pt")), poll_s=0.01)
+    start = read_json(victim.attempts()[0].start_json)
+    assert start is not None
+    os.kill(start["process"]["pid"], signal.SIGKILL)
+    assert [state.state for state in settle(root, sweep)] == ["lost", "done"]
+    assert vitpa_sweep(root, digits, "submit", "--wait").returncode == 0
+    assert [state.attempts for state in Survey(root).states(sweep.runs)] == [2, 1]
+    ours, theirs = results(root, sweep), results(tmp_path / "undisturbed", undisturbed)
+    assert [result.weights_sha256 for result in ours] == [result.weights_sha256 for result in theirs]
+    collected = vitpa_sweep(root, digits, "collect")
+    assert collected.returncode == 0, collected.stderr
+    assert "1/1" in collected.stdout
+    assert_no_process_left(root)

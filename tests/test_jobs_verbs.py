@@ -1,0 +1,162 @@
+"""`vitpa sweep` as a user types it: filters, JSON, exit codes, one clear line for every error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.command import VERBS
+from jobs.grid import SweepDir
+from tests.jobs_sweeps import make_sweep, write_result
+from vitpa.cli import main
+
+
+class Shell:
+    """Types `vitpa sweep VERB` for the sweep `small` below `root`."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self.capsys = capsys
+
+    def __call__(self, line: str) -> tuple[int, str]:
+        verb, *rest = shlex.split(line)
+        code = main(["sweep", verb, str(self.root / "small.yaml"), "--root", str(self.root), *rest])
+        captured = self.capsys.readouterr()
+        return code, captured.out + captured.err
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """2 x 2 runs, of which digits-content-s0 is done and digits-content-s1 is broken."""
+    runs = make_sweep(tmp_path, seeds=2).runs
+    write_result(tmp_path, runs[0], val_top1=0.75)
+    write_result(tmp_path, runs[2], val_top1=float("nan"))
+    return Shell(tmp_path, capsys)
+
+
+def test_plan(sweep: Shell) -> None:
+    code, text = sweep("plan --json")
+    document = json.loads(text)
+    assert code == 0
+    assert [row["state"] for row in document["runs"]] == ["done", "missing", "broken", "missing"]
+    assert document["missing"] == 2
+    code, text = sweep(f"plan --data-dir {sweep.root}/data")
+    assert code == 0
+    assert "submit would start 2 runs" in text
+    assert "1 broken, not touched by submit; to run again: vitpa sweep retry" in text
+
+
+def test_plan_says_what_is_in_the_way(sweep: Shell) -> None:
+    _, text = sweep("plan --data-dir /nowhere")
+    assert "cannot be submitted yet: /nowhere/digits/train.beton: no such file; run `vitpa prep digits` first" in text
+
+
+def test_status_is_partial_when_something_is_missing(sweep: Shell) -> None:
+    code, text = sweep("status")
+    assert code == 4
+    assert "small: 1 of 4 done, 2 missing, 1 broken" in text
+    assert "75.00" in text
+    code, text = sweep("status --json state=done")
+    assert code == 0
+    (row,) = json.loads(text)["runs"]
+    assert (row["run"], row["val_top1"]) == ("digits-content-s0", 0.75)
+
+
+@pytest.mark.parametrize(
+    ("terms", "labels"),
+    [
+        ("seed=1", ["digits-content-s1", "digits-positional-s1"]),
+        ("attention=positional seed=0", ["digits-positional-s0"]),
+        ("seed=0,1 state=missing", ["digits-positional-s0", "digits-positional-s1"]),
+        ("state=done state=broken", ["digits-content-s0", "digits-content-s1"]),
+        ("dataset=digits state=lost", []),
+    ],
+)
+def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
+    _, text = sweep(f"status --json {terms}")
+    assert [row["run"] for row in json.loads(text)["runs"]] == labels
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("status seed=7", "there is no seed '7'; there is 0, 1"),
+        ("status state=finished", "there is no state 'finished'"),
+        ("status sed=1", "expected a filter (dataset=, attention=, seed=, state=)"),
+        ("submit optim.lr=1", "whatever changes the numbers belongs into the sweep's YAML file"),
+        ("status runtime.compile=true", "runtime settings are for submit and retry"),
+        ("submit runtime.compil=true --data-dir data", "unknown key runtime.compil; did you mean runtime.compile?"),
+        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (local)"),
+        ("submit", "run `vitpa prep digits` first, or say where it is with --data-dir"),
+    ],
+)
+def test_errors_are_one_line(sweep: Shell, line: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sweep.root / "runs")  # where there is no folder `data`
+    code, text = sweep(line)
+    assert code == 1
+    assert message in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+def test_usage_errors(sweep: Shell) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", "status"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: vitpa sweep {verb} " in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(sweep: Shell) -> None:
+    before = sorted(sweep.root.rglob("*"))
+    code, text = sweep(f"submit --dry-run --data-dir {sweep.root}/data")
+    assert code == 0
+    assert "would start 2 runs" in text
+    assert "digits-positional-s1 (missing)" in text
+    code, text = sweep(f"retry --dry-run --data-dir {sweep.root}/data")
+    assert "would start 1 runs" in text
+    assert sweep("cancel --dry-run")[0] == 0
+    assert sorted(sweep.root.rglob("*")) == before
+
+
+def test_collect_at_any_time(sweep: Shell) -> None:
+    code, text = sweep("collect")
+    assert code == 4
+    assert "1/2 incomplete" in text
+    report = SweepDir(sweep.root, "small").report
+    assert {path.name for path in report.iterdir()} == {"table.csv", "runs.csv", "table.md", "table.tex", "report.json"}
+    code, text = sweep("collect --json seed=0 attention=content")
+    assert code == 0
+    assert json.loads(text)["cells"][0]["val_top1"]["mean"] == 0.75
+    assert json.loads((report / "report.json").read_text())["complete"] is False, "a filtered table is not written"
+
+
+def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
+    SweepDir(sweep.root, "small").record(make_sweep(sweep.root, seeds=2))
+    recipe = yaml.safe_load((sweep.root / "recipe.yaml").read_text())
+    (sweep.root / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "train": {"epochs": 9}}))
+    code, text = sweep(f"submit --dry-run --data-dir {sweep.root}/data")
+    assert code == 1
+    assert "4 no longer in it as configured before (digits-content-s0, digits-positional-s0, digits-content-s1 ...;" in text
+    assert "--update" in text
+    code, text = sweep("status")
+    assert "1 of 4 done" in text, "what was submitted is still shown"
+    assert "the sweep has changed" in text
+    assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
+
+
+def test_nothing_to_cancel_or_retry(sweep: Shell) -> None:
+    assert "0 cancelled before they started, 0 stopping" in sweep("cancel")[1]
+    code, text = sweep("retry state=failed")
+    assert code == 0
+    assert "nothing to retry" in text
