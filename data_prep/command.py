@@ -70,8 +70,7 @@ def run(options: argparse.Namespace) -> int:
     from vitpa.data.beton import BetonError  # noqa: PLC0415
 
     arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return 0 if prepare(Options(**arguments), print) else 1
     except (PrepError, BetonError) as error:
@@ -82,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
         print("vitpa prep: interrupted; what was not finished has been removed", file=sys.stderr)
         return 128 + int(number)
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
     print(f"vitpa prep: {message}", file=sys.stderr)
     return 1
 

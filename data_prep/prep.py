@@ -36,8 +36,8 @@ NAME_PATTERN = r"[a-z0-9][a-z0-9_\-]*"  # RunConfig.dataset accepts the same
 DOWNLOADS = "raw"  # folder of downloads in the output folder
 PHOTO_SIDE_PX = 256
 PHOTO_QUALITY = 90
-PHOTO_PAGE_BYTES = 1 << 25  # 3,344 x 3,344 px; each worker holds two pages in memory
-SMALL_PAGE_BYTES = 1 << 21
+MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 27  # FFCV's least; two pages per worker in memory
+LONGEST_RATIO = 32  # of a photo's sides, for which a page has room
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,15 @@ def image_settings(options: Options) -> ImageSettings:
         side_px = options.short_side_px or PHOTO_SIDE_PX
         return ImageSettings(resize="short_side", size_px=side_px, jpeg_share=share, jpeg_quality=quality)
     return ImageSettings(resize="none", size_px=None, jpeg_share=share, jpeg_quality=quality)
+
+
+def page_bytes(settings: ImageSettings) -> int:
+    """FFCV's page size, which bounds an image and pads the file: the power of two that holds any usual photo as pixels."""
+    if settings.size_px is None:
+        return MIN_PAGE_BYTES
+    ratio = LONGEST_RATIO if settings.resize == "short_side" else 1
+    image_bytes = 3 * settings.size_px**2 * ratio
+    return min(max(1 << (image_bytes - 1).bit_length(), MIN_PAGE_BYTES), MAX_PAGE_BYTES)
 
 
 def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callable[[str], None]) -> bool:
@@ -200,7 +209,7 @@ def _write_once(writer: Writer, split: Split, part: Path, options: Options, sett
         path=part,
         settings=settings,
         workers=options.workers or min(cpus, len(split)),
-        page_bytes=PHOTO_PAGE_BYTES if photos else SMALL_PAGE_BYTES,
+        page_bytes=page_bytes(settings),
     )
     try:
         with progress_bar(f"{options.dataset}/{split.name}", len(split)) as advance:

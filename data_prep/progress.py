@@ -14,7 +14,7 @@ LINE_EVERY_S = 10.0
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr; yields the function to call with the number of samples done since its last call."""
+    """Show progress on stderr; yields the function to call with the number of samples done since its last call, 0 to begin."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(console, what, total)
@@ -30,9 +30,11 @@ def _lines(console: Console, what: str, total: int) -> Callable[[int], None]:
     done = 0
 
     def advance(samples: int) -> None:
-        nonlocal last, done
+        nonlocal start, last, done
         done += samples
         now = time.monotonic()
+        if done == 0:
+            start = last = now
         if now - last >= LINE_EVERY_S and 0 < done < total:
             last = now
             eta_s = (now - start) / done * (total - done)

@@ -141,6 +141,8 @@ def load_splits(dataset: str, source: Path | None, download_dir: Path) -> tuple[
             raise PrepError(_source_needed(dataset))
         splits = _image_folder(source)
     elif dataset == "digits":
+        if source is not None:
+            raise PrepError("digits come with scikit-learn: leave --source out")
         splits = _digits()
     else:
         splits = tuple(_torchvision(dataset, split, source, download_dir) for split in SPLITS)

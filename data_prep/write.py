@@ -93,6 +93,13 @@ class Writer:
         Raises:
             WriterError: it was not written; the writer has ended.
         """
+        try:
+            return self._write(job, progress)
+        except BaseException:  # Ctrl-C too: a worker that has just started would create the file again after its removal
+            self._end()
+            raise
+
+    def _write(self, job: Job, progress: Callable[[int], None]) -> Written:
         corrupt: dict[int, str] = {}
         try:
             pickle.dump(job, self._stdin, pickle.HIGHEST_PROTOCOL)
@@ -106,7 +113,6 @@ class Writer:
                 index, reason = message["corrupt"]
                 corrupt[index] = reason
             elif "failed" in message:
-                self._end()
                 raise WriterError(message["failed"])
             else:
                 return Written(corrupt, message["written"])
@@ -118,7 +124,6 @@ class Writer:
             if "reports" not in (key.data for key in self._pipes.get_map().values()):
                 return None
             if not self._read(self._stall_s):
-                self._end()
                 raise WriterError(f"no progress for {self._stall_s:.0f} s; is the disk or the network file system hanging?")
         message: dict[str, Any] = json.loads(self._lines.pop(0))
         return message

@@ -108,6 +108,7 @@ def _write(job: Job, reports: Reports) -> None:
     writer = DatasetWriter(
         str(job.path), {"image": image, "label": IntField()}, page_size=job.page_bytes, num_workers=job.workers
     )
+    reports.send("progress", 0)  # the time of imports is not counted as work
     writer.from_indexed_dataset(Samples(job, reports), chunksize=CHUNK_SAMPLES)
 
 

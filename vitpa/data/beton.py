@@ -249,7 +249,9 @@ class BetonFile:
         fields_end = HEADER.itemsize + num_fields * FIELD.itemsize
         if version != VERSION or page_bytes < MIN_PAGE_BYTES or page_bytes & (page_bytes - 1):
             raise self._damaged(f"not a .beton file of FFCV's format {VERSION}")
-        if num_fields != len(FIELDS) or fields_end > data.size:
+        if fields_end > data.size:
+            raise self._damaged("it was cut or changed within its header")
+        if num_fields != len(FIELDS):
             raise self._damaged(f"not a .beton of images and labels: {num_fields} fields instead of {len(FIELDS)}")
         self._check_fields(data[HEADER.itemsize : fields_end].view(FIELD))
 
