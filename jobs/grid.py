@@ -137,6 +137,10 @@ class SweepDir:
             for run in sweep.runs
         ]
         write_json(self.runs_json, {"name": sweep.name, "runs": runs})
+        labels = {run.label for run in sweep.runs}
+        for link in self.by_name.iterdir():
+            if link.name not in labels and not link.name.startswith("."):  # no longer in the sweep
+                link.unlink(missing_ok=True)
         for run in sweep.runs:
             _link(self.by_name / run.label, Path("..") / ".." / ".." / "runs" / run.signature)
 

@@ -108,7 +108,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Group:
-    """Rows as a table; below it a line for each row that has a reason to be as it is."""
+    """Rows as a table; below it a line for each reason to be as they are."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -125,7 +125,15 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Group:
             duration(row["eta_s"]),
             str(row["attempts"] or ""),
         )
-    return Group(table, *(Text(f"{row['run']} {row['state']}: {row['reason']}") for row in rows if row["reason"]))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            reasons.setdefault((row["state"], row["reason"]), []).append(row["run"])
+    lines = []
+    for (state, reason), runs in reasons.items():
+        others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        lines.append(Text(f"{runs[0]}{others} {state}: {reason}"))
+    return Group(table, *lines)
 
 
 def duration(seconds: float | None) -> str:

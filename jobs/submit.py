@@ -24,13 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.grid import Run, Sweep, SweepDir, SweepError
+from jobs.grid import Run, SweepDir, SweepError
 from jobs.profile import Profile, Slot, slots_of, threads_per_process
 from jobs.state import RunState, withdraw
 from vitpa.config import (
     AttemptDir,
     ProcessId,
     RunConfig,
+    RunDir,
     create_exclusive,
     parse_config,
     read_json,
@@ -112,29 +113,29 @@ def _check_data(configs: list[RunConfig]) -> None:
                 raise SweepError(f"{path}: no such file; run `vitpa prep {dataset}` first, or say where it is with --data-dir")
 
 
-def submit(sweep: Sweep, order: Order, profile: Profile, root: Path) -> list[AttemptDir]:
-    """Claim the runs of `order` and start jobs for them; the attempts that are ours.
+def submit(sweep: str, order: Order, profile: Profile, root: Path) -> list[AttemptDir]:
+    """Claim the runs of `order` for the sweep of that name and start jobs for them; the attempts that are ours.
 
     Raises:
         SweepError: the jobs could not be started; the claims are taken up by the next submission.
+        ConfigError: the directory of a run holds another experiment; nothing has been claimed then.
     """
-    directory = SweepDir(root, sweep.name)
-    directory.record(sweep)
+    directories = [record_config(config) for config in order.configs]
     token = secrets.token_hex(4)
-    submission = SubmissionDir(directory.submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
+    submission = SubmissionDir(SweepDir(root, sweep).submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
     submission.path.mkdir(parents=True)
     write_json(submission.intent_json, _intent(sweep, order, profile, token))
     claimed = []
-    for state, config in zip(order.chosen, order.configs, strict=True):
+    for state, config, directory in zip(order.chosen, order.configs, directories, strict=True):
         claim = {
             "token": token,
             "submission": str(submission.path.relative_to(root)),
-            "sweep": sweep.name,
+            "sweep": sweep,
             "process": ProcessId.mine().model_dump(),
             "runtime": config.model_dump(mode="json")["runtime"],
             "utc": utc_now(),
         }
-        attempt = _claim(state, config, claim)
+        attempt = _claim(state, directory, claim)
         if attempt is not None:
             claimed.append(attempt)
     if claimed:
@@ -144,10 +145,10 @@ def submit(sweep: Sweep, order: Order, profile: Profile, root: Path) -> list[Att
     return claimed
 
 
-def _intent(sweep: Sweep, order: Order, profile: Profile, token: str) -> dict[str, Any]:
+def _intent(sweep: str, order: Order, profile: Profile, token: str) -> dict[str, Any]:
     return {
         "token": token,
-        "sweep": sweep.name,
+        "sweep": sweep,
         "executor": profile.executor,
         "host": socket.gethostname(),
         "launcher": ProcessId.mine().model_dump(),
@@ -158,11 +159,11 @@ def _intent(sweep: Sweep, order: Order, profile: Profile, token: str) -> dict[st
     }
 
 
-def _claim(state: RunState, config: RunConfig, claim: dict[str, Any]) -> AttemptDir | None:
+def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> AttemptDir | None:
     waiting = state.attempt if state.state in ("uncertain", "pending") else None
     if waiting and not withdraw(waiting, "interrupted", "never started: nobody was left to start it"):
         return None  # started after all
-    return record_config(config).claim_attempt(state.attempts + 1, claim)
+    return directory.claim_attempt(state.attempts + 1, claim)
 
 
 def _start_jobs(submission: SubmissionDir, root: Path, jobs: int) -> None:

@@ -66,7 +66,9 @@ def run_verb(options: argparse.Namespace) -> int:
         return VERBS[options.verb](_context(options))
     except (SweepError, ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command again goes on from here", file=sys.stderr)
+    return ERROR
 
 
 def _context(options: argparse.Namespace) -> Context:
@@ -162,7 +164,7 @@ def _submit(context: Context) -> int:
     if context.drift.added or context.drift.gone:
         context.say(context.drift.describe())
     states = context.look()
-    return _start(context, [state for state in states if state.state in SUBMITTABLE])
+    return _start(context, states, [state for state in states if state.state in SUBMITTABLE])
 
 
 def _retry(context: Context) -> int:
@@ -178,7 +180,7 @@ def _retry(context: Context) -> int:
     if not chosen:
         context.say(f"nothing to retry: {status.summary(states)}")
         return PARTIAL if hopeless else OK
-    return max(_start(context, chosen), PARTIAL if hopeless else OK)
+    return max(_start(context, states, chosen), PARTIAL if hopeless else OK)
 
 
 def _fails_alike(state: RunState, root: Path) -> bool:
@@ -188,8 +190,8 @@ def _fails_alike(state: RunState, root: Path) -> bool:
     return state.state == "failed" and len(exits) == 2 and len(causes) == 1
 
 
-def _start(context: Context, chosen: list[RunState]) -> int:
-    """Submit `chosen`, show them if asked to, and say what to type next."""
+def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:
+    """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
     profile = load_profile(context.options.profile)
     order = prepare(chosen, profile, context.root, context.overrides)
     if context.options.dry_run:
@@ -197,15 +199,17 @@ def _start(context: Context, chosen: list[RunState]) -> int:
         for state in chosen:
             context.say(f"  {state.run.label} ({state.state})")
         return OK
+    directory = SweepDir(context.root, context.sweep.name)
+    if context.options.verb == "submit" or directory.recorded() is None:
+        directory.record(context.sweep)
     if chosen:
-        claimed = submit(context.sweep, order, profile, context.root)
+        claimed = submit(context.sweep.name, order, profile, context.root)
         faster = f"; {len(chosen) - len(claimed)} were claimed by somebody else first" if len(claimed) < len(chosen) else ""
         context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs, {len(order.slots)} at a time{faster}")
     else:
         context.say("nothing to submit")
-    if context.options.wait:
-        _wait(context)
-    states = context.look()
+    runs = [state.run for state in looked_at]
+    states = _wait(context, runs) if context.options.wait else Survey(context.root).states(runs)
     context.say(f"{context.sweep.name}: {status.summary(states)}")
     _say_left_alone(context, states)
     _say_next(context)
@@ -213,12 +217,12 @@ def _start(context: Context, chosen: list[RunState]) -> int:
     return OK if all(state.state in settled for state in states) else PARTIAL
 
 
-def _wait(context: Context) -> None:
-    runs = [state.run for state in context.look()] if "state" not in context.filters else context.sweep.runs
+def _wait(context: Context, runs: list[Run]) -> list[RunState]:
     try:
-        status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+        return status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
     except KeyboardInterrupt:
         context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
+        return Survey(context.root).states(runs)
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
