@@ -27,6 +27,7 @@ from typing import Any
 from jobs.grid import Run, SweepDir, SweepError
 from jobs.profile import Profile, Slot, slots_of, threads_per_process
 from jobs.state import RunState, withdraw
+from jobs.worker import BOUND
 from vitpa.config import (
     AttemptDir,
     ProcessId,
@@ -65,10 +66,11 @@ class Order:
 
 def training_command(processes: int) -> list[str]:
     """How a run is trained; its config.yaml and overrides are appended."""
-    module = ["-m", "vitpa.train"]
-    if processes > 1:
-        module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
-    return [sys.executable, *module]
+    train = [sys.executable, "-m", "vitpa.train"]
+    if processes <= 1:
+        return train
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*torchrun, "--no-python", *BOUND, *train]
 
 
 def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str]) -> Order:

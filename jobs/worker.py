@@ -1,21 +1,20 @@
 """What a job does: works through the claimed runs of its submission, one at a time, and records how each ended.
 
 It takes a run by creating its start.json, starts the training as a process, and waits. It never outlives its use: it ends
-when every claim of its submission has been started by somebody. The training never outlives the worker: the kernel kills
-it when the worker dies.
+when every claim of its submission has been started by somebody. The training never outlives the worker (jobs/bound.py).
 
 A request to stop is the file `stop` in the run's directory, {reason, attempt, now, utc}: the trainer reads it at a step
 boundary, writes a checkpoint and exits 0 without a result. `attempt` says whom it is meant for. Signals to the worker
-(SIGTERM, SIGINT, SIGUSR2) become such a file; SIGUSR1 and SIGUSR2 do not reach the training (SLURM sends them to everybody).
+(SIGTERM, SIGINT, SIGUSR2) become such a file.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from jobs.bound import PARENT
 from jobs.profile import Slot
 from jobs.slots import take_slot
 from vitpa.config import (
@@ -39,7 +39,7 @@ from vitpa.config import (
 )
 
 POLL_S = 0.3
-PR_SET_PDEATHSIG = 1  # prctl(2)
+BOUND = (sys.executable, "-m", "jobs.bound")
 
 
 @dataclass
@@ -173,27 +173,17 @@ class Training:
         environment |= {
             "CUDA_VISIBLE_DEVICES": ",".join(self.slot.gpus),
             "VITPA_ATTEMPT": str(self.attempt.path),
+            PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        parent = os.getpid()
-
-        def bind() -> None:  # runs in the child, before the training program replaces it
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)  # the worker died before that
-
         with self.attempt.log.open("ab") as log:
             return subprocess.Popen(
-                [*self.command, str(self.run.config_yaml), *overrides],
+                [*BOUND, *self.command, str(self.run.config_yaml), *overrides],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=bind,  # noqa: PLW1509 - the worker has no threads of its own
             )
 
     def _pass_on(self, signals: Signals, process: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,9 @@ import yaml
 
 from jobs.grid import Sweep, load_sweep
 from jobs.state import Survey
-from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, results, settle, wait_for
+from jobs.submit import training_command
+from jobs.worker import BOUND
+from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, processes_of, results, settle, wait_for
 from vitpa.config import read_json
 
 pytestmark = pytest.mark.slow
@@ -55,3 +57,15 @@ def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
     assert collected.returncode == 0, collected.stderr
     assert "1/1" in collected.stdout
     assert_no_process_left(root)
+
+
+def test_several_processes_die_with_their_worker(tmp_path: Path, digits: Path) -> None:
+    """torchrun itself leaves its processes behind when it is killed."""
+    line = [*BOUND, *training_command(2), "digits", f"runtime.root={tmp_path}", f"runtime.data_dir={digits}"]
+    worker = f"import subprocess; subprocess.Popen({[*line, 'runtime.device=cpu', 'train.epochs=100']}).wait()"
+    process = subprocess.Popen([sys.executable, "-c", worker], cwd=REPOSITORY)
+    wait_for(lambda: any(tmp_path.glob("runs/*/metrics.jsonl")), poll_s=0.1)
+    assert len(processes_of(tmp_path)) == 4, "the worker, torchrun and two processes"
+    process.kill()
+    process.wait()
+    assert_no_process_left(tmp_path)

@@ -1,0 +1,37 @@
+"""Bind a program to its parent's life: `python -m jobs.bound PROGRAM [ARGUMENT ...]` becomes PROGRAM.
+
+When the parent dies, even by kill -9, the kernel kills PROGRAM: no training goes on unsupervised. torchrun does not do that
+for its processes, so they are started through this, too. SIGUSR1 and SIGUSR2, which SLURM sends to every process of a step,
+are ignored from here on; the training is told to stop by a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PARENT = "VITPA_PARENT"  # pid of the process that is to be outlived by nobody
+PR_SET_PDEATHSIG = 1  # prctl(2); kept across exec
+
+
+def main(command: list[str]) -> None:
+    """Become `command`, bound to the parent."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
+    parent = os.environ.get(PARENT)
+    if parent is not None and int(parent) != os.getppid():
+        sys.exit("the process that wanted this is dead")  # it died before it could be bound to
+    os.environ[PARENT] = str(os.getpid())  # for what `command` starts through this
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        sys.exit(f"{command[0]}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,98 @@
+"""What a worker does around a training: requests to stop that are meant for it or not, reasons of failures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.grid import Run
+from jobs.profile import Slot
+from jobs.state import Survey
+from jobs.worker import Signals, Training, last_error
+from tests.jobs_sweeps import STAND_IN, make_sweep
+from vitpa.config import ProcessId, RunDir, parse_config, read_json, record_config, write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_sweep(tmp_path, seeds=1).runs[0]
+
+
+def training(root: Path, run: Run, command: list[str]) -> Training:
+    """An attempt of `run` that has been claimed and started by this process."""
+    config = parse_config(run.config.model_dump(mode="json"), "test", [f"runtime.root={root}"])
+    directory = record_config(config)
+    me = {"process": ProcessId.mine().model_dump()}
+    claim = {**me, "runtime": config.runtime.model_dump(mode="json")}
+    attempt = directory.claim_attempt(len(directory.attempts()) + 1, claim)
+    assert attempt is not None
+    write_json(attempt.start_json, me)
+    return Training(directory, attempt, claim, Slot(units=["cpu0"], gpus=[]), command)
+
+
+def ask_to_stop(run: RunDir, attempt: int) -> None:
+    write_json(run.stop, {"reason": "cancel", "attempt": attempt, "now": False})
+
+
+def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -> None:
+    training(tmp_path, run, [])
+    second = training(tmp_path, run, STAND_IN)
+    ask_to_stop(second.run, 1)
+    second.supervise(Signals())
+    assert Survey(tmp_path).state(run).state == "done"
+    assert not second.run.stop.exists()
+
+
+def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
+    first = training(tmp_path, run, STAND_IN)
+    ask_to_stop(first.run, 1)
+    first.supervise(Signals())
+    state = Survey(tmp_path).state(run)
+    assert (state.state, state.reason) == ("cancelled", "cancelled before it started")
+    assert not first.attempt.log.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import sys; sys.exit('data/train.beton: no such file')", "data/train.beton: no such file"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("pass", "the training ended without a result"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL (out of memory?)"),
+        ("import os; os.kill(os.getpid(), 12)", "the training ended without a result"),  # SIGUSR2 is ignored
+    ],
+)
+def test_reasons_of_failures(tmp_path: Path, run: Run, program: str, reason: str) -> None:
+    training(tmp_path, run, [sys.executable, "-S", "-c", program]).supervise(Signals())
+    state = Survey(tmp_path).state(run)
+    assert (state.state, state.reason) == ("failed", reason)
+
+
+def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run) -> None:
+    training(tmp_path, run, ["/nowhere/python"]).supervise(Signals())
+    state = Survey(tmp_path).state(run)
+    assert state.state == "failed"
+    assert "/nowhere/python" in state.reason
+
+
+def test_the_training_is_told_its_attempt_and_sees_no_gpu(tmp_path: Path, run: Run) -> None:
+    program = "import os; print(os.environ['VITPA_ATTEMPT'], repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    one = training(tmp_path, run, [sys.executable, "-S", "-c", program])
+    one.supervise(Signals())
+    assert one.attempt.log.read_text() == f"{one.attempt.path} ''\n"
+    ended = read_json(one.attempt.exit_json)
+    assert ended is not None
+    assert ended["exit_code"] == 0
+
+
+def test_last_error_of_a_distributed_training(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "[rank1]: Traceback (most recent call last):\n"
+        "[rank1]: torch.OutOfMemoryError: CUDA out of memory.\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+        "====\nvitpa.train FAILED\n"
+    )
+    assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory."
