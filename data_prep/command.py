@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        return 0 if prepare(Options(**arguments), print) else 1
+        return 0 if prepare(Options(**arguments), partial(print, flush=True)) else 1
     except (PrepError, BetonError) as error:
         message = str(error)
     except OSError as error:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.lock import locked
 from data_prep.progress import progress_bar
 from data_prep.sources import PrepError, Split, is_photo_set, load_splits
@@ -141,7 +143,7 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
     try:
         kept, skipped, written = _write(writer, split, part, options, settings)
         with BetonFile(part) as file:
-            if file.labels.tolist() != kept.labels.tolist():
+            if not np.array_equal(file.labels, kept.labels):
                 raise PrepError(f"{part}: FFCV wrote other labels than it was given")
             with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
                 content_sha256 = file.content_sha256(advance)

@@ -250,8 +250,9 @@ def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> Folde
             digest.update(os.fsencode(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n"))
             paths.append(relative)
             labels.append(label)
+    names = tuple(map(_text, class_names))
     return FolderSplit(
-        split, class_names, np.array(labels, np.int64), _text(str(root.resolve())), digest.hexdigest(), folder, tuple(paths)
+        split, names, np.array(labels, np.int64), _text(str(root.resolve())), digest.hexdigest(), folder, tuple(paths)
     )
 
 

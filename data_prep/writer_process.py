@@ -27,7 +27,7 @@ from data_prep.write import Job
 from vitpa.data.beton import Pixels
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-MAX_LINE_BYTES = 4096  # PIPE_BUF: lines up to here of several processes do not mix
+MAX_REASON = 600  # characters; a line, 6 bytes a character at worst, is below PIPE_BUF (4096) and so written at once
 MAX_SIDE_PX = 65_500  # of a JPEG
 CHUNK_SAMPLES = 16  # handed to a worker at a time; also the grain of the progress
 WATCH_EVERY_S = 0.1
@@ -68,7 +68,7 @@ class Samples:
                     f"{width}x{height} px is too large; bring it down with --short-side-px or --max-side-px"
                 )
         except CorruptImageError as error:
-            self._reports.send("corrupt", (index, str(error)[: MAX_LINE_BYTES // 8]))
+            self._reports.send("corrupt", (index, str(error)[:MAX_REASON]))
             pixels = np.zeros((1, 1, 3), np.uint8)
         # FFCV draws JPEG or raw from NumPy's global state, which all its workers share at the start: one draw per sample
         np.random.seed(index)
@@ -183,8 +183,10 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         mend = "; free some space and start again" if error.errno == errno.ENOSPC else ""
-        return f"{os.strerror(error.errno)}{where}{mend}"
-    return " ".join(f"{type(error).__name__}: {error}".split())[: MAX_LINE_BYTES // 8]
+        text = f"{os.strerror(error.errno)}{where}{mend}"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:MAX_REASON]
 
 
 def _die_with(parent_pid: int) -> None:

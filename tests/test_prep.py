@@ -11,7 +11,7 @@ import pickle
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from data_prep.images import CorruptImageError, read_photo, shrink
 from data_prep.lock import LOCK_NAME, locked
 from data_prep.prep import Options, image_settings, page_bytes, prepare
 from data_prep.progress import LINE_EVERY_S, progress_bar
-from data_prep.sources import PrepError
+from data_prep.sources import PrepError, load_splits
 from data_prep.write import Writer
 from vitpa.data.beton import (
     FIELD,
@@ -45,16 +45,35 @@ from vitpa.data.beton import (
 SMOOTH = ImageSettings(resize="none", size_px=None, jpeg_share=0.0, jpeg_quality=None)
 
 
+class SharedWriter:
+    """One real process for all conversions of this file, as importing FFCV takes 5 s; a new one after it has ended."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._writer: Writer | None = None
+
+    def __enter__(self) -> Writer:
+        if self._writer is None or self._writer._process.returncode is not None:
+            self._writer = self._stack.enter_context(Writer())
+        return self._writer
+
+    def __exit__(self, *error: object) -> None:
+        """Left running for the next."""
+
+    def close(self) -> None:
+        self._stack.close()
+
+
 @pytest.fixture(scope="module")
-def writer() -> Iterator[Writer]:
-    with Writer() as process:
-        yield process
+def writer() -> Iterator[SharedWriter]:
+    shared = SharedWriter()
+    yield shared
+    shared.close()
 
 
 @pytest.fixture(autouse=True)
-def _one_writer(writer: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tests here write through one real process: importing FFCV takes 5 s."""
-    monkeypatch.setattr(data_prep.prep, "Writer", lambda: nullcontext(writer))
+def _one_writer(writer: SharedWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_prep.prep, "Writer", lambda: writer)
 
 
 def photo(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:
@@ -324,10 +343,10 @@ def test_damaged_file_is_not_taken_for_done(folder: Path, tmp_path: Path, capsys
 
 
 @pytest.fixture(scope="module")
-def digits_dir(writer: Writer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_dir(writer: SharedWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_prep.prep, "Writer", lambda: nullcontext(writer))
+        patch.setattr(data_prep.prep, "Writer", lambda: writer)
         assert prepare(Options("digits", out=out), print)
     return out
 
@@ -570,3 +589,17 @@ def test_beton_of_another_data_set_is_refused(digits_dir: Path, tmp_path: Path) 
     shutil.copytree(digits_dir / "digits", tmp_path / "out" / "pets")
     with pytest.raises(BetonError, match="holds the data set digits, not pets"):
         Beton.open(beton_path(tmp_path / "out", "pets", "train"), "pets", "train")
+
+
+def test_vanished_file_ends_the_conversion(folder: Path, tmp_path: Path, writer: SharedWriter) -> None:
+    """It is not a corrupt image: --skip-corrupt must not leave photos out because a disk has gone."""
+    splits = load_splits("pets", folder, tmp_path)
+    (folder / "train" / "cats" / "2.jpg").unlink()
+    options = Options("pets", source=folder, out=tmp_path / "out", skip_corrupt=True)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(PrepError, match=r"train\.beton failed: No such file .*/2\.jpg$"),
+    ):
+        patch.setattr(data_prep.prep, "load_splits", lambda *arguments: splits)
+        prepare(options, print)
+    assert not (tmp_path / "out" / "pets").exists()

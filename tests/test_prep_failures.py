@@ -129,10 +129,10 @@ def test_killed_command_and_two_at_once(slow_source: Path, tmp_path: Path) -> No
     with pytest.raises(BetonError, match="no such file"):
         Beton.open(train)
 
-    for path in sorted(slow_source.glob("train/*/*.png"))[2:-2]:
+    for path in sorted(slow_source.glob("train/*/*.png"))[1:-1]:
         path.unlink()
     assert Run(*arguments).finish()[0] == 0
-    assert len(Beton.open(train, "pets", "train")) == 4
+    assert len(Beton.open(train, "pets", "train")) == 2
     assert {path.name for path in train.parent.iterdir()} == {"train.beton", "train.json", "val.beton", "val.json"}
 
 
@@ -177,13 +177,6 @@ def job(folder: Path, *names: str) -> Job:
     settings = ImageSettings(resize="none", size_px=None, jpeg_share=0.0, jpeg_quality=None)
     split = FolderSplit("train", ("all",), np.zeros(len(names), np.int64), "here", "", folder, names)
     return Job(split, folder / "train.beton", settings, workers=1, page_bytes=1 << 21)
-
-
-@pytest.mark.slow
-def test_unreadable_file_ends_the_writing(tmp_path: Path) -> None:
-    """It is not a corrupt image: --skip-corrupt must not leave photos out because a disk has gone."""
-    with Writer() as writer, pytest.raises(WriterError, match=rf"^No such file or directory: {tmp_path}/gone\.png$"):
-        writer.write(job(tmp_path, "gone.png"), lambda samples: None)
 
 
 def test_no_progress(tmp_path: Path) -> None:
