@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.grid import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
-from jobs.profile import Profile, load_profile, slots_of, threads_per_process, visible_gpus
+from jobs.profile import SHIPPED, Profile, load_profile, slots_of, threads_per_process, visible_gpus
 from tests.jobs_sweeps import make_sweep
 from vitpa.config import ConfigError
 
@@ -21,9 +21,9 @@ RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10}
 def test_shipped_sweeps_resolve(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(name, tmp_path)
     assert sweep.name == name
-    assert len(sweep.runs) == RUNS[name]
-    assert len({run.signature for run in sweep.runs}) == RUNS[name]
-    cells = len(sweep.runs) // len(sweep.config.seeds)
+    cells = len(sweep.config.recipes) * len(sweep.config.attentions)
+    assert len({run.signature for run in sweep.runs}) == len(sweep.runs) == cells * len(sweep.config.seeds)
+    assert len(sweep.runs) == RUNS.get(name, len(sweep.runs))
     assert {run.seed for run in sweep.runs[:cells]} == {0}, "a whole comparison comes first"
     for dataset in sweep.config.reference:
         assert dataset in {run.dataset for run in sweep.runs}
@@ -101,8 +101,13 @@ def test_unknown_sweep_names_the_shipped_ones(tmp_path: Path) -> None:
         load_sweep("demmo", tmp_path)
 
 
-def test_shipped_profile() -> None:
+def test_the_default_profile_says_the_defaults() -> None:
     assert load_profile("local") == Profile()
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_profiles_load(path: Path) -> None:
+    assert load_profile(path.stem).executor == "local"
 
 
 @pytest.mark.parametrize(

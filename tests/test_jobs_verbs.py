@@ -90,7 +90,7 @@ def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
         ("submit optim.lr=1", "whatever changes the numbers belongs into the sweep's YAML file"),
         ("status runtime.compile=true", "runtime settings are for submit and retry"),
         ("submit runtime.compil=true --data-dir data", "unknown key runtime.compil; did you mean runtime.compile?"),
-        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (local)"),
+        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (local"),
         ("submit", "run `vitpa prep digits` first, or say where it is with --data-dir"),
     ],
 )
