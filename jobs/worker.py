@@ -10,6 +10,7 @@ boundary, writes a checkpoint and exits 0 without a result. `attempt` says whom 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,16 +42,15 @@ POLL_S = 0.3
 BOUND = (sys.executable, "-m", "jobs.bound")
 
 
-@dataclass
 class Signals:
     """Whether this worker has been told to stop, and by which signal."""
 
-    received: str = ""
-    numbers: tuple[signal.Signals, ...] = field(default=(signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
+    def __init__(self) -> None:
+        self.received = ""
 
     def listen(self) -> None:
         """From now on note these signals instead of dying of them."""
-        for number in self.numbers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -127,7 +126,7 @@ class Training:
 
     def _train(self, signals: Signals) -> tuple[str, int | None, str]:
         stop = self._take_stop()
-        if stop is not None:
+        if stop is not None and stop.get("attempt", self.attempt.number) == self.attempt.number:  # not a left-over
             return "cancelled", None, "cancelled before it started"
         self._set_broken_result_aside()
         process = self._start()
@@ -145,19 +144,13 @@ class Training:
         return self._outcome(code)
 
     def _take_stop(self) -> dict[str, Any] | None:
-        """Move `stop` out of the run's directory; its content if it was meant for this attempt, and not a left-over.
-
-        Moved first and read then: a request that comes in between is not lost.
-        """
+        """Move `stop` out of the run's directory, and read it then: a request that comes in between is not lost."""
         taken = self.attempt.path / "stop.json"
         try:
             self.run.stop.replace(taken)
         except FileNotFoundError:
             return None
-        return self._mine(read_json(taken))
-
-    def _mine(self, stop: dict[str, Any] | None) -> dict[str, Any] | None:
-        return stop if stop is not None and stop.get("attempt", self.attempt.number) == self.attempt.number else None
+        return read_stop(taken)
 
     def _set_broken_result_aside(self) -> None:
         try:
@@ -168,7 +161,7 @@ class Training:
     def _start(self) -> subprocess.Popen[bytes]:
         recorded = load_config(self.run.config_yaml).runtime.model_dump(mode="json")
         changed = {key: value for key, value in self.claim["runtime"].items() if recorded.get(key) != value}
-        overrides = [f"runtime.{key}={'null' if value is None else value}" for key, value in changed.items()]
+        overrides = [f"runtime.{key}={json.dumps(value)}" for key, value in changed.items()]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT_")}
         environment |= {
             "CUDA_VISIBLE_DEVICES": ",".join(self.slot.gpus),
@@ -187,10 +180,10 @@ class Training:
             )
 
     def _pass_on(self, signals: Signals, process: subprocess.Popen[bytes]) -> None:
-        if signals.received:
+        stop = read_stop(self.run.stop)
+        if stop is None and signals.received:
             request = {"reason": f"signal {signals.received}", "attempt": self.attempt.number, "now": False, "utc": utc_now()}
             create_exclusive(self.run.stop, to_json(request))
-        stop = self._mine(read_json(self.run.stop))
         if stop is not None and stop.get("now"):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -201,15 +194,24 @@ class Training:
                 return "done", code, ""
         except RunError as error:
             return "failed", code, str(error)
-        stop = self._mine(read_json(self.run.stop))
+        stop = read_stop(self.run.stop)
         if stop is not None and (code == 0 or stop.get("now")):
-            return ("cancelled" if stop["reason"] == "cancel" else "interrupted"), code, str(stop["reason"])
+            reason = str(stop.get("reason"))
+            return ("cancelled" if reason == "cancel" else "interrupted"), code, reason
         if code == 0:
             return "failed", code, "the training ended without a result"
         if code < 0:
             name = signal.Signals(-code).name
             return "failed", code, f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
         return "failed", code, last_error(self.attempt.log)
+
+
+def read_stop(path: Path) -> dict[str, Any] | None:
+    """The request in a file `stop`; None if there is none. Made by hand (`touch stop`) it is a request, too."""
+    try:
+        return read_json(path)
+    except RunError:
+        return {"reason": "the file stop"}
 
 
 def last_error(log: Path) -> str:

@@ -54,6 +54,13 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
     assert not first.attempt.log.exists()
 
 
+def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
+    program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parent / 'stop').touch(); time.sleep(0.7)"
+    training(tmp_path, run, [sys.executable, "-S", "-c", program]).supervise(Signals())
+    state = Survey(tmp_path).state(run)
+    assert (state.state, state.reason) == ("interrupted", "the file stop")
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
