@@ -44,6 +44,7 @@ class ResidentImages:
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
         """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
+        samples = samples.to(self.device)
         images = self.images[samples]
         if self.options.crop == "padded":
             images = augment.padded_crop(images, samples, padding=self.options.crop_padding_px, seed=self.seed, epoch=epoch)
