@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
@@ -143,11 +143,19 @@ def _import_ffcv(reports: Reports) -> dict[str, str]:
     threading.Thread(target=_watch, args=(workers, reports), daemon=True).start()
     return {
         "python": sys.version.split()[0],
-        "ffcv": version("ffcv"),
+        "ffcv": _version("ffcv"),
         "numpy": np.__version__,
         "pillow": PIL.__version__,
         "opencv": cv2.__version__,
     }
+
+
+def _version(package: str) -> str:
+    """Its version; a copy that was not installed by a package manager has none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def _work(reports: Reports, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -88,7 +88,7 @@ def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Seq
         raise SweepError(f"the recipes ask for different devices ({', '.join(devices)}); add runtime.device={devices[0]}")
     slots = slots_of(profile, devices[0])
     threads = threads_per_process(profile, slots)
-    configs = [_with_threads(config, threads) for config in configs]
+    configs = [_with_share(config, threads, profile.runs_per_gpu if slots[0].gpus else 1) for config in configs]
     _check_data(configs)
     return Order(chosen, configs, slots, training_command(len(slots[0].gpus)))
 
@@ -102,9 +102,11 @@ def _configure(run: Run, profile: Profile, root: Path, overrides: Sequence[str])
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": data_dir})})
 
 
-def _with_threads(config: RunConfig, threads: int) -> RunConfig:
-    unset = {key: threads for key in ("cpu_threads", "workers") if getattr(config.runtime, key) is None}
-    return config.model_copy(update={"runtime": config.runtime.model_copy(update=unset)})
+def _with_share(config: RunConfig, threads: int, runs_per_gpu: int) -> RunConfig:
+    """`config` with the run's share of the machine, where the user has not fixed it."""
+    share: dict[str, int] = {key: threads for key in ("cpu_threads", "workers") if getattr(config.runtime, key) is None}
+    share["runs_per_gpu"] = runs_per_gpu
+    return config.model_copy(update={"runtime": config.runtime.model_copy(update=share)})
 
 
 def _check_data(configs: list[RunConfig]) -> None:

@@ -10,21 +10,26 @@ import data_prep.command
 import jobs.command
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one `vitpa` command and return its exit code: 0 ok, 1 a user's error, 2 usage, 3 no scheduler, 4 partial."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line: every command, its options and its help."""
+    top = argparse.ArgumentParser(
         prog="vitpa", description="Vanilla against positional attention, from raw data to the table of results."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_prep.command.add_parser(commands)
     commands.add_parser("train", help="train one run", add_help=False)
     jobs.command.add_parser(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one `vitpa` command and return its exit code: 0 ok, 1 a user's error, 2 usage, 3 no scheduler, 4 partial."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
         from vitpa.train import main as train
 
         return train(words[1:])
-    options = parser.parse_args(words)
+    options = parser().parse_args(words)
     return int(options.run(options))
 
 

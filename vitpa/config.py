@@ -36,6 +36,7 @@ __all__ = [
     "AttemptDir",
     "AugmentConfig",
     "ConfigError",
+    "Float",
     "ModelConfig",
     "OptimConfig",
     "ProcessId",
@@ -44,6 +45,7 @@ __all__ = [
     "RunDir",
     "RunError",
     "RuntimeConfig",
+    "Section",
     "TrainConfig",
     "create_exclusive",
     "load_config",
@@ -169,6 +171,7 @@ class RuntimeConfig(Section):
     compile: bool = Field(False, description="torch.compile the model")
     cpu_threads: int | None = Field(None, ge=1, description="torch's threads per process; null: the CPUs allowed / processes")
     workers: int | None = Field(None, ge=1, description="decoding threads per process; null: the CPUs allowed / processes")
+    runs_per_gpu: int = Field(1, ge=1, description="runs that share each GPU; gpu_hours counts this run's share")
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
     eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")
@@ -282,9 +285,10 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"line {node.start_mark.line + 1}: the key {key!r} is given {keys.count(key)} times")
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise ConfigError(f"line {line}: the key {key!r} is given {keys.count(key)} times")
         return super().construct_mapping(node, deep)
 
 
@@ -306,12 +310,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)
+        document = yaml.load(text, Loader=_StrictLoader)
+        json.dumps(document)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}: not valid YAML: {reason}") from error
+    except (TypeError, ValueError) as error:  # a date, !!binary, !!set, an alias of itself, a number of 5,000 digits
+        raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
+    return document
 
 
 def to_yaml(document: Mapping[str, Any]) -> str:

@@ -405,6 +405,7 @@ def finish(t: Training) -> None:
     if not t.group.is_main:
         return
     config, time_s = t.config, t.progress.train_time_s
+    gpus = t.group.world_size / config.runtime.runs_per_gpu if t.group.device.type == "cuda" else 0.0
     result = Result(
         signature=config.signature,
         dataset=config.dataset,
@@ -416,7 +417,7 @@ def finish(t: Training) -> None:
         val_top5=t.progress.val["val/top5"],
         val_loss=t.progress.val["val/loss"],
         train_time_s=time_s,
-        gpu_hours=time_s * t.group.world_size / 3600 if t.group.device.type == "cuda" else 0.0,
+        gpu_hours=time_s * gpus / 3600,
         images_per_s=t.progress.step * config.train.global_batch_size / time_s,
         attempts=max(1, len(t.run.attempts())),
         weights_sha256=checkpoint.weights_sha256(t.model.state_dict()),

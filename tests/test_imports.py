@@ -1,0 +1,97 @@
+"""The house's rule: who may import whom. The imports are read from the sources, inside functions too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("vitpa", "jobs", "data_prep", "slurm")
+TORCH = {"torch", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports; `from a import b` counts as a.b if that is a module of ours, else as a."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}:{node.lineno}: write the whole name, not a relative import"
+            for alias in node.names:
+                inner = ROOT / Path(*node.module.split("."), alias.name)
+                is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
+                names.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return names
+
+
+def within(name: str, allowed: tuple[str, ...]) -> bool:
+    return any(name == root or name.startswith(root + ".") for root in allowed)
+
+
+def may_import(module: str) -> tuple[str, ...]:
+    """What of ours a module may import."""
+    if module == "vitpa.cli":
+        return OURS
+    if within(module, ("vitpa.models",)):
+        return ("vitpa.models",)
+    if within(module, ("vitpa",)):
+        return ("vitpa",)
+    if within(module, ("jobs",)):
+        return ("jobs", "vitpa.config", "vitpa.datasets")
+    if within(module, ("data_prep",)):
+        return ("data_prep", "vitpa.datasets", "vitpa.data.beton")
+    return ("slurm",)
+
+
+@pytest.mark.parametrize("package", OURS)
+def test_every_module_imports_only_what_it_may(package: str) -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules(package)
+        for name in imported(path)
+        if within(name, OURS) and not within(name, may_import(module))
+    ]
+    assert not wrong
+
+
+def test_models_need_torch_and_timm_only() -> None:
+    allowed = ("__future__", "typing", "collections", "math", "torch", "timm", "vitpa.models")
+    wrong = [
+        (module, name) for module, path in modules("vitpa/models") for name in imported(path) if not within(name, allowed)
+    ]
+    assert not wrong
+
+
+def test_a_login_node_needs_no_torch() -> None:
+    light = [path for _, path in modules("jobs")] + [
+        ROOT / f"vitpa/{name}.py" for name in ("config", "rundir", "datasets", "cli")
+    ]
+    wrong = [(path.name, name) for path in light for name in imported(path) if name.split(".")[0] in TORCH]
+    assert not wrong
+
+
+def test_datasets_is_a_table() -> None:
+    assert imported(ROOT / "vitpa/datasets.py") == {"__future__", "dataclasses"}
+
+
+def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import os.path\nfrom vitpa import train\nfrom vitpa.config import RunConfig\ndef f():\n    import jobs.state\n"
+    )
+    assert imported(path) == {"os.path", "vitpa.train", "vitpa.config", "jobs.state"}
+
+
+def test_no_file_is_called_by_a_word_that_says_nothing() -> None:
+    names = {path.stem for package in OURS for _, path in modules(package)}
+    assert names.isdisjoint({"utils", "util", "common", "helpers", "misc", "registry", "callbacks"})
