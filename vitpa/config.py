@@ -363,8 +363,8 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = list(dotted_keys(model))
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        near = near or [name for name in known if name.rsplit(".")[-1] == key.rsplit(".", maxsplit=1)[-1]][:1]
+        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key}; {hint}"
     if problem["type"] == "missing":
