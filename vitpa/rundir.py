@@ -234,10 +234,13 @@ class RunDir:
         Raises:
             RunError: there is a result.json that cannot be trusted; the message says why.
         """
-        document = read_json(self.result_json)
+        mend = "delete it to train the run again"
+        try:
+            document = read_json(self.result_json)
+        except RunError as error:
+            raise RunError(f"{error}; {mend}") from error
         if document is None:
             return None
-        mend = "delete it to train the run again"
         try:
             result = Result.model_validate_json(json.dumps(document))
         except ValidationError as error:
