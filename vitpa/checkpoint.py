@@ -23,8 +23,10 @@ def save(run: RunDir, step: int, state: dict[str, Any]) -> Path:
     torch.save(state, buffer)
     path = run.checkpoints / f"step_{step:09d}.pt"
     write_atomic(path, buffer.getvalue())
-    for old in _newest_first(run)[KEEP:]:
-        old.unlink()
+    found = _newest_first(run)
+    kept = [each for each in found if each.name <= path.name][:KEEP]  # a damaged one may lie beyond the step gone back to
+    for other in set(found) - set(kept):
+        other.unlink()
     return path
 
 
@@ -40,7 +42,8 @@ def load_newest(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load(path)
         except Exception as error:  # torch.load raises many types on damaged files
-            warnings.warn(f"{path}: cannot be read ({error}); going back to the one before", RuntimeWarning, stacklevel=2)
+            name = type(error).__name__  # torch's text has many lines and advises to run code from the file
+            warnings.warn(f"{path}: cannot be read ({name}); going back to the one before", RuntimeWarning, stacklevel=2)
     return None
 
 
