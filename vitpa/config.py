@@ -48,6 +48,7 @@ __all__ = [
     "Section",
     "TrainConfig",
     "create_exclusive",
+    "keys_help",
     "load_config",
     "load_model",
     "parse_config",
@@ -379,6 +380,22 @@ def _explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
 
 def _is_nan(value: object) -> bool:
     return isinstance(value, float) and math.isnan(value)
+
+
+def keys_help() -> str:
+    """Every key of a run's configuration with its default and its meaning, a line each, for `--help`."""
+
+    def lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.default, BaseModel):
+                yield from lines(type(field.default), f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else json.dumps(field.default)
+                literal = typing.get_origin(field.annotation) is typing.Literal
+                choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else ""
+                yield f"  {prefix + name:<32} {default:<16} {field.description}{choices}"
+
+    return "\n".join(lines(RunConfig, ""))
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -29,7 +29,7 @@ from torchvision.utils import make_grid
 from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import claimed_attempt
-from vitpa.config import ConfigError, RunConfig, load_config, record_config
+from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
 from vitpa.data.batches import eval_batches, steps_per_epoch, train_batches
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
@@ -436,7 +436,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vitpa train",
         description="Train one run, from its newest checkpoint if there is one.",
-        epilog="example: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30",
+        epilog=f"example: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n\nkeys:\n{keys_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="a YAML file, or the name of a shipped recipe such as cifar10")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
@@ -453,9 +454,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 train(config, run, group)
         finally:
             distributed.leave()
-    except (ConfigError, RunError, BetonError, TrainError) as error:
+    except (ConfigError, RunError, BetonError, TrainError, OSError) as error:  # OSError: a full disk, a missing right
         print(f"vitpa train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
