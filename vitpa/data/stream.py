@@ -124,8 +124,8 @@ class StreamedImages:
             if 0 < w <= width and 0 < h <= height:
                 top, left = int(top_draw * (height - h + 1)), int(left_draw * (width - w + 1))
                 return left, top, left + w, top + h
-        w = min(width, round(height * ratio_high))  # no box fits: the largest central one within the ratios
-        h = min(height, round(width / ratio_low))
+        w = min(width, max(1, round(height * ratio_high)))  # no box fits: the largest central one within the ratios
+        h = min(height, max(1, round(width / ratio_low)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
