@@ -147,7 +147,7 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Print a line that stays, above the live one."""
         if self._live is not None:
-            self._live.console.print(text, highlight=False)
+            self._live.console.out(text, highlight=False)  # as it is: print() takes [this] for markup and breaks long paths
         else:
             print(text, file=sys.stderr, flush=True)
 
