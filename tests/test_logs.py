@@ -1,0 +1,205 @@
+"""What a run says: a record that survives a kill, one curve in TensorBoard, few lines where nobody looks."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from vitpa import logs
+from vitpa.logs import Logs, ProgressLine, read_metrics, wait_until_newest
+from vitpa.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that has a directory and no records."""
+    run = RunDir(tmp_path, "0123456789abcdef")
+    run.path.mkdir(parents=True)
+    return run
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the progress line."""
+    clock = Clock()
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+def open_logs(run: RunDir, restored_step: int = 0, *, tensorboard: bool = False) -> Logs:
+    return Logs(run, name="digits-content-s0", steps_total=100, restored_step=restored_step, tensorboard=tensorboard)
+
+
+def board(run: RunDir) -> EventAccumulator:
+    return EventAccumulator(str(run.tensorboard)).Reload()
+
+
+def test_rows_are_read_as_written(run: RunDir) -> None:
+    assert read_metrics(run.metrics_jsonl) == []
+    with open_logs(run) as log:
+        assert read_metrics(run.metrics_jsonl) == []
+        log.row(1, 1 / 3, {"train/loss": 2.5})
+        assert len(read_metrics(run.metrics_jsonl)) == 1  # at once, not when the run ends
+        log.row(2, 2 / 3, {"val/top1": 0.5, "val/loss": 1.0})
+    assert read_metrics(run.metrics_jsonl) == [
+        {"step": 1, "epoch": 0.3333, "train/loss": 2.5},
+        {"step": 2, "epoch": 0.6667, "val/top1": 0.5, "val/loss": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("length", range(30))
+def test_a_half_written_last_line_is_ignored_wherever_it_was_cut(run: RunDir, length: int) -> None:
+    line = json.dumps({"step": 2, "train/loss": 2.25, "x": 1}) + "\n"
+    assert length < len(line)
+    run.metrics_jsonl.write_text('{"step": 1}\n' + line[:length])
+    assert read_metrics(run.metrics_jsonl) == [{"step": 1}]
+
+
+def test_after_a_resume_the_rows_beyond_the_restored_step_are_gone(run: RunDir) -> None:
+    with open_logs(run) as log:
+        for step in range(1, 7):
+            log.row(step, step / 10, {"train/loss": float(step)})
+        log.row(6, 0.6, {"val/top1": 0.5})
+    with run.metrics_jsonl.open("a") as file:
+        file.write('{"step": 7, "tra')  # killed here
+    with open_logs(run, restored_step=4) as log:
+        assert [row["step"] for row in read_metrics(run.metrics_jsonl)] == [1, 2, 3, 4]
+        log.row(5, 0.5, {"train/loss": -5.0})
+    found = [(row["step"], row["train/loss"]) for row in read_metrics(run.metrics_jsonl)]
+    assert found == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, -5.0)]
+    assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_shows_one_curve_over_a_resume(run: RunDir) -> None:
+    with open_logs(run, tensorboard=True) as log:
+        for step in range(1, 7):
+            log.row(step, step / 10, {"train/loss": float(step)})
+        log.flush()
+    with open_logs(run, restored_step=4, tensorboard=True) as log:
+        log.row(5, 0.5, {"train/loss": -5.0})
+    events = [(event.step, event.value) for event in board(run).Scalars("train/loss")]
+    assert events == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, -5.0)]
+
+
+def test_an_event_file_from_the_future_is_waited_for_only_a_little(run: RunDir) -> None:
+    run.tensorboard.mkdir()
+    started_s = time.monotonic()
+    wait_until_newest(run.tensorboard)
+    (run.tensorboard / f"events.out.tfevents.{int(time.time()) + 3600}.other.1.0").write_bytes(b"")
+    wait_until_newest(run.tensorboard)
+    assert time.monotonic() - started_s < 0.5
+
+
+def test_hparams_land_in_the_runs_own_folder(run: RunDir) -> None:
+    parameters: dict[str, Any] = {"seed": 3, "optim.lr": 1e-3, "augment.hflip": True, "optim.grad_clip_norm": None}
+    with open_logs(run, tensorboard=True) as log:
+        log.hparams({**parameters, "optim.betas": [0.9, 0.999]}, {"val/top1": 0.0})
+    assert all(path.is_file() for path in run.tensorboard.iterdir())  # add_hparams makes a folder of its own
+    assert len(list(run.tensorboard.iterdir())) == 1
+    tags = board(run).summary_metadata
+    start = HParamsPluginData.FromString(tags["_hparams_/session_start_info"].plugin_data.content).session_start_info
+    assert start.hparams["seed"].number_value == 3
+    assert start.hparams["optim.lr"].number_value == 1e-3
+    assert start.hparams["augment.hflip"].number_value == 1  # torch writes a bool as a number
+    assert start.hparams["optim.grad_clip_norm"].string_value == "None"
+    assert start.hparams["optim.betas"].string_value == "[0.9, 0.999]"
+    experiment = HParamsPluginData.FromString(tags["_hparams_/experiment"].plugin_data.content).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["val/top1"]
+    assert {info.name for info in experiment.hparam_infos} == {*parameters, "optim.betas"}
+
+
+def test_images_appear_at_their_step(run: RunDir) -> None:
+    with open_logs(run, tensorboard=True) as log:
+        log.image("augmented", torch.zeros(3, 8, 6, dtype=torch.uint8), 7)
+    (event,) = board(run).Images("augmented")
+    assert (event.step, event.width, event.height) == (7, 6, 8)
+
+
+def test_without_tensorboard_nothing_is_written_for_it(run: RunDir) -> None:
+    with open_logs(run) as log:
+        log.row(1, 0.1, {"train/loss": 1.0})
+        log.image("augmented", torch.zeros(3, 8, 8), 0)
+        log.hparams({"seed": 0}, {"val/top1": 0.0})
+        log.flush()
+    assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_plain_lines_come_every_ten_seconds_at_most(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("digits-content-s0", 1000, 0)
+    line.metrics({"train/loss": 2.3456, "val/top1": 0.5, "perf/images_per_s": 12345.6})
+    said_at = []
+    for step in range(1, 601):
+        clock.now_s += 0.1
+        line.move(step)
+        if capsys.readouterr().err:
+            said_at.append(clock.now_s)
+    line.close()
+    assert len(said_at) in (5, 6)  # 60 seconds
+    assert min(later - earlier for earlier, later in pairwise(said_at)) >= logs.PLAIN_LINE_EVERY_S == 10
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plain_line_says_how_far_how_good_how_fast_and_how_long_yet(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ProgressLine("digits-content-s0", 1000, 400)  # resumed at step 400
+    line.move(400)
+    clock.now_s += 20
+    line.metrics({"train/loss": 2.3456})
+    line.metrics({"val/top1": 0.5, "perf/images_per_s": 12345.6})
+    line.move(500)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "digits-content-s0: step 500/1000 loss 2.346  val top-1 50.00 %  12,346 images/s 100 s left\n"
+
+
+def test_what_is_said_stays_and_does_not_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("digits-content-s0", 1000, 0)
+    line.say("starts [here]")
+    line.say("goes on")
+    assert capsys.readouterr().err == "starts [here]\ngoes on\n"
+
+
+class Terminal(io.StringIO):
+    """Standard error where a person looks."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    line = ProgressLine("digits-content-s0", 1000, 0)
+    line.metrics({"train/loss": 2.3456})
+    line.move(250)
+    said = f"resumed in /data/[old]/:key:/{200 * 'x'}"  # no markup, no emoji, no line break
+    line.say(said)
+    line.close()
+    shown = terminal.getvalue()
+    assert "25%" in shown
+    assert "loss 2.346" in shown
+    assert said + "\n" in shown
