@@ -164,6 +164,21 @@ def test_evaluation_equals_a_slow_loop_over_the_images(digits: Path, tmp_path: P
     assert result.val_loss == pytest.approx(loss / 360, rel=1e-3)
 
 
+@pytest.mark.parametrize("crop", ["none", "padded"])
+def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_path: Path, crop: str) -> None:
+    options = [
+        "train.epochs=1",
+        "augment.hflip=true",
+        f"augment.crop={crop}",
+        "augment.crop_padding_px=1",
+        "runtime.cpu_threads=1",
+    ]
+    resident = trained(arguments(digits, tmp_path / "resident", *options, "runtime.loader=resident"))
+    streamed = trained(arguments(digits, tmp_path / "streamed", *options, "runtime.loader=stream"))
+    assert streamed.weights_sha256 == resident.weights_sha256
+    assert streamed.val_loss == resident.val_loss
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(digits: Path, tmp_path: Path) -> None:
     one = trained(arguments(digits, tmp_path / "one", "train.epochs=1"))
     words = arguments(digits, tmp_path / "four", "train.epochs=1", "runtime.accum_steps=4")
@@ -257,6 +272,7 @@ def test_a_run_that_another_process_trains_is_refused(
         ("train.global_batch_size=1500", r"train.global_batch_size=1500 is more than the 1437 training images"),
         ("optim.lrr=1", r"unknown key optim.lrr; did you mean optim.lr\?"),
         ("dataset=digit", r"digits"),
+        ("runtime.loader=resident augment.crop=random_resized", r"runtime.loader=resident takes whole images"),
         ("runtime.loader=resident model.img_size=16", r"runtime.loader=stream"),
     ],
 )

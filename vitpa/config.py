@@ -119,7 +119,7 @@ class AugmentConfig(Section):
     crop_scale: tuple[Float, Float] = Field((0.08, 1.0), description="random_resized: range of the crop's share of area")
     crop_ratio: tuple[Float, Float] = Field((0.75, 4 / 3), description="random_resized: range of its width / height")
     hflip: bool = Field(True, description="mirror half of the images left to right")
-    eval_crop_pct: Float = Field(0.875, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
+    eval_crop_pct: Float = Field(1.0, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -180,10 +180,15 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
 
 
 def open_images(config: RunConfig, beton: Beton, group: Group) -> ResidentImages | StreamedImages:
-    """The images of a .beton on the device where they are all of the model's size, else streamed from the file."""
-    facts, size, seed = facts_of(config.dataset), config.model.img_size, config.seed
-    fits = beton.image_size_px == (size, size) and config.augment.crop != "random_resized"
-    if config.runtime.loader == "resident" or (config.runtime.loader == "auto" and fits):
+    """The images of a .beton: resident on the device where they are all as the model takes them, else streamed.
+
+    Which of the two makes no difference to the numbers.
+    """
+    facts, size, seed, loader = facts_of(config.dataset), config.model.img_size, config.seed, config.runtime.loader
+    whole = config.augment.crop != "random_resized" and config.augment.eval_crop_pct == 1
+    if loader == "resident" and not whole:
+        raise TrainError("runtime.loader=resident takes whole images: no augment.crop=random_resized, augment.eval_crop_pct=1")
+    if loader == "resident" or (loader == "auto" and whole and beton.image_size_px == (size, size)):
         return ResidentImages(beton, facts, config.augment, img_size=size, seed=seed, device=group.device)
     workers = config.runtime.workers or group.cpus
     return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=group.device, workers=workers)

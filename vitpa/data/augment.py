@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitpa.config import AugmentConfig
 from vitpa.data.counter_rng import Purpose, key, randint, random_bits
+
+
+def crop_and_flip(images: Tensor, samples: Tensor, options: AugmentConfig, *, seed: int, epoch: int) -> Tensor:
+    """The random part of augmentation that works on whole batches of decoded images (B, C, H, W) uint8.
+
+    The place for AutoAugment and its kin. random_resized crops are taken where images are decoded: their sizes differ.
+    """
+    if options.crop == "padded":
+        images = padded_crop(images, samples, padding=options.crop_padding_px, seed=seed, epoch=epoch)
+    if options.hflip:
+        images = horizontal_flip(images, samples, seed=seed, epoch=epoch)
+    return images
 
 
 def padded_crop(images: Tensor, samples: Tensor, *, padding: int, seed: int, epoch: int) -> Tensor:

@@ -45,12 +45,7 @@ class ResidentImages:
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
         """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
         samples = samples.to(self.device)
-        images = self.images[samples]
-        if self.options.crop == "padded":
-            images = augment.padded_crop(images, samples, padding=self.options.crop_padding_px, seed=self.seed, epoch=epoch)
-        if self.options.hflip:
-            images = augment.horizontal_flip(images, samples, seed=self.seed, epoch=epoch)
-        return images
+        return augment.crop_and_flip(self.images[samples], samples, self.options, seed=self.seed, epoch=epoch)
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same without augmentation; index -1 gives some image with the label -1."""

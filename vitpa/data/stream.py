@@ -54,12 +54,12 @@ class StreamedImages:
             BetonError: an image cannot be decoded.
         """
         for samples, images in self._decoded(indices, lambda index: self._train_image(index, epoch)):
-            yield self._finish(self._flipped(images, samples, epoch)), self._labels(samples)
+            yield self._finish(self._augmented(images, samples, epoch)), self._labels(samples)
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
         """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
         _, images = next(self._decoded([samples], lambda index: self._train_image(index, epoch)))
-        return self._flipped(images, samples, epoch)
+        return self._augmented(images, samples, epoch)
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same without augmentation; index -1 gives a black image with the label -1."""
@@ -129,10 +129,8 @@ class StreamedImages:
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
-    def _flipped(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        if not self.options.hflip:
-            return images
-        return augment.horizontal_flip(images, samples.to(self.device), seed=self.seed, epoch=epoch)
+    def _augmented(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
+        return augment.crop_and_flip(images, samples.to(self.device), self.options, seed=self.seed, epoch=epoch)
 
     def _labels(self, samples: Tensor) -> Tensor:
         return torch.from_numpy(self.beton.labels[samples.numpy()]).to(self.device)
