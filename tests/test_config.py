@@ -50,7 +50,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "augment.crop_scale": "[0.08, 0.9]",
     "augment.crop_ratio": "[0.75, 1.5]",
     "augment.hflip": "false",
-    "augment.eval_crop_pct": "1.0",
+    "augment.eval_crop_pct": "0.9",
     "optim.lr": "2e-4",
     "optim.min_lr": "0",
     "optim.warmup_epochs": "2",
