@@ -102,6 +102,14 @@ def test_tensorboard_shows_one_curve_over_a_resume(run: RunDir) -> None:
     assert events == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, -5.0)]
 
 
+def test_an_event_file_of_this_second_is_waited_for(run: RunDir) -> None:
+    run.tensorboard.mkdir()
+    second = int(time.time()) + 1
+    (run.tensorboard / f"events.out.tfevents.{second}.other.1.0").write_bytes(b"")
+    open_logs(run, tensorboard=True).__exit__(None, None, None)
+    assert max(int(path.name.split(".")[3]) for path in run.tensorboard.iterdir()) > second
+
+
 def test_an_event_file_from_the_future_is_waited_for_only_a_little(run: RunDir) -> None:
     run.tensorboard.mkdir()
     started_s = time.monotonic()

@@ -276,10 +276,11 @@ def test_a_reused_pid_another_boot_and_another_host() -> None:
 
 
 def test_a_process_is_recognised_by_another_process_and_whatever_its_name(tmp_path: Path) -> None:
-    name = tmp_path / "a) R (0 b"  # the kernel shows it in parentheses before the fields that are read
+    name = tmp_path / "a) Z (0 b"  # the kernel shows it in parentheses before the fields that are read
     name.symlink_to("/bin/sleep")
     process = subprocess.Popen([name, "60"])
     try:
+        assert ProcessId.of(process.pid).start_ticks >= ProcessId.mine().start_ticks  # it is younger
         recorded = json.dumps(ProcessId.of(process.pid).model_dump())
         ask = "import sys; from vitpa.rundir import ProcessId; print(ProcessId.model_validate_json(sys.argv[1]).alive())"
         other = start(ask, recorded)

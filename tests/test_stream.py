@@ -370,3 +370,24 @@ def test_leaving_the_loop_early_leaves_no_thread(train: Beton, val: Beton) -> No
     for _ in stream(train).train_batches(batches, 0):
         break
     assert not decoders()
+
+
+def test_leaving_the_loop_early_decodes_nothing_more(train: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Beton.read_image
+    asked: list[int] = []
+    left = threading.Event()
+
+    def blocked_at_second(self: Beton, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        asked.append(index)
+        if index == 1:
+            assert left.wait(10)
+        return read(self, index, out)
+
+    monkeypatch.setattr(Beton, "read_image", blocked_at_second)
+    iterator = stream(train, workers=1).train_batches(torch.arange(12).split(1), 0)
+    next(iterator)
+    timer = threading.Timer(0.2, left.set)
+    timer.start()
+    close(iterator)
+    timer.join()
+    assert asked == [0, 1]
