@@ -26,6 +26,7 @@ from jobs.bound import PARENT
 from jobs.profile import Slot
 from jobs.slots import take_slot
 from vitpa.config import (
+    CLAIMED,
     AttemptDir,
     ProcessId,
     RunDir,
@@ -165,7 +166,7 @@ class Training:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT_")}
         environment |= {
             "CUDA_VISIBLE_DEVICES": ",".join(self.slot.gpus),
-            "VITPA_ATTEMPT": str(self.attempt.path),
+            CLAIMED: str(self.attempt.path),
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }

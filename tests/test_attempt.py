@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from vitpa.attempt import CLAIMED, claimed_attempt
-from vitpa.rundir import AttemptDir, ProcessId, RunDir, RunError, read_json, write_json
+from vitpa.attempt import claimed_attempt
+from vitpa.rundir import CLAIMED, AttemptDir, ProcessId, RunDir, RunError, read_json, write_json
 
 
 @pytest.fixture
@@ -183,3 +183,13 @@ with claimed_attempt(RunDir(Path(sys.argv[1]), "0123456789abcdef"), takeover=Fal
     assert not run.attempts()[0].exit_json.exists()
     train(run)
     assert exit_of(run, 2)["state"] == "done"
+
+
+def test_a_claim_that_names_nobody_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "0" * 16)
+    assert run.claim_attempt(1, {"by": "hand"}) is not None
+    with (
+        pytest.raises(RunError, match=r"0001: does not say who holds this run; .*runtime.takeover=true"),
+        claimed_attempt(run, takeover=False),
+    ):
+        pass

@@ -298,3 +298,30 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
     torch.save(state, path)
     assert main(words) == 1
     assert "was trained on other data" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+@pytest.mark.parametrize("tensorboard", ["false", "true"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
+    digits: Path, tmp_path: Path, tensorboard: str
+) -> None:
+    root = tmp_path / "small"
+    root.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", "runtime.log_every_steps=1"]
+        words = arguments(digits, root, *options, "model.embed_dim=32", "runtime.cpu_threads=1")
+        process = start(words)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 1, output
+        assert "vitpa train: [Errno 28] No space left on device" in output
+        assert "Traceback" not in output
+        assert not config_of(words).run_dir.result_json.exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(root)], check=True)
+        result = trained(words)
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+    reference = trained(arguments(digits, tmp_path, "model.embed_dim=32", "runtime.cpu_threads=1"))
+    assert result.weights_sha256 == reference.weights_sha256

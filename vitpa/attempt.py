@@ -8,9 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vitpa.rundir import AttemptDir, ProcessId, RunDir, RunError, create_exclusive, read_json, to_json, utc_now, write_json
-
-CLAIMED = "VITPA_ATTEMPT"  # set by a launcher that has claimed the attempt, started this process and keeps the records
+from vitpa.rundir import (
+    CLAIMED,
+    AttemptDir,
+    ProcessId,
+    RunDir,
+    RunError,
+    create_exclusive,
+    read_json,
+    to_json,
+    utc_now,
+    write_json,
+)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vitpa.rundir import (
+    CLAIMED,
     AttemptDir,
     ProcessId,
     Result,
@@ -33,6 +34,7 @@ from vitpa.rundir import (
 )
 
 __all__ = [
+    "CLAIMED",
     "AttemptDir",
     "AugmentConfig",
     "ConfigError",

@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Json = Mapping[str, Any]
 
+CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
+
 
 class RunError(Exception):
     """A run directory that cannot be used as it is: one line saying what, where and how to mend it."""
@@ -89,9 +91,9 @@ def _write_temporary(path: Path, data: bytes | str) -> Path:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # a full disk leaves nothing half-written behind
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return temporary
 
 
