@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic import ValidationError
+
 from vitpa.rundir import (
     CLAIMED,
     AttemptDir,
@@ -68,7 +70,12 @@ def refuse_if_held(attempt: AttemptDir) -> None:
     if attempt.exit_json.exists():
         return
     holder = read_json(attempt.start_json) or read_json(attempt.claim_json) or {}
-    process = ProcessId.model_validate(holder["process"])
+    try:
+        process = ProcessId.model_validate(holder.get("process"))
+    except ValidationError as error:
+        raise RunError(
+            f"{attempt.path}: does not say who holds this run; if nobody does, set runtime.takeover=true"
+        ) from error
     alive = process.alive()
     if alive is False and attempt.start_json.exists():
         return
