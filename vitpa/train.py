@@ -151,7 +151,10 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
     if not epoch_steps:
         raise TrainError(f"train.global_batch_size={batch_size} is more than the {len(betons['train'])} training images")
 
-    num_classes = len(betons["train"].manifest.class_names)
+    classes = betons["train"].manifest.class_names
+    if betons["val"].manifest.class_names != classes:
+        raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
+    num_classes = len(classes)
     model = build_model(**dict(config.model), num_classes=num_classes, seed=key(config.seed, Purpose.INIT)).to(group.device)
     forward: Any = torch.compile(model, dynamic=False) if config.runtime.compile else model
     optim = config.optim
