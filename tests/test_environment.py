@@ -59,6 +59,14 @@ def test_a_commit_names_the_code_and_one_beside_the_package_does_not(checkout: P
     assert code_version() == f"g{second}" != f"g{first}"
 
 
+def test_a_recipe_is_not_code(checkout: Path, package: Path) -> None:
+    first = commit(checkout)
+    (package / "mine.yaml").write_text("dataset: digits\n")
+    assert code_version() == f"g{first}"  # the configuration is in the signature
+    commit(checkout)
+    assert code_version() == f"g{first}"
+
+
 def test_an_uncommitted_change_is_part_of_the_name(checkout: Path, package: Path) -> None:
     first = commit(checkout)
     names = {code_version()}

@@ -76,6 +76,13 @@ def test_a_half_written_last_line_is_ignored_wherever_it_was_cut(run: RunDir, le
     assert read_metrics(run.metrics_jsonl) == [{"step": 1}]
 
 
+def test_a_damaged_line_in_the_middle_is_warned_about_and_the_others_kept(run: RunDir) -> None:
+    run.metrics_jsonl.write_text('{"step": 1}\n{"st\x00\x00ep": 2}\n[3]\n{"epoch": 1}\n{"step": 5}\n')
+    with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: line [234] is damaged and left out") as warned:
+        assert read_metrics(run.metrics_jsonl) == [{"step": 1}, {"step": 5}]
+    assert len(warned) == 3
+
+
 def test_after_a_resume_the_rows_beyond_the_restored_step_are_gone(run: RunDir) -> None:
     with open_logs(run) as log:
         for step in range(1, 7):

@@ -218,7 +218,7 @@ def test_stop_file_leaves_a_checkpoint_and_no_result(digits: Path, tmp_path: Pat
     run = config_of(words).run_dir
     process = start(words)
     wait_until(lambda: rows(run) >= 5, process)
-    run.stop.write_text('{"reason": "cancel"}\n')
+    run.stop.touch()
     assert process.wait(timeout=60) == 0
     process.communicate()
     assert not run.result_json.exists()
@@ -259,8 +259,13 @@ def test_a_run_that_another_process_trains_is_refused(
     process = start(words)
     try:
         wait_until(lambda: rows(run) >= 1, process)
-        assert main(words) == 1
-        assert f"this run is being trained by process {process.pid}" in capsys.readouterr().err
+        for takeover in ("false", "true"):  # nobody's word takes a run from a process that is seen alive
+            assert main([*words, f"runtime.takeover={takeover}"]) == 1
+            assert f"this run is being trained by process {process.pid}" in capsys.readouterr().err
+        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
+        output = start(words, *launcher).communicate(timeout=60)[0]
+        assert output.count(f"this run is being trained by process {process.pid}") == 1
+        assert "DistNetworkError" not in output and "Connection closed" not in output
     finally:
         process.kill()
         process.communicate()
@@ -325,3 +330,29 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
         subprocess.run(["umount", str(root)], check=True)
     reference = trained(arguments(digits, tmp_path, "model.embed_dim=32", "runtime.cpu_threads=1"))
     assert result.weights_sha256 == reference.weights_sha256
+
+
+def test_a_checkpoint_of_another_run_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, words = arguments(digits, tmp_path, "seed=5"), arguments(digits, tmp_path)
+    trained(other)
+    run = config_of(words).run_dir
+    run.checkpoints.mkdir(parents=True)
+    newest = sorted(config_of(other).run_dir.checkpoints.iterdir())[-1]
+    (run.checkpoints / newest.name).write_bytes(newest.read_bytes())
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert f"is a checkpoint of another run ({config_of(other).signature}); remove it" in error
+
+
+def test_a_stop_that_cancels_is_recorded_as_such(digits: Path, tmp_path: Path) -> None:
+    words = arguments(digits, tmp_path, "runtime.poll_every_steps=1", "runtime.log_every_steps=1", "train.epochs=100")
+    run = config_of(words).run_dir
+    process = start(words)
+    wait_until(lambda: rows(run) >= 5, process)
+    run.stop.write_text('{"reason": "cancel"}\n')
+    assert process.wait(timeout=60) == 0
+    process.communicate()
+    exit_record = json.loads(run.attempts()[-1].exit_json.read_text())
+    assert exit_record["state"] == "cancelled"
+    environment = json.loads(run.attempts()[-1].env_json.read_text())
+    assert environment == json.loads(run.env_json.read_text())

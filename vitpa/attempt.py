@@ -37,8 +37,8 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
         yield
         return
     attempts = run.attempts()
-    if attempts and not takeover:
-        refuse_if_held(attempts[-1])
+    if attempts:
+        refuse_if_held(attempts[-1], takeover=takeover)
     me = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
     attempt = run.claim_attempt(attempts[-1].number + 1 if attempts else 1, {"by": "vitpa train", **me})
     if attempt is None:
@@ -62,28 +62,34 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     if run.result_json.exists():
         record("done", "")
     else:
-        record("interrupted", f"stopped by the file {run.stop}")
+        cancelled = "cancel" in (run.stop.read_text() if run.stop.exists() else "")
+        record("cancelled" if cancelled else "interrupted", f"stopped by the file {run.stop}")
 
 
-def refuse_if_held(attempt: AttemptDir) -> None:
-    """Raise RunError unless the attempt is known to have ended: by its record, or because its process is gone."""
+def refuse_if_held(attempt: AttemptDir, *, takeover: bool) -> None:
+    """Raise RunError unless the attempt has ended: by its record, because its process is gone, or on the user's word.
+
+    The user's word (`takeover`) counts where nobody can see better; a process seen alive is never taken over.
+    """
     if attempt.exit_json.exists():
         return
     holder = read_json(attempt.start_json) or read_json(attempt.claim_json) or {}
     try:
         process = ProcessId.model_validate(holder.get("process"))
     except ValidationError as error:
+        if takeover:
+            return
         raise RunError(
             f"{attempt.path}: does not say who holds this run; if nobody does, set runtime.takeover=true"
         ) from error
-    alive = process.alive()
-    if alive is False and attempt.start_json.exists():
-        return
+    alive, started = process.alive(), attempt.start_json.exists()
     where = f"process {process.pid} on {process.host}"
-    if not attempt.start_json.exists():
-        raise RunError(f"{attempt.path}: a sweep has queued this run ({where}); cancel it there, or set runtime.takeover=true")
-    if alive:
+    if started and alive:
         raise RunError(f"{attempt.path}: this run is being trained by {where}; wait for it, or stop that process")
+    if takeover or (started and alive is False):
+        return
+    if not started:
+        raise RunError(f"{attempt.path}: a sweep has queued this run ({where}); cancel it there, or set runtime.takeover=true")
     raise RunError(
         f"{attempt.path}: this run was started by {where}, which cannot be seen from here; "
         "if that process is gone, set runtime.takeover=true"

@@ -25,12 +25,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `vitpa` command and return its exit code: 0 ok, 1 a user's error, 2 usage, 3 no scheduler, 4 partial."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
-        from vitpa.train import main as train
+    try:
+        if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
+            from vitpa.train import main as train
 
-        return train(words[1:])
-    options = parser().parse_args(words)
-    return int(options.run(options))
+            return train(words[1:])
+        options = parser().parse_args(words)
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("vitpa: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -347,7 +347,10 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        section[last] = _parse_yaml(text, f"override {override!r}")
+        value = _parse_yaml(text, f"override {override!r}")
+        if isinstance(value, dict) or isinstance(section.get(last), dict):  # it would replace the recipe's other keys
+            raise ConfigError(f"override {override!r}: {key} is a section; give its keys one by one, as {key}.KEY=VALUE")
+        section[last] = value
     return typing.cast(dict[str, Any], result)
 
 

@@ -21,19 +21,19 @@ def code_version() -> str:
     In a git checkout `g<commit>` of the last commit that changed the package, with `+dirty.<hash of the change>` for
     uncommitted changes; elsewhere `s<hash of the sources>`.
     """
-    commit = _git("log", "-1", "--format=%h", "--abbrev=12", "--", ".")
-    if not commit:
+    commit = _git("log", "-1", "--format=%h", "--abbrev=12", "--", "*.py")  # recipes are part of the signature instead
+    changed = _git("status", "--porcelain", "--", "*.py")
+    if not commit or changed is None:
         return "s" + _sources_sha256()[:12]
-    changed = _git("status", "--porcelain", "--", ".")
     return f"g{commit}" + (f"+dirty.{_sources_sha256()[:8]}" if changed else "")
 
 
-def _git(*arguments: str) -> str:
-    """git's answer about the package's folder; empty without git or outside a checkout."""
+def _git(*arguments: str) -> str | None:
+    """git's answer about the package's folder; None without git or outside a checkout."""
     try:
         answer = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
     return answer.stdout.strip()
 
 

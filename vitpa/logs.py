@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +27,18 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line is ignored."""
+    """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
     if not path.exists():
         return []
-    *lines, _unfinished = path.read_text().split("\n")
-    return [json.loads(line) for line in lines]
+    *lines, _unfinished = path.read_text(errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=2)
+    return rows
 
 
 class Logs:

@@ -75,6 +75,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except UnicodeDecodeError as error:
         raise RunError(f"{path}: not a JSON text ({error.reason})") from error
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -185,6 +187,7 @@ class AttemptDir:
         self.number = int(path.name)
         self.claim_json = path / "claim.json"  # who may run it; there from the first moment
         self.start_json = path / "start.json"  # written by the process that runs it
+        self.env_json = path / "env.json"  # versions and hardware it ran with
         self.exit_json = path / "exit.json"  # how it ended; missing if it was killed
         self.log = path / "log.txt"  # everything the training processes print
 

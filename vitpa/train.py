@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Progress:
 
     step: int = 0
     train_time_s: float = 0.0
+    gpu_time_s: float = 0.0
     code_versions: list[str] = field(default_factory=list)
     val: dict[str, float] = field(default_factory=dict)  # the newest evaluation
 
@@ -202,6 +203,8 @@ def resume(t: Training) -> None:
     newest = t.group.from_main(newest_checkpoint(t.run) if t.group.is_main else None)
     if newest is not None:
         state = checkpoint.load(newest)
+        if state.get("signature") != t.config.signature:
+            raise RunError(f"{newest}: is a checkpoint of another run ({state.get('signature')}); remove it")
         if state["beton_sha256"] != t.beton_sha256:
             raise RunError(
                 f"{newest}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
@@ -217,7 +220,10 @@ def resume(t: Training) -> None:
         t.progress.code_versions.append(facts["code_version"])
     if t.group.is_main:
         sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
-        write_json(t.run.env_json, {**facts, **sizes, "beton_sha256": t.beton_sha256})
+        document = {**facts, **sizes, "beton_sha256": t.beton_sha256}
+        write_json(t.run.env_json, document)
+        for attempt in t.run.attempts()[-1:]:
+            write_json(attempt.env_json, document)
 
 
 def newest_checkpoint(run: RunDir) -> Path | None:
@@ -397,11 +403,15 @@ def save(t: Training) -> None:
     """Write a checkpoint of the present step."""
     stop_if_not_finite(t)  # a checkpoint of broken weights would make the run unrepairable
     window = t.group.sum(t.window.sums.clone())
-    t.progress.train_time_s = train_time_s(t)
+    new_s = train_time_s(t) - t.progress.train_time_s
+    t.progress.train_time_s += new_s
+    if t.group.device.type == "cuda":  # of this attempt's GPUs; another may have others
+        t.progress.gpu_time_s += new_s * t.group.world_size / t.config.runtime.runs_per_gpu
     if t.group.is_main:
         assert t.logs is not None
         t.logs.flush()
-        state = {"progress": vars(t.progress), "window": window, "beton_sha256": t.beton_sha256}
+        state = {"signature": t.config.signature, "beton_sha256": t.beton_sha256}
+        state |= {"progress": vars(t.progress), "window": window}
         state |= {"model": t.model.state_dict(), "optimizer": t.optimizer.state_dict()}
         checkpoint.save(t.run, t.progress.step, state)
     t.saved_s = time.monotonic()
@@ -413,7 +423,6 @@ def finish(t: Training) -> None:
     if not t.group.is_main:
         return
     config, time_s = t.config, t.progress.train_time_s
-    gpus = t.group.world_size / config.runtime.runs_per_gpu if t.group.device.type == "cuda" else 0.0
     result = Result(
         signature=config.signature,
         dataset=config.dataset,
@@ -425,7 +434,7 @@ def finish(t: Training) -> None:
         val_top5=t.progress.val["val/top5"],
         val_loss=t.progress.val["val/loss"],
         train_time_s=time_s,
-        gpu_hours=time_s * gpus / 3600,
+        gpu_hours=t.progress.gpu_time_s / 3600,
         images_per_s=t.progress.step * config.train.global_batch_size / time_s,
         attempts=max(1, len(t.run.attempts())),
         weights_sha256=checkpoint.weights_sha256(t.model.state_dict()),
@@ -458,7 +467,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if run.result() is not None:
                 print(f"{run.result_json}: the run is finished already", file=sys.stderr)
                 return 0
-            with claimed_attempt(run, takeover=config.runtime.takeover) if group.is_main else nullcontext():
+            with ExitStack() as stack:
+                refused = None
+                if group.is_main:
+                    try:
+                        stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+                    except RunError as error:
+                        refused = error
+                if group.from_main(refused is not None):  # all processes end, not only the main one
+                    if refused is not None:
+                        raise refused
+                    return 1
                 train(config, run, group)
         finally:
             distributed.leave()
