@@ -26,6 +26,8 @@ def read_photo(path: Path) -> Pixels:
         CorruptImageError: the bytes were read but are no whole image, or have no defined meaning as RGB.
         OSError: the file cannot be read.
     """
+    if path.is_symlink() and not path.exists():
+        raise CorruptImageError(f"a symbolic link to {path.readlink()}, where there is nothing")
     data = path.read_bytes()
     try:
         with warnings.catch_warnings():

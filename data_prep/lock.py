@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from data_prep.sources import PrepError
 from vitpa.data.beton import ProcessId, RunError, create_exclusive, read_json
 
 LOCK_NAME = ".prep.lock"
+GUARD_WAIT_S = 2.0  # a takeover takes milliseconds
 
 
 @contextmanager
@@ -38,9 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _remove_stale(lock: Path, mine: str) -> None:
     """Remove the lock of a dead process. Only the holder of a second lock may, or two could remove each other's."""
-    guard = lock.with_name(f"{lock.name}.takeover")
-    if not create_exclusive(guard, mine):
-        raise PrepError(f"{guard}: another process is taking over the lock; if none is running, delete this file")
+    guard = _take_guard(lock, mine)
     try:
         holder = _holder(lock)
         if holder is None:
@@ -55,6 +55,23 @@ def _remove_stale(lock: Path, mine: str) -> None:
         lock.unlink(missing_ok=True)
     finally:
         guard.unlink()
+
+
+def _take_guard(lock: Path, mine: str) -> Path:
+    """The lock on taking over: numbered files, of which the last counts. Who finds its holder dead makes the next one."""
+    deadline = time.monotonic() + GUARD_WAIT_S
+    while True:
+        found = [path.name.rpartition(".")[2] for path in lock.parent.glob(f"{lock.name}.takeover.*")]
+        last = max((int(number) for number in found if number.isdecimal()), default=0)
+        guard = lock.with_name(f"{lock.name}.takeover.{last}")
+        holder = _holder(guard) if last else None
+        if last == 0 or (holder is not None and holder.alive() is False):  # gone since we looked: look again
+            guard = lock.with_name(f"{lock.name}.takeover.{last + 1}")
+            if create_exclusive(guard, mine):
+                return guard
+        if time.monotonic() > deadline:
+            raise PrepError(f"{guard}: another process is taking over the lock; if none is running, delete this file")
+        time.sleep(0.05)
 
 
 def _holder(lock: Path) -> ProcessId | None:

@@ -245,7 +245,7 @@ def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> Folde
         if not found:
             raise PrepError(f"{folder / name}: no images in this class folder (looked for {' '.join(IMAGE_SUFFIXES)})")
         for path in found:
-            status = path.stat()
+            status = path.stat() if path.exists() else path.lstat()  # a link to nothing is reported as corrupt, with its name
             relative = str(path.relative_to(folder))
             digest.update(os.fsencode(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n"))
             paths.append(relative)

@@ -540,7 +540,7 @@ def test_default_settings() -> None:
 # ---- lock and progress
 
 
-def test_lock(tmp_path: Path) -> None:
+def test_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "digits"
     with locked(folder):
         with pytest.raises(PrepError, match=f"process {os.getpid()} is converting this data set"), locked(folder):
@@ -563,9 +563,22 @@ def test_lock(tmp_path: Path) -> None:
         assert ProcessId.model_validate_json((folder / LOCK_NAME).read_text()) == mine
     folder.mkdir()
     (folder / LOCK_NAME).write_text(json.dumps({**mine.model_dump(), "start_ticks": 1}))
-    (folder / f"{LOCK_NAME}.takeover").write_text("{}")
+    (folder / f"{LOCK_NAME}.takeover.1").write_text(mine.model_dump_json())
+    monkeypatch.setattr("data_prep.lock.GUARD_WAIT_S", 0.1)
     with pytest.raises(PrepError, match="another process is taking over the lock"), locked(folder):
         pass
+    (folder / f"{LOCK_NAME}.takeover.1").write_text(json.dumps({**mine.model_dump(), "start_ticks": 1}))  # killed in it
+    with locked(folder):
+        assert ProcessId.model_validate_json((folder / LOCK_NAME).read_text()) == mine
+
+
+def test_a_link_to_nothing_is_a_corrupt_photo(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "train" / "cats" / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+    common = ("pets", "--source", folder, "--out", tmp_path / "out")
+    assert prep(*common) == 1
+    error = capsys.readouterr().err
+    assert "1 of " in error and "train/cats/gone.jpg: a symbolic link to /nowhere/gone.jpg, where there is nothing" in error
+    assert prep(*common, "--skip-corrupt") == 0
 
 
 def test_progress_is_rare_lines_without_a_terminal(
