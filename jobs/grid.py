@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from vitpa.config import (
+    ConfigError,
     Float,
     RunConfig,
     RunDir,
+    RunError,
     Section,
     load_model,
     parse_config,
@@ -103,6 +105,18 @@ class Sweep:
         return self.config.name
 
 
+class _RecordedRun(BaseModel):
+    label: str
+    recipe: str
+    config: dict[str, Any]
+
+
+class _Recorded(BaseModel):
+    """`runs.json`, as far as it is read again."""
+
+    runs: list[_RecordedRun]
+
+
 class SweepDir:
     """All paths of a sweep: `<root>/sweeps/<name>`."""
 
@@ -116,12 +130,26 @@ class SweepDir:
         self.report = self.path / "report"
 
     def recorded(self) -> list[Run] | None:
-        """The runs of the last submission of this sweep; None before the first."""
-        document = read_json(self.runs_json)
-        if document is None:
-            return None
-        where = str(self.runs_json)
-        return [_run(entry["config"], entry["recipe"], (), f"{where}: {entry['label']}") for entry in document["runs"]]
+        """The runs of the last submission of this sweep; None before the first.
+
+        Raises:
+            SweepError: its record has been cut or edited.
+        """
+        mend = "delete it and submit again"
+        try:
+            document = read_json(self.runs_json)
+            if document is None:
+                return None
+            entries = _Recorded.model_validate(document).runs
+            return [_run(entry.config, entry.recipe, (), f"{self.runs_json}: {entry.label}") for entry in entries]
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise SweepError(f"{self.runs_json}: {field}: {first['msg']}; {mend}") from error
+        except (RunError, ConfigError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise SweepError(f"{error}; {mend}") from error
 
     def record(self, sweep: Sweep) -> None:
         """Write down what the sweep stands for, with a readable name for each of its runs."""
@@ -217,7 +245,18 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
             raise SweepError(
                 f"{path}: {label} comes up {labels.count(label)} times; name another recipe in a sweep of its own"
             )
+    _check_reference(config, {run.dataset for run in runs}, path)
     return runs
+
+
+def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> None:
+    for dataset, attentions in config.reference.items():
+        if dataset not in datasets:
+            raise SweepError(f"{path}: reference.{dataset}: no data set of the sweep; there is {', '.join(sorted(datasets))}")
+        for attention in attentions:
+            if attention not in config.attentions:
+                known = ", ".join(config.attentions)
+                raise SweepError(f"{path}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
 
 
 def _recipe_document(recipe: str) -> dict[str, Any]:

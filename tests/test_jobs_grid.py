@@ -45,6 +45,18 @@ def test_recorded_runs_are_the_resolved_ones(tmp_path: Path) -> None:
     assert (directory.by_name / "digits-content-s1").readlink() == Path("../../../runs") / sweep.runs[2].signature
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", '{"runs": [{}]}', '{"runs": [', '{"runs": [{"label": "a", "recipe": "b", "config": {}}]}']
+)
+def test_a_damaged_record_says_its_mend(tmp_path: Path, text: str) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    directory = SweepDir(tmp_path, "small")
+    directory.record(sweep)
+    directory.runs_json.write_text(text)
+    with pytest.raises(SweepError, match=r"runs\.json.*; delete it and submit again$"):
+        directory.recorded()
+
+
 def test_drift(tmp_path: Path) -> None:
     before = make_sweep(tmp_path, seeds=1)
     assert Drift.between(before, before.runs).describe() == ""
@@ -69,6 +81,11 @@ def write(tmp_path: Path, **changes: object) -> str:
         ({"recipes": ["cifr10"]}, "recipe 'cifr10': neither a shipped one (.*cifar10"),
         ({"recipes": ["digits", "recipe.yaml"]}, "digits-content-s0 comes up 2 times"),
         ({"seeds": [1, 1]}, "digits-content-s1 comes up 2 times"),
+        ({"reference": {"cifar10": {}}}, "reference.cifar10: no data set of the sweep; there is digits"),
+        (
+            {"attentions": ["content"], "reference": {"digits": {"positional": {"val_top1": 0.5, "source": "us"}}}},
+            "reference.digits.positional: no attention of the sweep; there is content",
+        ),
         ({"overrides": {"seed": 3}}, "overrides.seed is not for the overrides"),
     ],
 )
