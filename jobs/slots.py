@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from jobs.profile import Slot
-from vitpa.config import ProcessId, create_exclusive, read_json, to_json, utc_now
+from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 POLL_S = 1.0
 
@@ -40,14 +42,23 @@ def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot
     return None
 
 
+def _held(record: Path) -> bool:
+    """Whether the holder may be alive. A record that does not name one, damaged or edited, holds nothing."""
+    try:
+        holder = ProcessId.model_validate((read_json(record) or {}).get("process"))
+    except RunError as error:
+        return isinstance(error.__cause__, OSError)  # it cannot be read at the moment: not known to be free
+    except ValidationError:
+        return False
+    return holder.alive() is not False
+
+
 def _take_unit(root: Path, unit: str) -> bool:
     directory = root / "slots" / socket.gethostname() / unit
     directory.mkdir(parents=True, exist_ok=True)
-    numbers = sorted(int(path.stem) for path in directory.glob("[0-9]*.json"))
+    numbers = sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
     last = numbers[-1] if numbers else 0
-    if last:
-        holder = read_json(directory / f"{last:06d}.json") or {}
-        if ProcessId.model_validate(holder["process"]).alive() is not False:
-            return False
+    if last and _held(directory / f"{last:06d}.json"):
+        return False
     record = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
     return create_exclusive(directory / f"{last + 1:06d}.json", to_json(record))

@@ -6,6 +6,8 @@ import multiprocessing
 import socket
 from pathlib import Path
 
+import pytest
+
 from jobs.profile import Slot
 from jobs.slots import take_slot
 from vitpa.config import ProcessId, write_json
@@ -38,6 +40,13 @@ def test_the_slot_of_a_dead_holder_is_free(tmp_path: Path) -> None:
     occupy(tmp_path, "cpu0", DEAD)
     assert take_slot(tmp_path, slots(["cpu0"]), lambda: True) is not None
     assert (records(tmp_path, "cpu0") / "000002.json").is_file()
+
+
+@pytest.mark.parametrize("record", ["{}", '{"process": 1', '{"process": {}}'])
+def test_a_damaged_record_holds_nothing(tmp_path: Path, record: str) -> None:
+    records(tmp_path, "cpu0").mkdir(parents=True)
+    (records(tmp_path, "cpu0") / "000001.json").write_text(record)
+    assert take_slot(tmp_path, slots(["cpu0"]), lambda: True) is not None
 
 
 def test_several_units_are_taken_together(tmp_path: Path) -> None:
