@@ -3,6 +3,8 @@
 When the parent dies, even by kill -9, the kernel kills PROGRAM: no training goes on unsupervised. torchrun does not do that
 for its processes, so they are started through this, too. SIGUSR1 and SIGUSR2, which SLURM sends to every process of a step,
 are ignored from here on; the training is told to stop by a file.
+
+Also the environment in which every child process is started (`child_environment`).
 """
 
 from __future__ import annotations
@@ -11,9 +13,20 @@ import ctypes
 import os
 import signal
 import sys
+import sysconfig
+from pathlib import Path
 
 PARENT = "VITPA_PARENT"  # pid of the process that is to be outlived by nobody
 PR_SET_PDEATHSIG = 1  # prctl(2); kept across exec
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which children import the code that runs here and nothing from their current folder."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    here = str(Path(__file__).resolve().parent.parent)
+    if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # a checkout
+        paths = [here, *(path for path in paths if path != here)]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def main(command: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ VERBS = {
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
     "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
 }
-EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 4 partial (some runs failed or are missing)
+EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 4 partial (some runs failed or are missing),
+130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and submit
 
 example: """
 
@@ -62,7 +64,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     starts = verb in ("submit", "retry")
-    parser.add_argument("sweep", metavar="SWEEP", help="a shipped sweep (demo, paper_small, paper_imagenet) or a YAML file")
+    shipped = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "sweeps").glob("*.yaml")))
+    parser.add_argument("sweep", metavar="SWEEP", help=f"a shipped sweep ({shipped}) or a YAML file")
     settings = "; runtime.KEY=VALUE sets what does not change the numbers" if starts else ""
     parser.add_argument("terms", metavar="KEY=VALUE", nargs="*", help=FILTER_HELP + settings)
     parser.add_argument("--root", default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
@@ -75,7 +78,7 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
     if starts or verb == "cancel":
         parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
-    if verb in ("plan", "status", "collect"):
+    if verb in ("plan", "collect"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
         parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
@@ -86,15 +89,23 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "cancel":
         parser.add_argument("--now", action="store_true", help="kill instead of letting a checkpoint be written")
     if verb == "status":
-        parser.add_argument("--watch", action="store_true", help="keep showing until nothing is in progress (Ctrl-C to leave)")
+        output = parser.add_mutually_exclusive_group()
+        output.add_argument("--json", action="store_true", help="print JSON")
+        output.add_argument("--watch", action="store_true", help="keep showing until nothing is in progress (Ctrl-C to leave)")
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
         parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
-        parser.add_argument("--lines", type=int, default=15, help="lines of each log (default: 15)")
+        parser.add_argument("--lines", type=_positive, default=15, help="lines of each log (default: 15)")
     if verb == "collect":
         parser.add_argument(
             "--allow-mixed", action="store_true", help="average over different code or data, and mark the table"
         )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:

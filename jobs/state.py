@@ -28,6 +28,9 @@ SUBMITTABLE = frozenset({"missing", "lost", "interrupted", "uncertain"})  # what
 RETRYABLE = frozenset({"failed", "cancelled", "broken"})  # what only `retry` takes
 
 
+_MEND = "it was edited by hand: restore it, or start the run again with `vitpa sweep retry`"
+
+
 @dataclass(frozen=True)
 class RunState:
     """What is known of a run at one moment."""
@@ -117,14 +120,21 @@ class Survey:
             return RunState(run, "pending", attempt=attempt)
         if None in answers:
             return RunState(run, "pending", _where(claimer, None), attempt, unseen=True)
-        return RunState(run, "uncertain", "claimed, but nobody is left to start it", attempt)
+        reason = "claimed, but nobody is left to start it"
+        if "submission" in claim:
+            submission = self._root / str(claim["submission"])
+            reason += f"; see {submission}/{'launch.log' if jobs is None else 'submitit/*.err'}"
+        return RunState(run, "uncertain", reason, attempt)
 
     def _jobs_of(self, submission: str) -> list[ProcessId] | None:
         """The processes that work through a submission; None as long as it has no receipt."""
         if submission not in self._jobs:
             path = self._root / submission / "receipt.json"
             receipt = read_json(path)
-            self._jobs[submission] = None if receipt is None else [_process(job, path) for job in receipt["jobs"]]
+            jobs = [] if receipt is None else receipt.get("jobs")
+            if not isinstance(jobs, list):
+                raise RunError(f"{path}: no list `jobs` in it; {_MEND}")
+            self._jobs[submission] = None if receipt is None else [_process(job, path) for job in jobs]
         return self._jobs[submission]
 
     def _is_alive(self, process: ProcessId) -> bool | None:
@@ -157,8 +167,8 @@ def _result(directory: RunDir) -> Result | RunError | None:
 def _process(document: dict[str, Any], path: Path) -> ProcessId:
     try:
         return ProcessId.model_validate(document["process"])
-    except (KeyError, ValidationError) as error:
-        raise RunError(f"{path}: no usable `process` in it; it was edited by hand") from error
+    except (KeyError, TypeError, ValidationError) as error:
+        raise RunError(f"{path}: no usable `process` in it; {_MEND}") from error
 
 
 def _where(process: ProcessId, alive: bool | None) -> str:

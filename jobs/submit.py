@@ -19,17 +19,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.bound import child_environment
 from jobs.grid import Run, SweepDir, SweepError
 from jobs.profile import Profile, Slot, slots_of, threads_per_process
 from jobs.state import RunState, withdraw
 from jobs.worker import BOUND
 from vitpa.config import (
     AttemptDir,
+    ConfigError,
     ProcessId,
     RunConfig,
     RunDir,
@@ -117,14 +119,18 @@ def _check_data(configs: list[RunConfig]) -> None:
                 raise SweepError(f"{path}: no such file; run `vitpa prep {dataset}` first, or say where it is with --data-dir")
 
 
-def submit(sweep: str, order: Order, profile: Profile, root: Path) -> list[AttemptDir]:
-    """Claim the runs of `order` for the sweep of that name and start jobs for them; the attempts that are ours.
+def submit(sweep: str, order: Order, profile: Profile, root: Path) -> tuple[list[AttemptDir], list[str]]:
+    """Claim the runs of `order` for the sweep of that name and start jobs for them.
+
+    Returns:
+        The attempts that are ours, and a line for each run whose directory cannot be used.
 
     Raises:
         SweepError: the jobs could not be started; the claims are taken up by the next submission.
-        ConfigError: the directory of a run holds another experiment; nothing has been claimed then.
     """
-    directories = [record_config(config) for config in order.configs]
+    order, directories, refused = _record_configs(order)
+    if not directories:
+        return [], refused
     token = secrets.token_hex(4)
     submission = SubmissionDir(SweepDir(root, sweep).submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
     submission.path.mkdir(parents=True)
@@ -146,7 +152,21 @@ def submit(sweep: str, order: Order, profile: Profile, root: Path) -> list[Attem
         _start_jobs(submission, root, min(len(order.slots), len(claimed)))
     else:
         create_exclusive(submission.receipt_json, to_json({"jobs": [], "utc": utc_now()}))
-    return claimed
+    return claimed, refused
+
+
+def _record_configs(order: Order) -> tuple[Order, list[RunDir], list[str]]:
+    """Make the directories of the runs; what is left of `order`, its directories, and a line for each run left out."""
+    kept, directories, refused = [], [], []
+    for state, config in zip(order.chosen, order.configs, strict=True):
+        try:
+            directories.append(record_config(config))
+            kept.append((state, config))
+        except ConfigError as error:
+            mend = "restore it, or move the run's directory away"
+            refused.append(f"{state.run.label}: {error}" + ("" if mend in str(error) else f"; {mend}"))
+    chosen, configs = [state for state, _ in kept], [config for _, config in kept]
+    return replace(order, chosen=chosen, configs=configs), directories, refused
 
 
 def _intent(sweep: str, order: Order, profile: Profile, token: str) -> dict[str, Any]:
@@ -174,7 +194,9 @@ def _start_jobs(submission: SubmissionDir, root: Path, jobs: int) -> None:
     """Start the jobs from a helper that belongs to no terminal, and wait until it has written the receipt."""
     command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), str(jobs)]
     with submission.launch_log.open("ab") as log:
-        helper = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        helper = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=child_environment(), start_new_session=True
+        )
     code = helper.wait()
     if code != 0 or read_json(submission.receipt_json) is None:
         raise SweepError(f"the jobs could not be started (exit code {code}): see {submission.launch_log}; then submit again")

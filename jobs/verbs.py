@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +19,9 @@ from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
 from jobs.profile import load_profile
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submit import prepare, submit
-from vitpa.config import ConfigError, RunError, read_json, utc_now, write_json
+from vitpa.config import ConfigError, RunError, parse_config, read_json, utc_now, write_json
 
-OK, ERROR, PARTIAL = 0, 1, 4
+OK, ERROR, PARTIAL, INTERRUPTED = 0, 1, 4, 130
 FILTERS: dict[str, Callable[[RunState], str]] = {
     "dataset": lambda state: state.run.dataset,
     "attention": lambda state: state.run.attention,
@@ -44,8 +45,16 @@ class Context:
     @property
     def suffix(self) -> str:
         """What follows `vitpa sweep VERB` to mean this sweep again."""
-        root = "" if self.options.root == "outputs" else f" --root {self.options.root}"
-        return f"{self.options.sweep}{root}"
+        root = [] if self.options.root == "outputs" else ["--root", self.options.root]
+        return shlex.join([self.options.sweep, *root])
+
+    @property
+    def start_suffix(self) -> str:
+        """The same with the options that only the verbs that start something know, as far as they were given."""
+        profile = getattr(self.options, "profile", "local")
+        data_dir = getattr(self.options, "data_dir", None)
+        words = ([] if profile == "local" else ["--profile", profile]) + (["--data-dir", data_dir] if data_dir else [])
+        return " ".join([self.suffix, shlex.join(words)]).strip()
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""
@@ -68,22 +77,38 @@ def run_verb(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted; the same command again goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
     return ERROR
 
 
 def _context(options: argparse.Namespace) -> Context:
     root = Path(options.root).resolve()
+    if root.exists() and not root.is_dir():
+        raise SweepError(f"--root {options.root}: not a folder; name the folder of runs/ and sweeps/")
     sweep = load_sweep(options.sweep, root)
     recorded = SweepDir(root, sweep.name).recorded()
     drift = Drift.between(sweep, recorded)
-    if recorded is not None and options.verb not in ("plan", "submit"):
+    if options.verb not in ("plan", "submit"):
+        if recorded is None:
+            raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
         sweep = Sweep(sweep.config, recorded)
     filters, overrides = parse_terms(options.terms, sweep.runs)
     if overrides and options.verb not in ("submit", "retry"):
         raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
     if getattr(options, "data_dir", None):
         overrides.append(f"runtime.data_dir={json.dumps(options.data_dir)}")
+    if options.verb in ("submit", "retry"):
+        _check_settings(options, sweep.runs[0], overrides)
     return Context(options, root, sweep, drift, filters, overrides, _console())
+
+
+def _check_settings(options: argparse.Namespace, run: Run, overrides: list[str]) -> None:
+    """Refuse what is wrong on the command line also if nothing is to be started."""
+    parse_config(run.config.model_dump(mode="json"), run.label, overrides)
+    if options.data_dir and not Path(options.data_dir).is_dir():
+        raise SweepError(f"--data-dir {options.data_dir}: no such folder; `vitpa prep` makes data sets in its --out folder")
 
 
 def _console() -> Console:
@@ -200,11 +225,14 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
             context.say(f"  {state.run.label} ({state.state})")
         return OK
     directory = SweepDir(context.root, context.sweep.name)
-    if context.options.verb == "submit" or directory.recorded() is None:
+    if context.options.verb == "submit":
         directory.record(context.sweep)
     if chosen:
-        claimed = submit(context.sweep.name, order, profile, context.root)
-        faster = f"; {len(chosen) - len(claimed)} were claimed by somebody else first" if len(claimed) < len(chosen) else ""
+        claimed, refused = submit(context.sweep.name, order, profile, context.root)
+        for line in refused:
+            context.say(f"not submitted: {line}")
+        late = len(chosen) - len(claimed) - len(refused)
+        faster = f"; {late} were claimed by somebody else first" if late else ""
         context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs, {len(order.slots)} at a time{faster}")
     else:
         context.say("nothing to submit")
@@ -228,7 +256,9 @@ def _wait(context: Context, runs: list[Run]) -> list[RunState]:
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
     counts = Counter(state.state for state in states if state.state in RETRYABLE)
     for state, count in sorted(counts.items()):
-        context.say(f"{count} {state}, not touched by submit; to run again: vitpa sweep retry {context.suffix} state={state}")
+        context.say(
+            f"{count} {state}, not touched by submit; to run again: vitpa sweep retry {context.start_suffix} state={state}"
+        )
 
 
 def _say_next(context: Context) -> None:
@@ -236,7 +266,7 @@ def _say_next(context: Context) -> None:
     context.say("next:")
     context.say(f"  vitpa sweep status {context.suffix} --watch")
     context.say(f"  vitpa sweep collect {context.suffix}")
-    context.say(f"  tensorboard --logdir {folder}")
+    context.say(f"  tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 def _status(context: Context) -> int:
@@ -291,9 +321,20 @@ def _cancel(context: Context) -> int:
         assert state.attempt is not None
         request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
         write_json(state.run.directory(context.root).stop, request)
-    how = "killed" if context.options.now else "stopping at their next step, with a checkpoint"
-    context.say(f"{withdrawn} cancelled before they started, {len(running)} {how}")
+    killed = [state for state in running if context.options.now and _has_worker(state)]
+    parts = [f"{withdrawn} cancelled before they started"]
+    if killed:
+        parts.append(f"{len(killed)} killed")
+    if len(killed) < len(running) or not killed:
+        parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
+    context.say(", ".join(parts))
     return OK
+
+
+def _has_worker(state: RunState) -> bool:
+    """Whether a worker of a submission holds the run, and so can kill its training; `vitpa train` only stops by itself."""
+    assert state.attempt is not None
+    return "submission" in (read_json(state.attempt.claim_json) or {})
 
 
 def _collect(context: Context) -> int:

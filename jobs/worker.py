@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs.bound import PARENT
+from jobs.bound import PARENT, child_environment
 from jobs.profile import Slot
 from jobs.slots import take_slot
 from vitpa.config import (
@@ -93,8 +93,11 @@ def waiting_claims(root: Path, intent: dict[str, Any]) -> Iterator[tuple[RunDir,
         attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
         if attempt.start_json.exists():
             continue
-        claim = read_json(attempt.claim_json)
-        if claim is not None and claim["token"] == intent["token"]:
+        try:
+            claim = read_json(attempt.claim_json)
+        except RunError:
+            continue  # `status` shows it as broken; the others go on
+        if claim is not None and claim.get("token") == intent["token"] and isinstance(claim.get("runtime"), dict):
             yield run, attempt, claim
 
 
@@ -163,7 +166,7 @@ class Training:
         recorded = load_config(self.run.config_yaml).runtime.model_dump(mode="json")
         changed = {key: value for key, value in self.claim["runtime"].items() if recorded.get(key) != value}
         overrides = [f"runtime.{key}={json.dumps(value)}" for key, value in changed.items()]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("SUBMITIT_")}
+        environment = {key: value for key, value in child_environment().items() if not key.startswith("SUBMITIT_")}
         environment |= {
             "CUDA_VISIBLE_DEVICES": ",".join(self.slot.gpus),
             CLAIMED: str(self.attempt.path),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.grid import Sweep, SweepDir
+from jobs.profile import Profile
 from jobs.state import Survey
+from jobs.submit import prepare, submit
 from tests.jobs_sweeps import (
+    STAND_IN,
     assert_no_process_left,
     exits,
     finished_trainings,
@@ -92,6 +97,30 @@ def test_two_sweeps_share_runs_and_slots(tmp_path: Path) -> None:
     assert_each_done_once(tmp_path, large)
 
 
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    (tmp_path / "jobs.py").write_text("raise SystemExit('not me')")
+    monkeypatch.chdir(tmp_path)
+    states = Survey(tmp_path).states(sweep.runs)
+    profile = Profile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
+    order = replace(prepare(states, profile, tmp_path, []), train_command=STAND_IN)
+    assert submit("small", order, profile, tmp_path)[1] == []
+    assert_each_done_once(tmp_path, sweep)
+
+
+def test_a_bad_run_directory_stops_only_its_own_run(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    bad = sweep.runs[0].directory(tmp_path)
+    bad.path.mkdir(parents=True)
+    bad.config_yaml.write_text("dataset: [")
+    done = launch(tmp_path, SLOTS, "submit", "--wait")
+    assert done.returncode == 4, done.stderr
+    assert "not submitted: digits-content-s0: " in done.stdout
+    assert "restore it, or move the run's directory away" in done.stdout
+    assert "submitted 1 of 2 runs" in done.stdout
+    assert [state.state for state in Survey(tmp_path).states(sweep.runs)] == ["missing", "done"]
+
+
 def test_submit_again_does_nothing(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=1)
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 0
@@ -152,10 +181,9 @@ def test_worker_told_to_stop(tmp_path: Path) -> None:
     assert start is not None
     os.kill(start["process"]["pid"], signal.SIGTERM)
     states = settle(tmp_path, sweep)
-    assert [(state.state, state.reason) for state in states] == [
-        ("interrupted", "signal SIGTERM"),
-        ("uncertain", "claimed, but nobody is left to start it"),
-    ]
+    assert [state.state for state in states] == ["interrupted", "uncertain"]
+    assert states[0].reason == "signal SIGTERM"
+    assert re.fullmatch(r"claimed, but nobody is left to start it; see /.*/submissions/.*/submitit/\*\.err", states[1].reason)
     assert not first.stop.exists()
     assert launch(tmp_path, 1, "submit", "--wait").returncode == 0
     assert "resumes at" in first.attempts()[1].log.read_text()
@@ -169,7 +197,7 @@ def test_cancel_and_retry(tmp_path: Path) -> None:
     wait_for(first.metrics_jsonl.is_file)
     dry = launch(tmp_path, 1, "cancel", "--dry-run")
     assert "would cancel digits-content-s0 (running)" in dry.stdout
-    assert "3 cancelled before they started, 1 stopping" in launch(tmp_path, 1, "cancel").stdout
+    assert "3 cancelled before they started, 1 asked to stop" in launch(tmp_path, 1, "cancel").stdout
     states = settle(tmp_path, sweep)
     assert [state.state for state in states] == ["cancelled"] * 4
     alone = launch(tmp_path, 1)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from jobs.command import VERBS
-from jobs.grid import SweepDir
+from jobs.grid import SweepDir, shipped_sweeps
 from tests.jobs_sweeps import make_sweep, write_result
 from vitpa.cli import main
+from vitpa.config import ProcessId, write_json
 
 
 class Shell:
@@ -31,8 +32,10 @@ class Shell:
 
 @pytest.fixture
 def sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
-    """2 x 2 runs, of which digits-content-s0 is done and digits-content-s1 is broken."""
-    runs = make_sweep(tmp_path, seeds=2).runs
+    """2 x 2 runs, submitted once, of which digits-content-s0 is done and digits-content-s1 is broken."""
+    small = make_sweep(tmp_path, seeds=2)
+    SweepDir(tmp_path, "small").record(small)
+    runs = small.runs
     write_result(tmp_path, runs[0], val_top1=0.75)
     write_result(tmp_path, runs[2], val_top1=float("nan"))
     return Shell(tmp_path, capsys)
@@ -90,6 +93,11 @@ def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
         ("submit optim.lr=1", "whatever changes the numbers belongs into the sweep's YAML file"),
         ("status runtime.compile=true", "runtime settings are for submit and retry"),
         ("submit runtime.compil=true --data-dir data", "unknown key runtime.compil; did you mean runtime.compile?"),
+        ("submit state=done runtime.foo=1", "unknown key runtime.foo"),
+        ("submit state=done --data-dir /nope", "--data-dir /nope: no such folder"),
+        ("status --root nowhere", "sweep small was never submitted under "),
+        ("collect --root nowhere", "submit it, or say with --root where it is"),
+        ("status --root ../small.yaml", "--root ../small.yaml: not a folder"),
         ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (local"),
         ("submit", "run `vitpa prep digits` first, or say where it is with --data-dir"),
     ],
@@ -103,9 +111,10 @@ def test_errors_are_one_line(sweep: Shell, line: str, message: str, monkeypatch:
     assert text.count("\n") == 1
 
 
-def test_usage_errors(sweep: Shell) -> None:
+@pytest.mark.parametrize("line", ["status", "status x --watch --json", "logs x --lines -3"])
+def test_usage_errors(line: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["sweep", "status"])
+        main(["sweep", *line.split()])
     assert stopped.value.code == 2
 
 
@@ -155,8 +164,53 @@ def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
     assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
 
 
+def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/root/table.md")
+
+    monkeypatch.setattr("jobs.verbs.write_report", full)
+    assert sweep("collect") == (1, "error: /root/table.md: No space left on device\n")
+
+
+def test_interrupted_by_ctrl_c(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.verbs.write_report", interrupt)
+    assert sweep("collect")[0] == 130
+
+
+def test_what_to_type_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell = Shell(tmp_path / "a b", capsys)
+    runs = make_sweep(shell.root, seeds=1).runs
+    write_result(shell.root, runs[0])
+    write_result(shell.root, runs[1], val_top1=float("nan"))
+    _, text = shell(f"submit --data-dir '{shell.root}/data'")
+    (retry,) = [line.partition("to run again: ")[2] for line in text.splitlines() if "to run again: " in line]
+    assert shlex.split(retry)[5:] == [str(shell.root), "--data-dir", f"{shell.root}/data", "state=broken"]
+    assert shlex.split(text.splitlines()[-1]) == ["tensorboard", "--logdir", str(shell.root / "sweeps" / "small")]
+
+
+def test_cancel_now_of_a_training_without_a_worker(sweep: Shell) -> None:
+    run = make_sweep(sweep.root, seeds=2).runs[1].directory(sweep.root)
+    me = {"process": ProcessId.mine().model_dump()}
+    attempt = run.claim_attempt(1, me)
+    assert attempt is not None
+    write_json(attempt.start_json, me)
+    _, text = sweep("cancel --now")
+    assert "1 asked to stop" in text
+    assert "killed" not in text
+
+
+def test_help_names_every_shipped_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "plan", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in shipped_sweeps())
+
+
 def test_nothing_to_cancel_or_retry(sweep: Shell) -> None:
-    assert "0 cancelled before they started, 0 stopping" in sweep("cancel")[1]
+    assert "0 cancelled before they started, 0 asked to stop" in sweep("cancel")[1]
     code, text = sweep("retry state=failed")
     assert code == 0
     assert "nothing to retry" in text
