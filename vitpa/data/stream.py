@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -53,20 +54,22 @@ class StreamedImages:
         Raises:
             BetonError: an image cannot be decoded.
         """
-        for samples, images in self._decoded(indices, lambda index: self._train_image(index, epoch)):
-            yield self._finish(self._augmented(images, samples, epoch)), self._labels(samples)
+        with closing(self._decoded(indices, lambda index: self._train_image(index, epoch))) as decoded:
+            for samples, images in decoded:
+                yield self._finish(self._augmented(images, samples, epoch)), self._labels(samples)
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
         """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
-        _, images = next(self._decoded([samples], lambda index: self._train_image(index, epoch)))
-        return self._augmented(images, samples, epoch)
+        with closing(self._decoded([samples], lambda index: self._train_image(index, epoch))) as decoded:
+            return self._augmented(next(decoded)[1], samples, epoch)
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same without augmentation; index -1 gives a black image with the label -1."""
-        for samples, images in self._decoded(indices, self._eval_image):
-            yield self._finish(images), torch.where(samples.to(self.device) < 0, -1, self._labels(samples.clamp(min=0)))
+        with closing(self._decoded(indices, self._eval_image)) as decoded:  # Python 3.12 leaves it open otherwise
+            for samples, images in decoded:
+                yield self._finish(images), torch.where(samples.to(self.device) < 0, -1, self._labels(samples.clamp(min=0)))
 
-    def _decoded(self, indices: Iterable[Tensor], decode: Decode) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(self, indices: Iterable[Tensor], decode: Decode) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Sample indices and decoded images (B, 3, H, W) uint8 on the device, in order, BATCHES_AHEAD batches ahead."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[tuple[Tensor, np.ndarray, list[Future[None]]]] = deque()
