@@ -48,7 +48,11 @@ class IntermixedParser(argparse.ArgumentParser):
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add `sweep` and its verbs to the `vitpa` command."""
-    sweep = subparsers.add_parser("sweep", help="run a grid of data sets x attentions x seeds, and collect the table")
+    sweep = subparsers.add_parser(
+        "sweep",
+        help="run a grid of data sets x attentions x seeds, and collect the table",
+        epilog="example: vitpa sweep submit demo --wait",
+    )
     verbs = sweep.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=IntermixedParser)
     for verb, (text, example) in VERBS.items():
         parser = verbs.add_parser(

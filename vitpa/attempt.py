@@ -62,8 +62,15 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     if run.result_json.exists():
         record("done", "")
     else:
-        cancelled = "cancel" in (run.stop.read_text() if run.stop.exists() else "")
-        record("cancelled" if cancelled else "interrupted", f"stopped by the file {run.stop}")
+        record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+
+
+def was_cancelled(run: RunDir) -> bool:
+    """Whether the file `stop` says that the run is no longer wanted."""
+    try:
+        return (read_json(run.stop) or {}).get("reason") == "cancel"
+    except RunError:
+        return False  # made by hand, with `touch`
 
 
 def refuse_if_held(attempt: AttemptDir, *, takeover: bool) -> None:

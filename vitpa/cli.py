@@ -13,7 +13,9 @@ import jobs.command
 def parser() -> argparse.ArgumentParser:
     """The command line: every command, its options and its help."""
     top = argparse.ArgumentParser(
-        prog="vitpa", description="Vanilla against positional attention, from raw data to the table of results."
+        prog="vitpa",
+        description="Vanilla against positional attention, from raw data to the table of results.",
+        epilog="example: vitpa prep digits && vitpa sweep submit demo --wait && vitpa sweep collect demo",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_prep.command.add_parser(commands)
