@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-import vitpa.environment
-from vitpa.environment import code_version, environment
+from vitpa import code_version as module
+from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa.environment import environment
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -33,7 +36,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package = tmp_path / "checkout" / "package"
     package.mkdir(parents=True)
     (package / "train.py").write_text("one = 1\n")
-    monkeypatch.setattr(vitpa.environment, "PACKAGE", package)
+    monkeypatch.setattr(module, "PACKAGE", package)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         monkeypatch.delenv(name, raising=False)
@@ -111,6 +114,30 @@ def test_without_git_installed_the_sources_name_the_code(
     commit(checkout)
     monkeypatch.setenv("PATH", str(package))
     assert re.fullmatch(r"s[0-9a-f]{12}", code_version())
+
+
+def test_a_copy_is_called_as_the_checkout_it_was_made_from_as_long_as_it_is_unchanged(
+    checkout: Path, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(checkout)
+    (package / "train.py").write_text("one = 2\n")  # uncommitted
+    record, name, state = code_record(), code_version(), module.git_state()
+    copy = tmp_path / "copy"
+    shutil.copytree(package, copy)
+    (copy / CODE_VERSION_JSON).write_text(json.dumps(record))
+    monkeypatch.setattr(module, "PACKAGE", copy)
+    assert (code_version(), module.git_state(), code_record()) == (name, state, record)
+    assert state == (git(checkout, "rev-parse", "HEAD"), True)
+    (copy / "train.py").write_text("one = 3\n")
+    assert re.fullmatch(r"s[0-9a-f]{12}", code_version())
+    assert module.git_state() == (None, False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"code_version": "g1"'])
+def test_an_unusable_record_beside_the_sources_is_not_believed(package: Path, text: str) -> None:
+    before = code_version()
+    (package / CODE_VERSION_JSON).write_text(text)
+    assert code_version() == before
 
 
 def test_the_environment_of_this_process() -> None:

@@ -1,7 +1,8 @@
 """What a run is: its typed configuration, how that is read, and the signature that names it.
 
 defaults < YAML file < `a.b=value` overrides, all through one checked path. `runtime` is the one section that must not
-change the numbers; it stays out of the signature. Also the door through which `jobs` reaches the run directory.
+change the numbers; it stays out of the signature. Also the door through which `jobs` reaches the run directory and the
+name of the code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
 from vitpa.rundir import (
     CLAIMED,
     AttemptDir,
@@ -35,6 +37,7 @@ from vitpa.rundir import (
 
 __all__ = [
     "CLAIMED",
+    "CODE_VERSION_JSON",
     "AttemptDir",
     "AugmentConfig",
     "ConfigError",
@@ -49,11 +52,14 @@ __all__ = [
     "RuntimeConfig",
     "Section",
     "TrainConfig",
+    "code_record",
+    "code_version",
     "create_exclusive",
     "keys_help",
     "load_config",
     "load_model",
     "parse_config",
+    "parse_model",
     "read_json",
     "read_yaml",
     "record_config",
@@ -258,7 +264,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run configuration from a document in memory; `where` names its origin in error messages."""
-    return _validate(RunConfig, apply_overrides(document, overrides), where)
+    return parse_model(RunConfig, apply_overrides(document, overrides), where)
 
 
 def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ()) -> SectionT:
@@ -267,7 +273,7 @@ def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ())
     Raises:
         ConfigError: as for `load_config`.
     """
-    return _validate(model, apply_overrides(read_yaml(path), overrides), str(path))
+    return parse_model(model, apply_overrides(read_yaml(path), overrides), str(path))
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -354,7 +360,12 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     return typing.cast(dict[str, Any], result)
 
 
-def _validate(model: type[SectionT], document: Mapping[str, Any], where: str) -> SectionT:
+def parse_model(model: type[SectionT], document: Mapping[str, Any], where: str) -> SectionT:
+    """Check a document in memory against any pydantic model of ours; `where` names its origin in error messages.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
     try:
         # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
         return model.model_validate_json(json.dumps(document))
