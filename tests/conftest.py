@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from data_prep.prep import Options, prepare
+from tests.cluster import cluster
+
+__all__ = ["cluster", "digits", "photos"]
 
 
 def quiet(_line: str) -> None:

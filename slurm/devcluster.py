@@ -1,0 +1,364 @@
+"""A real SLURM on this machine, in one private folder, for rehearsals and tests; nothing of it is left afterwards.
+
+`DevCluster` starts and stops one and gives it orders; with `with` its life is bound to this process's. The daemons belong to
+`slurm.devcluster_supervisor`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import json
+import os
+import pwd
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from slurm import devcluster_processes as processes
+from slurm.devcluster_config import RUN_TIME_FOLDERS, SOCKET_PATH_LIMIT, Layout, Settings
+
+PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core"
+PROGRAMS = (
+    *("munged", "mariadbd", "mariadb-install-db", "my_print_defaults", "slurmdbd", "slurmctld", "slurmd"),
+    *("sinfo", "squeue", "scancel", "scontrol", "sacctmgr", "sacct", "sbatch", "srun"),
+)
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # where daemons are; not in an ordinary user's PATH
+STOP_TIMEOUT_S = 60
+CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SACCT|SCANCEL)_")
+
+
+class DevClusterError(Exception):
+    """What is wrong with a cluster, where, and how to mend it."""
+
+
+class AlreadyRunningError(DevClusterError):
+    """There is a cluster in this folder."""
+
+
+def default_root() -> Path:
+    """A folder with a short path on a local disk, the same from every folder and shell."""
+    return Path(f"/tmp/vitpa-devcluster-{os.geteuid()}")
+
+
+def client_environment(root: Path) -> dict[str, str]:
+    """This process's environment with the cluster in `root` as its SLURM, free of what another one or a job has set."""
+    kept = {key: value for key, value in os.environ.items() if not CLIENT_VARIABLES.match(key)}
+    return {**kept, "SLURM_CONF": str(Layout(root).slurm_conf), "PATH": _path()}
+
+
+def _path() -> str:
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    return os.pathsep.join([*folders, *(folder for folder in SYSTEM_FOLDERS if folder not in folders)])
+
+
+class DevCluster:
+    """A cluster in the folder `root`, of `nodes` nodes with `gpus` pretended GPUs each.
+
+    Names of the nodes are loopback addresses. Partitions: `main` (the default) and `low`, whose jobs are requeued when one
+    of `main` needs their place.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        nodes: int = 4,
+        gpus: int = 2,
+        cpus: int = 8,
+        max_array_size: int = 1001,
+        keep_logs: bool = False,
+    ) -> None:
+        self.root = root.absolute()
+        self.layout = Layout(self.root)
+        self.settings = Settings(nodes, gpus, cpus, max_array_size, keep_logs)
+        self.start_time_s = 0.0
+        self._supervisor: subprocess.Popen[str] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the clients of this cluster: sbatch, squeue, submitit."""
+        return client_environment(self.root)
+
+    @property
+    def node_names(self) -> list[str]:
+        """127.0.0.1, 127.0.0.2, ..."""
+        return self.settings.node_names
+
+    @property
+    def guardian_pid(self) -> int:
+        """The process whose descendants are the whole cluster."""
+        assert self._supervisor, "the cluster is not started"
+        return self._supervisor.pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and wait until jobs can be submitted. What an earlier, killed cluster left here goes first.
+
+        Raises:
+            AlreadyRunningError: there is one.
+            DevClusterError: something is missing, or a daemon ended.
+        """
+        begin = time.monotonic()
+        check_programs()
+        check_user()
+        check_host_name(host_name())
+        check_root(self.root, self.settings)
+        lock = claim(self.root)
+        try:
+            remove_remains(self.root)
+            (self.root / "log").mkdir(mode=0o700)
+            with self.layout.output("supervisor").open("wb") as output:
+                self._supervisor = subprocess.Popen(
+                    [sys.executable, "-m", "slurm.devcluster_supervisor", str(self.root), self.settings.to_json(), str(lock)],
+                    env={**self.environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=output,
+                    text=True,
+                    pass_fds=[lock],
+                    start_new_session=True,
+                )
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(self._supervisor.pid).encode(), 0)
+        finally:
+            os.close(lock)
+        try:
+            self._read_answer()
+        except BaseException:
+            self.stop()
+            raise
+        self.start_time_s = time.monotonic() - begin
+
+    def stay(self) -> None:
+        """Leave the cluster to itself: it lives on after this process, until `stop_cluster`."""
+        self._order("stay")
+        assert self._supervisor
+        self._close()
+        self._supervisor.returncode = 0  # it is not waited for
+        self._supervisor = None
+
+    def stop(self) -> None:
+        """Cancel the jobs, end everything, remove the folder. Nothing happens if it is stopped already."""
+        if self._supervisor is None:
+            return
+        self._supervisor.terminate()
+        try:
+            self._supervisor.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            processes.kill([*processes.descendants([self._supervisor.pid]), self._supervisor.pid])
+            self._supervisor.wait()
+        self._close()
+        self._supervisor = None
+
+    def kill_node(self, name: str) -> None:
+        """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
+        self._order("kill_node", name=name)
+
+    def start_node(self, name: str) -> None:
+        """Bring a node back and wait until it is in service."""
+        self._order("start_node", name=name)
+
+    def restart_controller(self) -> None:
+        """Restart slurmctld and wait until it answers; jobs run on."""
+        self._order("restart_controller")
+
+    def stop_accounting(self) -> None:
+        """End slurmdbd: sacct fails until `start_accounting`."""
+        self._order("stop_accounting")
+
+    def start_accounting(self) -> None:
+        """Start slurmdbd again."""
+        self._order("start_accounting")
+
+    def _order(self, what: str, **arguments: str) -> None:
+        assert self._supervisor and self._supervisor.stdin, "the cluster is not started"
+        if arguments.get("name", self.node_names[0]) not in self.node_names:
+            raise DevClusterError(f"no node {arguments['name']!r}; there are {', '.join(self.node_names)}")
+        with contextlib.suppress(BrokenPipeError):
+            self._supervisor.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self._supervisor.stdin.flush()
+        self._read_answer()
+
+    def _read_answer(self) -> None:
+        assert self._supervisor and self._supervisor.stdout
+        line = self._supervisor.stdout.readline()
+        if not line:
+            path, words = self.layout.last_words("supervisor")
+            raise DevClusterError(f"the cluster in {self.root} has ended; the last line of {path}: {words}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise DevClusterError(answer["error"])
+
+    def _close(self) -> None:
+        assert self._supervisor
+        for stream in (self._supervisor.stdin, self._supervisor.stdout):
+            if stream:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+# --- before the start
+
+
+def check_programs() -> None:
+    """Refuse to start without SLURM."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+    if missing:
+        raise DevClusterError(f"not installed: {', '.join(missing)}; on Debian or Ubuntu: apt-get install {PACKAGES}")
+
+
+def check_user() -> None:
+    """Refuse a user without a name."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise DevClusterError(
+            f"user {os.geteuid()} has no entry in /etc/passwd, which SLURM needs; add one (useradd --uid {os.geteuid()} NAME)"
+        ) from None
+
+
+def host_name() -> str:
+    """What SLURM calls this host."""
+    return socket.gethostname()
+
+
+def check_host_name(name: str) -> None:
+    """Refuse a host whose name is not a loopback address: SLURM listens on what the name resolves to."""
+    mend = f"add the line '127.0.0.1 {name}' to /etc/hosts, before any other with that name"
+    try:
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    except OSError as error:
+        raise DevClusterError(f"this host's name {name!r} does not resolve ({error.strerror}); {mend}") from None
+    foreign = sorted(address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_loopback)
+    if foreign:
+        raise DevClusterError(
+            f"this host's name {name!r} resolves to {', '.join(foreign)}, so SLURM would listen to the network; {mend}"
+        )
+
+
+def check_root(root: Path, settings: Settings) -> None:
+    """Refuse a path that SLURM cannot hold and sizes that make no sense."""
+    if not 1 <= settings.nodes <= 64:
+        raise DevClusterError(f"{settings.nodes} nodes: from 1 to 64 are possible")
+    if not 0 <= settings.gpus <= 16:
+        raise DevClusterError(f"{settings.gpus} GPUs per node: from 0 to 16 are possible")
+    if re.search(r"[^\w./+-]", str(root), re.ASCII):
+        raise DevClusterError(f"{str(root)!r}: SLURM cannot hold a path with other characters than A-Z a-z 0-9 . _ / + -")
+    excess = len(Layout(root).longest_socket(settings)) - SOCKET_PATH_LIMIT
+    if excess > 0:
+        raise DevClusterError(
+            f"{root}: the path is {excess} characters too long for the sockets below it; choose a folder with at most "
+            f"{len(str(root)) - excess} characters, such as {default_root()}"
+        )
+
+
+# --- the folder
+
+
+def claim(root: Path) -> int:
+    """Make the folder and lock it: a descriptor that holds the lock as long as a copy of it is open.
+
+    Raises:
+        AlreadyRunningError: a cluster, or another `start`, holds it.
+        DevClusterError: it is not ours or cannot be written.
+    """
+    lock = Layout(root).lock
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.stat().st_uid != os.geteuid():
+            raise DevClusterError(f"{root} belongs to another user; choose another folder with --dir")
+        if not lock.exists() and {path.name for path in root.iterdir()} - {"log"}:
+            raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+            if not _lock(descriptor):
+                os.close(descriptor)
+                raise AlreadyRunningError(f"a cluster runs in {root} already")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    return descriptor
+            os.close(descriptor)  # its holder removed it meanwhile
+            root.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise DevClusterError(f"{error.filename or root}: {error.strerror}; choose another folder with --dir") from None
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running(root: Path) -> bool:
+    """Whether a cluster lives in this folder."""
+    try:
+        descriptor = os.open(Layout(root).lock, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise DevClusterError(f"{error.filename}: {error.strerror}") from None
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_remains(root: Path) -> bool:
+    """End the processes and remove the files of a cluster that was killed, in a folder whose lock is ours."""
+    layout = Layout(root)
+    deadline = time.monotonic() + 10
+    remains = found = processes.remains_of(root, layout.slurm_conf)
+    while remains and time.monotonic() < deadline:
+        processes.kill(remains)
+        time.sleep(0.02)
+        remains = processes.remains_of(root, layout.slurm_conf)
+    for name in (*RUN_TIME_FOLDERS, "log"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    return bool(found)
+
+
+def stop_cluster(root: Path) -> bool:
+    """Stop the cluster in a folder, whoever started it; False if there was none. Remains of a killed one go, too."""
+    root = root.absolute()
+    layout = Layout(root)
+    if not is_running(root):
+        if not layout.lock.exists():
+            return False
+        lock = claim(root)
+        found = remove_remains(root)
+        layout.remove(keep_logs=False)
+        os.close(lock)
+        return found
+    pid = int(layout.lock.read_text() or 0)
+    command = _command_line(pid)
+    if str(root) in command and "slurm.devcluster_supervisor" in command:
+        processes.kill([pid], 15)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while is_running(root):
+        if time.monotonic() > deadline:
+            raise DevClusterError(f"the cluster in {root} did not end within {STOP_TIMEOUT_S} s; kill -9 {pid} ends all of it")
+        time.sleep(0.02)
+    return True
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []

@@ -1,0 +1,254 @@
+"""What the development cluster's folder holds: its paths, ports and configuration files.
+
+Configuration after slurm.conf(5), gres.conf(5), slurmdbd.conf(5) of SLURM 22.05. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import random
+import shutil
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RUN_TIME_FOLDERS = ("etc", "run", "db", "spool", "state", "dev")  # all that goes at the end; log goes unless it is wanted
+SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final zero; see unix(7)
+PORTS = range(20_000, 32_000)  # below Linux's ephemeral ports, which outgoing connections take
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be chosen about a cluster."""
+
+    nodes: int = 4
+    gpus: int = 2  # per node, pretended
+    cpus: int = 8  # per node, pretended
+    max_array_size: int = 1001
+    keep_logs: bool = False
+
+    @property
+    def node_names(self) -> list[str]:
+        """Loopback addresses: names that every program resolves, torchrun's rendezvous included."""
+        return [f"127.0.0.{index}" for index in range(1, self.nodes + 1)]
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a cluster, all below `root`."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """Locked as long as the cluster's supervisor lives, whose pid it holds; marks the folder as ours."""
+        return self.root / "devcluster.lock"
+
+    @property
+    def settings_json(self) -> Path:
+        """The settings of the cluster that runs here."""
+        return self.root / "etc/settings.json"
+
+    @property
+    def slurm_conf(self) -> Path:
+        """What SLURM_CONF has to name."""
+        return self.root / "etc/slurm.conf"
+
+    @property
+    def munge_socket(self) -> Path:
+        """Where munged answers."""
+        return self.root / "run/munge.sock"
+
+    @property
+    def database_socket(self) -> Path:
+        """Where mariadbd answers; it has no port."""
+        return self.root / "run/my.sock"
+
+    def log(self, name: str) -> Path:
+        """What a daemon writes itself."""
+        return self.root / "log" / f"{name}.log"
+
+    def output(self, name: str) -> Path:
+        """What a daemon prints."""
+        return self.root / "log" / f"{name}.out"
+
+    def last_words(self, name: str) -> tuple[Path, str]:
+        """The log of a daemon that has something to say, and its last line."""
+        for path in (self.log(name), self.output(name)):
+            lines = [line for line in _text(path).splitlines() if line.strip()]
+            if lines:
+                return path, lines[-1].strip()
+        return self.output(name), "(empty)"
+
+    def longest_socket(self, settings: Settings) -> str:
+        """The longest path of a unix socket: that of a job step, below slurmd's spool folder."""
+        name = settings.node_names[-1]
+        return f"{self.root}/spool/{name}/{name}_99999999.4294967295"
+
+    def remove(self, *, keep_logs: bool) -> None:
+        """Remove what the cluster has made, and the folder if nothing else is in it."""
+        for name in RUN_TIME_FOLDERS if keep_logs else (*RUN_TIME_FOLDERS, "log"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        self.lock.unlink(missing_ok=True)
+        if self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def user_name() -> str:
+    """Whose cluster this is."""
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens, at random, so that clusters started at the same time do not choose the same."""
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"fewer than {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
+
+
+def write_configuration(layout: Layout, settings: Settings) -> None:
+    """Make the folders and every configuration file, for this user and host, with free ports."""
+    for name in RUN_TIME_FOLDERS:
+        (layout.root / name).mkdir(mode=0o700)
+    for index in range(settings.gpus):
+        (layout.root / f"dev/gpu{index}").symlink_to("/dev/null")  # plain files, and one file for all, are refused
+    user = user_name()
+    controller, accounting, *nodes = free_ports(2 + settings.nodes)
+    etc = layout.root / "etc"
+    _write(etc / "munge.key", os.urandom(128))
+    _write(etc / "my.cnf", _my_cnf(layout, user).encode())
+    _write(etc / "slurmdbd.conf", _slurmdbd_conf(layout, user, accounting).encode())
+    _write(etc / "gres.conf", _gres_conf(layout, settings).encode())
+    _write(layout.slurm_conf, _slurm_conf(layout, settings, user, [controller, accounting, *nodes]).encode())
+    _write(layout.settings_json, settings.to_json().encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+def _slurm_conf(layout: Layout, settings: Settings, user: str, ports: list[int]) -> str:
+    root = layout.root
+    controller, accounting, *node_ports = ports
+    host = socket.gethostname().split(".")[0]
+    gres = f" Gres=gpu:{settings.gpus}" if settings.gpus else ""
+    nodes = "\n".join(
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={settings.cpus} RealMemory=64000{gres}"
+        for name, port in zip(settings.node_names, node_ports, strict=True)
+    )
+    return f"""# A cluster for rehearsals, all on this machine.
+ClusterName=devcluster
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd.%n.pid
+SlurmctldLogFile={layout.log("slurmctld")}
+SlurmdLogFile={layout.log("slurmd.%n")}
+MailProg=/bin/true
+
+# who is who, and who may listen where: loopback only, given a host name that resolves to loopback
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={layout.munge_socket},cred_expire=10
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+
+# processes: no cgroups, so that it runs in a container and without root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+
+# scheduling: quick, and a job of `main` preempts one of `low`
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+FirstJobId={random.randint(1000, 33_000)}
+MaxArraySize={settings.max_array_size}
+MinJobAge=3600
+KillWait=2
+OverTimeLimit=0
+SlurmctldTimeout=30
+SlurmdTimeout=10
+ReturnToService=1
+
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={accounting}
+AccountingStoragePass={layout.munge_socket}
+
+# pretended hardware
+GresTypes=gpu
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+"""
+
+
+def _gres_conf(layout: Layout, settings: Settings) -> str:
+    return "".join(f"Name=gpu File={layout.root}/dev/gpu{index}\n" for index in range(settings.gpus))
+
+
+def _slurmdbd_conf(layout: Layout, user: str, port: int) -> str:
+    return f"""AuthType=auth/munge
+AuthInfo=socket={layout.munge_socket}
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+CommunicationParameters=NoInAddrAny
+SlurmUser={user}
+LogFile={layout.log("slurmdbd")}
+PidFile={layout.root}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct_db
+"""
+
+
+def _my_cnf(layout: Layout, user: str) -> str:
+    return f"""[mysqld]
+datadir={layout.root}/db
+socket={layout.database_socket}
+pid-file={layout.root}/run/my.pid
+log-error={layout.log("mariadbd")}
+user={user}
+skip-networking
+skip-grant-tables
+skip-log-bin
+innodb_flush_log_at_trx_commit=0
+innodb_doublewrite=0
+innodb_buffer_pool_size=64M
+innodb_log_file_size=16M
+performance_schema=OFF
+"""

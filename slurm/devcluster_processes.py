@@ -1,0 +1,126 @@
+"""Processes of the development cluster: bound to their parent's life, found by descent, ended by pid.
+
+Linux only: prctl(2) and /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that none can escape: slurmstepd does otherwise."""
+    _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def bind_to_parent(parent: int, signal_number: int) -> None:
+    """Have the kernel send this process a signal when `parent`, its parent, ends."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bound_to_this_process() -> Callable[[], None]:
+    """A `preexec_fn`: the program that is started dies with this process."""
+    parent = os.getpid()
+    return lambda: bind_to_parent(parent, signal.SIGKILL)
+
+
+def descendants(roots: Iterable[int]) -> list[int]:
+    """All living processes below those of `roots`, zombies aside."""
+    children: dict[int, list[int]] = {}
+    for pid, state, parent in _processes():
+        if state != "Z":
+            children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    new = list(roots)
+    while new:
+        new = [child for pid in new for child in children.get(pid, [])]
+        found += new
+    return found
+
+
+def _processes() -> Iterable[tuple[int, str, int]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                yield int(entry.name), state, int(parent)
+
+
+def writes_below(pid: int, folder: Path) -> bool:
+    """Whether a process holds a file below `folder` open for writing; False if that is not ours to know."""
+    try:
+        links = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+    for link in links:
+        with contextlib.suppress(OSError):
+            if link.lstat().st_mode & stat.S_IWUSR and link.readlink().is_relative_to(folder):
+                return True
+    return False
+
+
+def _environment(pid: int) -> dict[str, str]:
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def reap() -> dict[int, int]:
+    """Take in the children that have ended: pid -> exit code, negative for a signal."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            ended[pid] = os.waitstatus_to_exitcode(status)
+    return ended
+
+
+def kill_descendants(timeout_s: float = 10) -> None:
+    """End everything below this process, and what it starts while it is being ended."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        reap()
+        living = descendants([os.getpid()])
+        if not living:
+            return
+        kill(living)
+        time.sleep(0.01)
+
+
+def kill(pids: Iterable[int], signal_number: int = signal.SIGKILL) -> None:
+    """Send a signal to each that is still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal_number)
+
+
+def remains_of(root: Path, slurm_conf: Path) -> list[int]:
+    """Processes of a cluster in `root` whose supervisor was killed: daemons and steps, which write logs there, and jobs.
+
+    The environment of slurmstepd says nothing: its title is written over it. A shell in which somebody has exported
+    SLURM_CONF is not in a job and stays.
+    """
+    marked = []
+    for pid, _, _ in _processes():
+        environment = _environment(pid)
+        of_job = "SLURMD_NODENAME" in environment and environment.get("SLURM_CONF") == str(slurm_conf)
+        if of_job or writes_below(pid, root / "log"):
+            marked.append(pid)
+    return [*marked, *descendants(marked)]

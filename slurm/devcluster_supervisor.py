@@ -1,0 +1,336 @@
+"""The process that owns a development cluster: `python -m slurm.devcluster_supervisor ROOT SETTINGS LOCK`.
+
+A guardian and, below it, the supervisor, whose children are the daemons. Both adopt orphans, so every process of the
+cluster, the jobs' included, is a descendant of both. If the supervisor dies the guardian ends what is left; if the guardian
+dies the supervisor does. It takes orders on stdin, one JSON document a line, and answers on stdout; the end of stdin is the
+end of the cluster, unless it was told to stay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slurm import devcluster_processes as processes
+from slurm.devcluster_config import Layout, Settings, user_name, write_configuration
+
+START_TIMEOUT_S = 60
+SETTLE_TIMEOUT_S = 20  # for a daemon that is started again
+QUEUE_TIMEOUT_S = 5  # for jobs to end; KillWait is 2 s
+GRACE_S = 3  # for a daemon to end
+POLL_S = 0.02
+IDLE_S = 0.25
+
+
+class FailedError(Exception):
+    """An order cannot be carried out; the text is for the user."""
+
+
+class EndedError(Exception):
+    """The cluster is to end: SIGTERM, or nobody holds the other end of stdin."""
+
+
+class Supervisor:
+    """The daemons of one cluster, as children of this process."""
+
+    def __init__(self, layout: Layout, settings: Settings, environment: dict[str, str]) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.environment = environment  # of every daemon and client
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.bound = True  # to stdin
+        self.terminated = False
+        self.failed = False
+        self._stdin = select.poll()
+        self._stdin.register(0, 0)  # only its end
+
+    # --- life
+
+    def run(self) -> None:
+        """Start everything, carry out orders, stop."""
+        signal.signal(signal.SIGTERM, self._terminate)
+        try:
+            self._order({"do": "start"})
+            while True:
+                self._tick()
+                if self.bound and select.select([0], [], [], IDLE_S)[0]:
+                    line = sys.stdin.readline()
+                    if line:
+                        self._order(json.loads(line))
+                elif not self.bound:
+                    time.sleep(IDLE_S)
+        except EndedError:
+            pass
+        if self.terminated:
+            self.stop()
+
+    def _terminate(self, *_: object) -> None:
+        self.terminated = True
+
+    def _order(self, order: dict[str, Any]) -> None:
+        what = order.pop("do")
+        orders: dict[str, Callable[..., None]] = {
+            "start": self.start,
+            "stay": self.stay,
+            "kill_node": self.kill_node,
+            "start_node": self.start_node,
+            "restart_controller": self.restart_controller,
+            "stop_accounting": self.stop_accounting,
+            "start_accounting": self.start_accounting,
+        }
+        try:
+            orders[what](**order)
+            answer: dict[str, str] = {}
+        except FailedError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+        if answer and what == "start":
+            self.failed = True
+            raise EndedError
+
+    def _tick(self) -> None:
+        """Take in what has ended; raise if the cluster is to end."""
+        ended = processes.reap()
+        for process in self.daemons.values():
+            if process.pid in ended:
+                process.returncode = ended[process.pid]
+        if self.terminated or (self.bound and self._stdin.poll(0)):
+            raise EndedError
+
+    def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float = SETTLE_TIMEOUT_S, daemon: str = "") -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self._tick()
+            if daemon and self.daemons[daemon].returncode is not None:
+                raise FailedError(self._obituary(daemon))
+            if time.monotonic() > deadline:
+                raise FailedError(f"{what} did not happen within {timeout_s:.0f} s; see the logs in {self.layout.root}/log")
+            time.sleep(POLL_S)
+
+    def _obituary(self, name: str) -> str:
+        path, line = self.layout.last_words(name)
+        return f"{name} ended (exit code {self.daemons[name].returncode}); the last line of {path}: {line}"
+
+    # --- start
+
+    def start(self) -> None:
+        """Everything, in the order in which one needs the other."""
+        write_configuration(self.layout, self.settings)
+        root, etc = self.layout.root, self.layout.root / "etc"
+        self._spawn(
+            "munged",
+            "--foreground",
+            "--force",  # although the folder is private
+            f"--key-file={etc}/munge.key",
+            f"--socket={self.layout.munge_socket}",
+            f"--pid-file={root}/run/munged.pid",
+            f"--seed-file={root}/run/munged.seed",
+        )
+        self._spawn(
+            "mariadb-install-db",
+            "--no-defaults",
+            f"--user={user_name()}",
+            f"--datadir={root}/db",
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        )
+        install = self.daemons["mariadb-install-db"]
+        self._wait("mariadb-install-db", lambda: install.returncode is not None, START_TIMEOUT_S)
+        if install.returncode != 0:
+            raise FailedError(self._obituary("mariadb-install-db"))
+        del self.daemons["mariadb-install-db"]
+        self._spawn("mariadbd", f"--defaults-file={etc}/my.cnf")
+        self._wait("mariadbd's answer", lambda: answers(self.layout.database_socket), START_TIMEOUT_S, "mariadbd")
+        self._wait("munged's answer", self.layout.munge_socket.exists, START_TIMEOUT_S, "munged")
+        self.start_accounting()
+        self._start_controller()
+        for name in self.settings.node_names:
+            self._spawn(f"slurmd.{name}", "-D", "-N", name)
+        self._wait("idle nodes", self._all_idle, START_TIMEOUT_S)
+        self._wait("accounting's answer", self._accounting_answers, START_TIMEOUT_S)
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        """Start a daemon in the foreground, bound to this process's life; `slurmd.NODE` is slurmd."""
+        program = name.partition(".")[0]
+        with self.layout.output(name).open("ab") as output:
+            self.daemons[name] = subprocess.Popen(
+                [program, *arguments],
+                cwd=self.layout.root,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=processes.bound_to_this_process(),  # noqa: PLW1509 - there are no threads here
+            )
+
+    def _start_controller(self) -> None:
+        self._spawn("slurmctld", "-D")
+        self._wait("slurmctld's answer", lambda: "UP" in self._ask("scontrol", "ping"), daemon="slurmctld")
+
+    def _all_idle(self) -> bool:
+        for name, process in self.daemons.items():
+            if process.returncode is not None:
+                raise FailedError(self._obituary(name))
+        return self._ask("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split() == ["idle"] * self.settings.nodes
+
+    def _accounting_answers(self) -> bool:
+        return bool(self._ask("sacctmgr", "-n", "list", "cluster").strip())
+
+    def _ask(self, *command: str) -> str:
+        """What a client prints, nothing if it fails."""
+        try:
+            answer = subprocess.run(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return ""
+        return answer.stdout if answer.returncode == 0 else ""
+
+    # --- orders
+
+    def stay(self) -> None:
+        """Live on when whoever gives orders ends."""
+        self.bound = False
+
+    def kill_node(self, name: str) -> None:
+        """End slurmd of a node and its steps, by SIGKILL, as if the node had lost power."""
+        below, log = processes.descendants([os.getpid()]), self.layout.log(f"slurmd.{name}")
+        steps = [pid for pid in below if processes.writes_below(pid, log)]  # slurmd and every slurmstepd do
+        self._end(f"slurmd.{name}", signal.SIGKILL)
+        processes.kill([*steps, *processes.descendants(steps)])
+
+    def start_node(self, name: str) -> None:
+        """Start slurmd of a node again and wait until the node is in service."""
+        self._spawn(f"slurmd.{name}", "-D", "-N", name)
+        states = ("idle", "mix", "alloc", "comp")
+        self._wait(
+            f"node {name}'s return", lambda: self._ask("sinfo", "-h", "-N", "-n", name, "-o", "%t").startswith(states), 30
+        )
+
+    def restart_controller(self) -> None:
+        """End slurmctld as one does, start it and wait until it answers."""
+        self._end("slurmctld", signal.SIGTERM)
+        self._start_controller()
+
+    def stop_accounting(self) -> None:
+        """End slurmdbd: sacct fails from here on."""
+        self._end("slurmdbd", signal.SIGTERM)
+
+    def start_accounting(self) -> None:
+        """Start slurmdbd and wait until it says so."""
+        log = self.layout.log("slurmdbd")
+        said = log.read_text().count(" started") if log.exists() else 0
+        self._spawn("slurmdbd", "-D")
+        self._wait(
+            "slurmdbd's start", lambda: log.exists() and log.read_text().count(" started") > said, START_TIMEOUT_S, "slurmdbd"
+        )
+
+    # --- stop
+
+    def stop(self) -> None:
+        """Cancel the jobs, wait for an empty queue, end the daemons that need others before the others."""
+        if "slurmctld" in self.daemons and self.daemons["slurmctld"].returncode is None:
+            self._empty_queue()
+        slurmds = [name for name in self.daemons if name.startswith("slurmd.")]
+        for names in (slurmds, ["slurmctld"], ["slurmdbd"], ["mariadbd"], ["munged"]):
+            self._end_all([name for name in names if name in self.daemons], signal.SIGTERM)
+
+    def _empty_queue(self) -> None:
+        for options in ([], ["-f", "-s", "KILL"]):
+            jobs = self._ask("squeue", "-h", "-o", "%A").split()
+            deadline = time.monotonic() + QUEUE_TIMEOUT_S
+            if jobs:
+                self._ask("scancel", *options, *sorted(set(jobs)))
+            while self._ask("squeue", "-h", "-o", "%A").strip() and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+
+    def _end(self, name: str, signal_number: int) -> None:
+        if name not in self.daemons or self.daemons[name].returncode is not None:
+            raise FailedError(f"{name} does not run")
+        self._end_all([name], signal_number)
+
+    def _end_all(self, names: list[str], signal_number: int) -> None:
+        """End daemons side by side: by a signal, after a grace by SIGKILL."""
+        living = [self.daemons[name] for name in names if self.daemons[name].returncode is None]
+        processes.kill([process.pid for process in living], signal_number)
+        deadline = time.monotonic() + GRACE_S
+        while living:
+            ended = processes.reap()
+            for process in self.daemons.values():
+                process.returncode = ended.get(process.pid, process.returncode)
+            living = [process for process in living if process.returncode is None]
+            if time.monotonic() > deadline:
+                processes.kill([process.pid for process in living])
+            time.sleep(POLL_S / 4)
+
+
+def answers(path: Path) -> bool:
+    """Whether a server greets on a unix socket, as mariadbd does when it is ready."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        try:
+            client.connect(str(path))
+            return bool(client.recv(1))
+        except OSError:
+            return False
+
+
+def supervise(layout: Layout, settings: Settings) -> bool:
+    """Own the cluster until its end; whether something failed, so that its logs are worth keeping."""
+    environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
+    environment |= {"SLURM_CONF": str(layout.slurm_conf), "MYSQL_UNIX_PORT": str(layout.database_socket)}
+    supervisor = Supervisor(layout, settings, environment)
+    try:
+        supervisor.run()
+    except Exception:
+        traceback.print_exc()  # into the supervisor's log
+        supervisor.failed = True
+    processes.kill_descendants()
+    return supervisor.failed
+
+
+def main(arguments: list[str]) -> None:
+    """Be the guardian: start the supervisor, wait for its end, leave nothing."""
+    root, settings_json, lock = arguments
+    layout, settings = Layout(Path(root)), Settings(**json.loads(settings_json))
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    processes.adopt_orphans()
+    guardian = os.getpid()
+    supervisor = os.fork()
+    if supervisor == 0:
+        processes.bind_to_parent(guardian, signal.SIGTERM)
+        processes.adopt_orphans()
+        failed = supervise(layout, settings)
+        if os.getppid() != guardian:
+            layout.remove(keep_logs=True)
+        os._exit(int(failed))
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(supervisor, signal.SIGTERM))
+    os.close(0)
+    os.close(1)
+    pid = status = 0
+    while pid != supervisor:
+        pid, status = os.waitpid(-1, 0)
+    processes.kill_descendants()
+    layout.remove(keep_logs=settings.keep_logs or status != 0)
+    os.close(int(lock))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
