@@ -14,6 +14,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from slurm import devcluster_processes as processes
-from slurm.devcluster_config import RUN_TIME_FOLDERS, SOCKET_PATH_LIMIT, Layout, Settings
+from slurm.devcluster_config import SOCKET_PATH_LIMIT, Layout, Settings
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core"
 PROGRAMS = (
@@ -74,11 +75,10 @@ class DevCluster:
         gpus: int = 2,
         cpus: int = 8,
         max_array_size: int = 1001,
-        keep_logs: bool = False,
     ) -> None:
         self.root = root.absolute()
         self.layout = Layout(self.root)
-        self.settings = Settings(nodes, gpus, cpus, max_array_size, keep_logs)
+        self.settings = Settings(nodes, gpus, cpus, max_array_size)
         self.start_time_s = 0.0
         self._supervisor: subprocess.Popen[str] | None = None
 
@@ -119,7 +119,9 @@ class DevCluster:
         check_root(self.root, self.settings)
         lock = claim(self.root)
         try:
-            remove_remains(self.root)
+            _end_remains(self.layout)
+            self.layout.remove(keep_logs=True)
+            shutil.rmtree(self.root / "log", ignore_errors=True)
             (self.root / "log").mkdir(mode=0o700)
             with self.layout.output("supervisor").open("wb") as output:
                 self._supervisor = subprocess.Popen(
@@ -139,30 +141,39 @@ class DevCluster:
         try:
             self._read_answer()
         except BaseException:
-            self.stop()
+            self._leave()
             raise
         self.start_time_s = time.monotonic() - begin
 
     def stay(self) -> None:
         """Leave the cluster to itself: it lives on after this process, until `stop_cluster`."""
         self._order("stay")
-        assert self._supervisor
-        self._close()
-        self._supervisor.returncode = 0  # it is not waited for
+        assert self._supervisor and self._supervisor.stdin and self._supervisor.stdout
+        self._supervisor.stdin.close()
+        self._supervisor.stdout.close()
+        self._supervisor.returncode = 0  # nobody waits for it
         self._supervisor = None
 
-    def stop(self) -> None:
+    def stop(self, *, keep_logs: bool = False) -> None:
         """Cancel the jobs, end everything, remove the folder. Nothing happens if it is stopped already."""
-        if self._supervisor is None:
-            return
-        self._supervisor.terminate()
-        try:
-            self._supervisor.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            processes.kill([*processes.descendants([self._supervisor.pid]), self._supervisor.pid])
-            self._supervisor.wait()
-        self._close()
+        if self._supervisor is not None:
+            stop_cluster(self.root, keep_logs=keep_logs)
+            self._leave()
+
+    def _leave(self) -> None:
+        """Let go of the supervisor; one that was not told to stay ends the cluster at once."""
+        assert self._supervisor
+        for stream in (self._supervisor.stdin, self._supervisor.stdout):
+            if stream:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        self._supervisor.wait()
         self._supervisor = None
+
+    def wait(self) -> None:
+        """Wait until the cluster ends, by whomsoever."""
+        assert self._supervisor, "the cluster is not started"
+        self._supervisor.wait()
 
     def kill_node(self, name: str) -> None:
         """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
@@ -202,13 +213,6 @@ class DevCluster:
         answer = json.loads(line)
         if "error" in answer:
             raise DevClusterError(answer["error"])
-
-    def _close(self) -> None:
-        assert self._supervisor
-        for stream in (self._supervisor.stdin, self._supervisor.stdout):
-            if stream:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
 
 
 # --- before the start
@@ -278,21 +282,20 @@ def claim(root: Path) -> int:
     """
     lock = Layout(root).lock
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.geteuid():
-            raise DevClusterError(f"{root} belongs to another user; choose another folder with --dir")
-        if not lock.exists() and {path.name for path in root.iterdir()} - {"log"}:
-            raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
         while True:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-            if not _lock(descriptor):
-                os.close(descriptor)
-                raise AlreadyRunningError(f"a cluster runs in {root} already")
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if root.stat().st_uid != os.geteuid():
+                raise DevClusterError(f"{root} belongs to another user; choose another folder with --dir")
+            if not lock.exists() and any(root.iterdir()):
+                raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+                if not _lock(descriptor):
+                    os.close(descriptor)
+                    raise AlreadyRunningError(f"a cluster runs in {root}")
+                if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
                     return descriptor
-            os.close(descriptor)  # its holder removed it meanwhile
-            root.mkdir(mode=0o700, exist_ok=True)
+                os.close(descriptor)  # its last holder removed it in the meantime
     except OSError as error:
         raise DevClusterError(f"{error.filename or root}: {error.strerror}; choose another folder with --dir") from None
 
@@ -309,7 +312,7 @@ def is_running(root: Path) -> bool:
     """Whether a cluster lives in this folder."""
     try:
         descriptor = os.open(Layout(root).lock, os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise DevClusterError(f"{error.filename}: {error.strerror}") from None
@@ -319,42 +322,32 @@ def is_running(root: Path) -> bool:
         os.close(descriptor)
 
 
-def remove_remains(root: Path) -> bool:
-    """End the processes and remove the files of a cluster that was killed, in a folder whose lock is ours."""
-    layout = Layout(root)
-    deadline = time.monotonic() + 10
-    remains = found = processes.remains_of(root, layout.slurm_conf)
-    while remains and time.monotonic() < deadline:
-        processes.kill(remains)
-        time.sleep(0.02)
-        remains = processes.remains_of(root, layout.slurm_conf)
-    for name in (*RUN_TIME_FOLDERS, "log"):
-        shutil.rmtree(root / name, ignore_errors=True)
-    return bool(found)
-
-
-def stop_cluster(root: Path) -> bool:
-    """Stop the cluster in a folder, whoever started it; False if there was none. Remains of a killed one go, too."""
+def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
+    """Stop the cluster in a folder, whoever started it; False if there was none. What a killed one left goes, too."""
     root = root.absolute()
     layout = Layout(root)
-    if not is_running(root):
-        if not layout.lock.exists():
-            return False
-        lock = claim(root)
-        found = remove_remains(root)
-        layout.remove(keep_logs=False)
-        os.close(lock)
-        return found
+    found = is_running(root)
+    if found:
+        if keep_logs:
+            layout.keep_logs.touch()
+        _end_supervisor(layout)
+    if not keep_logs and layout.lock.exists():
+        remove_remains(root)
+    return found
+
+
+def _end_supervisor(layout: Layout) -> None:
+    """Ask it to stop and wait for it; if it cannot, end everything below it."""
     pid = int(layout.lock.read_text() or 0)
     command = _command_line(pid)
-    if str(root) in command and "slurm.devcluster_supervisor" in command:
-        processes.kill([pid], 15)
+    ours = str(layout.root) in command and "slurm.devcluster_supervisor" in command
+    if ours:
+        processes.kill([pid], signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while is_running(root):
-        if time.monotonic() > deadline:
-            raise DevClusterError(f"the cluster in {root} did not end within {STOP_TIMEOUT_S} s; kill -9 {pid} ends all of it")
+    while is_running(layout.root):
+        if ours and time.monotonic() > deadline:
+            processes.kill([*processes.descendants([pid]), pid])
         time.sleep(0.02)
-    return True
 
 
 def _command_line(pid: int) -> list[str]:
@@ -362,3 +355,18 @@ def _command_line(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return []
+
+
+def remove_remains(root: Path) -> None:
+    """End the processes and remove the files of a cluster whose supervisor is dead."""
+    lock = claim(root)
+    _end_remains(Layout(root))
+    Layout(root).remove(keep_logs=False)
+    os.close(lock)
+
+
+def _end_remains(layout: Layout) -> None:
+    deadline = time.monotonic() + 10
+    while (remains := processes.remains_of(layout.root, layout.slurm_conf)) and time.monotonic() < deadline:
+        processes.kill(remains)
+        time.sleep(0.02)

@@ -5,6 +5,7 @@ Configuration after slurm.conf(5), gres.conf(5), slurmdbd.conf(5) of SLURM 22.05
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -27,7 +28,6 @@ class Settings:
     gpus: int = 2  # per node, pretended
     cpus: int = 8  # per node, pretended
     max_array_size: int = 1001
-    keep_logs: bool = False
 
     @property
     def node_names(self) -> list[str]:
@@ -49,6 +49,11 @@ class Layout:
     def lock(self) -> Path:
         """Locked as long as the cluster's supervisor lives, whose pid it holds; marks the folder as ours."""
         return self.root / "devcluster.lock"
+
+    @property
+    def keep_logs(self) -> Path:
+        """Asks for the logs to be kept at the end."""
+        return self.root / "log/keep"
 
     @property
     def settings_json(self) -> Path:
@@ -92,11 +97,14 @@ class Layout:
         return f"{self.root}/spool/{name}/{name}_99999999.4294967295"
 
     def remove(self, *, keep_logs: bool) -> None:
-        """Remove what the cluster has made, and the folder if nothing else is in it."""
-        for name in RUN_TIME_FOLDERS if keep_logs else (*RUN_TIME_FOLDERS, "log"):
+        """Remove what the cluster has made, and the folder if nothing else is in it; logs stay with the lock, as its mark."""
+        for name in RUN_TIME_FOLDERS:
             shutil.rmtree(self.root / name, ignore_errors=True)
+        if keep_logs:
+            return
+        shutil.rmtree(self.root / "log", ignore_errors=True)
         self.lock.unlink(missing_ok=True)
-        if self.root.is_dir() and not any(self.root.iterdir()):
+        with contextlib.suppress(OSError):
             self.root.rmdir()
 
 

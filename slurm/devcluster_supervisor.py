@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,19 @@ class Supervisor:
         processes.kill([*steps, *processes.descendants(steps)])
 
     def start_node(self, name: str) -> None:
-        """Start slurmd of a node again and wait until the node is in service."""
+        """Start slurmd of a node again and wait until slurmctld has heard of it."""
+        if self.daemons[f"slurmd.{name}"].returncode is None:
+            raise FailedError(f"slurmd.{name} runs")
+        begin = int(time.time())
         self._spawn(f"slurmd.{name}", "-D", "-N", name)
-        states = ("idle", "mix", "alloc", "comp")
-        self._wait(
-            f"node {name}'s return", lambda: self._ask("sinfo", "-h", "-N", "-n", name, "-o", "%t").startswith(states), 30
-        )
+        self._wait(f"node {name}'s return", lambda: self._in_service(name, begin), daemon=f"slurmd.{name}")
+
+    def _in_service(self, name: str, since: int) -> bool:
+        facts = dict(word.split("=", 1) for word in self._ask("scontrol", "-o", "show", "node", name).split() if "=" in word)
+        started = facts.get("SlurmdStartTime", "None")
+        if started == "None" or datetime.fromisoformat(started).timestamp() < since:
+            return False
+        return facts["State"].partition("+")[0] in ("IDLE", "MIXED", "ALLOCATED")
 
     def restart_controller(self) -> None:
         """End slurmctld as one does, start it and wait until it answers."""
@@ -328,7 +336,7 @@ def main(arguments: list[str]) -> None:
     while pid != supervisor:
         pid, status = os.waitpid(-1, 0)
     processes.kill_descendants()
-    layout.remove(keep_logs=settings.keep_logs or status != 0)
+    layout.remove(keep_logs=status != 0 or layout.keep_logs.exists())
     os.close(int(lock))
 
 

@@ -1,0 +1,111 @@
+"""The command line of `vitpa devcluster`: start, stop, status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, default_root, stop_cluster
+from slurm.devcluster_config import Layout, Settings
+from slurm.devcluster_status import as_text, status_of
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+OK, ERROR = 0, 1
+DEFAULTS = Settings()
+DESCRIPTION = """A real SLURM on this machine, for rehearsals: munged, mariadbd, slurmdbd, slurmctld and a slurmd per node, as
+you, in one private folder, listening on loopback only. CPUs and GPUs of the nodes are pretended: jobs see
+CUDA_VISIBLE_DEVICES, but no hardware. Partitions: main, and low, whose jobs main preempts (requeue)."""
+VERBS = {
+    "start": ("start it and say how to use it", "vitpa devcluster start --nodes 2 --gpus 4"),
+    "stop": ("cancel its jobs, end it, leave nothing behind", "vitpa devcluster stop"),
+    "status": ("nodes, GPUs, partitions, jobs; exit code 0 up, 1 down", "vitpa devcluster status --json"),
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `devcluster` and its verbs to the `vitpa` command."""
+    devcluster = subparsers.add_parser(
+        "devcluster",
+        help="start and stop a real SLURM on this machine, to rehearse sweeps",
+        description=DESCRIPTION,
+        epilog="example: vitpa devcluster start",
+    )
+    verbs = devcluster.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (text, example) in VERBS.items():
+        parser = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
+        parser.add_argument(
+            "--dir", type=Path, default=default_root(), help="its folder, on a local disk (default: %(default)s)"
+        )
+        if verb == "start":
+            parser.add_argument("--nodes", type=int, default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
+            parser.add_argument("--gpus", type=int, default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)")
+            parser.add_argument("--foreground", action="store_true", help="stay, and stop it with Ctrl-C")
+        if verb == "stop":
+            parser.add_argument("--keep-logs", action="store_true", help="keep DIR/log; the next start or stop removes it")
+        if verb == "status":
+            parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {"start": _start, "stop": _stop, "status": _status}
+    try:
+        return actions[options.verb](options)
+    except DevClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ERROR
+
+
+def _start(options: argparse.Namespace) -> int:
+    cluster = DevCluster(options.dir, nodes=options.nodes, gpus=options.gpus)
+    try:
+        cluster.start()
+    except AlreadyRunningError as error:
+        print(f"{error} already\n{_use(cluster.root)}")
+        return OK
+    print(f"{options.nodes} nodes with {options.gpus} GPUs each, started in {cluster.start_time_s:.1f} s: {cluster.root}")
+    print(_use(cluster.root), flush=True)
+    if not options.foreground:
+        cluster.stay()
+        return OK
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cluster.wait()
+    except KeyboardInterrupt:
+        print("stopping")
+    finally:
+        cluster.stop()
+    return OK
+
+
+def _use(root: Path) -> str:
+    default = "" if root == default_root() else f" --dir {root}"
+    return f"""
+export SLURM_CONF={Layout(root).slurm_conf}
+vitpa sweep submit demo --profile devcluster --wait
+vitpa devcluster stop{default}"""
+
+
+def _stop(options: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    root = options.dir.absolute()
+    if stop_cluster(root, keep_logs=options.keep_logs):
+        kept = f"; its logs are in {root}/log" if options.keep_logs else ""
+        print(f"stopped in {time.monotonic() - begin:.1f} s{kept}")
+    else:
+        print(f"no cluster runs in {root}")
+    return OK
+
+
+def _status(options: argparse.Namespace) -> int:
+    facts = status_of(options.dir)
+    print(json.dumps(facts, indent=2) if options.json else as_text(facts))
+    return OK if facts["up"] else ERROR

@@ -1,0 +1,84 @@
+"""What a development cluster looks like now: nodes, GPUs, partitions, jobs, as its own clients tell it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from slurm.devcluster import DevClusterError, client_environment, is_running
+from slurm.devcluster_config import Layout, Settings
+
+CLIENT_TIMEOUT_S = 20
+
+
+def status_of(root: Path) -> dict[str, Any]:
+    """The facts, ready for JSON; `{"up": False, ...}` if no cluster runs there, with `problem` if one runs but is ill."""
+    root = root.absolute()
+    facts: dict[str, Any] = {"up": False, "dir": str(root), "slurm_conf": str(Layout(root).slurm_conf)}
+    if not is_running(root):
+        return facts
+    try:
+        settings = Settings(**json.loads(Layout(root).settings_json.read_text()))
+        facts["nodes"] = [_node(line, settings) for line in _ask(root, "sinfo", "-N", "-p", "main", "-O", NODE_COLUMNS)]
+        columns = ("name", "state", "nodes")
+        facts["partitions"] = [dict(zip(columns, line.split(), strict=True)) for line in _ask(root, "sinfo", "-o", "%R %a %D")]
+        facts["jobs"] = dict(Counter(line.lower() for line in _ask(root, "squeue", "-r", "-o", "%T")))
+    except FileNotFoundError:
+        return {**facts, "problem": "it is being started or stopped"}
+    except DevClusterError as error:
+        return {**facts, "problem": str(error)}
+    return {**facts, "up": True}
+
+
+NODE_COLUMNS = "NodeList:40,StateLong:30,CPUsState:30,GresUsed:60"
+
+
+def _node(line: str, settings: Settings) -> dict[str, Any]:
+    name, state, cpus, gres = line.split()
+    used = re.search(r"gpu:(?:[^:(]*:)?(\d+)", gres)
+    return {
+        "name": name,
+        "state": state,
+        "cpus": settings.cpus,
+        "cpus_used": int(cpus.split("/")[0]),
+        "gpus": settings.gpus,
+        "gpus_used": int(used.group(1)) if used else 0,
+    }
+
+
+def _ask(root: Path, program: str, *options: str) -> list[str]:
+    try:
+        answer = subprocess.run(
+            [program, "-h", *options],
+            env=client_environment(root),
+            capture_output=True,
+            text=True,
+            timeout=CLIENT_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise DevClusterError(f"{program} does not answer within {CLIENT_TIMEOUT_S} s; see {root}/log/slurmctld.log") from None
+    if answer.returncode != 0:
+        said = (answer.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise DevClusterError(f"{said}; see {root}/log/slurmctld.log")
+    return [line for line in answer.stdout.splitlines() if line.strip()]
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """For people."""
+    if not facts["up"]:
+        return f"no cluster runs in {facts['dir']}" if "problem" not in facts else f"{facts['dir']}: {facts['problem']}"
+    nodes, jobs = facts["nodes"], facts["jobs"]
+    lines = [f"up: {facts['dir']}"]
+    lines += [
+        f"{node['name']:<12} {node['state']:<12} {node['gpus_used']}/{node['gpus']} GPUs  "
+        f"{node['cpus_used']}/{node['cpus']} CPUs in use"
+        for node in nodes
+    ]
+    lines.append("partitions: " + ", ".join(f"{part['name']} ({part['state']})" for part in facts["partitions"]))
+    lines.append("jobs: " + (", ".join(f"{count} {state}" for state, count in sorted(jobs.items())) or "none"))
+    return "\n".join([*lines, f"export SLURM_CONF={facts['slurm_conf']}"])
