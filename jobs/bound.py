@@ -20,10 +20,13 @@ PARENT = "VITPA_PARENT"  # pid of the process that is to be outlived by nobody
 PR_SET_PDEATHSIG = 1  # prctl(2); kept across exec
 
 
-def child_environment() -> dict[str, str]:
-    """This process's environment, in which children import the code that runs here and nothing from their current folder."""
+def child_environment(code: Path | None = None) -> dict[str, str]:
+    """This process's environment, in which children import the code that runs here and nothing from their current folder.
+
+    With `code`, a folder that holds our packages, they import from there.
+    """
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    here = str(Path(__file__).resolve().parent.parent)
+    here = str(code or Path(__file__).resolve().parent.parent)
     if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # a checkout
         paths = [here, *(path for path in paths if path != here)]
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}

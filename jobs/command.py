@@ -22,8 +22,8 @@ VERBS = {
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
     "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
 }
-EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 4 partial (some runs failed or are missing),
-130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and submit
+EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 3 SLURM does not answer, 4 partial (some runs failed or are
+missing), 130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and submit
 
 example: """
 
@@ -80,6 +80,13 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--data-dir", help="folder of the data sets (default: the recipe's runtime.data_dir)")
     if starts:
         parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
+    if starts:
+        parser.add_argument(
+            "--code",
+            choices=("live", "snapshot"),
+            default="live",
+            help="snapshot: the jobs run a copy of the code as it is now, whatever you edit meanwhile (default: live)",
+        )
     if starts or verb == "cancel":
         parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
     if verb in ("plan", "collect"):

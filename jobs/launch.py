@@ -1,34 +1,67 @@
-"""Start the jobs of a submission through submitit: `python -m jobs.launch ROOT SUBMISSION JOBS`.
+"""Start the jobs of a submission through submitit: `python -m jobs.launch ROOT SUBMISSION INDICES`.
 
-A short-lived helper of `vitpa sweep submit`, in a session of its own, so that the jobs outlive the launcher and its
-terminal. A job's pickle holds two strings; everything else it reads by path.
+A short-lived helper of `vitpa sweep submit`, in a session of its own, so that it ends what it has begun, and the jobs
+outlive the launcher and its terminal. A job's pickle holds two strings; everything else it reads by path.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import submitit
 
-from jobs.submit import SubmissionDir
+from jobs.profile import SlurmProfile
+from jobs.sbatch import slurm_executor
+from jobs.slurm_job import run_task
+from jobs.submission import SubmissionDir
 from jobs.worker import work
-from vitpa.config import ProcessId, create_exclusive, to_json, utc_now
+from vitpa.config import ProcessId, create_exclusive, parse_model, read_json, to_json, utc_now
 
 NO_TIME_LIMIT_MIN = 60 * 24 * 366  # submitit's default for local jobs is 2 minutes
 
 
 def main(arguments: list[str]) -> None:
-    """Start JOBS jobs for SUBMISSION (a path below ROOT) and write its receipt."""
-    root, submission, jobs = arguments
+    """Start jobs for the runs INDICES (a JSON list) of SUBMISSION (a path below ROOT) and write its receipt."""
+    root, submission, indices = arguments[0], arguments[1], json.loads(arguments[2])
     directory = SubmissionDir(Path(root) / submission)
-    executor = submitit.LocalExecutor(folder=directory.submitit)
+    intent = read_json(directory.intent_json)
+    assert intent is not None, "the intent is written before a helper is started"
+    if not create_exclusive(directory.launch_json, to_json({"process": ProcessId.mine().model_dump(), "utc": utc_now()})):
+        sys.exit("this submission has been abandoned: its launcher was killed, and another one was faster than this helper")
+    start = start_array if intent["executor"] == "slurm" else start_workers
+    jobs = start(Path(root), submission, intent, indices)
+    create_exclusive(directory.receipt_json, to_json({"executor": intent["executor"], "jobs": jobs, "utc": utc_now()}))
+
+
+def start_workers(root: Path, submission: str, intent: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+    """Start as many workers on this machine as there are slots, or runs."""
+    executor = submitit.LocalExecutor(folder=SubmissionDir(root / submission).submitit)
     executor.update_parameters(timeout_min=NO_TIME_LIMIT_MIN)
     started = []
-    for _ in range(int(jobs)):
-        job = executor.submit(work, root, submission)
+    for _ in range(min(len(intent["slots"]), len(indices))):
+        job = executor.submit(work, str(root), submission)
         started.append({"id": job.job_id, "process": ProcessId.of(int(job.job_id)).model_dump()})
-    create_exclusive(directory.receipt_json, to_json({"executor": "local", "jobs": started, "utc": utc_now()}))
+    return started
+
+
+def start_array(root: Path, submission: str, intent: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
+    """Submit a job array to SLURM with a task for each of the runs."""
+    count = len(intent["runs"])
+    executor = slurm_executor(
+        parse_model(SlurmProfile, intent["profile"], "the intent"),
+        SubmissionDir(root / submission).submitit,
+        root=root,
+        name=intent["sweep"],
+        token=intent["token"],
+        exclude=intent["exclude"],
+        indices=indices,
+        count=count,
+    )
+    jobs = executor.map_array(run_task, [str(root)] * count, [submission] * count)
+    return [{"id": jobs[0].job_id.partition("_")[0], "array": count > 1, "tasks": len(indices)}]
 
 
 if __name__ == "__main__":

@@ -1,27 +1,22 @@
-"""WHERE runs are executed: a profile's YAML file and the slots it gives on this machine.
-
-A slot is what one run occupies: its GPUs (or share of one), or without a GPU some CPUs. The number of slots bounds how
-many runs are in training at a time.
-"""
+"""WHERE runs are executed: a profile's YAML file, for this machine (`local`) or for a cluster (`slurm`)."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import math
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from jobs.grid import SweepError
-from vitpa.config import Section, load_model
+from vitpa.config import Float, Section, load_model, parse_model, read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "slurm"
 
 
-class Profile(Section):
-    """A machine: `slurm/local.yaml` explains each key."""
+class LocalProfile(Section):
+    """This machine: `slurm/local.yaml` explains each key."""
 
     executor: Literal["local"] = Field("local", description="what starts the jobs")
     slots: int | Literal["auto"] = Field("auto", description="runs at a time; auto: as the GPUs or CPUs allow")
@@ -39,11 +34,122 @@ class Profile(Section):
         return self
 
 
-class Slot(Section):
-    """What one run occupies. `units` are the names under which it is claimed."""
+class SlurmProfile(Section):
+    """A cluster, in SLURM's own names: `slurm/cluster.yaml` explains each key. A run is one task of a job array."""
 
-    units: list[str]
-    gpus: list[str]
+    executor: Literal["slurm"] = Field(description="what starts the jobs")
+
+    partition: str | None = Field(None, description="sbatch --partition")
+    account: str | None = Field(None, description="sbatch --account")
+    qos: str | None = Field(None, description="sbatch --qos")
+    constraint: str | None = Field(None, description="sbatch --constraint")
+    reservation: str | None = Field(None, description="sbatch --reservation")
+    exclude: str | None = Field(None, description="sbatch --exclude: nodes never to use")
+    nodelist: str | None = Field(None, description="sbatch --nodelist")
+    nodes: int = Field(1, ge=1, description="sbatch --nodes: nodes of one run")
+    gpus_per_node: int = Field(1, ge=0, description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only")
+    gres: str | None = Field(
+        None, description="sbatch --gres, asked for instead of gpus_per_node (which says how many GPUs it gives)"
+    )
+    cpus_per_gpu: int | None = Field(None, ge=1, description="CPUs per GPU")
+    cpus_per_task: int | None = Field(None, ge=1, description="CPUs per node, instead of cpus_per_gpu")
+    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="sbatch --mem: memory per node, such as 64G")
+    time: str = Field(description="sbatch --time: limit of one attempt, such as '24:00:00' or '2-00:00:00'")
+    nice: int | None = Field(None, description="sbatch --nice")
+    mail_type: str | None = Field(None, description="sbatch --mail-type, such as FAIL,ARRAY_TASKS")
+    mail_user: str | None = Field(None, description="sbatch --mail-user")
+    setup: list[str] = Field([], description="shell lines before the job, such as `module load cuda`")
+    additional_parameters: dict[str, JsonValue] = Field({}, description="further sbatch options, by their long names")
+    srun_args: list[str] = Field([], description="further arguments of srun")
+    array_parallelism: int | None = Field(None, ge=1, description="runs at a time; null: as many as SLURM gives")
+    signal_delay_s: int = Field(120, ge=1, description="seconds before the time limit at which a run writes its checkpoint")
+
+    processes_per_node: int | None = Field(None, ge=1, description="training processes per node; null: one per GPU")
+    max_attempts: int = Field(100, ge=1, description="executions of a run per submission, restarts by SLURM included")
+    max_idle_attempts: int = Field(
+        3, ge=1, description="executions in a row without a new checkpoint before a run is given up"
+    )
+    preflight: bool = Field(True, description="check GPUs, data and disk of a node before training on it")
+    min_free_gib: Float = Field(1.0, ge=0, description="free space that the pre-flight wants below runtime.root")
+    exclude_failed_nodes: bool = Field(True, description="leave out nodes that have failed the pre-flight")
+    runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
+    per_dataset: dict[str, dict[str, Any]] = Field({}, description="other values of the keys above for a data set")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: object) -> object:
+        """YAML 1.1 reads 24:00:00 as the number 86400."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            raise ValueError(f"time={value}: a number; put SLURM's time in quotes, such as time: '24:00:00'")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.time_s < 60:
+            raise ValueError(f"time={self.time}: SLURM counts in whole minutes; at least '1:00'")
+        if 2 * self.signal_delay_s > self.time_s:
+            raise ValueError(
+                f"signal_delay_s={self.signal_delay_s} is more than half of time={self.time}: a run would be told to stop as "
+                "soon as it has started"
+            )
+        if self.cpus_per_gpu is not None and (self.cpus_per_task is not None or not self.gpus_per_node):
+            raise ValueError("cpus_per_gpu: not together with cpus_per_task, and not with gpus_per_node=0")
+        for key in {"array", "comment", "output", "error", "time", "nodes", "signal", "requeue"} & set(
+            self.additional_parameters
+        ):
+            raise ValueError(f"additional_parameters.{key}: is set by vitpa" + (" (key `time`)" if key == "time" else ""))
+        return self
+
+    @property
+    def time_s(self) -> int:
+        """The time limit in seconds."""
+        return parse_time_s(self.time)
+
+    @property
+    def processes(self) -> int:
+        """Training processes on each node."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+    def for_dataset(self, dataset: str, where: str = "the profile") -> SlurmProfile:
+        """The profile with the keys of `per_dataset` for that data set in it, and without `per_dataset`.
+
+        Raises:
+            ConfigError: a key that does not exist, or values that do not fit together.
+        """
+        document = self.model_dump(mode="json", exclude={"per_dataset"})
+        return parse_model(SlurmProfile, {**document, **self.per_dataset.get(dataset, {})}, where)
+
+
+Profile = LocalProfile | SlurmProfile
+
+
+def parse_time_s(text: str) -> int:
+    """Seconds of SLURM's time notation (man sbatch, --time): `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise ValueError(f"time={text!r}: expected SLURM's notation, such as '30' (minutes), '24:00:00' or '2-00:00:00'")
+    days, *parts = (None if part is None else int(part) for part in match.groups())
+    numbers = [part for part in parts if part is not None]
+    if days is not None:  # D-H[:M[:S]]
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(numbers) == 3:
+        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
+    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
+
+
+def minutes(seconds: float) -> int:
+    """Whole minutes, rounded up as SLURM does."""
+    return math.ceil(seconds / 60)
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """The profiles that come with vitpa, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def load_profile(spec: str) -> Profile:
@@ -53,63 +159,16 @@ def load_profile(spec: str) -> Profile:
         SweepError: there is none.
         ConfigError: its file is not valid.
     """
-    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    shipped = shipped_profiles()
     path = Path(spec) if Path(spec).is_file() else shipped.get(spec)
     if path is None:
         raise SweepError(f"profile {spec!r}: no such file, and none of the shipped ones ({', '.join(shipped)})")
-    return load_model(Profile, path)
-
-
-def slots_of(profile: Profile, device: str) -> list[Slot]:
-    """The slots of this machine, for runs on `device` (runtime.device).
-
-    Raises:
-        SweepError: more slots or GPUs are asked for than there are.
-    """
-    gpus = [] if device == "cpu" else visible_gpus()
-    if not gpus and device == "cuda":
-        raise SweepError("runtime.device=cuda, but no GPU is visible (nvidia-smi lists none); use runtime.device=cpu or auto")
-    slots = _gpu_slots(profile, gpus) if gpus else _cpu_slots(profile)
-    if profile.slots == "auto":
-        return slots
-    if gpus and profile.slots > len(slots):
-        raise SweepError(
-            f"the profile asks for {profile.slots} slots, but {len(gpus)} GPUs give {len(slots)}; see runs_per_gpu"
-        )
-    return slots[: profile.slots]
-
-
-def _gpu_slots(profile: Profile, gpus: list[str]) -> list[Slot]:
-    if profile.gpus_per_run > len(gpus):
-        raise SweepError(f"the profile asks for gpus_per_run={profile.gpus_per_run}, but {len(gpus)} GPUs are visible")
-    groups = [gpus[i : i + profile.gpus_per_run] for i in range(0, len(gpus) - profile.gpus_per_run + 1, profile.gpus_per_run)]
-    return [
-        Slot(units=[f"gpu{gpu}.{share}" for gpu in group], gpus=group)
-        for share in range(profile.runs_per_gpu)
-        for group in groups
-    ]
-
-
-def _cpu_slots(profile: Profile) -> list[Slot]:
-    fitting = max(1, len(os.sched_getaffinity(0)) // profile.cpus_per_slot)
-    count = fitting if profile.slots == "auto" else profile.slots
-    return [Slot(units=[f"cpu{index}"], gpus=[]) for index in range(count)]
-
-
-def threads_per_process(profile: Profile, slots: list[Slot]) -> int:
-    """CPUs that each training process may use when all slots are busy."""
-    if not slots[0].gpus:
-        return profile.cpus_per_slot
-    return max(1, len(os.sched_getaffinity(0)) // (len(slots) * profile.gpus_per_run))
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.split() if answer.returncode == 0 else []
+    executor = read_yaml(path).get("executor", "local")
+    if executor == "local":
+        return load_model(LocalProfile, path)
+    if executor != "slurm":
+        raise SweepError(f"{path}: executor={executor!r}: expected local or slurm")
+    profile = load_model(SlurmProfile, path)
+    for dataset in profile.per_dataset:  # refuses what is unknown or does not fit together
+        profile.for_dataset(dataset, f"{path}: per_dataset.{dataset}")
+    return profile

@@ -1,4 +1,6 @@
-"""Slots: how many runs are in training at a time on a host, whatever the number of submissions and launchers.
+"""Slots: how many runs are in training at a time on this machine, whatever the number of submissions and launchers.
+
+A slot is what one run occupies: its GPUs (or share of one), or without a GPU some CPUs.
 
 A worker takes a slot before its first run and keeps it until it ends; nothing has to be given back, because a slot whose
 holder is dead is free. Every unit of a slot (a GPU, a share of one, a CPU) has a directory
@@ -8,17 +10,83 @@ next number, exclusively: of several exactly one succeeds. Profiles used at the 
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from jobs.profile import Slot
-from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from jobs.grid import SweepError
+from jobs.profile import LocalProfile
+from vitpa.config import ProcessId, RunError, Section, create_exclusive, read_json, to_json, utc_now
 
 POLL_S = 1.0
+
+
+class Slot(Section):
+    """What one run occupies. `units` are the names under which it is claimed."""
+
+    units: list[str]
+    gpus: list[str]
+
+
+def slots_of(profile: LocalProfile, device: str) -> list[Slot]:
+    """The slots of this machine, for runs on `device` (runtime.device).
+
+    Raises:
+        SweepError: more slots or GPUs are asked for than there are.
+    """
+    gpus = [] if device == "cpu" else visible_gpus()
+    if not gpus and device == "cuda":
+        raise SweepError("runtime.device=cuda, but no GPU is visible (nvidia-smi lists none); use runtime.device=cpu or auto")
+    slots = _gpu_slots(profile, gpus) if gpus else _cpu_slots(profile)
+    if profile.slots == "auto":
+        return slots
+    if gpus and profile.slots > len(slots):
+        raise SweepError(
+            f"the profile asks for {profile.slots} slots, but {len(gpus)} GPUs give {len(slots)}; see runs_per_gpu"
+        )
+    return slots[: profile.slots]
+
+
+def _gpu_slots(profile: LocalProfile, gpus: list[str]) -> list[Slot]:
+    if profile.gpus_per_run > len(gpus):
+        raise SweepError(f"the profile asks for gpus_per_run={profile.gpus_per_run}, but {len(gpus)} GPUs are visible")
+    groups = [gpus[i : i + profile.gpus_per_run] for i in range(0, len(gpus) - profile.gpus_per_run + 1, profile.gpus_per_run)]
+    return [
+        Slot(units=[f"gpu{gpu}.{share}" for gpu in group], gpus=group)
+        for share in range(profile.runs_per_gpu)
+        for group in groups
+    ]
+
+
+def _cpu_slots(profile: LocalProfile) -> list[Slot]:
+    fitting = max(1, len(os.sched_getaffinity(0)) // profile.cpus_per_slot)
+    count = fitting if profile.slots == "auto" else profile.slots
+    return [Slot(units=[f"cpu{index}"], gpus=[]) for index in range(count)]
+
+
+def threads_per_process(profile: LocalProfile, slots: list[Slot]) -> int:
+    """CPUs that each training process may use when all slots are busy."""
+    if not slots[0].gpus:
+        return profile.cpus_per_slot
+    return max(1, len(os.sched_getaffinity(0)) // (len(slots) * profile.gpus_per_run))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
 
 
 def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot | None:

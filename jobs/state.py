@@ -1,10 +1,10 @@
 """The state of a run, derived from its records each time and stored nowhere.
 
 done         a valid result.json
-running      started, and its worker is alive (or on another host, where that cannot be seen: it counts as alive)
-pending      claimed, and somebody alive is going to start it
+running      started, and its job is alive (or cannot be seen from here: it counts as alive)
+pending      claimed, and somebody alive is going to start it, or to start it again
 failed, interrupted, cancelled    how its last attempt ended
-lost         started, its worker is dead and left no exit: killed
+lost         started, its job is dead and left no exit: killed
 uncertain    claimed, not started, and nobody alive who would start it: its launcher was killed
 broken       there is a result.json, or another record, that cannot be trusted
 missing      none of these
@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.grid import Run
+from jobs.scheduler import Scheduler, SlurmJob, Snapshot
 from vitpa.config import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
@@ -40,7 +41,8 @@ class RunState:
     reason: str = ""
     attempt: AttemptDir | None = None  # the last one
     result: Result | None = None
-    unseen: bool = False  # counts as alive only because it is on another host
+    unseen: bool = False  # counts as alive only because it cannot be seen from here
+    job_id: str = ""  # SLURM's
 
     @property
     def attempts(self) -> int:
@@ -49,12 +51,30 @@ class RunState:
 
 
 class Survey:
-    """One look at the runs below a root; what several runs have in common is looked at once."""
+    """One look at the runs below a root; what several runs have in common is looked at once.
 
-    def __init__(self, root: Path) -> None:
+    SLURM is asked before the records of a run are read, because a job ends after it has written them: a job that the queue
+    no longer had has left all its records.
+    """
+
+    def __init__(self, root: Path, scheduler: Scheduler | None = None) -> None:
         self._root = root
+        self._scheduler = scheduler or Scheduler()
+        self._snapshot: Snapshot | None = None
+        self._ended: dict[str, SlurmJob] | None = None
         self._alive: dict[ProcessId, bool | None] = {}
-        self._jobs: dict[str, list[ProcessId] | None] = {}
+        self._receipts: dict[str, dict[str, Any] | None] = {}
+        self._looked_after: set[str] = set()  # submissions that had their jobs when SLURM was asked
+
+    @property
+    def scheduler_error(self) -> str:
+        """Why SLURM could not be asked; empty if it could, or did not have to be."""
+        return self._snapshot.error if self._snapshot is not None else ""
+
+    @property
+    def asked_slurm(self) -> bool:
+        """Whether any of the runs is a matter for SLURM."""
+        return self._snapshot is not None
 
     def states(self, runs: Iterable[Run]) -> list[RunState]:
         """The state of each run, in the same order."""
@@ -89,6 +109,9 @@ class Survey:
         return found
 
     def _of_attempt(self, run: Run, attempt: AttemptDir) -> RunState:
+        claim = read_json(attempt.claim_json)
+        if claim is not None and claim.get("executor") == "slurm":
+            return self._of_slurm(run, attempt, claim)
         start = read_json(attempt.start_json)
         if start is None:
             return self._of_claim(run, attempt)
@@ -96,10 +119,8 @@ class Survey:
         alive = self._is_alive(process)
         ended = read_json(attempt.exit_json)
         if ended is not None:
-            state = str(ended.get("state"))
-            if state not in ("done", "failed", "interrupted", "cancelled"):
-                raise RunError(f"{attempt.exit_json}: state {state!r} is none of done, failed, interrupted, cancelled")
-            return RunState(run, state, str(ended.get("reason") or ""), attempt)
+            state, reason = _end_of(ended, attempt)
+            return RunState(run, state, reason, attempt)
         if "withdrawn" in start:  # whoever withdrew it was killed before writing exit.json
             return RunState(run, str(start["withdrawn"]), attempt=attempt)
         if alive is False:
@@ -112,35 +133,157 @@ class Survey:
             raise RunError(f"{attempt.claim_json} is missing; it was removed by hand")
         claimer = _process(claim, attempt.claim_json)
         waiting = [claimer]
+        receipt = None
         if "submission" in claim:
-            jobs = self._jobs_of(str(claim["submission"]))
-            waiting = [claimer] if jobs is None else jobs
+            receipt = self._receipt(str(claim["submission"]))
+            waiting = self._launchers(claim, attempt) if receipt is None else self._workers(claim, receipt)
         answers = [self._is_alive(process) for process in waiting]
         if True in answers:
             return RunState(run, "pending", attempt=attempt)
         if None in answers:
             return RunState(run, "pending", _where(claimer, None), attempt, unseen=True)
+        return RunState(run, "uncertain", self._nobody_left(claim, receipt), attempt)
+
+    def _nobody_left(self, claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
         reason = "claimed, but nobody is left to start it"
         if "submission" in claim:
             submission = self._root / str(claim["submission"])
-            reason += f"; see {submission}/{'launch.log' if jobs is None else 'submitit/*.err'}"
-        return RunState(run, "uncertain", reason, attempt)
+            reason += f"; see {submission}/{'launch.log' if receipt is None else 'submitit/*.err'}"
+        return reason
 
-    def _jobs_of(self, submission: str) -> list[ProcessId] | None:
-        """The processes that work through a submission; None as long as it has no receipt."""
-        if submission not in self._jobs:
+    def _of_slurm(self, run: Run, attempt: AttemptDir, claim: dict[str, Any]) -> RunState:
+        """The state of a run whose last attempt belongs to a SLURM job."""
+        job = self._job(claim)
+        start, ended = read_json(attempt.start_json), read_json(attempt.exit_json)
+        identity = job.id if job else str((start or {}).get("job", {}).get("id") or "")
+        unseen = False
+        if start is not None and "withdrawn" in start:
+            state, reason = str(start["withdrawn"]), str((ended or {}).get("reason") or "")
+        elif ended is not None and not _may_go_on(ended):
+            state, reason = _end_of(ended, attempt)
+        elif self.scheduler_error:
+            state = "pending" if start is None or ended is not None else "running"
+            reason, unseen = f"as far as is known: {self.scheduler_error}", True
+        elif job is not None and job.live:
+            waits = start is None or ended is not None or job.waiting
+            state, reason = ("pending", _waits_for(job)) if waits else ("running", "")
+        else:
+            state, reason = self._without_job(attempt, claim, start, ended, job)
+        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity)
+
+    def _without_job(
+        self,
+        attempt: AttemptDir,
+        claim: dict[str, Any],
+        start: dict[str, Any] | None,
+        ended: dict[str, Any] | None,
+        job: SlurmJob | None,
+    ) -> tuple[str, str]:
+        """State and reason of a run whose job is not in the queue any more, or not yet."""
+        submission = str(claim.get("submission"))
+        receipt = self._receipt(submission)
+        if start is None and job is None and receipt is None:
+            if True in [self._is_alive(process) for process in self._launchers(claim, attempt)]:
+                return "pending", "being submitted"
+            return "uncertain", self._nobody_left(claim, None)
+        identity = str((start or {}).get("job", {}).get("id") or _id_of(claim, receipt))
+        last_words = job.state if job is not None else self._accounted(identity)
+        if last_words == "CANCELLED":
+            return "cancelled", "scancel"
+        if ended is not None:  # it was to go on, and did not
+            return _end_of(ended, attempt)
+        if start is None:
+            gone = f"its job {identity} ended ({last_words or 'unknown to SLURM'}) before it started the run"
+            return "uncertain", f"{gone}; see {self._root / submission}/submitit"
+        return _killed(last_words, identity)
+
+    def _job(self, claim: dict[str, Any]) -> SlurmJob | None:
+        """The job of a claim. If it is not in the queue as last seen, it may have been submitted since."""
+        key = (str(claim.get("token")), int(claim.get("index", 0)))
+        if self._snapshot is None:
+            self._look()
+        assert self._snapshot is not None
+        submission = str(claim.get("submission"))
+        if self._snapshot.of(*key) is None and submission not in self._looked_after and self._receipt(submission) is not None:
+            self._look()
+        return self._snapshot.of(*key)
+
+    def _look(self) -> None:
+        """Ask SLURM; remember whose jobs had been submitted before."""
+        for path in self._root.glob("sweeps/*/submissions/*/receipt.json"):
+            self._receipts.pop(str(path.parent.relative_to(self._root)), None)
+            self._looked_after.add(str(path.parent.relative_to(self._root)))
+        self._snapshot = self._scheduler.snapshot()
+
+    def _accounted(self, identity: str) -> str:
+        """The state in which a job ended that the queue has forgotten; empty where accounting does not know either."""
+        if self._ended is None:
+            receipts = [self._receipt(submission) or {} for submission in self._looked_after]
+            self._ended = self._scheduler.ended([str(job["id"]) for receipt in receipts for job in receipt.get("jobs", [])])
+        ended = self._ended.get(identity)
+        return "" if ended is None else ended.state
+
+    def _receipt(self, submission: str) -> dict[str, Any] | None:
+        """What was written down after the jobs of a submission were started; None before that."""
+        if submission not in self._receipts:
             path = self._root / submission / "receipt.json"
             receipt = read_json(path)
-            jobs = [] if receipt is None else receipt.get("jobs")
-            if not isinstance(jobs, list):
+            if receipt is not None and not isinstance(receipt.get("jobs"), list):
                 raise RunError(f"{path}: no list `jobs` in it; {_MEND}")
-            self._jobs[submission] = None if receipt is None else [_process(job, path) for job in jobs]
-        return self._jobs[submission]
+            self._receipts[submission] = receipt
+        return self._receipts[submission]
+
+    def _workers(self, claim: dict[str, Any], receipt: dict[str, Any]) -> list[ProcessId]:
+        path = self._root / str(claim["submission"]) / "receipt.json"
+        return [_process(job, path) for job in receipt["jobs"]]
+
+    def _launchers(self, claim: dict[str, Any], attempt: AttemptDir) -> list[ProcessId]:
+        """Who may still start the jobs of a submission: the launcher, and the helper that it has started."""
+        launchers = [_process(claim, attempt.claim_json)]
+        path = self._root / str(claim["submission"]) / "launch.json"
+        launch = read_json(path)
+        return launchers if launch is None or "process" not in launch else [*launchers, _process(launch, path)]
 
     def _is_alive(self, process: ProcessId) -> bool | None:
         if process not in self._alive:
             self._alive[process] = process.alive()
         return self._alive[process]
+
+
+def _ended_state(ended: dict[str, Any], attempt: AttemptDir) -> str:
+    state = str(ended.get("state"))
+    if state not in ("done", "failed", "interrupted", "cancelled"):
+        raise RunError(f"{attempt.exit_json}: state {state!r} is none of done, failed, interrupted, cancelled")
+    return state
+
+
+def _end_of(ended: dict[str, Any], attempt: AttemptDir) -> tuple[str, str]:
+    return _ended_state(ended, attempt), str(ended.get("reason") or "")
+
+
+def _id_of(claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
+    """The id of the job of a claim, by the receipt of its submission."""
+    jobs = (receipt or {}).get("jobs") or [{}]
+    number = str(jobs[0].get("id") or "")
+    return f"{number}_{claim.get('index', 0)}" if jobs[0].get("array", True) else number
+
+
+def _may_go_on(ended: dict[str, Any]) -> bool:
+    """Whether SLURM may start the job of an attempt again that ended like this; then the queue says whether it will."""
+    return bool(ended.get("requeued")) or ended.get("state") == "interrupted"
+
+
+def _waits_for(job: SlurmJob) -> str:
+    return f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "")
+
+
+def _killed(last_words: str, identity: str) -> tuple[str, str]:
+    """State and reason of a run whose job ended without writing its exit."""
+    if last_words == "OUT_OF_MEMORY":
+        return "failed", f"host out of memory: SLURM ended job {identity} (OUT_OF_MEMORY); ask for more with `mem`"
+    if last_words in ("TIMEOUT", "PREEMPTED", "DEADLINE"):
+        return "interrupted", f"SLURM ended job {identity}: {last_words}"
+    return "lost", f"its job {identity} was killed" + (f" ({last_words})" if last_words else "")
 
 
 def withdraw(attempt: AttemptDir, state: str, reason: str) -> bool:

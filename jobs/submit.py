@@ -4,11 +4,13 @@
 2. Each run is claimed by creating that attempt. If somebody was faster, the claim fails and the run is theirs: the number
    is the one after the last attempt that was looked at, so it cannot be claimed on the strength of an outdated look.
 3. A helper in a session of its own starts the jobs (jobs/launch.py) and writes receipt.json. They need no launcher.
-4. Each job (jobs/worker.py) takes a slot, works through the claims of its submission, and ends when all are started.
+4. Each job works for its submission: on this machine it takes a slot and works through the claims (jobs/worker.py), in
+   SLURM it is a task of an array and trains the run of its index (jobs/slurm_job.py).
 
-A launcher may be killed anywhere in this. What was not claimed is missing; what was claimed and has nobody left to start it
-is `uncertain`. The next submission withdraws such a claim and makes a new one. Withdrawing and starting are the same
-exclusive creation (start.json): a job that was only slow to come up, and the withdrawal, cannot both succeed.
+A launcher may be killed anywhere in this; jobs/submission.py settles what it has left. What was not claimed is missing;
+what was claimed and has nobody left to start it is `uncertain`. The next submission withdraws such a claim and makes a new
+one. Withdrawing and starting are the same exclusive creation (start.json): a job that was only slow to come up, and the
+withdrawal, cannot both succeed.
 """
 
 from __future__ import annotations
@@ -19,22 +21,28 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs import nodes
 from jobs.bound import child_environment
 from jobs.grid import Run, SweepDir, SweepError
-from jobs.profile import Profile, Slot, slots_of, threads_per_process
+from jobs.profile import LocalProfile, Profile, SlurmProfile
+from jobs.scheduler import Scheduler, scheduler_environment
+from jobs.slots import slots_of, threads_per_process
 from jobs.state import RunState, withdraw
-from jobs.worker import BOUND
+from jobs.submission import SubmissionDir
+from jobs.training import training_command
 from vitpa.config import (
     AttemptDir,
     ConfigError,
     ProcessId,
     RunConfig,
     RunDir,
+    code_version,
     create_exclusive,
     parse_config,
     read_json,
@@ -44,47 +52,47 @@ from vitpa.config import (
     write_json,
 )
 
+WRITERS = 16  # claims are written at the same time: each waits for the disk, most of all on a file server
 
-class SubmissionDir:
-    """All paths of a submission: `<root>/sweeps/<name>/submissions/<utc>-<token>`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.intent_json = path / "intent.json"  # before anything is started
-        self.receipt_json = path / "receipt.json"  # after
-        self.launch_log = path / "launch.log"
-        self.submitit = path / "submitit"  # pickles and output of the jobs
+class RefusedError(SweepError):
+    """SLURM said no: one line with its own words."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs that make one submission. Nothing has been written yet."""
+
+    chosen: list[RunState]
+    configs: list[RunConfig]  # of `chosen`, with the runtime section that they will run with
+    how: dict[str, Any]  # what the intent says about how and where they are to run; with the key `executor`
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be submitted, and where it will run. Nothing has been written yet."""
+    """What is to be submitted, and where it will run."""
 
-    chosen: list[RunState]
-    configs: list[RunConfig]  # of `chosen`, with the runtime section that they will run with
-    slots: list[Slot]
-    train_command: list[str]
-
-
-def training_command(processes: int) -> list[str]:
-    """How a run is trained; its config.yaml and overrides are appended."""
-    train = [sys.executable, "-m", "vitpa.train"]
-    if processes <= 1:
-        return train
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*torchrun, "--no-python", *BOUND, *train]
+    batches: list[Batch]
+    at_a_time: int | None  # runs; None: as many as SLURM gives
+    notes: list[str] = field(default_factory=list)  # what the user should know
 
 
-def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str]) -> Order:
-    """Everything that can go wrong before something is written: slots, runtime settings, data.
+def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str], scheduler: Scheduler) -> Order:
+    """Everything that can go wrong before something is written: slots, limits, runtime settings, data.
 
     Raises:
-        SweepError: too few GPUs, contradicting devices, or data that has not been prepared.
+        SweepError: too few GPUs, contradicting devices, data that has not been prepared, or SLURM does not answer.
         ConfigError: a runtime setting that does not exist.
     """
-    configs = [_configure(state.run, profile, root, overrides) for state in chosen]
-    if not configs:
-        return Order([], [], [], [])
+    if not chosen:
+        return Order([], 0)
+    if isinstance(profile, LocalProfile):
+        return _prepare_local(chosen, profile, root, overrides)
+    return _prepare_slurm(chosen, profile, root, overrides, scheduler)
+
+
+def _prepare_local(chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[str]) -> Order:
+    configs = [_configure(state.run, profile.runtime, root, overrides) for state in chosen]
     devices = sorted({config.runtime.device for config in configs})
     if len(devices) > 1:
         raise SweepError(f"the recipes ask for different devices ({', '.join(devices)}); add runtime.device={devices[0]}")
@@ -92,12 +100,46 @@ def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Seq
     threads = threads_per_process(profile, slots)
     configs = [_with_share(config, threads, profile.runs_per_gpu if slots[0].gpus else 1) for config in configs]
     _check_data(configs)
-    return Order(chosen, configs, slots, training_command(len(slots[0].gpus)))
+    how = {
+        "executor": "local",
+        "slots": [slot.model_dump() for slot in slots],
+        "train_command": training_command(len(slots[0].gpus)),
+    }
+    return Order([Batch(chosen, configs, how)], len(slots))
 
 
-def _configure(run: Run, profile: Profile, root: Path, overrides: Sequence[str]) -> RunConfig:
+def _prepare_slurm(
+    chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler
+) -> Order:
+    """Runs with equal resources make an array, or several where SLURM's MaxArraySize wants that."""
+    limit = int(scheduler.configuration().get("MaxArraySize", "1001"))
+    failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
+    notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
+    by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
+    groups: dict[str, list[RunState]] = {}
+    for state in chosen:
+        groups.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
+    batches = []
+    for states in groups.values():
+        resources = by_dataset[states[0].run.dataset]
+        how = {
+            "executor": "slurm",
+            "profile": resources.model_dump(mode="json"),
+            "processes_per_node": resources.processes,
+            "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
+            "exclude": sorted(failed),
+        }
+        for first in range(0, len(states), limit):
+            part = states[first : first + limit]
+            configs = [_configure(state.run, resources.runtime, root, overrides) for state in part]
+            batches.append(Batch(part, configs, how))
+    _check_data([config for batch in batches for config in batch.configs])
+    return Order(batches, profile.array_parallelism, notes)
+
+
+def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[str]) -> RunConfig:
     document = run.config.model_dump(mode="json")
-    document["runtime"].update(profile.runtime)
+    document["runtime"].update(runtime)
     config = parse_config(document, run.label, [*overrides, f"runtime.root={json.dumps(str(root))}"])
     assert config.signature == run.signature, "the runtime section must not change the signature"
     data_dir = str(Path(config.runtime.data_dir).resolve())
@@ -119,8 +161,8 @@ def _check_data(configs: list[RunConfig]) -> None:
                 raise SweepError(f"{path}: no such file; run `vitpa prep {dataset}` first, or say where it is with --data-dir")
 
 
-def submit(sweep: str, order: Order, profile: Profile, root: Path) -> tuple[list[AttemptDir], list[str]]:
-    """Claim the runs of `order` for the sweep of that name and start jobs for them.
+def submit(sweep: str, order: Order, root: Path, code: Path | None = None) -> tuple[list[AttemptDir], list[str]]:
+    """Claim the runs of `order` for the sweep of that name and start jobs for them, from the code in `code` if given.
 
     Returns:
         The attempts that are ours, and a line for each run whose directory cannot be used.
@@ -128,58 +170,85 @@ def submit(sweep: str, order: Order, profile: Profile, root: Path) -> tuple[list
     Raises:
         SweepError: the jobs could not be started; the claims are taken up by the next submission.
     """
-    order, directories, refused = _record_configs(order)
+    claimed: list[AttemptDir] = []
+    refused: list[str] = []
+    for batch in order.batches:
+        ours, lines = _submit_batch(sweep, batch, root, code)
+        claimed += ours
+        refused += lines
+    return claimed, refused
+
+
+def _submit_batch(sweep: str, batch: Batch, root: Path, code: Path | None) -> tuple[list[AttemptDir], list[str]]:
+    batch, directories, refused = _record_configs(batch)
     if not directories:
         return [], refused
     token = secrets.token_hex(4)
     submission = SubmissionDir(SweepDir(root, sweep).submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
     submission.path.mkdir(parents=True)
-    write_json(submission.intent_json, _intent(sweep, order, profile, token))
-    claimed = []
-    for state, config, directory in zip(order.chosen, order.configs, directories, strict=True):
-        claim = {
-            "token": token,
-            "submission": str(submission.path.relative_to(root)),
-            "sweep": sweep,
-            "process": ProcessId.mine().model_dump(),
-            "runtime": config.model_dump(mode="json")["runtime"],
-            "utc": utc_now(),
-        }
-        attempt = _claim(state, directory, claim)
-        if attempt is not None:
-            claimed.append(attempt)
-    if claimed:
-        _start_jobs(submission, root, min(len(order.slots), len(claimed)))
+    write_json(submission.intent_json, _intent(sweep, batch, token))
+    common = {
+        "token": token,
+        "executor": batch.how["executor"],
+        "submission": str(submission.path.relative_to(root)),
+        "sweep": sweep,
+        "process": ProcessId.mine().model_dump(),
+        "utc": utc_now(),
+    }
+
+    def claim(index: int) -> AttemptDir | None:
+        runtime = batch.configs[index].model_dump(mode="json")["runtime"]
+        return _claim(batch.chosen[index], directories[index], {**common, "index": index, "runtime": runtime})
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        attempts = list(pool.map(claim, range(len(directories))))
+    indices = [index for index, attempt in enumerate(attempts) if attempt is not None]
+    if indices:
+        try:
+            _start_jobs(submission, root, indices, code)
+        except RefusedError as error:  # SLURM has nothing of ours: the runs are free again
+            for attempt in filter(None, attempts):
+                withdraw(attempt, "interrupted", str(error))
+            create_exclusive(submission.receipt_json, to_json({"jobs": [], "refused": str(error), "utc": utc_now()}))
+            raise
     else:
         create_exclusive(submission.receipt_json, to_json({"jobs": [], "utc": utc_now()}))
-    return claimed, refused
+    return [attempt for attempt in attempts if attempt is not None], refused
 
 
-def _record_configs(order: Order) -> tuple[Order, list[RunDir], list[str]]:
-    """Make the directories of the runs; what is left of `order`, its directories, and a line for each run left out."""
-    kept, directories, refused = [], [], []
-    for state, config in zip(order.chosen, order.configs, strict=True):
+def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], list[str]]:
+    """Make the directories of the runs; what is left of `batch`, its directories, and a line for each run left out."""
+
+    def record(config: RunConfig) -> RunDir | ConfigError:
         try:
-            directories.append(record_config(config))
-            kept.append((state, config))
+            return record_config(config)
         except ConfigError as error:
+            return error
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        answers = list(pool.map(record, batch.configs))
+    kept, directories, refused = [], [], []
+    for state, config, answer in zip(batch.chosen, batch.configs, answers, strict=True):
+        if isinstance(answer, RunDir):
+            directories.append(answer)
+            kept.append((state, config))
+        else:
             mend = "restore it, or move the run's directory away"
-            refused.append(f"{state.run.label}: {error}" + ("" if mend in str(error) else f"; {mend}"))
+            refused.append(f"{state.run.label}: {answer}" + ("" if mend in str(answer) else f"; {mend}"))
     chosen, configs = [state for state, _ in kept], [config for _, config in kept]
-    return replace(order, chosen=chosen, configs=configs), directories, refused
+    return replace(batch, chosen=chosen, configs=configs), directories, refused
 
 
-def _intent(sweep: str, order: Order, profile: Profile, token: str) -> dict[str, Any]:
+def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
     return {
         "token": token,
         "sweep": sweep,
-        "executor": profile.executor,
         "host": socket.gethostname(),
         "launcher": ProcessId.mine().model_dump(),
         "utc": utc_now(),
-        "slots": [slot.model_dump() for slot in order.slots],
-        "train_command": order.train_command,
-        "runs": [{"signature": state.run.signature, "attempt": state.attempts + 1} for state in order.chosen],
+        "code_version": code_version(),
+        **batch.how,
+        "runs": [{"signature": state.run.signature, "attempt": state.attempts + 1} for state in batch.chosen],
     }
 
 
@@ -190,13 +259,26 @@ def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> Attempt
     return directory.claim_attempt(state.attempts + 1, claim)
 
 
-def _start_jobs(submission: SubmissionDir, root: Path, jobs: int) -> None:
+def _start_jobs(submission: SubmissionDir, root: Path, indices: list[int], code: Path | None) -> None:
     """Start the jobs from a helper that belongs to no terminal, and wait until it has written the receipt."""
-    command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), str(jobs)]
+    command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), json.dumps(indices)]
+    environment = scheduler_environment(child_environment(code))
     with submission.launch_log.open("ab") as log:
         helper = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=child_environment(), start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-    code = helper.wait()
-    if code != 0 or read_json(submission.receipt_json) is None:
-        raise SweepError(f"the jobs could not be started (exit code {code}): see {submission.launch_log}; then submit again")
+    exit_code = helper.wait()
+    if exit_code != 0 or read_json(submission.receipt_json) is None:
+        _refuse(submission, exit_code)
+
+
+def _refuse(submission: SubmissionDir, exit_code: int) -> None:
+    """Say why the jobs could not be started: SLURM's own words, if it has said any."""
+    lines = [line.strip() for line in submission.launch_log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(("sbatch: error:", "sbatch: fatal:"))]
+    if said:
+        raise RefusedError("SLURM refused the jobs: " + "; ".join(dict.fromkeys(line.partition(": ")[2] for line in said)))
+    last = (lines or ["it said nothing"])[-1]
+    raise SweepError(
+        f"the jobs could not be started (exit code {exit_code}: {last}): see {submission.launch_log}; then submit again"
+    )

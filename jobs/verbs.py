@@ -17,11 +17,13 @@ from jobs import logs, status
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
 from jobs.profile import load_profile
+from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
+from jobs.submission import settle
 from jobs.submit import prepare, submit
-from vitpa.config import ConfigError, RunError, parse_config, read_json, utc_now, write_json
+from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
 
-OK, ERROR, PARTIAL, INTERRUPTED = 0, 1, 4, 130
+OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 FILTERS: dict[str, Callable[[RunState], str]] = {
     "dataset": lambda state: state.run.dataset,
     "attention": lambda state: state.run.attention,
@@ -41,6 +43,7 @@ class Context:
     filters: Mapping[str, set[str]]
     overrides: list[str]  # runtime.key=value
     console: Console
+    scheduler: Scheduler
 
     @property
     def suffix(self) -> str:
@@ -58,7 +61,15 @@ class Context:
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""
-        return select(Survey(self.root).states(self.sweep.runs), self.filters)
+        return select(self.survey(self.sweep.runs), self.filters)
+
+    def survey(self, runs: list[Run]) -> list[RunState]:
+        """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
+        survey = Survey(self.root, self.scheduler)
+        states = survey.states(runs)
+        if survey.scheduler_error:
+            print(f"warning: {survey.scheduler_error}; states are as far as the files tell", file=sys.stderr)
+        return states
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
@@ -73,6 +84,9 @@ def run_verb(options: argparse.Namespace) -> int:
     """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
     try:
         return VERBS[options.verb](_context(options))
+    except SchedulerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNREACHABLE
     except (SweepError, ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -101,7 +115,7 @@ def _context(options: argparse.Namespace) -> Context:
         overrides.append(f"runtime.data_dir={json.dumps(options.data_dir)}")
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
-    return Context(options, root, sweep, drift, filters, overrides, _console())
+    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler())
 
 
 def _check_settings(options: argparse.Namespace, run: Run, overrides: list[str]) -> None:
@@ -155,9 +169,11 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 def _plan(context: Context) -> int:
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
-    problem, slots = "", 0
+    problem, slots = "", None
     try:
-        slots = len(prepare(missing, load_profile(context.options.profile), context.root, context.overrides).slots)
+        slots = prepare(
+            missing, load_profile(context.options.profile), context.root, context.overrides, context.scheduler
+        ).at_a_time
     except SweepError as error:
         problem = str(error)
     estimate_s = status.estimated_s(states)
@@ -174,8 +190,8 @@ def _plan(context: Context) -> int:
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:
-        time = "" if estimate_s is None else f", about {status.duration(estimate_s / slots)} by the finished runs' images/s"
-        context.say(f"submit would start {len(missing)} runs, {slots} at a time{time}")
+        time = "" if estimate_s is None else f", about {status.duration(estimate_s / (slots or len(missing)))}"
+        context.say(f"submit would start {len(missing)} runs" + (f", {slots} at a time" if slots else "") + time)
     _say_left_alone(context, states)
     return OK
 
@@ -188,12 +204,21 @@ def _submit(context: Context) -> int:
         )
     if context.drift.added or context.drift.gone:
         context.say(context.drift.describe())
+    _settle(context)
     states = context.look()
     return _start(context, states, [state for state in states if state.state in SUBMITTABLE])
 
 
+def _settle(context: Context) -> None:
+    """What a killed launcher has left comes first: a job that SLURM has already is not to be submitted again."""
+    if not context.options.dry_run:
+        for line in settle(context.root, context.scheduler):
+            context.say(line)
+
+
 def _retry(context: Context) -> int:
     force = context.options.force
+    _settle(context)
     states = context.look()
     chosen = [state for state in states if state.state in RETRYABLE or (force and state.unseen)]
     hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
@@ -218,9 +243,12 @@ def _fails_alike(state: RunState, root: Path) -> bool:
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:
     """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
     profile = load_profile(context.options.profile)
-    order = prepare(chosen, profile, context.root, context.overrides)
+    order = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
+    at_a_time = f", {order.at_a_time} at a time" if order.at_a_time else ""
+    for line in order.notes:
+        context.say(line)
     if context.options.dry_run:
-        context.say(f"would start {len(chosen)} runs, {len(order.slots)} at a time")
+        context.say(f"would start {len(chosen)} runs{at_a_time}")
         for state in chosen:
             context.say(f"  {state.run.label} ({state.state})")
         return OK
@@ -228,16 +256,17 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     if context.options.verb == "submit":
         directory.record(context.sweep)
     if chosen:
-        claimed, refused = submit(context.sweep.name, order, profile, context.root)
+        code = _snapshot(context) if context.options.code == "snapshot" else None
+        claimed, refused = submit(context.sweep.name, order, context.root, code)
         for line in refused:
             context.say(f"not submitted: {line}")
         late = len(chosen) - len(claimed) - len(refused)
         faster = f"; {late} were claimed by somebody else first" if late else ""
-        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs, {len(order.slots)} at a time{faster}")
+        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs{at_a_time}{faster}")
     else:
         context.say("nothing to submit")
     runs = [state.run for state in looked_at]
-    states = _wait(context, runs) if context.options.wait else Survey(context.root).states(runs)
+    states = _wait(context, runs) if context.options.wait else context.survey(runs)
     context.say(f"{context.sweep.name}: {status.summary(states)}")
     _say_left_alone(context, states)
     _say_next(context)
@@ -245,12 +274,18 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     return OK if all(state.state in settled for state in states) else PARTIAL
 
 
+def _snapshot(context: Context) -> Path:
+    from jobs.snapshot import make_snapshot  # noqa: PLC0415
+
+    return make_snapshot(context.root)
+
+
 def _wait(context: Context, runs: list[Run]) -> list[RunState]:
     try:
         return status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
     except KeyboardInterrupt:
         context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
-        return Survey(context.root).states(runs)
+        return context.survey(runs)
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
@@ -309,12 +344,11 @@ def _cancel(context: Context) -> int:
         for state in live:
             context.say(f"would cancel {state.run.label} ({state.state})")
         return OK
-    withdrawn = 0
-    running = []
+    withdrawn, running, jobs = 0, [], []
     for state in sorted(live, key=lambda state: state.state == "running"):
-        assert state.attempt is not None, "what is live has an attempt"
-        if state.state != "running" and withdraw(state.attempt, "cancelled", "cancelled before it started"):
+        if state.state != "running" and _withdraw(state, context.root):
             withdrawn += 1
+            jobs.append(state.job_id)
         else:
             running.append(state)
     for state in running:
@@ -322,6 +356,7 @@ def _cancel(context: Context) -> int:
         request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
         write_json(state.run.directory(context.root).stop, request)
     killed = [state for state in running if context.options.now and _has_worker(state)]
+    context.scheduler.cancel(sorted(filter(None, jobs)))  # they have nothing to do; what trains ends by itself
     parts = [f"{withdrawn} cancelled before they started"]
     if killed:
         parts.append(f"{len(killed)} killed")
@@ -329,6 +364,17 @@ def _cancel(context: Context) -> int:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
     return OK
+
+
+def _withdraw(state: RunState, root: Path) -> bool:
+    """Take a run that is not in training out of circulation; False if it has been started in this moment."""
+    assert state.attempt is not None, "what is live has an attempt"
+    reason = "cancelled before it started"
+    if not state.attempt.start_json.exists():
+        return withdraw(state.attempt, "cancelled", reason)
+    claim = {**(read_json(state.attempt.claim_json) or {}), "process": ProcessId.mine().model_dump(), "utc": utc_now()}
+    following = state.run.directory(root).claim_attempt(state.attempts + 1, claim)  # SLURM would have started it again
+    return following is not None and withdraw(following, "cancelled", reason)
 
 
 def _has_worker(state: RunState) -> bool:

@@ -91,7 +91,7 @@ def start_launcher(root: Path, slots: int, name: str = "small") -> subprocess.Po
 
 def main(root: str, slots: str, name: str, verb: str, *terms: str) -> int:
     """A `vitpa sweep` whose runs are trained by the stand-in."""
-    jobs.submit.training_command = lambda processes: STAND_IN
+    vars(jobs.submit)["training_command"] = lambda processes: STAND_IN
     profile = Path(root) / f"slots-{slots}.yaml"
     profile.write_text(f"slots: {slots}\nruntime: {{device: cpu, data_dir: {root}/data}}\n")
     where = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []

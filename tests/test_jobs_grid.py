@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from jobs.grid import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
-from jobs.profile import SHIPPED, Profile, load_profile, slots_of, threads_per_process, visible_gpus
+from jobs.profile import SHIPPED, LocalProfile, load_profile
+from jobs.slots import slots_of, threads_per_process, visible_gpus
 from tests.jobs_sweeps import make_sweep
 from vitpa.config import ConfigError
 
@@ -119,12 +120,12 @@ def test_unknown_sweep_names_the_shipped_ones(tmp_path: Path) -> None:
 
 
 def test_the_default_profile_says_the_defaults() -> None:
-    assert load_profile("local") == Profile()
+    assert load_profile("local") == LocalProfile()
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_profiles_load(path: Path) -> None:
-    assert load_profile(path.stem).executor == "local"
+    assert load_profile(path.stem).executor == ("local" if "local" in path.stem else "slurm")
 
 
 @pytest.mark.parametrize(
@@ -144,25 +145,25 @@ def test_invalid_profile(tmp_path: Path, text: str, message: str) -> None:
 
 def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert [slot.gpus for slot in slots_of(Profile(), "auto")] == [["2"], ["5"], ["7"]]
-    assert [slot.gpus for slot in slots_of(Profile(gpus_per_run=2), "auto")] == [["2", "5"]]
-    shared = slots_of(Profile(runs_per_gpu=2), "cuda")
+    assert [slot.gpus for slot in slots_of(LocalProfile(), "auto")] == [["2"], ["5"], ["7"]]
+    assert [slot.gpus for slot in slots_of(LocalProfile(gpus_per_run=2), "auto")] == [["2", "5"]]
+    shared = slots_of(LocalProfile(runs_per_gpu=2), "cuda")
     assert [slot.gpus[0] for slot in shared] == ["2", "5", "7", "2", "5", "7"]
     assert len({unit for slot in shared for unit in slot.units}) == 6
     with pytest.raises(SweepError, match="asks for 4 slots, but 3 GPUs give 3"):
-        slots_of(Profile(slots=4), "auto")
+        slots_of(LocalProfile(slots=4), "auto")
     with pytest.raises(SweepError, match="gpus_per_run=4, but 3 GPUs are visible"):
-        slots_of(Profile(gpus_per_run=4), "auto")
+        slots_of(LocalProfile(gpus_per_run=4), "auto")
 
 
 def test_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     assert visible_gpus() == []
-    assert len(slots_of(Profile(), "auto")) == 6
-    assert len(slots_of(Profile(cpus_per_slot=4), "auto")) == 1
-    assert len(slots_of(Profile(slots=8), "cpu")) == 8
-    profile = Profile(cpus_per_slot=3)
+    assert len(slots_of(LocalProfile(), "auto")) == 6
+    assert len(slots_of(LocalProfile(cpus_per_slot=4), "auto")) == 1
+    assert len(slots_of(LocalProfile(slots=8), "cpu")) == 8
+    profile = LocalProfile(cpus_per_slot=3)
     assert threads_per_process(profile, slots_of(profile, "cpu")) == 3
     with pytest.raises(SweepError, match="no GPU is visible"):
-        slots_of(Profile(), "cuda")
+        slots_of(LocalProfile(), "cuda")

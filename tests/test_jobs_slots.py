@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.profile import Slot
-from jobs.slots import take_slot
+
+from jobs.slots import Slot, take_slot
 from vitpa.config import ProcessId, write_json
 
 DEAD = ProcessId.mine().model_copy(update={"start_ticks": 1})

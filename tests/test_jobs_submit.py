@@ -6,13 +6,13 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.grid import Sweep, SweepDir
-from jobs.profile import Profile
+from jobs.profile import LocalProfile
+from jobs.scheduler import Scheduler
 from jobs.state import Survey
 from jobs.submit import prepare, submit
 from tests.jobs_sweeps import (
@@ -102,9 +102,10 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch
     (tmp_path / "jobs.py").write_text("raise SystemExit('not me')")
     monkeypatch.chdir(tmp_path)
     states = Survey(tmp_path).states(sweep.runs)
-    profile = Profile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
-    order = replace(prepare(states, profile, tmp_path, []), train_command=STAND_IN)
-    assert submit("small", order, profile, tmp_path)[1] == []
+    profile = LocalProfile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
+    monkeypatch.setattr("jobs.submit.training_command", lambda processes: STAND_IN)
+    order = prepare(states, profile, tmp_path, [], Scheduler())
+    assert submit("small", order, tmp_path)[1] == []
     assert_each_done_once(tmp_path, sweep)
 
 

@@ -13,8 +13,7 @@ import yaml
 
 from jobs.grid import Sweep, load_sweep
 from jobs.state import Survey
-from jobs.submit import training_command
-from jobs.worker import BOUND
+from jobs.training import BOUND, training_command
 from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, processes_of, results, settle, wait_for
 from vitpa.config import read_json
 

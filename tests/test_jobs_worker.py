@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.grid import Run
-from jobs.profile import Slot
 from jobs.state import Survey
-from jobs.worker import Signals, Training, last_error
+from jobs.training import Training, last_error
 from tests.jobs_sweeps import STAND_IN, make_sweep
 from vitpa.config import ProcessId, RunDir, parse_config, read_json, record_config, write_json
 
@@ -29,7 +28,12 @@ def training(root: Path, run: Run, command: list[str]) -> Training:
     attempt = directory.claim_attempt(len(directory.attempts()) + 1, claim)
     assert attempt is not None
     write_json(attempt.start_json, me)
-    return Training(directory, attempt, claim, Slot(units=["cpu0"], gpus=[]), command)
+    return Training(directory, attempt, claim, command, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def run_out(one: Training) -> None:
+    """Train to the end and record it."""
+    one.record(one.supervise(lambda: None))
 
 
 def ask_to_stop(run: RunDir, attempt: int) -> None:
@@ -40,7 +44,7 @@ def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -
     training(tmp_path, run, [])
     second = training(tmp_path, run, STAND_IN)
     ask_to_stop(second.run, 1)
-    second.supervise(Signals())
+    run_out(second)
     assert Survey(tmp_path).state(run).state == "done"
     assert not second.run.stop.exists()
 
@@ -48,7 +52,7 @@ def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -
 def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
     first = training(tmp_path, run, STAND_IN)
     ask_to_stop(first.run, 1)
-    first.supervise(Signals())
+    run_out(first)
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("cancelled", "cancelled before it started")
     assert not first.attempt.log.exists()
@@ -56,7 +60,7 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
 
 def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parent / 'stop').touch(); time.sleep(0.7)"
-    training(tmp_path, run, [sys.executable, "-S", "-c", program]).supervise(Signals())
+    run_out(training(tmp_path, run, [sys.executable, "-S", "-c", program]))
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("interrupted", "the file stop")
 
@@ -72,13 +76,13 @@ def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     ],
 )
 def test_reasons_of_failures(tmp_path: Path, run: Run, program: str, reason: str) -> None:
-    training(tmp_path, run, [sys.executable, "-S", "-c", program]).supervise(Signals())
+    run_out(training(tmp_path, run, [sys.executable, "-S", "-c", program]))
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("failed", reason)
 
 
 def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run) -> None:
-    training(tmp_path, run, ["/nowhere/python"]).supervise(Signals())
+    run_out(training(tmp_path, run, ["/nowhere/python"]))
     state = Survey(tmp_path).state(run)
     assert state.state == "failed"
     assert "/nowhere/python" in state.reason
@@ -87,7 +91,7 @@ def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run
 def test_the_training_is_told_its_attempt_and_sees_no_gpu(tmp_path: Path, run: Run) -> None:
     program = "import os; print(os.environ['VITPA_ATTEMPT'], repr(os.environ['CUDA_VISIBLE_DEVICES']))"
     one = training(tmp_path, run, [sys.executable, "-S", "-c", program])
-    one.supervise(Signals())
+    run_out(one)
     assert one.attempt.log.read_text() == f"{one.attempt.path} ''\n"
     ended = read_json(one.attempt.exit_json)
     assert ended is not None

@@ -1,0 +1,210 @@
+"""What is asked of SLURM and told to it: squeue, sacct, scontrol, scancel, sbatch. Nothing else here starts those programs.
+
+A job of ours carries the token of its submission as its comment; a run is one task of it, by its index. A state that is
+not known to be an end counts as live (job_state_string in SLURM's source has the names).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jobs.grid import SweepError
+
+ENDED = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    }
+)
+WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "CONFIGURING", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+COMMENT = "vitpa:"  # before the token
+TIMEOUT_S = 60
+
+
+class SchedulerError(SweepError):
+    """SLURM does not answer, or refuses: one line with its own words."""
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job, or a task of an array, as SLURM sees it."""
+
+    id: str  # 1234, or 1234_5 for task 5 of an array
+    state: str
+    reason: str = ""  # of waiting
+    nodes: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether it is not known to have ended."""
+        return self.state not in ENDED
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is live without running."""
+        return self.state in WAITING
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The queue at one moment."""
+
+    jobs: Mapping[tuple[str, int], SlurmJob]  # by (token, index of the task)
+    error: str = ""  # why it could not be had
+
+    def of(self, token: str, index: int) -> SlurmJob | None:
+        """The job that is to execute task `index` of the submission with that token."""
+        return self.jobs.get((token, index))
+
+    def ids(self, token: str) -> list[str]:
+        """The tasks of a submission."""
+        return [job.id for (found, _), job in self.jobs.items() if found == token]
+
+
+@dataclass
+class Scheduler:
+    """The cluster, through its command-line programs."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: scheduler_environment(os.environ))
+
+    def snapshot(self) -> Snapshot:
+        """All jobs of this user that carry a token, also those that ended a few minutes ago (SLURM's MinJobAge)."""
+        form = "%i|%T|%r|%N|%k"
+        try:
+            user = str(os.getuid())
+            text = self.ask("squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}")
+        except SchedulerError as error:
+            return Snapshot({}, str(error))
+        jobs: dict[tuple[str, int], SlurmJob] = {}
+        for line in text.splitlines():
+            identity, state, reason, nodes, comment = [*line.split("|", 4), "", "", "", ""][:5]
+            if not comment.startswith(COMMENT):
+                continue
+            _, _, index = identity.partition("_")
+            job = SlurmJob(identity, state, "" if reason == "None" else reason, nodes)
+            key = (comment.removeprefix(COMMENT), int(index) if index.isdecimal() else 0)
+            if key not in jobs or job.live:
+                jobs[key] = job
+        return Snapshot(jobs)
+
+    def ended(self, ids: Iterable[str]) -> dict[str, SlurmJob]:
+        """What accounting knows of jobs that are no longer in the queue, by id. Empty where there is no accounting."""
+        numbers = sorted({identity.partition("_")[0] for identity in ids})
+        if not numbers:
+            return {}
+        form = "JobID,State,NodeList"
+        try:
+            text = self.ask(
+                "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(numbers)}", f"--format={form}"
+            )
+        except SchedulerError:
+            return {}
+        jobs = {}
+        for line in text.splitlines():
+            identity, state, nodes = [*line.split("|"), "", ""][:3]
+            if state:
+                jobs[identity] = SlurmJob(identity, state.split()[0], nodes=nodes)  # "CANCELLED by 1000"
+        return jobs
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End jobs. Those that have ended already are passed over.
+
+        Raises:
+            SchedulerError: SLURM does not answer.
+        """
+        for start in range(0, len(ids), 500):  # a command line has its limits
+            self.ask("scancel", *ids[start : start + 500])
+
+    def requeue(self, identity: str, *, tries: int = 1, without_node: str = "") -> None:
+        """Put a running job back into the queue; it is ended for that. `without_node`: to run anywhere but there.
+
+        Raises:
+            SchedulerError: SLURM does not answer after all tries, or does not allow it.
+        """
+        for attempt in range(1, tries + 1):
+            try:
+                self.ask("scontrol", "requeue", identity)
+                break
+            except SchedulerError:
+                if attempt == tries:
+                    raise
+                time.sleep(5)
+        if without_node:
+            self.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={without_node}")
+
+    def time_left_s(self, identity: str) -> float | None:
+        """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""
+        try:
+            text = self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%L").strip()
+        except SchedulerError:
+            return None
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+        if match is None:
+            return None
+        days, hours, mins, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + mins) * 60 + seconds)
+
+    def configuration(self) -> dict[str, str]:
+        """The cluster's configuration, as `scontrol show config` names it.
+
+        Raises:
+            SchedulerError: SLURM does not answer.
+        """
+        pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
+        return {key.strip(): value.strip() for key, equals, value in pairs if equals}
+
+    def test_only(self, script: str) -> str:
+        """What SLURM says to a job script without submitting it: where and when it would start.
+
+        Raises:
+            SchedulerError: it would be refused.
+        """
+        return self.ask("sbatch", "--test-only", script, with_stderr=True).strip()
+
+    def ask(self, program: str, *arguments: str, with_stderr: bool = False) -> str:
+        """Run one of SLURM's programs and return what it prints.
+
+        Raises:
+            SchedulerError: it is not there, does not answer in time, or fails.
+        """
+        try:
+            answer = subprocess.run(
+                [program, *arguments],
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise SchedulerError(f"{program}: not found; is this a login node of the cluster, and SLURM in PATH?") from None
+        except subprocess.TimeoutExpired:
+            raise SchedulerError(f"{program}: no answer from SLURM in {TIMEOUT_S} s; try again later") from None
+        if answer.returncode != 0:
+            words = " ".join((answer.stderr or answer.stdout).split()) or f"exit code {answer.returncode}"
+            raise SchedulerError(f"{program}: {words}")
+        return answer.stdout + (answer.stderr if with_stderr else "")
+
+
+def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what SLURM sets inside a job: in an sbatch from there, it would change the new job.
+
+    SLURM_CONF, which says where the cluster is, stays; so do the choices of format and time zone that users make.
+    """
+    kept = {"SLURM_CONF", "SLURM_TIME_FORMAT"}
+    prefixes = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI", "PMIX_")
+    return {key: value for key, value in environment.items() if key in kept or not key.startswith(prefixes)}

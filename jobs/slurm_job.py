@@ -1,0 +1,388 @@
+"""What a SLURM job does: trains one run, the one with its array index, and sees that SLURM goes on with it if it must.
+
+Node 0 leads: it makes the attempt, trains, writes exit.json and asks SLURM to requeue the job where that can help: at the
+time limit or after a failure if there is a newer checkpoint than at the start, after a failed pre-flight on another node.
+Whatever restarts the job (preemption, a dead node, `scontrol requeue`), the next execution finds the records of the last
+one and makes the next attempt. Other nodes follow: they join the training that node 0 has published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import nodes
+from jobs.bound import PARENT, child_environment
+from jobs.scheduler import Scheduler, SchedulerError
+from jobs.state import withdraw
+from jobs.training import BOUND, TORCHRUN, TRAIN, Ended, Request, Signals, Training, failure_of
+from vitpa.config import (
+    AttemptDir,
+    ProcessId,
+    RunDir,
+    code_version,
+    create_exclusive,
+    read_json,
+    to_json,
+    utc_now,
+    write_json,
+)
+
+TIME_LIMIT = "time limit"
+PREFLIGHT_LIMIT_S = 180.0
+FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: SLURM's variables."""
+
+    job: str  # as scontrol takes it: 1234, or 1234_5 for task 5 of an array
+    restart: int
+    index: int  # of the run in the submission
+    node: str
+    node_rank: int
+    num_nodes: int
+
+    @staticmethod
+    def here(environment: Mapping[str, str]) -> Place:
+        """The place that SLURM's environment describes."""
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        array = f"{environment.get('SLURM_ARRAY_JOB_ID')}_{task}"
+        return Place(
+            job=environment["SLURM_JOB_ID"] if task is None else array,
+            restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            index=int(task or "0"),
+            node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
+            node_rank=int(environment.get("SLURM_NODEID", "0")),
+            num_nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+        )
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """This execution of the job, as start.json names it."""
+        return {"id": self.job, "restart": self.restart}
+
+
+def run_task(root: str, submission: str) -> None:
+    """Execute the run of `submission` (a path below `root`) that this job is for."""
+    signals = Signals()
+    signals.listen()
+    intent = read_json(Path(root) / submission / "intent.json")
+    assert intent is not None, "a job is started only after the intent is written"
+    place = Place.here(os.environ)
+    job = _Job(Path(root), Path(root) / submission, intent, place, signals)
+    sys.exit(job.lead() if place.node_rank == 0 else job.follow())
+
+
+class _Job:
+    def __init__(self, root: Path, submission: Path, intent: dict[str, Any], place: Place, signals: Signals) -> None:
+        self.root = root
+        self.intent = intent
+        self.place = place
+        self.signals = signals
+        self.scheduler = Scheduler()
+        self.profile: dict[str, Any] = intent["profile"]
+        self.run = RunDir(root, intent["runs"][place.index]["signature"])
+        self.published = submission / "executions" / f"{place.job}-{place.restart}.json"  # what the other nodes wait for
+        self._deadline: float | None = None
+        self._first_failure_s: float | None = None
+
+    def lead(self) -> int:
+        """Train the run; 0 if it is done, cancelled or not ours any more."""
+        left_s = self.scheduler.time_left_s(self.place.job)
+        if left_s is not None:
+            self._deadline = time.monotonic() + left_s - self.profile["signal_delay_s"]
+        attempt = self._next_attempt()
+        if attempt is None:
+            self._publish(None, 0)
+            return 0
+        port = _free_port()
+        self._publish(attempt, port)
+        claim = read_json(attempt.claim_json) or {}
+        training = Training(self.run, attempt, claim, self._command(self.place.node, port), {})
+        _say(f"{self.run.path} attempt {attempt.number} on {self.place.node}, from step {self.run.newest_step()}")
+        self._report_drift()
+        ended, without_node = self._train(training)
+        self._end(training, ended, without_node)
+        return 0 if ended.state in ("done", "cancelled") else 1
+
+    def follow(self) -> int:
+        """Take part in the training that node 0 leads."""
+        while (published := read_json(self.published)) is None:
+            if "SIGTERM" in self.signals.received:
+                return 1
+            time.sleep(POLL_S)
+        if published["attempt"] is None:
+            return 0
+        attempt = AttemptDir(self.run.attempts_dir / f"{published['attempt']:04d}")
+        claim = read_json(attempt.claim_json) or {}
+        command = self._command(published["master_addr"], published["master_port"])
+        training = Training(self.run, attempt, claim, command, {})
+        problem = self._preflight(training)
+        if problem is not None:
+            return self._report_node(attempt, problem.reason)
+        log = attempt.path / f"log.node{self.place.node_rank}.txt"
+        process = training.start(log)
+        code, _ = training.wait(process, lambda: self._followers_request(attempt))
+        return self._report_node(attempt, failure_of(code, log)) if code else 0
+
+    def _next_attempt(self) -> AttemptDir | None:
+        """The attempt of this execution, started; None if there is nothing to do, or somebody else has the run."""
+        token, attempts = self.intent["token"], self.run.attempts()
+        last = attempts[-1] if attempts else None
+        claim = (read_json(last.claim_json) or {}) if last else {}
+        if last is None or claim.get("token") != token:
+            _say(f"{self.run.path}: another submission has this run now; nothing to do")
+            return None
+        if create_exclusive(last.start_json, to_json(self._start_document())):
+            return last
+        if reason := self._why_nothing_to_do(last):
+            _say(f"{last.path}: {reason}; nothing to do")
+            return None
+        ours = [attempt for attempt in attempts if (read_json(attempt.claim_json) or {}).get("token") == token]
+        again = {**claim, "process": ProcessId.mine().model_dump(), "utc": utc_now()}
+        following = self.run.claim_attempt(last.number + 1, again)
+        if following is not None and (reason := self._why_given_up(ours)):
+            _say(reason)
+            withdraw(following, "failed", reason)
+        elif following is not None and create_exclusive(following.start_json, to_json(self._start_document())):
+            return following
+        return None
+
+    def _why_nothing_to_do(self, last: AttemptDir) -> str:
+        """Why there is nothing left to do after the last attempt, which has been started; empty if there is."""
+        start, ended = read_json(last.start_json) or {}, read_json(last.exit_json) or {}
+        if self.run.result_json.exists():
+            return "the run is finished"
+        if "withdrawn" in start or ended.get("state") in ("cancelled", "done"):
+            return f"it was {ended.get('state')}"
+        if start.get("job", {}).get("id") != self.place.job:
+            return f"it belongs to job {start.get('job', {}).get('id')}"
+        return ""
+
+    def _why_given_up(self, ours: list[AttemptDir]) -> str:
+        """Why there is no point in another execution after those of this submission; empty if there is one."""
+        step, idle = self.run.newest_step(), 0
+        for attempt in reversed(ours):
+            if (read_json(attempt.start_json) or {}).get("step") != step:
+                break
+            idle += 1
+        if idle >= self.profile["max_idle_attempts"]:
+            return f"given up: {idle} executions in a row without a new checkpoint (max_idle_attempts)"
+        if len(ours) >= self.profile["max_attempts"]:
+            return f"given up after {len(ours)} executions (max_attempts)"
+        return ""
+
+    def _start_document(self) -> dict[str, Any]:
+        return {
+            "process": ProcessId.mine().model_dump(),
+            "host": socket.gethostname(),
+            "nodes": os.environ.get("SLURM_JOB_NODELIST", self.place.node),
+            "job": self.place.execution,
+            "step": self.run.newest_step(),
+            "code_version": code_version(),
+            "started_utc": utc_now(),
+        }
+
+    def _publish(self, attempt: AttemptDir | None, port: int) -> None:
+        if self.place.num_nodes == 1:
+            return
+        self.published.parent.mkdir(exist_ok=True)
+        number = None if attempt is None else attempt.number
+        write_json(self.published, {"attempt": number, "master_addr": self.place.node, "master_port": port})
+
+    def _command(self, master_addr: str, port: int) -> list[str]:
+        if self.place.num_nodes == 1:
+            return list(self.intent["train_command"])
+        return [
+            *TORCHRUN,
+            f"--nnodes={self.place.num_nodes}",
+            f"--node-rank={self.place.node_rank}",
+            f"--nproc-per-node={self.intent['processes_per_node']}",
+            "--rdzv-backend=static",
+            f"--master-addr={master_addr}",
+            f"--master-port={port}",
+            "--no-python",
+            *BOUND,
+            *TRAIN,
+        ]
+
+    def _report_drift(self) -> None:
+        submitted, now = self.intent["code_version"], code_version()
+        if submitted != now:
+            _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
+
+    def _train(self, training: Training) -> tuple[Ended, str]:
+        """How the attempt ended, and a node that is to blame for it and to be avoided."""
+        problem = self._preflight(training)
+        if problem is not None:
+            return problem, self.place.node if problem.state == "interrupted" else ""
+        return self._blame(training.supervise(lambda: self._request(training.attempt)), training.attempt)
+
+    def _request(self, attempt: AttemptDir) -> Request | None:
+        """What this execution wants of its training now."""
+        if _following(attempt).exists():
+            return Request("another execution of this run has taken over", kill=True)
+        failed = self._failed_nodes(attempt)
+        if failed:
+            self._first_failure_s = self._first_failure_s or time.monotonic()
+            if time.monotonic() - self._first_failure_s > FOLLOWERS_GRACE_S:
+                return Request(failed[0][1], kill=True)
+        if "SIGUSR2" in self.signals.received or (self._deadline is not None and time.monotonic() > self._deadline):
+            return Request(TIME_LIMIT)
+        if self.signals.received:
+            return Request(f"signal {self.signals.received[0]}")
+        return None
+
+    def _followers_request(self, attempt: AttemptDir) -> Request | None:
+        if attempt.exit_json.exists() or _following(attempt).exists():
+            return Request("node 0 has ended", kill=True)
+        return None
+
+    def _failed_nodes(self, attempt: AttemptDir) -> list[tuple[str, str]]:
+        """Other nodes whose part of the training has failed, with the reason."""
+        if self.place.num_nodes == 1:
+            return []
+        reports = [read_json(path) or {} for path in sorted(attempt.path.glob("node*.json"))]
+        return [(str(report.get("node")), f"on {report.get('node')}: {report.get('reason')}") for report in reports]
+
+    def _blame(self, ended: Ended, attempt: AttemptDir) -> tuple[Ended, str]:
+        """Where several nodes have failed, prefer a reason that is not just the loss of the others."""
+        if ended.state != "failed" or self.place.num_nodes == 1:
+            return ended, ""
+        time.sleep(2)  # the others notice, too
+        for node, reason in self._failed_nodes(attempt):
+            if nodes.PREFLIGHT in reason:
+                return Ended("interrupted", None, reason), node
+            if not _is_loss_of_peer(reason) and _is_loss_of_peer(ended.reason):
+                return Ended("failed", ended.exit_code, reason), ""
+        return ended, ""
+
+    def _report_node(self, attempt: AttemptDir, reason: str) -> int:
+        write_json(attempt.path / f"node{self.place.node_rank}.json", {"node": self.place.node, "reason": reason})
+        return 1
+
+    def _preflight(self, training: Training) -> Ended | None:
+        """Check this node; None if it is fit. A node that is not is recorded."""
+        if not self.profile["preflight"]:
+            return None
+        with training.attempt.log.open("ab") as log:
+            report = preflight(self._preflight_command(training), log)
+        failed = [check for check in report["checks"] if not check["ok"]]
+        if not failed:
+            return None
+        reason = f"{nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
+        if any(check["blames"] == "node" for check in failed):
+            nodes.record(self.root, self.place.node, reason)
+            return Ended("interrupted", None, f"node {self.place.node}: {reason}")
+        return Ended("failed", None, reason)
+
+    def _preflight_command(self, training: Training) -> list[str]:
+        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in training.claim["runtime"].items()]
+        command = [sys.executable, "-m", "vitpa.preflight", str(self.run.config_yaml), *runtime]
+        command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
+        cpus = self.profile["cpus_per_task"] or (self.profile["cpus_per_gpu"] or 0) * self.profile["gpus_per_node"]
+        return [*command, f"--cpus={cpus}"] if cpus else command
+
+    def _end(self, training: Training, ended: Ended, without_node: str) -> None:
+        """Write exit.json, and requeue the job if that can help."""
+        refusal = self._why_not_requeued(training.attempt, ended, without_node)
+        if ended.state in ("interrupted", "failed") and not refusal:
+            training.record(ended, requeued=True)
+            _say(f"{ended.state} ({ended.reason}): requeued")
+            try:
+                self.scheduler.requeue(self.place.job, tries=12, without_node=without_node)
+                self._wait_for_the_end()
+                return
+            except SchedulerError as error:
+                refusal = str(error)
+        _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {refusal}" if refusal else ""))
+        training.record(ended, requeued=False, not_requeued=refusal)
+
+    def _wait_for_the_end(self) -> None:
+        """SLURM ends a job that it requeues, in its own time."""
+        deadline = time.monotonic() + 300
+        while "SIGTERM" not in self.signals.received and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def _why_not_requeued(self, attempt: AttemptDir, ended: Ended, without_node: str) -> str:
+        """A reason not to requeue the job after this end that the user should know; empty to requeue it, or if it is over."""
+        if ended.state in ("done", "cancelled"):
+            return ""
+        start = read_json(attempt.start_json) or {}
+        advanced = self.run.newest_step() > int(start.get("step") or 0)
+        if _following(attempt).exists():
+            return "another execution has the run"
+        if ended.state == "interrupted" and ended.reason != TIME_LIMIT and not without_node:
+            return "SLURM requeues after preemption, nobody after a cancellation"
+        if not advanced and not without_node:
+            return "no new checkpoint in this attempt"
+        return ""
+
+
+def preflight(command: list[str], log: Any) -> dict[str, Any]:
+    """Run the pre-flight and return its report; one that fails or hangs is a report against the node."""
+    environment = {**child_environment(), PARENT: str(os.getpid())}
+    try:
+        answer = subprocess.run(
+            [*BOUND, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            timeout=PREFLIGHT_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _verdict(f"no answer in {PREFLIGHT_LIMIT_S:.0f} s", "node")
+    try:
+        report: dict[str, Any] = json.loads(answer.stdout)
+        assert isinstance(report["checks"], list)
+    except (ValueError, KeyError, AssertionError):
+        return _verdict(f"vitpa.preflight ended with code {answer.returncode} and no report; see the log", "run")
+    return report
+
+
+def _verdict(detail: str, blames: str) -> dict[str, Any]:
+    return {"checks": [{"name": "preflight", "ok": False, "detail": detail, "blames": blames}]}
+
+
+def _following(attempt: AttemptDir) -> Path:
+    return attempt.path.with_name(f"{attempt.number + 1:04d}")
+
+
+def _is_loss_of_peer(reason: str) -> bool:
+    words = (
+        "Connection",
+        "connection",
+        "NCCL",
+        "gloo",
+        "Gloo",
+        "DistBackendError",
+        "DistNetworkError",
+        "peer",
+        "SIGKILL",
+        "SIGTERM",
+    )
+    return any(word in reason for word in words)
+
+
+def _free_port() -> int:
+    """A port that is free on this node now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
