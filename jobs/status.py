@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions
 from rich.live import Live
-from rich.table import Table
+from rich.segment import Segment
+from rich.style import Style
 from rich.text import Text
 
 from jobs.grid import Run
@@ -22,8 +23,20 @@ from vitpa.config import RunDir, RunError, read_json
 from vitpa.datasets import facts_of
 
 REFRESH_S = 1.0
+REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
 TAIL_BYTES = 16_384
-COLOURS = {"done": "green", "running": "cyan", "pending": "blue", "failed": "red", "broken": "red", "lost": "yellow"}
+PROGRESS = {name: f'"{name}"'.encode() for name in ("step", "epoch", "val/top1", "perf/images_per_s")}  # as in the file
+STYLES = {
+    state: Style(color=colour)
+    for state, colour in {
+        "done": "green",
+        "running": "cyan",
+        "pending": "blue",
+        "failed": "red",
+        "broken": "red",
+        "lost": "yellow",
+    }.items()
+}
 
 
 @dataclass(frozen=True)
@@ -45,32 +58,36 @@ def progress_of(state: RunState, root: Path) -> Progress:
     if state.attempt is None:
         return Progress()
     directory = state.run.directory(root)
-    last: dict[str, Any] = {}
-    for row in _last_rows(directory):
-        last.update(row)
+    last = _last_values(directory)
     return Progress(
         last.get("step"), _steps_total(directory), last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s")
     )
 
 
-def _last_rows(directory: RunDir) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl, oldest first; a line cut at either end is left out."""
+def _last_values(directory: RunDir) -> dict[str, Any]:
+    """The last value of each metric in PROGRESS, from the end of metrics.jsonl; a line cut at either end is left out."""
     try:
         with directory.metrics_jsonl.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
+        return {}
+    found: dict[str, Any] = {}
+    wanted = dict(PROGRESS)
+    for line in reversed(lines):
+        if not any(key in line for key in wanted.values()):  # to parse every line takes longer than all the rest of `status`
+            continue
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict):
-            rows.append(row)
-    return rows
+            found |= {name: row[name] for name in wanted if name in row}
+            wanted = {name: key for name, key in wanted.items() if name not in row}
+        if not wanted:
+            break
+    return found
 
 
 def _steps_total(directory: RunDir) -> int | None:
@@ -82,7 +99,7 @@ def _steps_total(directory: RunDir) -> int | None:
 
 
 def row_of(state: RunState, root: Path) -> dict[str, Any]:
-    """One run as plain data; times in seconds, accuracy as a fraction."""
+    """One run as plain data; times in seconds, accuracy as a fraction. Empty texts where something is not known."""
     progress = progress_of(state, root)
     eta_s = None
     if state.state == "running" and progress.step is not None and progress.steps_total and progress.images_per_s:
@@ -103,37 +120,122 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "images_per_s": progress.images_per_s,
         "eta_s": eta_s,
         "attempts": state.attempts,
+        "node": _node(state),
+        "job": state.job_id,
         "reason": state.reason,
     }
 
 
-def table_of(rows: list[dict[str, Any]], title: str) -> Group:
-    """Rows as a table; below it a line for each reason to be as they are."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "epoch", "top-1 %", "images/s", "ETA", "try"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["run"],
-            Text(row["state"], style=COLOURS.get(row["state"], "")),
-            "" if row["step"] is None else f"{row['step']}/{row['steps_total'] or '?'}",
-            "" if row["epoch"] is None else f"{row['epoch']:.1f}/{row['epochs']}",
-            "" if row["val_top1"] is None else f"{100 * row['val_top1']:.2f}",
-            "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
-            duration(row["eta_s"]),
-            str(row["attempts"] or ""),
-        )
-    reasons: dict[tuple[str, str], list[str]] = {}
+def _node(state: RunState) -> str:
+    """Where its last attempt runs, or ended badly: `node[1-2]`, as SLURM names several."""
+    if state.attempt is None or state.state in ("done", "pending", "missing"):
+        return ""
+    try:
+        start = read_json(state.attempt.start_json) or {}
+    except RunError:
+        return ""
+    nodes = start.get("nodes") or start.get("host") or ""
+    return ",".join(map(str, nodes)) if isinstance(nodes, list) else str(nodes)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    name: str
+    text: Callable[[dict[str, Any]], str]
+    right: bool = True
+
+    def padded(self, text: str, width: int) -> str:
+        """`text`, set to the column's side."""
+        return text.rjust(width) if self.right else text.ljust(width)
+
+
+HOST = socket.gethostname()
+COLUMNS = (
+    Column("run", lambda row: row["run"], right=False),
+    Column("state", lambda row: row["state"], right=False),
+    Column("step", lambda row: "" if row["step"] is None else f"{row['step']}/{row['steps_total'] or '?'}"),
+    Column("epoch", lambda row: "" if row["epoch"] is None else f"{row['epoch']:.1f}/{row['epochs']}"),
+    Column("top-1 %", lambda row: "" if row["val_top1"] is None else f"{100 * row['val_top1']:.2f}"),
+    Column("images/s", lambda row: "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"),
+    Column("ETA", lambda row: duration(row["eta_s"])),
+    Column("try", lambda row: str(row["attempts"] or "")),
+    Column("node", lambda row: row["node"] if row["job"] or row["node"] != HOST else "", right=False),
+    Column("job", lambda row: row["job"], right=False),
+)
+SLURM_COLUMNS = ("node", "job")  # left out where empty
+DISPENSABLE = ("job", "epoch", "try", "images/s", "step", "node", "ETA", "top-1 %")  # in this order, on a narrow screen
+MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", "pending", "missing", "done")
+
+
+def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) -> StatusTable:
+    """Rows as a table; below it a line for each reason to be as they are.
+
+    Args:
+        rows: As `row_of` makes them.
+        title: The first line.
+        height: Lines of the screen, if it must fit there: then what matters most now is shown.
+    """
+    reasons = _reasons(rows)
+    if height is not None:
+        most = max(1, height // 3)
+        if len(reasons) > most:
+            reasons = [*reasons[: most - 1], f"and {len(reasons) - most + 1} more reasons"]
+        room = max(1, height - 4 - len(reasons))
+        if len(rows) > room:
+            order = sorted(range(len(rows)), key=lambda index: (MATTERS.index(rows[index]["state"]), index))
+            rows, title = [rows[index] for index in sorted(order[:room])], f"{title}; {room} of them:"
+    return StatusTable(rows, title, reasons, one_line_each=height is not None)
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    runs: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["reason"]:
-            reasons.setdefault((row["state"], row["reason"]), []).append(row["run"])
-    lines = []
-    for (state, reason), runs in reasons.items():
-        others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-        lines.append(Text(f"{runs[0]}{others} {state}: {reason}"))
-    return Group(table, *lines)
+            runs.setdefault((row["state"], row["reason"]), []).append(row["run"])
+    ordered = sorted(runs, key=lambda key: MATTERS.index(key[0]))
+    more = {key: f" and {len(runs[key]) - 1} more" if len(runs[key]) > 1 else "" for key in ordered}
+    return [f"{runs[key][0]}{more[key]} {key[0]}: {key[1]}" for key in ordered]
+
+
+@dataclass(frozen=True)
+class StatusTable:
+    """For `Console.print`. rich's own table lays out every cell as a text by itself: a second for 1,000 runs."""
+
+    rows: list[dict[str, Any]]
+    title: str
+    reasons: list[str]
+    one_line_each: bool  # cut reasons that are longer than a line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment | Text]:
+        """The lines, with the columns for which there is room."""
+        columns = self._columns(options.max_width)
+        bold = Style(bold=True)
+        yield Segment(f"{self.title}\n", bold)
+        yield Segment(" ".join(column.padded(column.name, width) for column, width, _ in columns).rstrip() + "\n", bold)
+        yield Segment(" ".join("-" * width for _, width, _ in columns) + "\n")
+        for index, row in enumerate(self.rows):
+            cells = [column.padded(texts[index], width) for column, width, texts in columns]
+            yield Segment(f"{cells[0]} ")
+            yield Segment(cells[1], STYLES.get(row["state"]))
+            yield Segment(" ".join(["", *cells[2:]]).rstrip() + "\n")
+        yield Segment("\n")
+        for reason in self.reasons:
+            yield Text(reason, no_wrap=self.one_line_each, overflow="ellipsis" if self.one_line_each else "fold")
+
+    def _columns(self, width: int) -> list[tuple[Column, int, list[str]]]:
+        """The columns that are shown, each with its width and its texts."""
+        columns = []
+        for column in COLUMNS:
+            texts = [column.text(row) for row in self.rows]
+            if column.name not in SLURM_COLUMNS or any(texts):
+                columns.append((column, max(len(text) for text in [column.name, *texts]), texts))
+        for name in DISPENSABLE:
+            if sum(width for _, width, _ in columns) + len(columns) - 1 <= width:
+                break
+            columns = [entry for entry in columns if entry[0].name != name]
+        return columns
 
 
 def duration(seconds: float | None) -> str:
@@ -161,30 +263,33 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
     if not console.is_terminal:
         shown = ""
         while True:
-            states = Survey(root).states(runs)
-            if summary(states) != shown:
-                shown = summary(states)
-                console.print(f"{name}: {shown}")
+            survey = Survey(root)
+            states = survey.states(runs)
+            text = f"{name}: {summary(states)}{_warning(survey)}"
+            if text != shown:
+                shown = text
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
             if until(states):
                 return states
-            time.sleep(REFRESH_S)
+            time.sleep(pause_s(survey))
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            states = Survey(root).states(runs)
+            survey = Survey(root)
+            states = survey.states(runs)
             rows = [row_of(state, root) for state in states]
-            live.update(table_of(_fitting(rows, console.height - 6), f"{name}: {summary(states)}"), refresh=True)
+            live.update(table_of(rows, f"{name}: {summary(states)}{_warning(survey)}", console.height - 1), refresh=True)
             if until(states):
                 return states
-            time.sleep(REFRESH_S)
+            time.sleep(pause_s(survey))
 
 
-def _fitting(rows: list[dict[str, Any]], height: int) -> list[dict[str, Any]]:
-    """The rows that matter most now, if not all fit on the screen: what runs, then trouble, then the rest."""
-    if len(rows) <= height:
-        return rows
-    order = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", "pending", "missing", "done")
-    chosen = sorted(range(len(rows)), key=lambda index: (order.index(rows[index]["state"]), index))[: max(1, height)]
-    return [rows[index] for index in sorted(chosen)]
+def pause_s(survey: Survey) -> float:
+    """How long to wait before the next look."""
+    return REFRESH_SLURM_S if survey.asked_slurm else REFRESH_S
+
+
+def _warning(survey: Survey) -> str:
+    return f" ({survey.scheduler_error})" if survey.scheduler_error else ""
 
 
 def nothing_live(states: list[RunState]) -> bool:
