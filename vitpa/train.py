@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -168,7 +169,7 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
         model=model,
         forward=forward,
-        network=DistributedDataParallel(forward) if group.world_size > 1 else forward,
+        network=averaging_gradients(forward) if group.world_size > 1 else forward,
         optimizer=adamw(
             model,
             lr=optim.lr,
@@ -181,6 +182,16 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
         window=Window(group.device),
         progress=Progress(),
     )
+
+
+def averaging_gradients(forward: Any) -> DistributedDataParallel:
+    """The network with its gradients averaged over the processes, added up in the same order in every step.
+
+    By default DDP lays out its buckets anew after the first step of a process. With more than two processes the place in a
+    bucket decides the order of a sum, so that the first step after a resume would round otherwise than it did before.
+    """
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # there are none; it fixes buckets
+    return DistributedDataParallel(forward, find_unused_parameters=True)
 
 
 def open_images(config: RunConfig, beton: Beton, group: Group) -> ResidentImages | StreamedImages:
@@ -463,22 +474,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         group = distributed.join(config.runtime.device)
         try:
-            run = record_config(config)
-            if run.result() is not None:
-                print(f"{run.result_json}: the run is finished already", file=sys.stderr)
-                return 0
             with ExitStack() as stack:
-                refused = None
-                if group.is_main:
+                run, finished, refused = config.run_dir, False, None
+                if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
                     try:
-                        stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
-                    except RunError as error:
+                        record_config(config)
+                        finished = run.result() is not None
+                        if not finished:
+                            stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+                    except (ConfigError, RunError, OSError) as error:
                         refused = error
-                if group.from_main(refused is not None):  # all processes end, not only the main one
+                finished, stays_out = group.from_main((finished, refused is not None))
+                if stays_out:  # all processes end, not only the main one
                     if refused is not None:
                         raise refused
                     return 1
-                train(config, run, group)
+                if not finished:
+                    train(config, run, group)
+                elif group.is_main:
+                    print(f"{run.result_json}: the run is finished already", file=sys.stderr)
         finally:
             distributed.leave()
     except (ConfigError, RunError, BetonError, TrainError, OSError) as error:  # OSError: a full disk, a missing right
