@@ -1,6 +1,7 @@
 """Sweeps for the tests of `jobs`: making one, submitting it with the stand-in trainer, and looking at what came of it.
 
-`python -m tests.jobs_sweeps ROOT SLOTS VERB [TERM ...]` is a `vitpa sweep VERB` with the stand-in trainer: a launcher to kill.
+`python -m tests.jobs_sweeps ROOT WHERE NAME VERB [TERM ...]` is a `vitpa sweep VERB` with the stand-in trainer: a launcher to
+kill. WHERE is a number of slots on this machine, or a SLURM profile's file (`slurm_profile`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -72,30 +73,59 @@ def write_result(root: Path, run: Run, **values: object) -> None:
     directory.result_json.write_text(json.dumps(result_document(run, **values)))
 
 
-def command(root: Path, slots: int, verb: str, *terms: str, name: str = "small") -> list[str]:
+def slurm_profile(root: Path, name: str = "slurm", **values: object) -> Path:
+    """A profile for the development cluster: a run takes a CPU and 256 MiB, and no pre-flight is made."""
+    document = {
+        "executor": "slurm",
+        "gpus_per_node": 0,
+        "cpus_per_task": 1,
+        "mem": "256M",
+        "time": "10:00",
+        "signal_delay_s": 60,
+        "preflight": False,
+        "runtime": {"device": "cpu", "data_dir": f"{root}/data"},
+        **values,
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def command(root: Path, where: int | Path, verb: str, *terms: str, name: str = "small") -> list[str]:
     """The command line of a launcher."""
-    return [sys.executable, "-m", "tests.jobs_sweeps", str(root), str(slots), name, verb, *terms]
+    return [sys.executable, "-m", "tests.jobs_sweeps", str(root), str(where), name, verb, *terms]
 
 
-def launch(root: Path, slots: int, verb: str = "submit", *terms: str, name: str = "small") -> subprocess.CompletedProcess[str]:
+def launch(
+    root: Path,
+    where: int | Path,
+    verb: str = "submit",
+    *terms: str,
+    name: str = "small",
+    environment: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
-    line = command(root, slots, verb, *terms, name=name)
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    line = command(root, where, verb, *terms, name=name)
+    return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def start_launcher(root: Path, slots: int, name: str = "small") -> subprocess.Popen[bytes]:
+def start_launcher(
+    root: Path, where: int | Path, name: str = "small", *, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a launcher of `submit` and return at once."""
-    line = command(root, slots, "submit", name=name)
-    return subprocess.Popen(line, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    line = command(root, where, "submit", name=name)
+    return subprocess.Popen(line, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def main(root: str, slots: str, name: str, verb: str, *terms: str) -> int:
+def main(root: str, where: str, name: str, verb: str, *terms: str) -> int:
     """A `vitpa sweep` whose runs are trained by the stand-in."""
     vars(jobs.submit)["training_command"] = lambda processes: STAND_IN
-    profile = Path(root) / f"slots-{slots}.yaml"
-    profile.write_text(f"slots: {slots}\nruntime: {{device: cpu, data_dir: {root}/data}}\n")
-    where = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
-    return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *where, *terms])
+    profile = Path(where)
+    if where.isdecimal():
+        profile = Path(root) / f"slots-{where}.yaml"
+        profile.write_text(f"slots: {where}\nruntime: {{device: cpu, data_dir: {root}/data}}\n")
+    options = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
+    return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *options, *terms])
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 60, poll_s: float = 0.0005) -> None:

@@ -98,7 +98,7 @@ def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
         ("status --root nowhere", "sweep small was never submitted under "),
         ("collect --root nowhere", "submit it, or say with --root where it is"),
         ("status --root ../small.yaml", "--root ../small.yaml: not a folder"),
-        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (local"),
+        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (cluster, "),
         ("submit", "run `vitpa prep digits` first, or say where it is with --data-dir"),
     ],
 )
