@@ -3,14 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup slurm-setup clean
 
 demo: setup
 	$(BIN)/vitpa prep digits
 	$(BIN)/vitpa sweep submit demo --wait
 	$(BIN)/vitpa sweep collect demo
 
-test: setup lint
+test: setup slurm-setup lint
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -19,6 +19,9 @@ lint: setup
 	$(BIN)/mypy
 
 setup: .venv/ready
+
+slurm-setup:
+	bash .system-packages.sh $(PYTHON) slurm
 
 .venv/ready: pyproject.toml .system-packages.sh
 	bash .system-packages.sh $(PYTHON)

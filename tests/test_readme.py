@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import vitpa.cli
 from jobs.grid import load_sweep
 from jobs.profile import load_profile
+from slurm.devcluster import default_root
+from slurm.devcluster_config import Layout
 from vitpa.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +33,7 @@ COMMANDS = sorted(set(commands()))
 
 
 def test_there_are_commands_of_every_kind() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard"}
+    assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard", "export"}
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
@@ -46,13 +49,19 @@ def test_training_commands_load(command: str) -> None:
     assert load_config(Path(config), overrides).signature
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("vitpa (prep|sweep)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("vitpa (prep|sweep|devcluster)", c)])
 def test_other_commands_parse_and_name_what_exists(command: str, tmp_path: Path) -> None:
     options = vitpa.cli.parser().parse_args(shlex.split(command)[1:])
     if command.startswith("vitpa sweep"):
         assert load_sweep(options.sweep, tmp_path).config
         if "--profile" in command:
             assert load_profile(options.profile)
+
+
+def test_the_devcluster_is_where_the_readme_says() -> None:
+    assert f"export SLURM_CONF={Layout(default_root()).slurm_conf}" in [
+        c.replace("$(id -u)", str(os.geteuid())) for c in COMMANDS
+    ]
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,14 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from slurm.devcluster import PACKAGES
+from tests.cluster import require_slurm
+
 SCRIPT = Path(__file__).parent.parent / ".system-packages.sh"
 
 
-def run_script(path: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+def run_script(path: str, python: str = sys.executable, *words: str) -> subprocess.CompletedProcess[str]:
     bash = shutil.which("bash")
     assert bash
     return subprocess.run(
-        [bash, str(SCRIPT), python], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+        [bash, str(SCRIPT), python, *words], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
 
 
@@ -46,4 +51,28 @@ def test_an_old_python_is_refused(tmp_path: Path) -> None:
 
 def test_where_everything_is_there_it_does_nothing() -> None:
     answer = run_script(os.environ["PATH"], sys.executable)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+
+def test_where_slurm_cannot_be_had_it_says_so_and_goes_on(tmp_path: Path) -> None:
+    script = tmp_path / "script.sh"  # as it is, it also looks where daemons are in this system
+    script.write_text(SCRIPT.read_text().replace("PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin\n", ""))
+    bash = shutil.which("bash")
+    assert bash
+    answer = subprocess.run(
+        [bash, str(script), sys.executable, "slurm"],
+        env={"PATH": tools(tmp_path, "id")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (0, "", 1)
+    assert answer.stderr.startswith("no SLURM here (munged slurmctld slurmd ")
+    assert f"to have it: apt-get install {PACKAGES}\n" in answer.stderr
+
+
+@pytest.mark.slurm
+def test_where_slurm_is_there_it_does_nothing() -> None:
+    require_slurm()
+    answer = run_script(os.environ["PATH"], sys.executable, "slurm")
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")

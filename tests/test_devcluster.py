@@ -1,0 +1,470 @@
+"""The development cluster, for real: jobs run, are preempted and requeued, and whatever is killed, nothing is left."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import slurm.devcluster
+import slurm.devcluster_config
+import vitpa.cli
+from slurm.devcluster import (
+    AlreadyRunningError,
+    DevCluster,
+    DevClusterError,
+    check_host_name,
+    is_running,
+    stop_cluster,
+)
+from slurm.devcluster_config import Layout, free_ports
+from slurm.devcluster_processes import descendants
+from slurm.devcluster_status import status_of
+from tests.cluster import require_slurm, short_folder
+
+pytestmark = pytest.mark.slurm
+CHECKOUT = Path(__file__).parent.parent
+TIMEOUT_S = 60
+SLEEP = "sleep 98.7654"  # found again in the list of processes
+
+
+@pytest.fixture
+def jobs(cluster: DevCluster) -> Iterator[DevCluster]:
+    """The session's cluster, with an empty queue before and after."""
+    yield cluster
+    ask(cluster, "scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
+    wait_for(lambda: not ask(cluster, "squeue", "-h"))
+    wait_for(lambda: set(ask(cluster, "sinfo", "-h", "-p", "main", "-o", "%t").split()) == {"idle"})
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def ask(cluster: DevCluster, *command: str) -> str:
+    answer = subprocess.run(
+        command, env=cluster.environment, cwd=cluster.root, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def submit(cluster: DevCluster, script: str, *options: str) -> str:
+    return ask(cluster, "sbatch", "--parsable", "--output=log/job-%j.out", *options, "--wrap", script)
+
+
+def printed(cluster: DevCluster, job: str) -> str:
+    path = cluster.root / f"log/job-{job}.out"
+    return path.read_text() if path.exists() else ""
+
+
+def state(cluster: DevCluster, job: str) -> str:
+    return ask(cluster, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
+
+
+def runs(cluster: DevCluster, job: str) -> bool:
+    return state(cluster, job) == "RUNNING"
+
+
+def processes_of(root: Path) -> list[int]:
+    """Everything that mentions the cluster's folder in its command, environment or open files."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                texts = [(entry / name).read_bytes() for name in ("cmdline", "environ")]
+                texts += [bytes(link.readlink()) for link in (entry / "fd").iterdir()]
+            except OSError:
+                continue
+            if any(bytes(root) in text for text in texts):
+                found.append(int(entry.name))
+    return found
+
+
+# --- what jobs see
+
+
+def test_jobs_and_arrays_run_and_sacct_knows_them(jobs: DevCluster) -> None:
+    job = submit(jobs, "hostname; exit 3")
+    array = submit(jobs, "echo task $SLURM_ARRAY_TASK_ID", "--array=0-2")
+    wait_for(lambda: state(jobs, job) == "FAILED" and state(jobs, array).split() == ["COMPLETED"] * 3)
+    assert printed(jobs, job).strip() == socket.gethostname()
+    columns = ("sacct", "-n", "-X", "-P", "-o", "JobID,State,ExitCode", "-j", f"{job},{array}")
+    expected = {f"{job}|FAILED|3:0", *(f"{array}_{task}|COMPLETED|0:0" for task in range(3))}
+    wait_for(lambda: set(ask(jobs, *columns).splitlines()) == expected)
+
+
+def test_two_jobs_on_a_node_have_different_gpus_and_a_third_waits(jobs: DevCluster) -> None:
+    options = ("--gpus-per-node=1", f"--nodelist={jobs.node_names[1]}")
+    first, second, third = (submit(jobs, "echo gpu $CUDA_VISIBLE_DEVICES; sleep 60", *options) for _ in range(3))
+    wait_for(lambda: "gpu" in printed(jobs, first) and "gpu" in printed(jobs, second))
+    assert {printed(jobs, first), printed(jobs, second)} == {"gpu 0\n", "gpu 1\n"}
+    assert state(jobs, third) == "PENDING"
+    facts = status_of(jobs.root)
+    assert facts["up"] and facts["jobs"] == {"running": 2, "pending": 1}
+    assert [node["gpus_used"] for node in facts["nodes"]] == [0, 2, 0, 0]
+
+
+def test_a_step_runs_on_all_nodes(jobs: DevCluster) -> None:
+    job = submit(jobs, "srun sh -c 'echo $SLURMD_NODENAME'", "--nodes=4")
+    wait_for(lambda: state(jobs, job) == "COMPLETED")
+    assert sorted(printed(jobs, job).split()) == jobs.node_names
+
+
+def test_main_preempts_low_whose_job_starts_again(jobs: DevCluster) -> None:
+    low = submit(jobs, "echo start $SLURM_RESTART_COUNT; sleep 60", "--partition=low", "--nodes=4", "--gpus-per-node=2")
+    wait_for(lambda: "start" in printed(jobs, low))
+    main = submit(jobs, "true", "--nodes=1", "--gpus-per-node=1")
+    wait_for(lambda: state(jobs, main) == "COMPLETED")
+    ask(jobs, "scontrol", "update", f"JobId={low}", "StartTime=now")
+    wait_for(lambda: "start 1" in printed(jobs, low))
+
+
+def test_a_requeued_job_starts_again(jobs: DevCluster) -> None:
+    job = submit(jobs, "echo start $SLURM_RESTART_COUNT; sleep 60", "--open-mode=append")
+    wait_for(lambda: "start" in printed(jobs, job))
+    ask(jobs, "scontrol", "requeue", job)
+    wait_for(lambda: printed(jobs, job).splitlines()[-1] == "start 1")
+
+
+def test_an_array_index_beyond_the_limit_is_refused(jobs: DevCluster) -> None:
+    with pytest.raises(AssertionError, match="Invalid job array"):
+        submit(jobs, "true", f"--array=0-{jobs.settings.max_array_size}")
+
+
+# --- faults
+
+
+def test_a_job_outlives_a_restart_of_the_controller_and_of_accounting(jobs: DevCluster) -> None:
+    job = submit(jobs, "sleep 4; echo done")
+    wait_for(lambda: runs(jobs, job))
+    jobs.stop_accounting()
+    with pytest.raises(AssertionError, match="Connection refused"):
+        ask(jobs, "sacct")
+    jobs.restart_controller()
+    jobs.start_accounting()
+    wait_for(lambda: state(jobs, job) == "COMPLETED")
+    assert printed(jobs, job) == "done\n"
+    wait_for(lambda: "COMPLETED" in ask(jobs, "sacct", "-n", "-X", "-j", job))
+
+
+def test_a_killed_node_loses_its_processes_only_and_comes_back(jobs: DevCluster) -> None:
+    lost, other = jobs.node_names[2:]
+    job = submit(jobs, "echo here; sleep 60 & sleep 60", f"--nodelist={lost}")
+    neighbour = submit(jobs, "echo here; sleep 60", f"--nodelist={other}")
+    wait_for(lambda: printed(jobs, job) and printed(jobs, neighbour))
+    before = processes_of(jobs.root / f"spool/{lost}/job{job}")
+    assert before
+    jobs.kill_node(lost)
+    wait_for(lambda: not processes_of(jobs.root / f"spool/{lost}/job{job}"))
+    assert processes_of(jobs.root / f"spool/{other}/job{neighbour}")
+    with pytest.raises(DevClusterError, match=f"slurmd.{lost} does not run"):
+        jobs.kill_node(lost)
+    jobs.start_node(lost)
+    after = submit(jobs, "echo back", f"--nodelist={lost}")
+    wait_for(lambda: state(jobs, after) == "COMPLETED")
+    with pytest.raises(DevClusterError, match=r"no node 'node9'; there are 127\.0\.0\.1, "):
+        jobs.kill_node("node9")
+
+
+# --- nobody else hears or sees it
+
+
+def listening(pids: list[int]) -> dict[str, set[str]]:
+    """Addresses on which processes listen: from /proc/net/tcp and tcp6, where they are words of 32 bits in host order."""
+    inodes = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = str(link.readlink()) if link.is_symlink() else ""
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found: dict[str, set[str]] = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in inodes:
+                address, port = words[1].split(":")
+                packed = b"".join(bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8))
+                found.setdefault(str(ipaddress.ip_address(packed)), set()).add(str(int(port, 16)))
+    return found
+
+
+def test_it_listens_on_loopback_only(jobs: DevCluster) -> None:
+    job = submit(jobs, "srun sh -c 'echo here; sleep 60'", "--nodes=2")
+    wait_for(lambda: printed(jobs, job).count("here") == 2)
+    addresses = listening(descendants([jobs.guardian_pid]))
+    assert sum(len(ports) for ports in addresses.values()) >= 6  # slurmctld, slurmdbd, four slurmd; srun has its own
+    assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
+    assert jobs.root.stat().st_mode & 0o777 == 0o700
+
+
+def test_two_clusters_at_the_same_time_do_not_know_each_other(jobs: DevCluster) -> None:
+    first = submit(jobs, SLEEP)
+    with DevCluster(short_folder(), nodes=1, gpus=0) as other:
+        job = submit(other, "true")
+        wait_for(lambda: state(other, job) == "COMPLETED")
+        assert ask(other, "squeue", "-h") == ""
+    wait_for(lambda: runs(jobs, first))
+    assert not processes_of(other.root)
+    assert not other.root.exists()
+
+
+# --- whatever is killed
+
+USER_OF_A_CLUSTER = """
+import sys, time
+from pathlib import Path
+from slurm.devcluster import DevCluster
+with DevCluster(Path(sys.argv[1]), nodes=1, gpus=1) as cluster:
+    print(cluster.guardian_pid, flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("victim", ["user", "guardian", "supervisor", "both"])
+def test_kill_9_leaves_no_process(victim: str) -> None:
+    require_slurm()
+    root = short_folder()
+    bystander = subprocess.Popen(["sleep", "100"], env={**os.environ, "SLURM_CONF": str(Layout(root).slurm_conf)})
+    with subprocess.Popen(
+        [sys.executable, "-c", USER_OF_A_CLUSTER, str(root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=CHECKOUT,
+    ) as user:
+        assert user.stdout
+        guardian = int(user.stdout.readline())
+        (supervisor,) = [pid for pid in descendants([guardian]) if b"devcluster_supervisor" in command_of(pid)]
+        cluster = DevCluster(root)
+        job = submit(cluster, f"trap '' TERM; setsid {SLEEP} & srun {SLEEP}")
+        wait_for(lambda: len(sleepers(guardian)) == 2)
+        everything = [guardian, *descendants([guardian])]
+        victims = {"user": [user.pid], "guardian": [guardian], "supervisor": [supervisor], "both": [guardian, supervisor]}
+        for pid in victims[victim]:
+            os.kill(pid, signal.SIGKILL)
+        if victim == "both":  # the daemons end with it; what jobs leave behind is ended by the next start or stop
+            wait_for(lambda: not is_running(root))
+            assert stop_cluster(root) is False
+        wait_for(lambda: not any(is_alive(pid) for pid in everything), 20)
+        wait_for(lambda: not is_running(root))
+        user.kill()
+    assert job
+    assert bystander.poll() is None, "a process that only knows SLURM_CONF is not the cluster's"
+    bystander.kill()
+    bystander.wait()
+    assert not processes_of(root)
+    assert stop_cluster(root) is False
+    assert not root.exists()
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def sleepers(guardian: int) -> list[int]:
+    """What the job runs: one process in a session of its own and one in a step."""
+    commands = {pid: command_of(pid).split(b"\0") for pid in descendants([guardian])}
+    return [pid for pid, words in commands.items() if words[0].endswith(b"sleep") and SLEEP.split()[1].encode() in words]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_start_works_on_the_remains_of_a_killed_one() -> None:
+    require_slurm()
+    with DevCluster(short_folder(), nodes=1, gpus=1) as cluster:
+        submit(cluster, SLEEP)
+        below = descendants([cluster.guardian_pid])
+        for pid in [cluster.guardian_pid, *(pid for pid in below if b"devcluster_supervisor" in command_of(pid))]:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not is_running(cluster.root))
+        with DevCluster(cluster.root, nodes=1, gpus=1) as second:
+            assert ask(second, "squeue", "-h") == ""
+            assert len(set(below) & set(descendants([os.getpid()]))) == 0
+    assert not cluster.root.exists()
+
+
+# --- the command line
+
+
+def devcluster(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = vitpa.cli.main(["devcluster", *words])
+    answer = capsys.readouterr()
+    return code, answer.out, answer.err
+
+
+def test_start_twice_status_stop_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    root = short_folder()
+    there = ("--dir", str(root))
+    code, out, _ = devcluster(capsys, "start", *there, "--nodes", "2", "--gpus", "1")
+    assert code == 0
+    assert "2 nodes with 1 GPUs each, started in" in out
+    assert f"\nexport SLURM_CONF={root}/etc/slurm.conf\n" in out
+    code, again, _ = devcluster(capsys, "start", *there)
+    assert (code, again.splitlines()[0]) == (0, f"a cluster runs in {root} already")
+    assert again.splitlines()[1:] == out.splitlines()[1:]
+    with pytest.raises(AlreadyRunningError):
+        DevCluster(root).start()
+    assert devcluster(capsys, "status", *there)[:2][0] == 0
+    code, out, _ = devcluster(capsys, "status", *there, "--json")
+    facts = json.loads(out)
+    assert (facts["up"], len(facts["nodes"]), facts["nodes"][0]["gpus"], facts["jobs"]) == (True, 2, 1, {})
+    assert {part["name"]: part["state"] for part in facts["partitions"]} == {"main": "up", "low": "up"}
+    submit(DevCluster(root), SLEEP)
+    code, out, _ = devcluster(capsys, "stop", *there, "--keep-logs")
+    assert code == 0 and out.startswith("stopped in ")
+    assert sorted(path.name for path in root.iterdir()) == ["devcluster.lock", "log"]
+    assert devcluster(capsys, "stop", *there) == (0, f"no cluster runs in {root}\n", "")
+    assert devcluster(capsys, "status", *there) == (1, f"no cluster runs in {root}\n", "")
+    assert not root.exists()
+    assert not processes_of(root)
+
+
+def can_run(command: list[str]) -> bool:
+    return subprocess.run([*command, "--help"], capture_output=True, check=False, cwd="/tmp").returncode == 0
+
+
+def test_an_ordinary_user_has_one_too() -> None:
+    require_slurm()
+    runuser = shutil.which("runuser", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if os.geteuid() != 0 or runuser is None:
+        pytest.skip("only root can become another user")
+    prefix = [runuser, "-u", "nobody", "--", "env", "PATH=/usr/bin:/bin", "HOME=/tmp", f"PYTHONPATH={CHECKOUT}"]
+    pythons = [
+        python for python in (sys.executable, "/usr/bin/python3") if can_run([*prefix, python, "-P", "-m", "vitpa.cli"])
+    ]
+    if not pythons:
+        pytest.skip("another user cannot read this checkout, or run any Python from 3.11 on")
+    as_nobody = [*prefix, pythons[0], "-P", "-m", "vitpa.cli"]
+    root = short_folder()
+    root.chmod(0o755)
+    shutil.chown(root, "nobody")
+    there = ["--dir", str(root)]
+    started = subprocess.run(
+        [*as_nobody, "devcluster", "start", *there], capture_output=True, text=True, check=False, cwd="/tmp"
+    )
+    try:
+        assert started.returncode == 0, started.stderr
+        print(started.stdout)
+        environment = ["env", f"SLURM_CONF={root}/etc/slurm.conf"]
+        job = [runuser, "-u", "nobody", "--", *environment, "srun", "--gpus-per-node=1", "sh", "-c"]
+        answer = subprocess.run(
+            [*job, "id -un; echo $CUDA_VISIBLE_DEVICES"], capture_output=True, text=True, check=False, cwd="/tmp"
+        )
+        assert answer.stdout.split() == ["nobody", "0"], answer.stderr
+        addresses = listening(processes_of(root))
+        assert len(addresses) == 1 and all(ipaddress.ip_address(address).is_loopback for address in addresses)
+    finally:
+        stopped = subprocess.run(
+            [*as_nobody, "devcluster", "stop", *there], capture_output=True, text=True, check=False, cwd="/tmp"
+        )
+    assert stopped.stdout.startswith("stopped in "), stopped.stderr
+    print(stopped.stdout)
+    assert not processes_of(root)
+    assert not root.exists()
+
+
+# --- errors: one line that says what, where and how to mend it
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    code, out, error = devcluster(capsys, "start", *words)
+    assert (code, out, error.count("\n"), error[:7]) == (1, "", 1, "error: ")
+    return error
+
+
+def test_missing_packages_are_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(slurm.devcluster, "SYSTEM_FOLDERS", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    error = refused(capsys)
+    assert "not installed: munged, mariadbd, " in error
+    assert "apt-get install munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core" in error
+
+
+def test_a_folder_too_deep_for_sockets_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    require_slurm()
+    deep = tmp_path / ("d" * 90)
+    error = refused(capsys, "--dir", str(deep))
+    assert "characters too long for the sockets below it; choose a folder with at most 61 characters" in error
+    assert not deep.exists()
+
+
+def test_folders_that_are_not_its_own_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    root = short_folder()
+    precious = root / "etc"
+    precious.mkdir()
+    assert f"{root} holds other things; choose an empty or new folder" in refused(capsys, "--dir", str(root))
+    assert devcluster(capsys, "stop", "--dir", str(root))[1] == f"no cluster runs in {root}\n"
+    precious.rmdir()
+    file = root / "file"
+    file.touch()
+    assert f"{file}/below: Not a directory; choose another folder" in refused(capsys, "--dir", str(file / "below"))
+    assert "SLURM cannot hold a path with other characters" in refused(capsys, "--dir", f"{root}/a b")
+    file.unlink()
+    root.rmdir()
+
+
+def test_sizes_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    assert "0 nodes: from 1 to 64 are possible" in refused(capsys, "--nodes", "0")
+    assert "99 GPUs per node: from 0 to 16 are possible" in refused(capsys, "--gpus", "99")
+
+
+def test_a_host_name_that_leads_to_the_network_is_refused() -> None:
+    with pytest.raises(DevClusterError, match=r"'10\.1\.2\.3' resolves to 10\.1\.2\.3, so SLURM would listen to the net"):
+        check_host_name("10.1.2.3")
+    with pytest.raises(
+        DevClusterError, match=r"'no-such\.invalid' does not resolve .*add the line '127\.0\.0\.1 no-such\.invalid'"
+    ):
+        check_host_name("no-such.invalid")
+    check_host_name("localhost")
+
+
+def test_a_daemon_that_ends_at_the_start_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_slurm()
+    (tmp_path / "slurmctld").write_text("#!/bin/sh\necho 'fatal: no luck today' >&2\nexit 7\n")
+    (tmp_path / "slurmctld").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    root = short_folder()
+    words = rf"slurmctld ended \(exit code 7\); the last line of {root}/log/slurmctld.out: fatal: no luck today"
+    with pytest.raises(DevClusterError, match=words):
+        DevCluster(root, nodes=1).start()
+    assert sorted(path.name for path in root.iterdir()) == ["devcluster.lock", "log"]
+    assert not processes_of(root)
+    stop_cluster(root)
+    assert not root.exists()
+
+
+def test_ports_that_are_taken_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(slurm.devcluster_config, "PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match="fewer than 1 free ports"):
+            free_ports(1)
