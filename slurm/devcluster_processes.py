@@ -118,7 +118,7 @@ def remains_of(root: Path, slurm_conf: Path) -> list[int]:
     SLURM_CONF is not in a job and stays.
     """
     marked = []
-    for pid, _, _ in _processes():
+    for pid in {pid for pid, _, _ in _processes()} - {os.getpid()}:
         environment = _environment(pid)
         of_job = "SLURMD_NODENAME" in environment and environment.get("SLURM_CONF") == str(slurm_conf)
         if of_job or writes_below(pid, root / "log"):
