@@ -20,7 +20,6 @@ from rich.text import Text
 from jobs.grid import Run
 from jobs.state import LIVE, STATES, RunState, Survey
 from vitpa.config import RunDir, RunError, read_json
-from vitpa.datasets import facts_of
 
 REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
@@ -295,24 +294,3 @@ def _warning(survey: Survey) -> str:
 def nothing_live(states: list[RunState]) -> bool:
     """Whether no run is in progress or about to be."""
     return not any(state.state in LIVE for state in states)
-
-
-def estimated_s(states: list[RunState]) -> float | None:
-    """Training time of the runs that are not done, one after the other; None unless each kind has been measured.
-
-    A run takes (training images x epochs) / (images per second of finished runs of its data set and attention).
-    """
-    measured: dict[tuple[str, str], list[float]] = {}
-    for state in states:
-        if state.result is not None and state.result.images_per_s > 0:
-            measured.setdefault((state.run.dataset, state.run.attention), []).append(state.result.images_per_s)
-    total = 0.0
-    for state in states:
-        if state.state == "done":
-            continue
-        speeds = measured.get((state.run.dataset, state.run.attention))
-        images = facts_of(state.run.dataset).num_train
-        if not speeds or images is None:
-            return None
-        total += images * state.run.config.train.epochs * len(speeds) / sum(speeds)
-    return total

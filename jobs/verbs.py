@@ -16,7 +16,8 @@ from rich.console import Console
 from jobs import logs, status
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
-from jobs.profile import load_profile
+from jobs.limits import NOTHING, look_ahead
+from jobs.profile import SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submission import settle
@@ -167,33 +168,36 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 
 def _plan(context: Context) -> int:
+    """What submit would do; with SLURM also what its limits say to that, and exit code 1 if it would be refused."""
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
-    problem, slots = "", None
+    problem, slots, on_slurm, outlook = "", None, False, NOTHING
     try:
-        slots = prepare(
-            missing, load_profile(context.options.profile), context.root, context.overrides, context.scheduler
-        ).at_a_time
+        profile = load_profile(context.options.profile)
+        on_slurm = isinstance(profile, SlurmProfile)
+        order = prepare(missing, profile, context.root, context.overrides, context.scheduler)
+        slots = order.at_a_time
+        outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
+        problem = "; ".join(outlook.refusals)
+    except SchedulerError:
+        raise
     except SweepError as error:
         problem = str(error)
-    estimate_s = status.estimated_s(states)
+    code = ERROR if on_slurm and missing and problem else OK
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
-        document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "slots": slots}
-        context.say_json(
-            {**document, "estimated_train_s": estimate_s, "problem": problem, "changed": context.drift.describe()}
-        )
-        return OK
+        document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "slots": slots, "problem": problem}
+        context.say_json({**document, "changed": context.drift.describe(), **outlook.as_json()})
+        return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-    if context.drift.describe():
-        context.say(context.drift.describe())
+    for line in filter(None, [context.drift.describe(), *outlook.lines()]):
+        context.say(line)
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:
-        time = "" if estimate_s is None else f", about {status.duration(estimate_s / (slots or len(missing)))}"
-        context.say(f"submit would start {len(missing)} runs" + (f", {slots} at a time" if slots else "") + time)
+        context.say(f"submit would start {len(missing)} runs" + (f", {slots} at a time" if slots else ""))
     _say_left_alone(context, states)
-    return OK
+    return code
 
 
 def _submit(context: Context) -> int:
@@ -257,9 +261,10 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         directory.record(context.sweep)
     if chosen:
         code = _snapshot(context) if context.options.code == "snapshot" else None
-        claimed, refused = submit(context.sweep.name, order, context.root, code)
-        for line in refused:
-            context.say(f"not submitted: {line}")
+        claimed, refused = submit(context.sweep.name, order, context.root, context.scheduler, code)
+        for reason in dict.fromkeys(refused.values()):
+            label, *others = [label for label, other in refused.items() if other == reason]
+            context.say(f"not submitted: {label}" + (f" and {len(others)} more" if others else "") + f": {reason}")
         late = len(chosen) - len(claimed) - len(refused)
         faster = f"; {late} were claimed by somebody else first" if late else ""
         context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs{at_a_time}{faster}")

@@ -1,0 +1,212 @@
+"""How long a sweep will take and what it will cost: arithmetic on the speed of finished runs, never a guess.
+
+A run takes (training images x epochs) / (images per second of finished runs of its data set and attention), evaluation
+included, for that is how images_per_s is measured. One that goes on from a checkpoint counts as a whole one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs.grid import Run
+from jobs.state import RunState
+from jobs.status import duration
+from jobs.submit import Batch
+from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_json, read_yaml
+from vitpa.datasets import facts_of
+
+Kind = tuple[str, str]  # data set, attention
+CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What finished runs of a kind have measured."""
+
+    images_per_s: float
+    runs: int
+    hardware: str  # GPU's name, or `CPU`; empty if it was not written down
+    gpus: float  # of one run; processes, on the CPU
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` has it."""
+        return {"images_per_s": self.images_per_s, "runs": self.runs, "hardware": self.hardware, "gpus_per_run": self.gpus}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with equal resources, in the order in which they start."""
+
+    durations_s: tuple[float | None, ...]  # None: its kind has not been measured
+    gpus: float  # of one run
+    arrays: int = 1
+    at_a_time: int | None = None  # runs, as far as is known; None: as many as SLURM gives
+
+    @property
+    def longest_s(self) -> float | None:
+        """The longest run; None unless all are known."""
+        known = [seconds for seconds in self.durations_s if seconds is not None]
+        return max(known, default=0.0) if len(known) == len(self.durations_s) else None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole submission. None where a kind of run has not been measured."""
+
+    train_s: float | None  # one run after the other
+    gpu_hours: float | None
+    wall_s: float | None  # once they start; None also where nobody says how many run at a time
+    speeds: Mapping[Kind, Speed]
+    unmeasured: tuple[Kind, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` has it."""
+        return {
+            "estimated_train_s": self.train_s,
+            "gpu_hours": self.gpu_hours,
+            "wall_s": self.wall_s,
+            "measured": {" ".join(kind): speed.as_json() for kind, speed in sorted(self.speeds.items())},
+            "unmeasured": [" ".join(kind) for kind in self.unmeasured],
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if self.train_s is None:
+            kinds = ", ".join(map(" ".join, self.unmeasured)) or "the number of training images"
+            return [f"GPU-hours and time: unknown until a run of each kind has finished (not yet: {kinds})"]
+        parts = [f"{self.gpu_hours:,.1f} GPU-hours"] if self.gpu_hours else []
+        parts.append(f"{duration(self.train_s)} of training one after the other")
+        if self.wall_s is not None:
+            parts.append(f"{duration(self.wall_s)} once they start (waiting in the queue and restarts are not counted)")
+        measured = [
+            f"{' '.join(kind)} {speed.images_per_s:,.0f} images/s{f' on {speed.hardware}' if speed.hardware else ''} "
+            f"({speed.runs} run{'s' if speed.runs > 1 else ''})"
+            for kind, speed in sorted(self.speeds.items())
+        ]
+        return [f"about {', '.join(parts)}", f"measured: {'; '.join(measured)}"]
+
+
+def forecast(groups: Sequence[Group], speeds: Mapping[Kind, Speed], unmeasured: Iterable[Kind] = ()) -> Forecast:
+    """Add up what the groups take. They run side by side."""
+    durations = [[seconds for seconds in group.durations_s if seconds is not None] for group in groups]
+    missing = tuple(sorted(set(unmeasured)))
+    if any(len(known) < len(group.durations_s) for known, group in zip(durations, groups, strict=True)):
+        return Forecast(None, None, None, speeds, missing)
+    walls = [makespan_s(known, group.at_a_time) for known, group in zip(durations, groups, strict=True)]
+    gpu_s = math.fsum(sum(known) * group.gpus for known, group in zip(durations, groups, strict=True))
+    wall_s = max((wall for wall in walls if wall is not None), default=0.0)
+    return Forecast(math.fsum(map(sum, durations)), gpu_s / 3600, None if None in walls else wall_s, speeds, missing)
+
+
+def makespan_s(durations_s: Sequence[float], at_a_time: int | None) -> float | None:
+    """Time until all are done, if the next one starts whenever one ends; None if nobody knows how many run at a time."""
+    if at_a_time is None:
+        return None
+    free = [0.0] * min(at_a_time, len(durations_s))
+    for seconds in durations_s:
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free, default=0.0)
+
+
+def attempts(run_s: float, time_s: float, signal_delay_s: float) -> int:
+    """Executions of a run that is told to stop `signal_delay_s` before each time limit."""
+    return max(1, math.ceil(run_s / (time_s - signal_delay_s)))
+
+
+def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float | None:
+    """Seconds of training of a run on `images` images; None if that or its speed is not known."""
+    speed = speeds.get((run.dataset, run.attention))
+    if speed is None or images is None:
+        return None
+    return images * run.config.train.epochs / speed.images_per_s
+
+
+def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed]) -> Group:
+    """The runs of batches with equal resources."""
+    how = batches[0].how
+    if how["executor"] == "slurm":
+        gpus, at_a_time = float(how["profile"]["nodes"] * how["profile"]["gpus_per_node"]), how["profile"]["array_parallelism"]
+        at_a_time = at_a_time and at_a_time * len(batches)  # SLURM counts it for each array
+    else:
+        slot = how["slots"][0]
+        gpus, at_a_time = len(slot["gpus"]) / batches[0].configs[0].runtime.runs_per_gpu, len(how["slots"])
+    images: dict[str, int | None] = {}
+    durations = []
+    for batch in batches:
+        for state, config in zip(batch.chosen, batch.configs, strict=True):
+            if state.run.dataset not in images:
+                images[state.run.dataset] = num_train(config)
+            durations.append(run_s(state.run, speeds, images[state.run.dataset]))
+    return Group(tuple(durations), gpus, len(batches), at_a_time)
+
+
+def num_train(config: RunConfig) -> int | None:
+    """Training images of the run's data set, from the table or else from the manifest."""
+    known = facts_of(config.dataset).num_train
+    if known is not None:
+        return known
+    try:
+        found = (read_json(Path(config.runtime.data_dir) / config.dataset / "train.json") or {}).get("num_samples")
+    except RunError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+# --- what has been measured
+
+
+def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> dict[Kind, Speed]:
+    """The speeds of the kinds of the `wanted` runs: of the sweep's finished runs, or else of others with the same model."""
+    finished: dict[Kind, list[Result]] = {}
+    for state in states:
+        if state.result is not None:
+            finished.setdefault((state.run.dataset, state.run.attention), []).append(state.result)
+    models: dict[Kind, dict[str, Any]] = {
+        (run.dataset, run.attention): run.config.model.model_dump(mode="json") for run in wanted
+    }
+    elsewhere = {kind: model for kind, model in models.items() if kind not in finished}
+    if elsewhere:
+        finished |= _finished_elsewhere(elsewhere, root)
+    found = {kind: _speed_of(results, root) for kind, results in finished.items() if kind in models}
+    return {kind: speed for kind, speed in found.items() if speed is not None}
+
+
+def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> dict[Kind, list[Result]]:
+    found: dict[Kind, list[Result]] = {}
+    looked_at = dict.fromkeys(models, 0)
+    for path in sorted((root / "runs").glob("*/result.json")):
+        try:
+            result = Result.model_validate_json(path.read_bytes())
+            kind = (result.dataset, result.attention)
+            if kind not in models or looked_at[kind] == CONFIGS_LOOKED_AT:
+                continue
+            looked_at[kind] += 1
+            if read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
+                found.setdefault(kind, []).append(result)
+        except (OSError, ValidationError, ConfigError):  # `status` says what is wrong with it
+            continue
+    return found
+
+
+def _speed_of(results: list[Result], root: Path) -> Speed | None:
+    valid = [result for result in results if result.images_per_s > 0 and result.train_time_s > 0]
+    if not valid:
+        return None
+    gpus = math.fsum(result.gpu_hours * 3600 / result.train_time_s for result in valid) / len(valid)
+    speed = math.fsum(result.images_per_s for result in valid) / len(valid)
+    return Speed(speed, len(valid), _hardware(RunDir(root, valid[-1].signature)), gpus)
+
+
+def _hardware(run: RunDir) -> str:
+    try:
+        made_with = read_json(run.env_json) or {}
+    except RunError:
+        return ""
+    return str(made_with.get("gpu") or ("CPU" if made_with.get("device") == "cpu" else ""))

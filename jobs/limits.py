@@ -1,0 +1,530 @@
+"""What a cluster's limits say to a sweep before it is submitted: sbatch's own test, and arithmetic on what SLURM publishes.
+
+A handful of questions to SLURM, whatever the number of runs. What it does not say is reported as unknown, not guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pwd
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.forecast import Forecast, Group, attempts, forecast, group_of, speeds_of
+from jobs.profile import SlurmProfile, parse_time_s
+from jobs.sbatch import slurm_executor
+from jobs.scheduler import Scheduler, SchedulerError
+from jobs.state import RunState
+from jobs.status import duration
+from jobs.submit import Batch, Order
+from vitpa.config import parse_model
+
+Level = Literal["problem", "warning", "unknown", "info"]  # problem: refused, or never started
+
+UNUSABLE = ("down", "drain", "fail", "maint", "unk", "error", "boot", "power", "reboot")
+QOS = (
+    "Name,GrpJobs,GrpSubmit,GrpTRES,MaxTRES,MaxTRESPerNode,MaxWall,"
+    "MaxTRESPU,MaxJobsPU,MaxSubmitPU,MaxTRESPA,MaxJobsPA,MaxSubmitPA"
+)
+ASSOCIATION = "Account,User,Partition,GrpJobs,GrpSubmit,GrpTRES,MaxJobs,MaxSubmit,MaxTRES,MaxTRESPerNode,MaxWall,DefaultQOS"
+SUBMIT = ("MaxSubmitPU", "MaxSubmitPA", "MaxSubmit", "GrpSubmit")
+JOBS = ("MaxJobsPU", "MaxJobsPA", "MaxJobs", "GrpJobs")
+TRES = ("MaxTRESPU", "MaxTRESPA", "GrpTRES")
+SHORTEST_SIGNAL_S = 30  # a step, a checkpoint on a shared disk and the end of the processes have to fit in
+LARGEST_LOSS = 0.25  # of an attempt
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that the user should know."""
+
+    level: Level
+    about: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Equal nodes of a partition."""
+
+    count: int
+    gpus: Mapping[str, int]  # by type; "" where it has none
+    cpus: int
+    mem_mib: int
+    state: str
+    features: frozenset[str]
+
+    @property
+    def usable(self) -> bool:
+        """Whether jobs may start on them."""
+        return not self.state.startswith(UNUSABLE)
+
+
+@dataclass
+class Cluster:
+    """What SLURM has said of itself and of us."""
+
+    configuration: dict[str, str]
+    partitions: dict[str, dict[str, str]] = field(default_factory=dict)
+    nodes: dict[str, list[Nodes]] = field(default_factory=dict)  # by partition
+    own_jobs: int = 0  # in the queue, tasks of arrays counted
+    jobs: int | None = None  # in the queue, of all users
+    qos: dict[str, dict[str, str]] = field(default_factory=dict)
+    associations: list[dict[str, str]] = field(default_factory=list)
+    account: str = ""  # the default one
+    unknown: list[Finding] = field(default_factory=list)
+
+    def partition(self, name: str | None) -> str:
+        """The partition of that name, or else the default one; empty if there is neither."""
+        if name is not None:
+            return name if name in self.partitions else ""
+        return next((key for key, fields in self.partitions.items() if fields.get("Default") == "YES"), "")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one run asks for, in all, and what a node has to have for it."""
+
+    nodes: int
+    gpus: int  # per node
+    gpu_type: str
+    cpus: int  # per node
+    mem_mib: int  # per node; 0: the partition's default
+
+    @staticmethod
+    def of(profile: SlurmProfile) -> Need:
+        """What the profile asks for."""
+        typed = re.fullmatch(r"gpu:([^:]+):\d+", profile.gres or "")
+        cpus = profile.cpus_per_task or (profile.cpus_per_gpu or 0) * max(1, profile.gpus_per_node) or 1
+        return Need(profile.nodes, profile.gpus_per_node, typed[1] if typed else "", cpus, mem_mib(profile.mem or "0"))
+
+    def words(self, mem: str | None) -> str:
+        """What a node has to have, for people."""
+        gpus = f"{self.gpus} {self.gpu_type + ' ' if self.gpu_type else ''}GPU{'s' if self.gpus > 1 else ''}"
+        cpus = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
+        return ", ".join([*([gpus] if self.gpus else []), cpus, *([f"{mem} of memory"] if mem else [])])
+
+    def fits(self, nodes: Nodes) -> int:
+        """How many such shares one of these nodes has room for."""
+        gpus = nodes.gpus.get(self.gpu_type, 0) if self.gpu_type else sum(nodes.gpus.values())
+        rooms = [nodes.cpus // self.cpus]
+        rooms += [gpus // self.gpus] if self.gpus else []
+        rooms += [nodes.mem_mib // self.mem_mib] if self.mem_mib else []
+        return min(rooms)
+
+    def total(self, kind: str) -> int | None:
+        """What a run takes of a trackable resource, as sacctmgr names it; None for one that we do not count."""
+        if kind == "gres/gpu" or (self.gpu_type and kind == f"gres/gpu:{self.gpu_type}"):
+            return self.nodes * self.gpus
+        return {"node": self.nodes, "cpu": self.nodes * self.cpus, "mem": self.nodes * self.mem_mib}.get(kind)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What lies ahead of a submission."""
+
+    forecast: Forecast
+    findings: list[Finding]
+    groups: list[dict[str, Any]]  # runs with equal resources, as `plan --json` has them
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why SLURM would not take the runs, or never start them."""
+        return [finding.text for finding in self.findings if finding.level == "problem"]
+
+    def lines(self) -> list[str]:
+        """For people; without the refusals."""
+        words = {"info": "", "warning": "warning: ", "unknown": "not known: "}
+        said = [words[finding.level] + finding.text for finding in self.findings if finding.level in words]
+        return [*said, *(self.forecast.lines() if self.groups else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` has it."""
+        return {**self.forecast.as_json(), "groups": self.groups, "findings": [asdict(finding) for finding in self.findings]}
+
+
+NOTHING = Outlook(forecast([], {}), [], [])  # to be submitted
+
+
+def look_ahead(order: Order, states: Sequence[RunState], root: Path, name: str, scheduler: Scheduler) -> Outlook:
+    """What it would cost to submit `order` for the sweep of that name, and what stands in the way.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    batches = by_resources(order.batches)
+    runs = [state.run for batch in order.batches for state in batch.chosen]
+    speeds = speeds_of(states, runs, root)
+    groups = [group_of(same, speeds) for same in batches]
+    findings = [Finding("info", "nodes", note) for note in order.notes]
+    if order.batches and order.batches[0].how["executor"] == "slurm":
+        groups, found = _review(batches, groups, scheduler, root, name)
+        findings += found
+    unmeasured = {(run.dataset, run.attention) for run in runs} - speeds.keys()
+    details = [_details(same, group) for same, group in zip(batches, groups, strict=True)]
+    return Outlook(forecast(groups, speeds, unmeasured), findings, details)
+
+
+def _review(
+    batches: Sequence[Sequence[Batch]], groups: Sequence[Group], scheduler: Scheduler, root: Path, name: str
+) -> tuple[list[Group], list[Finding]]:
+    """Hold the runs against the cluster: the groups with what is known of how many run at a time, and findings."""
+    cluster = ask(scheduler)
+    findings = list(_of_all(batches, cluster))
+    bounded = []
+    for same, group in zip(batches, groups, strict=True):
+        profile = _profile_of(same)
+        answer = test_only(scheduler, same, profile, root, name)
+        found, most = _of_group(profile, group, cluster)
+        known = [number for number in (group.at_a_time, *most) if number is not None]
+        bounded.append(replace(group, at_a_time=max(1, min(known)) if known else None))
+        label = f"{_datasets(same)}: " if len(groups) > 1 else ""
+        findings += [replace(finding, text=label + finding.text) for finding in (answer, *found)]
+    return bounded, findings + cluster.unknown
+
+
+def _profile_of(batches: Sequence[Batch]) -> SlurmProfile:
+    return parse_model(SlurmProfile, batches[0].how["profile"], "the profile")
+
+
+def _datasets(batches: Sequence[Batch]) -> str:
+    return ", ".join(sorted({state.run.dataset for batch in batches for state in batch.chosen}))
+
+
+def _details(batches: Sequence[Batch], group: Group) -> dict[str, Any]:
+    common = {
+        "datasets": _datasets(batches),
+        "runs": len(group.durations_s),
+        "at_a_time": group.at_a_time,
+        "gpus_per_run": group.gpus,
+        "longest_run_s": group.longest_s,
+    }
+    if batches[0].how["executor"] != "slurm":
+        return common
+    profile = _profile_of(batches)
+    return {**common, "arrays": len(batches), "time_s": profile.time_s, "attempts": _attempts(profile, group)}
+
+
+def by_resources(batches: Sequence[Batch]) -> list[list[Batch]]:
+    """Batches with equal resources together: SLURM's MaxArraySize may have split them."""
+    groups: dict[str, list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault(repr(batch.how.get("profile")), []).append(batch)
+    return list(groups.values())
+
+
+# --- questions to SLURM
+
+
+def ask(scheduler: Scheduler) -> Cluster:
+    """What SLURM says of itself.
+
+    Raises:
+        SchedulerError: it does not answer.
+    """
+    cluster = Cluster(scheduler.configuration())
+    for line in scheduler.ask("scontrol", "show", "partition", "--oneliner").splitlines():
+        fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        if "PartitionName" in fields:
+            cluster.partitions[fields["PartitionName"]] = fields
+    for line in scheduler.ask("sinfo", "--noheader", "--exact", "--format=%R|%D|%G|%c|%m|%T|%f").splitlines():
+        partition, *columns = line.strip().split("|")
+        cluster.nodes.setdefault(partition, []).append(_nodes_of(columns))
+    own = scheduler.ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
+    cluster.own_jobs = len(own.splitlines())
+    _ask_for_the_load(scheduler, cluster)
+    _ask_for_limits(scheduler, cluster)
+    return cluster
+
+
+def _nodes_of(columns: Sequence[str]) -> Nodes:
+    count, gres, cpus, mem, state, features = columns
+    gpus: dict[str, int] = {}
+    for kind, number in re.findall(r"(?:^|,)gpu(?::([^:(,]+))?:(\d+)(?=[(,]|$)", gres):
+        gpus[kind] = gpus.get(kind, 0) + int(number)
+    return Nodes(int(count), gpus, int(cpus.rstrip("+")), int(mem.rstrip("+")), state, frozenset(features.split(",")))
+
+
+def _ask_for_the_load(scheduler: Scheduler, cluster: Cluster) -> None:
+    try:
+        text = scheduler.ask("sdiag")
+    except SchedulerError as error:
+        cluster.unknown.append(Finding("unknown", "MaxJobCount", f"jobs of all users: not known ({error})"))
+        return
+    counts = [int(number) for number in re.findall(r"^Jobs (?:pending|running):\s+(\d+)", text, re.MULTILINE)]
+    cluster.jobs = sum(counts) if counts else None
+
+
+def _ask_for_limits(scheduler: Scheduler, cluster: Cluster) -> None:
+    """The limits of accounting: of the user, the account, the QOS."""
+    enforced = cluster.configuration.get("AccountingStorageEnforce", "")
+    if not {"limits", "safe", "qos", "all"} & set(enforced.split(",")):
+        cluster.unknown.append(
+            Finding("info", "accounting", f"no limits per user or QOS are enforced (AccountingStorageEnforce={enforced})")
+        )
+        return
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+        table = ("sacctmgr", "--noheader", "--parsable2", "--readonly", "show")
+        cluster.qos = {row["Name"]: row for row in _rows(scheduler.ask(*table, "qos", f"format={QOS}"), QOS)}
+        default = scheduler.ask(*table, "user", user, "format=DefaultAccount").split()
+        cluster.account = default[0] if default else ""
+        where = f"cluster={cluster.configuration.get('ClusterName', '')}"
+        of_user = scheduler.ask(*table, "association", "where", where, f"user={user}", f"format={ASSOCIATION}")
+        cluster.associations = list(_rows(of_user, ASSOCIATION))
+        accounts = ",".join(sorted({row["Account"] for row in cluster.associations}))
+        if accounts:
+            of_accounts = scheduler.ask(*table, "association", "where", where, f"account={accounts}", f"format={ASSOCIATION}")
+            cluster.associations += [row for row in _rows(of_accounts, ASSOCIATION) if not row["User"]]
+    except (SchedulerError, KeyError) as error:
+        cluster.unknown.append(Finding("unknown", "accounting", f"limits per user, account and QOS: not known ({error})"))
+
+
+def _rows(text: str, columns: str) -> Iterator[dict[str, str]]:
+    for line in text.splitlines():
+        yield dict(zip(columns.split(","), line.split("|"), strict=True))
+
+
+def test_only(scheduler: Scheduler, batches: Sequence[Batch], profile: SlurmProfile, root: Path, name: str) -> Finding:
+    """What sbatch says to the script that `submit` would send.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    count = max(len(batch.chosen) for batch in batches)
+    exclude = batches[0].how["exclude"]
+    folder = root / "sweeps" / name / "submissions" / "plan"
+    try:
+        executor = slurm_executor(
+            profile, folder, root=root, name=name, token="plan", exclude=exclude, indices=list(range(count)), count=count
+        )
+        if count > 1:
+            executor.parameters["map_count"] = count
+        script = executor._make_submission_file_text("true", "plan")
+    except (ValueError, RuntimeError) as error:
+        return Finding("problem", "sbatch", f"submitit does not take the profile: {error}")
+    return test_script(scheduler, script)
+
+
+def test_script(scheduler: Scheduler, script: str) -> Finding:
+    """What sbatch says to a script.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            answer = scheduler.test_only(file.name)
+        except SchedulerError as error:
+            if is_silence(error):
+                raise
+            words = re.sub(r"sbatch: (error: )?|allocation failure: ", "", str(error))
+            return Finding("problem", "sbatch", f"SLURM would refuse it: {words}")
+    return Finding("info", "sbatch", re.sub(r"sbatch: Job \d+ to start", "SLURM accepts it; a first run could start", answer))
+
+
+def is_silence(error: SchedulerError) -> bool:
+    """Whether SLURM has not answered, rather than refused."""
+    silence = ("not found; is this", "no answer from SLURM", "Unable to contact", "Socket timed out", "Connection refused")
+    return any(words in str(error) for words in silence)
+
+
+# --- arithmetic
+
+
+def _of_all(groups: Sequence[Sequence[Batch]], cluster: Cluster) -> Iterator[Finding]:
+    """What concerns the submission as a whole."""
+    batches = [batch for group in groups for batch in group]
+    runs, most = sum(len(batch.chosen) for batch in batches), int(cluster.configuration.get("MaxArraySize", "1001"))
+    arrays = f"{len(batches)} job array{'s' if len(batches) > 1 else ''}"
+    yield Finding(
+        "info", "MaxArraySize", f"{runs} runs in {arrays} (MaxArraySize {most}); {cluster.own_jobs} jobs of yours wait"
+    )
+    room = int(cluster.configuration.get("MaxJobCount", "10000"))
+    if cluster.jobs is not None and cluster.jobs + runs >= room:
+        yield Finding(
+            "problem", "MaxJobCount", f"{runs} runs and {cluster.jobs} jobs in the queue are more than MaxJobCount={room}; "
+            "submit a part of them (a filter such as seed=0)"
+        )  # fmt: skip
+
+
+def _of_group(profile: SlurmProfile, group: Group, cluster: Cluster) -> tuple[list[Finding], list[int | None]]:
+    """Findings on runs with equal resources, and bounds on how many of them run at a time."""
+    findings = list(_of_signal(profile, group))
+    most: list[int | None] = []
+    need = Need.of(profile)
+    names = [cluster.partition(name) for name in (profile.partition.split(",") if profile.partition else [None])]
+    if not all(names):
+        findings.append(Finding("unknown", "partition", "limits of the partition: not known, there is none of that name"))
+    elif len(names) > 1:
+        findings.append(Finding("unknown", "partition", "several partitions: only what sbatch says is known"))
+    else:
+        fields = cluster.partitions[names[0]]
+        findings += _of_partition(profile, need, fields)
+        found, bound = _of_nodes(profile, need, names[0], cluster)
+        findings += found
+        most.append(bound)
+    for source, row in _limits_of(profile, cluster, [cluster.partitions[name] for name in names if name]):
+        for finding, bound in _of_accounting(source, row, cluster, profile=profile, need=need, runs=len(group.durations_s)):
+            findings.append(finding)
+            most.append(bound)
+    return findings, most
+
+
+def _attempts(profile: SlurmProfile, group: Group) -> int | None:
+    return None if group.longest_s is None else attempts(group.longest_s, profile.time_s, profile.signal_delay_s)
+
+
+def _of_signal(profile: SlurmProfile, group: Group) -> Iterator[Finding]:
+    """The time limit against the expected run time, and the warning before it."""
+    number = _attempts(profile, group)
+    if number is not None and number > profile.max_attempts:
+        yield Finding(
+            "problem",
+            "time",
+            f"the longest run ({duration(group.longest_s)}) would take {number} attempts of time={profile.time}, and is given "
+            f"up after max_attempts={profile.max_attempts}; raise `time` or max_attempts",
+        )
+    elif number is not None and number > 1:
+        yield Finding(
+            "info",
+            "time",
+            f"the longest run ({duration(group.longest_s)}) takes {number} attempts of time={profile.time}, each going on "
+            "from the last checkpoint",
+        )
+    if profile.signal_delay_s < SHORTEST_SIGNAL_S:
+        yield Finding(
+            "warning",
+            "signal_delay_s",
+            f"signal_delay_s={profile.signal_delay_s}: a step, a checkpoint and the end of all processes have to fit in; "
+            f"{SHORTEST_SIGNAL_S} or more is safe",
+        )
+    elif profile.signal_delay_s > LARGEST_LOSS * profile.time_s and number != 1:
+        share = 100 * profile.signal_delay_s / profile.time_s
+        yield Finding(
+            "warning",
+            "signal_delay_s",
+            f"signal_delay_s={profile.signal_delay_s}: the last {share:.0f} % of each attempt are not used; raise `time`",
+        )
+
+
+def _of_partition(profile: SlurmProfile, need: Need, fields: Mapping[str, str]) -> Iterator[Finding]:
+    name = fields["PartitionName"]
+    if fields.get("State", "UP") != "UP":
+        yield Finding("warning", "partition", f"partition {name} is {fields['State']}: nothing starts there now")
+    limit_s = seconds_of(fields.get("MaxTime", ""))
+    if limit_s is not None and profile.time_s > limit_s:
+        yield Finding(
+            "problem", "MaxTime", f"time={profile.time} is more than partition {name} allows (MaxTime={fields['MaxTime']}): "
+            "it would be refused or wait for ever; a longer run goes on in the next attempt, so a lower `time` will do"
+        )  # fmt: skip
+    bounds = (
+        ("MaxNodes", need.nodes, "nodes"),
+        ("MaxCPUsPerNode", need.cpus, "CPUs per node"),
+        ("MaxMemPerNode", need.mem_mib, "MiB per node"),
+    )
+    for key, wanted, unit in bounds:
+        text = fields.get(key, "")
+        if text.isdecimal() and wanted > int(text):
+            yield Finding("problem", key, f"{wanted} {unit}: partition {name} allows {text} ({key})")
+    least = fields.get("MinNodes", "")
+    if least.isdecimal() and need.nodes < int(least):
+        yield Finding("problem", "MinNodes", f"{need.nodes} nodes: partition {name} wants at least {least} (MinNodes)")
+
+
+def _of_nodes(profile: SlurmProfile, need: Need, partition: str, cluster: Cluster) -> tuple[list[Finding], int | None]:
+    """Whether the partition has such nodes, and how many runs they have room for."""
+    nodes = cluster.nodes.get(partition, [])
+    if not nodes:
+        return [Finding("unknown", "nodes", f"nodes of partition {partition}: sinfo shows none")], None
+    fitting = [kind for kind in nodes if need.fits(kind)]
+    wanted = need.words(profile.mem)
+    there = sum(kind.count for kind in fitting)
+    if there < need.nodes:
+        kinds = "; ".join(dict.fromkeys(_describe(kind) for kind in nodes))
+        text = f"{there} nodes of partition {partition} have {wanted}, {need.nodes} are needed; there are: {kinds}"
+        return [Finding("problem", "nodes", text)], None
+    if profile.constraint or profile.nodelist or profile.reservation:
+        text = "runs at a time: not known, since constraint, nodelist or reservation choose among the nodes"
+        return [Finding("unknown", "nodes", text)], None
+    usable = [kind for kind in fitting if kind.usable]
+    room = sum(kind.count * need.fits(kind) for kind in usable) // need.nodes
+    if not room:
+        text = f"none of the {there} nodes of partition {partition} with {wanted} is in service now"
+        return [Finding("warning", "nodes", text)], None
+    count = sum(kind.count for kind in usable)
+    text = f"{count} of {sum(kind.count for kind in nodes)} nodes of partition {partition} are in service and have {wanted}: "
+    return [Finding("info", "nodes", f"{text}at most {room} runs at a time")], room
+
+
+def _describe(nodes: Nodes) -> str:
+    gpus = ", ".join(f"{number} {kind + ' ' if kind else ''}GPUs" for kind, number in nodes.gpus.items()) or "no GPU"
+    return f"{nodes.count} x {gpus}, {nodes.cpus} CPUs, {nodes.mem_mib / 1024:.0f}G"
+
+
+def _limits_of(
+    profile: SlurmProfile, cluster: Cluster, partitions: Sequence[Mapping[str, str]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of accounting that hold for these runs, each with a name for it."""
+    account = profile.account or cluster.account
+    rows = [row for row in cluster.associations if row["Account"] == account]
+    here = {fields["PartitionName"] for fields in partitions}
+    of_user = [row for row in rows if row["User"] and (not row["Partition"] or row["Partition"] in here)]
+    names = {profile.qos or next((row["DefaultQOS"] for row in of_user if row["DefaultQOS"]), "")}
+    names |= {fields.get("QoS", "N/A") for fields in partitions}
+    for row in of_user:
+        yield f"your account {account}", row
+    for row in rows:
+        if not row["User"]:
+            yield f"account {account}", row
+    for name in sorted(names & cluster.qos.keys()):
+        yield f"QOS {name}", cluster.qos[name]
+
+
+def _of_accounting(
+    source: str, row: Mapping[str, str], cluster: Cluster, *, profile: SlurmProfile, need: Need, runs: int
+) -> Iterator[tuple[Finding, int | None]]:
+    for key in SUBMIT:
+        if row.get(key) and runs + cluster.own_jobs > int(row[key]):
+            queued = f" and {cluster.own_jobs} of yours in the queue" if cluster.own_jobs else ""
+            text = f"{source} allows {row[key]} jobs in the queue ({key}), these are {runs}{queued}: submit a part of them"
+            yield Finding("problem", key, f"{text} (a filter such as seed=0)"), None
+    for key in JOBS:
+        if row.get(key):
+            yield Finding("info", key, f"{source} allows {row[key]} jobs at a time ({key})"), int(row[key])
+    for key in (*TRES, "MaxTRES", "MaxTRESPerNode"):
+        for kind, text in (pair.split("=") for pair in row.get(key, "").split(",") if "=" in pair):
+            wanted, limit = need.total(kind), mem_mib(text) if kind == "mem" else int(text)
+            if key == "MaxTRESPerNode" and wanted is not None:
+                wanted //= need.nodes
+            if wanted and wanted > limit:
+                yield Finding("problem", key, f"a run takes {kind}={wanted}, {source} allows {kind}={text} ({key})"), None
+            elif wanted and key in TRES:
+                room = limit // wanted
+                yield Finding("info", key, f"{source} allows {kind}={text} ({key}): at most {room} runs at a time"), room
+    limit_s = seconds_of(row.get("MaxWall", ""))
+    if limit_s is not None and profile.time_s > limit_s:
+        yield Finding("problem", "MaxWall", f"time={profile.time}: {source} allows {row['MaxWall']} (MaxWall)"), None
+
+
+def seconds_of(text: str) -> int | None:
+    """SLURM's time in seconds; None for none."""
+    try:
+        return parse_time_s(text)
+    except ValueError:
+        return None
+
+
+def mem_mib(text: str) -> int:
+    """Memory as sbatch and sacctmgr write it (`64G`, without a unit MiB) in MiB."""
+    match = re.fullmatch(r"([\d.]+)([KMGTP]?)", text)
+    if match is None:
+        return 0
+    return math.ceil(float(match[1]) * {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2, "P": 1024**3}[match[2] or "M"])
