@@ -345,7 +345,9 @@ def _of_all(groups: Sequence[Sequence[Batch]], cluster: Cluster) -> Iterator[Fin
     runs, most = sum(len(batch.chosen) for batch in batches), int(cluster.configuration.get("MaxArraySize", "1001"))
     arrays = f"{len(batches)} job array{'s' if len(batches) > 1 else ''}"
     yield Finding(
-        "info", "MaxArraySize", f"{runs} runs in {arrays} (MaxArraySize {most}); {cluster.own_jobs} jobs of yours wait"
+        "info",
+        "MaxArraySize",
+        f"{runs} runs in {arrays} (MaxArraySize {most}); {cluster.own_jobs} jobs of yours are in the queue",
     )
     room = int(cluster.configuration.get("MaxJobCount", "10000"))
     if cluster.jobs is not None and cluster.jobs + runs >= room:

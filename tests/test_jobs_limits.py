@@ -1,0 +1,282 @@
+"""What a cluster's limits say to a sweep: each limit by arithmetic on SLURM's own words, and all of it on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.limits import Need, Nodes, mem_mib
+from jobs.profile import SlurmProfile
+from jobs.scheduler import Scheduler, SchedulerError
+from slurm.devcluster import DevCluster
+from tests.cluster import require_slurm, short_folder
+from tests.jobs_sweeps import make_sweep, wait_for, write_result
+from vitpa.cli import main
+
+PARTITION = "PartitionName={} Default={} State=UP MaxTime=1-00:00:00 MaxNodes=2 MinNodes=1 QoS=N/A MaxCPUsPerNode=UNLIMITED"
+
+
+class Words(Scheduler):
+    """A scheduler that answers with given words; the subprocess border of the tests."""
+
+    def __init__(self, **answers: str) -> None:
+        super().__init__({})
+        self.asked: list[tuple[str, ...]] = []
+        self.answers = {
+            "scontrol show config": "MaxArraySize = 4\nMaxJobCount = 10000\nAccountingStorageEnforce = none\n",
+            "scontrol show partition": PARTITION.format("main", "YES") + "\n" + PARTITION.format("fat", "NO") + "\n",
+            "sinfo": (
+                "main|10|gpu:h100:4(S:0-1)|64|512000|idle|x\nmain|2|gpu:h100:4|64|512000|down*|x\nfat|1|(null)|8|1000|mixed|x\n"
+            ),
+            "squeue": "",
+            "sdiag": "Jobs pending:   5\nJobs running:   2\n",
+            "sbatch": "sbatch: Job 1 to start at 2026-01-01T00:00:00 using 8 processors on nodes n1 in partition main",
+            **{key.replace("_", " "): text for key, text in answers.items()},
+        }
+
+    def ask(self, program: str, *arguments: str, with_stderr: bool = False) -> str:
+        """The first answer whose key the command starts with."""
+        self.asked.append((program, *arguments))
+        line = " ".join((program, *arguments))
+        found = next((text for key, text in self.answers.items() if line.startswith(key)), None)
+        if found is None or found.startswith("error: "):
+            raise SchedulerError(f"{program}: {(found or 'error: not here').removeprefix('error: ')}")
+        return found
+
+
+class Shell:
+    """Types `vitpa sweep plan --json` with a profile for the sweep `small`."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.capsys, self.monkeypatch = root, capsys, monkeypatch
+        monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda cls: 2))
+
+    def line(self, *more: str, **profile: Any) -> list[str]:
+        path = self.root / "profile.yaml"
+        path.write_text(yaml.safe_dump({"executor": "slurm", "time": "1:00:00", **profile}))
+        where = ["--root", str(self.root), "--data-dir", str(self.root / "data"), "--profile", str(path)]
+        return ["sweep", "plan", str(self.root / "small.yaml"), *where, *more]
+
+    def text(self, words: Scheduler, *more: str, **profile: Any) -> tuple[int, str]:
+        self.monkeypatch.setattr("jobs.verbs.Scheduler", lambda: words)
+        code = main(self.line(*more, **profile))
+        captured = self.capsys.readouterr()
+        return code, captured.out + captured.err
+
+    def __call__(self, words: Scheduler, **profile: Any) -> tuple[int, dict[str, Any]]:
+        code, text = self.text(words, "--json", **profile)
+        return code, json.loads(text)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
+    make_sweep(tmp_path, seeds=3)  # 6 runs
+    return Shell(tmp_path, capsys, monkeypatch)
+
+
+def said(document: dict[str, Any], about: str, level: str = "") -> str:
+    return "\n".join(f["text"] for f in document["findings"] if f["about"] == about and level in ("", f["level"]))
+
+
+def test_what_fits_is_said_and_nothing_is_written(plan: Shell) -> None:
+    before = sorted(path for path in plan.root.rglob("*"))
+    code, found = plan(Words(), cpus_per_gpu=8, mem="64G")
+    assert (code, found["problem"]) == (0, "")
+    assert said(found, "MaxArraySize") == "6 runs in 2 job arrays (MaxArraySize 4); 0 jobs of yours are in the queue"
+    assert "10 of 12 nodes of partition main are in service and have 1 GPU, 8 CPUs, 64G of memory" in said(found, "nodes")
+    assert [group["at_a_time"] for group in found["groups"]] == [40]
+    assert "SLURM accepts it; a first run could start at 2026-01-01T00:00:00" in said(found, "sbatch")
+    assert (found["gpu_hours"], found["wall_s"], found["unmeasured"]) == (None, None, ["digits content", "digits positional"])
+    assert sorted(path for path in plan.root.rglob("*")) == sorted([*before, plan.root / "profile.yaml"])
+
+
+def test_wall_time_and_gpu_hours_from_what_was_measured(plan: Shell) -> None:
+    runs = make_sweep(plan.root, seeds=3).runs  # 1437 images x 4 epochs: 5748 s at 1 image/s
+    for run in runs[:2]:
+        write_result(plan.root, run, attention=run.attention, images_per_s=1.0)
+    code, found = plan(Words(), gpus_per_node=2, array_parallelism=2)
+    assert code == 0
+    assert found["estimated_train_s"] == 4 * 5748
+    assert found["gpu_hours"] == pytest.approx(4 * 5748 * 2 / 3600)
+    assert found["wall_s"] == 2 * 5748
+    assert found["groups"][0]["attempts"] == 2  # 3600 s - 120 s are not enough
+    assert "takes 2 attempts of time=1:00:00" in said(found, "time")
+    code, found = plan(Words(), gpus_per_node=2, time="0:20:00", max_attempts=3)
+    assert code == 1
+    assert "would take 6 attempts of time=0:20:00, and is given up after max_attempts=3" in found["problem"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "problem"),
+    [
+        (
+            {"gpus_per_node": 8},
+            "0 nodes of partition main have 8 GPUs, 1 CPU, 1 are needed; there are: 10 x 4 h100 GPUs, 64 CPUs",
+        ),
+        ({"gres": "gpu:a100:1"}, "0 nodes of partition main have 1 a100 GPU"),
+        ({"cpus_per_gpu": 65}, "0 nodes of partition main have 1 GPU, 65 CPUs"),
+        ({"mem": "1T"}, "0 nodes of partition main have 1 GPU, 1 CPU, 1T of memory"),
+        ({"partition": "fat"}, "0 nodes of partition fat have 1 GPU"),
+        ({"time": "2-00:00:00"}, "time=2-00:00:00 is more than partition main allows (MaxTime=1-00:00:00)"),
+        ({"nodes": 3}, "3 nodes: partition main allows 2 (MaxNodes)"),
+    ],
+)
+def test_what_would_never_start_is_a_problem(plan: Shell, profile: dict[str, Any], problem: str) -> None:
+    code, found = plan(Words(), **profile)
+    assert code == 1
+    assert problem in found["problem"]
+
+
+def test_what_sbatch_says_is_repeated(plan: Shell) -> None:
+    refusal = "error: sbatch: error: invalid partition specified: nope allocation failure: Invalid partition name specified"
+    code, text = plan.text(Words(sbatch=refusal), partition="nope")
+    assert code == 1
+    problem = (
+        "cannot be submitted yet: SLURM would refuse it: invalid partition specified: nope Invalid partition name specified"
+    )
+    assert problem in text
+    assert "limits of the partition: not known, there is none of that name" in text
+
+
+@pytest.mark.parametrize(
+    ("answers", "silent"),
+    [
+        ({"scontrol_show_config": "error: not found; is this a login node"}, "scontrol: not found"),
+        ({"sbatch": "error: Unable to contact slurm controller (connect failure)"}, "Unable to contact slurm controller"),
+    ],
+)
+def test_silence_of_slurm_is_exit_code_3(plan: Shell, answers: dict[str, str], silent: str) -> None:
+    code, text = plan.text(Words(**answers))
+    assert code == 3
+    assert silent in text
+
+
+def test_what_cannot_be_found_out_is_said(plan: Shell) -> None:
+    enforced = "MaxArraySize = 4\nAccountingStorageEnforce = associations,limits\n"
+    words = Words(scontrol_show_config=enforced, sdiag="error: Access denied", sacctmgr="error: slurmdbd: Connection refused")
+    code, found = plan(words, constraint="h100")
+    assert code == 0
+    assert said(found, "MaxJobCount", "unknown") == "jobs of all users: not known (sdiag: Access denied)"
+    assert "limits per user, account and QOS: not known (sacctmgr: slurmdbd" in said(found, "accounting", "unknown")
+    assert "runs at a time: not known, since constraint" in said(found, "nodes", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("delay", "level"), [(10, "warning: signal_delay_s=10: a step, a checkpoint"), (1500, "the last 42 % of each attempt")]
+)
+def test_a_signal_too_late_or_too_early(plan: Shell, delay: int, level: str) -> None:
+    assert level in plan.text(Words(), signal_delay_s=delay)[1]
+
+
+def test_a_full_queue(plan: Shell) -> None:
+    code, found = plan(Words(scontrol_show_config="MaxArraySize = 4\nMaxJobCount = 12\n"))
+    assert code == 1
+    assert "6 runs and 7 jobs in the queue are more than MaxJobCount=12" in found["problem"]
+
+
+def test_failed_nodes_that_are_left_out(plan: Shell) -> None:
+    (plan.root / "nodes").mkdir()
+    (plan.root / "nodes/n7.json").write_text(json.dumps({"node": "n7", "reason": "no GPU"}))
+    assert "leaving out n7: no GPU" in plan.text(Words())[1]
+
+
+def test_groups_of_unequal_resources_are_looked_at_each(plan: Shell) -> None:
+    (plan.root / "other.yaml").write_text(
+        yaml.safe_dump({**yaml.safe_load((plan.root / "recipe.yaml").read_text()), "dataset": "pets"})
+    )
+    grid = yaml.safe_load((plan.root / "small.yaml").read_text())
+    (plan.root / "small.yaml").write_text(yaml.safe_dump({**grid, "recipes": ["recipe.yaml", "other.yaml"]}))
+    (plan.root / "data/pets").mkdir()
+    for split in ("train", "val"):
+        (plan.root / "data/pets" / f"{split}.beton").touch()
+    words = Words()
+    code, found = plan(words, per_dataset={"pets": {"gpus_per_node": 8}})
+    assert code == 1
+    assert found["problem"].startswith("pets: 0 nodes of partition main have 8 GPUs")
+    assert [(group["datasets"], group["gpus_per_run"]) for group in found["groups"]] == [("digits", 1), ("pets", 8)]
+    assert sum(asked[0] == "sbatch" for asked in words.asked) == 2
+
+
+def test_a_thousand_runs_take_a_handful_of_questions(plan: Shell) -> None:
+    make_sweep(plan.root, seeds=500)
+    words = Words(scontrol_show_config="MaxArraySize = 100\nMaxJobCount = 10000\n")
+    began = time.monotonic()
+    code, found = plan(words)
+    assert code == 0
+    assert "1000 runs in 10 job arrays" in said(found, "MaxArraySize")
+    assert len(words.asked) < 10
+    assert time.monotonic() - began < 20
+
+
+def test_shares_of_a_node() -> None:
+    nodes = Nodes(1, {"a100": 4, "h100": 2}, 48, 512_000, "idle", frozenset())
+    base = {"executor": "slurm", "time": "60"}
+    assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2})).fits(nodes) == 3
+    assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2, "gres": "gpu:h100:2"})).fits(nodes) == 1
+    assert Need.of(SlurmProfile.model_validate({**base, "cpus_per_gpu": 24})).fits(nodes) == 2
+    assert Need.of(SlurmProfile.model_validate({**base, "mem": "400G"})).fits(nodes) == 1
+    assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 0})).fits(nodes) == 48
+    assert (mem_mib("64G"), mem_mib("1.5T"), mem_mib("100"), mem_mib("2048K"), mem_mib("")) == (65536, 1572864, 100, 2, 0)
+
+
+# --- a real SLURM that enforces limits
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[DevCluster]:
+    """2 nodes; MaxTime=2 h; QOS `small`: 5 jobs in the queue, 3 at a time, 2 GPUs in all, 1 h."""
+    require_slurm()
+    with DevCluster(short_folder(), nodes=2, gpus=2) as cluster:
+        conf = cluster.layout.slurm_conf
+        enforce = "AccountingStorageEnforce=limits,qos\nAccountingStorageTRES=gres/gpu\n"
+        conf.write_text(conf.read_text().replace("YES MaxTime=INFINITE", "YES MaxTime=2:00:00") + enforce)
+        cluster.restart_controller()
+        limits = "MaxTRESPerUser=gres/gpu=2 MaxJobsPerUser=3 MaxSubmitJobsPerUser=5 MaxWall=1:00:00"
+        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+        for line in (f"add qos small {limits}", f"modify user {user} set qos+=small", "modify account root set GrpTRES=cpu=8"):
+            subprocess.run(["sacctmgr", "-i", *line.split()], env=cluster.environment, check=True, capture_output=True)
+        yield cluster
+
+
+@pytest.mark.slurm
+def test_limits_of_a_real_cluster(strict: DevCluster, plan: Shell) -> None:
+    scheduler = Scheduler(strict.environment)
+
+    def accepted() -> bool:  # the nodes come back some time after the restart
+        return "SLURM accepts it" in said(plan(scheduler, gpus_per_node=1, time="30")[1], "sbatch")
+
+    wait_for(accepted, poll_s=0.5)
+    code, found = plan(scheduler, gpus_per_node=1, time="30", cpus_per_gpu=2)
+    assert (code, found["problem"]) == (0, "")
+    assert "account root allows cpu=8 (GrpTRES): at most 4 runs at a time" in said(found, "GrpTRES")
+    assert found["groups"][0]["at_a_time"] == 4
+    code, found = plan(scheduler, gpus_per_node=1, time="90", qos="small")
+    assert code == 1
+    assert "time=90: QOS small allows 01:00:00 (MaxWall)" in found["problem"]
+    assert "QOS small allows 5 jobs in the queue (MaxSubmitPU), these are 6" in found["problem"]
+    assert "QOS small allows 3 jobs at a time (MaxJobsPU)" in said(found, "MaxJobsPU")
+    assert found["groups"][0]["at_a_time"] == 2
+    code, found = plan(scheduler, gpus_per_node=1, time="3:00:00")
+    assert code == 1
+    assert "time=3:00:00 is more than partition main allows (MaxTime=02:00:00)" in found["problem"]
+
+
+@pytest.mark.slurm
+def test_plan_on_the_development_cluster(cluster: DevCluster, plan: Shell) -> None:
+    scheduler = Scheduler(cluster.environment)
+    code, found = plan(scheduler, gpus_per_node=1, partition="main")
+    assert (code, found["problem"]) == (0, "")
+    assert found["groups"][0]["at_a_time"] == 8
+    code, text = plan.text(scheduler, partition="nope", gpus_per_node=1)
+    assert code == 1
+    assert "SLURM would refuse it: invalid partition specified: nope" in text
+    code, text = plan.text(scheduler, gpus_per_node=3)
+    assert code == 1
+    assert "0 nodes of partition main have 3 GPUs, 1 CPU, 1 are needed; there are: 4 x 2 GPUs, 8 CPUs, 62G" in text
