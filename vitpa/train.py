@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -125,6 +124,8 @@ def train(config: RunConfig, run: RunDir, group: Group) -> bool:
         RunError: the run directory cannot be used.
     """
     t = set_up(config, run, group)
+    if isinstance(t.network, DistributedDataParallel):
+        lay_out_buckets(t)
     resume(t)
     with open_logs(t) as t.logs:
         t.saved_s = time.monotonic()
@@ -169,7 +170,7 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
         model=model,
         forward=forward,
-        network=averaging_gradients(forward) if group.world_size > 1 else forward,
+        network=DistributedDataParallel(forward) if group.world_size > 1 else forward,
         optimizer=adamw(
             model,
             lr=optim.lr,
@@ -184,14 +185,19 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
     )
 
 
-def averaging_gradients(forward: Any) -> DistributedDataParallel:
-    """The network with its gradients averaged over the processes, added up in the same order in every step.
+def lay_out_buckets(t: Training) -> None:
+    """Let DDP settle the order in which it adds up gradients, before the first step of this attempt.
 
-    By default DDP lays out its buckets anew after the first step of a process. With more than two processes the place in a
-    bucket decides the order of a sum, so that the first step after a resume would round otherwise than it did before.
+    It lays out its buckets anew after the first backward pass of a process, and with more than two processes the place in a
+    bucket decides the order of a sum: without this the first step after a resume would round otherwise than in one go.
     """
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # there are none; it fixes buckets
-    return DistributedDataParallel(forward, find_unused_parameters=True)
+    config, size = t.config, t.config.model.img_size
+    local_batch_size = config.train.global_batch_size // (t.group.world_size * config.runtime.accum_steps)
+    t.model.train()
+    with autocast(t):
+        logits = t.network(torch.zeros(local_batch_size, 3, size, size, device=t.group.device))  # B, K
+    logits.float().sum().backward()
+    t.optimizer.zero_grad(set_to_none=True)
 
 
 def open_images(config: RunConfig, beton: Beton, group: Group) -> ResidentImages | StreamedImages:
