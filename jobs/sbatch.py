@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from jobs.profile import SlurmProfile, minutes
-from jobs.scheduler import COMMENT
+from jobs.scheduler import COMMENT, ranges
 
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
 PYTHON = f'bash -c \'trap "" USR1 USR2; exec "$@"\' bash {shlex.quote(sys.executable)}'
@@ -84,14 +84,3 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
 
 def _exports() -> list[str]:
     return [f"export {name}={shlex.quote(os.environ[name])}" for name in EXPORTED if name in os.environ]
-
-
-def ranges(indices: list[int]) -> str:
-    """Indices as sbatch --array takes them: [0, 1, 2, 5] is 0-2,5."""
-    spans: list[list[int]] = []
-    for index in sorted(indices):
-        if spans and index == spans[-1][1] + 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

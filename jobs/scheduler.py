@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jobs.grid import SweepError
@@ -119,14 +119,18 @@ class Scheduler:
                 jobs[identity] = SlurmJob(identity, state.split()[0], nodes=nodes)  # "CANCELLED by 1000"
         return jobs
 
-    def cancel(self, ids: Sequence[str]) -> None:
+    def cancel(self, ids: Iterable[str]) -> None:
         """End jobs. Those that have ended already are passed over.
 
         Raises:
             SchedulerError: SLURM does not answer.
         """
-        for start in range(0, len(ids), 500):  # a command line has its limits
-            self.ask("scancel", *ids[start : start + 500])
+        arrays: dict[str, list[int]] = {}
+        for number, _, index in (identity.partition("_") for identity in ids):
+            arrays.setdefault(number, []).extend([int(index)] if index else [])
+        words = [f"{number}_[{ranges(indices)}]" if indices else number for number, indices in arrays.items()]
+        for start in range(0, len(words), 100):  # a command line has its limits
+            self.ask("scancel", *words[start : start + 100])
 
     def requeue(self, identity: str, *, tries: int = 1, without_node: str = "") -> None:
         """Put a running job back into the queue; it is ended for that. `without_node`: to run anywhere but there.
@@ -166,6 +170,17 @@ class Scheduler:
         pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
         return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
+    def max_array_tasks(self) -> int:
+        """The largest job array that SLURM takes.
+
+        Raises:
+            SchedulerError: it does not answer.
+        """
+        configuration = self.configuration()
+        option = re.search(r"max_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
+        sizes = [int(configuration.get("MaxArraySize", "1001"))] + ([int(option[1])] if option else [])
+        return max(1, min(sizes))
+
     def test_only(self, script: str) -> str:
         """What SLURM says to a job script without submitting it: where and when it would start.
 
@@ -201,10 +216,27 @@ class Scheduler:
 
 
 def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without what SLURM sets inside a job: in an sbatch from there, it would change the new job.
+    """`environment` without what a job has in its own: sbatch hands it on, and it would change the new job.
 
-    SLURM_CONF, which says where the cluster is, stays; so do the choices of format and time zone that users make.
+    That is what SLURM sets and what torchrun sets, from which a training would take that it is one process of several.
+    Variables that say where the cluster is and who asks stay.
     """
-    kept = {"SLURM_CONF", "SLURM_TIME_FORMAT"}
-    prefixes = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI", "PMIX_")
-    return {key: value for key, value in environment.items() if key in kept or not key.startswith(prefixes)}
+    kept = {"SLURM_CONF", "SLURM_JWT", "SLURM_TIME_FORMAT"}
+    dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"}
+    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI", "TORCHELASTIC_", "VITPA_")
+    return {
+        key: value
+        for key, value in environment.items()
+        if key in kept or (key not in dropped and not key.startswith(prefixes))
+    }
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Indices of an array as SLURM writes them: [0, 1, 2, 5] is 0-2,5."""
+    spans: list[list[int]] = []
+    for index in sorted(indices):
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

@@ -9,6 +9,7 @@ receipt.json   after the jobs were started: their ids
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jobs.scheduler import Scheduler, SchedulerError
 from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
-IN_FLIGHT_S = 3.0  # an sbatch whose parent was killed may still be on its way
+IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
 
 
 class SubmissionDir:
@@ -55,23 +56,41 @@ def settle(root: Path, scheduler: Scheduler) -> list[str]:
             continue
         me = {"abandoned_by": ProcessId.mine().model_dump(), "utc": utc_now()}
         if create_exclusive(submission.launch_json, to_json(me)):
-            _close(submission, [], "abandoned")
-            continue
-        if _helper_ends(submission) or intent["executor"] != "slurm":
-            continue
-        ids = _find(str(intent["token"]), scheduler)
-        if ids:
-            _restore_pickles(root, submission, ids)
-            lines.append(f"adopted {len(ids)} jobs of {path.name}, whose launcher was killed")
-        numbers = {identity.partition("_")[0]: "_" in identity for identity in ids}
-        jobs = [{"id": number, "array": array} for number, array in numbers.items()]
-        _close(submission, jobs, "adopted" if ids else "abandoned")
+            close(submission, "abandoned")
+        elif not _helper_ends(submission) and intent.get("executor") == "slurm":
+            count = adopt(root, submission, str(intent.get("token")), scheduler)
+            if count:
+                lines.append(f"adopted {count} jobs of {path.name}, whose launcher was killed")
+            else:
+                close(submission, "abandoned")
     return lines
+
+
+def adopt(root: Path, submission: SubmissionDir, token: str, scheduler: Scheduler) -> int:
+    """Write the receipt for jobs that SLURM has although nobody is left who could; their number.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    ids = _find(submission, token, scheduler)
+    if ids:
+        _restore_pickles(root, submission, ids)
+        arrays = {identity.partition("_")[0]: "_" in identity for identity in ids}
+        close(submission, "adopted", [{"id": number, "array": array} for number, array in arrays.items()])
+    return len(ids)
+
+
+def close(submission: SubmissionDir, how: str, jobs: Sequence[Mapping[str, object]] = ()) -> None:
+    """Write the receipt of a submission of which nothing more will come than `jobs`."""
+    create_exclusive(submission.receipt_json, to_json({"jobs": list(jobs), how: True, "utc": utc_now()}))
 
 
 def _helper_ends(submission: SubmissionDir) -> bool:
     """Wait while the helper of a submission is alive; whether it has written the receipt."""
-    helper = (read_json(submission.launch_json) or {}).get("process")
+    try:
+        helper = (read_json(submission.launch_json) or {}).get("process")
+    except RunError:  # damaged: SLURM knows what has become of it
+        helper = None
     deadline = time.monotonic() + HELPER_WAIT_S
     while not submission.receipt_json.exists() and _alive(helper) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -85,16 +104,35 @@ def _alive(process: Any) -> bool | None:
         return False
 
 
-def _find(token: str, scheduler: Scheduler) -> list[str]:
-    deadline = time.monotonic() + IN_FLIGHT_S
+def _find(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[str]:
+    """The jobs that SLURM has of a submission, also if it is only about to get them."""
+    began = last_sbatch = time.monotonic()
     while True:
         snapshot = scheduler.snapshot()
         if snapshot.error:
-            raise SchedulerError(f"{snapshot.error}. A launcher was killed, and only SLURM knows whether it has its jobs")
+            raise SchedulerError(
+                f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
+            )
         ids = snapshot.ids(token)
-        if ids or time.monotonic() > deadline:
+        now = time.monotonic()
+        if _sbatch_at_work(submission):
+            last_sbatch = now
+        if ids or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
             return ids
         time.sleep(0.5)
+
+
+def _sbatch_at_work(submission: SubmissionDir) -> bool:
+    """Whether an sbatch has outlived the helper that started it."""
+    folder = str(submission.submitit).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        if folder in line and b"sbatch\0" in line:
+            return True
+    return False
 
 
 def _restore_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> None:
@@ -111,7 +149,3 @@ def _restore_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> N
             temporary = path.with_name(f".{path.name}")
             delayed.dump(temporary)
             temporary.replace(path)
-
-
-def _close(submission: SubmissionDir, jobs: list[dict[str, object]], how: str) -> None:
-    create_exclusive(submission.receipt_json, to_json({"jobs": jobs, how: True, "utc": utc_now()}))

@@ -34,7 +34,7 @@ from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.scheduler import Scheduler, scheduler_environment
 from jobs.slots import slots_of, threads_per_process
 from jobs.state import RunState, withdraw
-from jobs.submission import SubmissionDir
+from jobs.submission import SubmissionDir, adopt, close
 from jobs.training import training_command
 from vitpa.config import (
     AttemptDir,
@@ -43,11 +43,8 @@ from vitpa.config import (
     RunConfig,
     RunDir,
     code_version,
-    create_exclusive,
     parse_config,
-    read_json,
     record_config,
-    to_json,
     utc_now,
     write_json,
 )
@@ -111,17 +108,19 @@ def _prepare_local(chosen: list[RunState], profile: LocalProfile, root: Path, ov
 def _prepare_slurm(
     chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler
 ) -> Order:
-    """Runs with equal resources make an array, or several where SLURM's MaxArraySize wants that."""
-    limit = int(scheduler.configuration().get("MaxArraySize", "1001"))
+    """Runs with equal resources make an array, or several where SLURM limits their size."""
+    limit = scheduler.max_array_tasks()
     failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
     groups: dict[str, list[RunState]] = {}
     for state in chosen:
         groups.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
+    parts = [states[first : first + limit] for states in groups.values() for first in range(0, len(states), limit)]
+    at_a_time = shares(profile.array_parallelism, [len(part) for part in parts])
     batches = []
-    for states in groups.values():
-        resources = by_dataset[states[0].run.dataset]
+    for part, share in zip(parts, at_a_time, strict=True):
+        resources = by_dataset[part[0].run.dataset].model_copy(update={"array_parallelism": share})
         how = {
             "executor": "slurm",
             "profile": resources.model_dump(mode="json"),
@@ -129,12 +128,24 @@ def _prepare_slurm(
             "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
             "exclude": sorted(failed),
         }
-        for first in range(0, len(states), limit):
-            part = states[first : first + limit]
-            configs = [_configure(state.run, resources.runtime, root, overrides) for state in part]
-            batches.append(Batch(part, configs, how))
+        batches.append(Batch(part, [_configure(state.run, resources.runtime, root, overrides) for state in part], how))
     _check_data([config for batch in batches for config in batch.configs])
-    return Order(batches, profile.array_parallelism, notes)
+    together = sum(filter(None, at_a_time)) or None
+    if together is not None and together > (profile.array_parallelism or 0):
+        notes.append(
+            f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a run at a time"
+        )
+    return Order(batches, together, notes)
+
+
+def shares(limit: int | None, sizes: Sequence[int]) -> list[int | None]:
+    """Runs at a time of arrays of these sizes, so that all have `limit` together; each needs at least one."""
+    if limit is None:
+        return [None] * len(sizes)
+    given = [1] * len(sizes)
+    for _ in range(limit - len(sizes)):
+        given[max(range(len(sizes)), key=lambda index: sizes[index] / given[index])] += 1
+    return list(given)
 
 
 def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[str]) -> RunConfig:
@@ -161,25 +172,35 @@ def _check_data(configs: list[RunConfig]) -> None:
                 raise SweepError(f"{path}: no such file; run `vitpa prep {dataset}` first, or say where it is with --data-dir")
 
 
-def submit(sweep: str, order: Order, root: Path, code: Path | None = None) -> tuple[list[AttemptDir], list[str]]:
+def submit(
+    sweep: str, order: Order, root: Path, scheduler: Scheduler, code: Path | None = None
+) -> tuple[list[AttemptDir], dict[str, str]]:
     """Claim the runs of `order` for the sweep of that name and start jobs for them, from the code in `code` if given.
 
     Returns:
-        The attempts that are ours, and a line for each run whose directory cannot be used.
+        The attempts that are ours, and for each run that cannot be submitted (its label) the reason.
 
     Raises:
+        RefusedError: SLURM does not take any of the runs; nothing of them is left.
         SweepError: the jobs could not be started; the claims are taken up by the next submission.
     """
     claimed: list[AttemptDir] = []
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for batch in order.batches:
-        ours, lines = _submit_batch(sweep, batch, root, code)
+        try:
+            ours, reasons = _submit_batch(sweep, batch, root, scheduler, code)
+        except RefusedError as error:  # what needs other resources may be taken
+            if len(order.batches) == 1:
+                raise
+            ours, reasons = [], {state.run.label: str(error) for state in batch.chosen}
         claimed += ours
-        refused += lines
+        refused |= reasons
     return claimed, refused
 
 
-def _submit_batch(sweep: str, batch: Batch, root: Path, code: Path | None) -> tuple[list[AttemptDir], list[str]]:
+def _submit_batch(
+    sweep: str, batch: Batch, root: Path, scheduler: Scheduler, code: Path | None
+) -> tuple[list[AttemptDir], dict[str, str]]:
     batch, directories, refused = _record_configs(batch)
     if not directories:
         return [], refused
@@ -203,21 +224,24 @@ def _submit_batch(sweep: str, batch: Batch, root: Path, code: Path | None) -> tu
     with ThreadPoolExecutor(WRITERS) as pool:
         attempts = list(pool.map(claim, range(len(directories))))
     indices = [index for index, attempt in enumerate(attempts) if attempt is not None]
-    if indices:
-        try:
-            _start_jobs(submission, root, indices, code)
-        except RefusedError as error:  # SLURM has nothing of ours: the runs are free again
+    if not indices:
+        close(submission, "nothing_claimed")
+        return [], refused
+    exit_code = _run_helper(submission, root, indices, code)
+    if not submission.receipt_json.exists():
+        reason = _why_not_started(submission, exit_code)
+        if batch.how["executor"] == "local":
+            raise SweepError(f"{reason}; then submit again")
+        if not adopt(root, submission, token, scheduler):  # SLURM has nothing of ours: the runs are free again
             for attempt in filter(None, attempts):
-                withdraw(attempt, "interrupted", str(error))
-            create_exclusive(submission.receipt_json, to_json({"jobs": [], "refused": str(error), "utc": utc_now()}))
-            raise
-    else:
-        create_exclusive(submission.receipt_json, to_json({"jobs": [], "utc": utc_now()}))
+                withdraw(attempt, "interrupted", reason)
+            close(submission, "refused")
+            raise RefusedError(reason)
     return [attempt for attempt in attempts if attempt is not None], refused
 
 
-def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], list[str]]:
-    """Make the directories of the runs; what is left of `batch`, its directories, and a line for each run left out."""
+def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], dict[str, str]]:
+    """Make the directories of the runs; what is left of `batch`, its directories, and why the others are left out."""
 
     def record(config: RunConfig) -> RunDir | ConfigError:
         try:
@@ -227,14 +251,14 @@ def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], list[str]]:
 
     with ThreadPoolExecutor(WRITERS) as pool:
         answers = list(pool.map(record, batch.configs))
-    kept, directories, refused = [], [], []
+    kept, directories, refused = [], [], {}
     for state, config, answer in zip(batch.chosen, batch.configs, answers, strict=True):
         if isinstance(answer, RunDir):
             directories.append(answer)
             kept.append((state, config))
         else:
             mend = "restore it, or move the run's directory away"
-            refused.append(f"{state.run.label}: {answer}" + ("" if mend in str(answer) else f"; {mend}"))
+            refused[state.run.label] = str(answer) + ("" if mend in str(answer) else f"; {mend}")
     chosen, configs = [state for state, _ in kept], [config for _, config in kept]
     return replace(batch, chosen=chosen, configs=configs), directories, refused
 
@@ -253,32 +277,30 @@ def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
 
 
 def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> AttemptDir | None:
-    waiting = state.attempt if state.state in ("uncertain", "pending") else None
-    if waiting and not withdraw(waiting, "interrupted", "never started: nobody was left to start it"):
-        return None  # started after all
+    last = state.attempt
+    if last is not None and not last.start_json.exists():
+        withdrawn = withdraw(last, "interrupted", "never started: nobody was left to start it")
+        if not withdrawn:
+            return None  # started after all
     return directory.claim_attempt(state.attempts + 1, claim)
 
 
-def _start_jobs(submission: SubmissionDir, root: Path, indices: list[int], code: Path | None) -> None:
-    """Start the jobs from a helper that belongs to no terminal, and wait until it has written the receipt."""
+def _run_helper(submission: SubmissionDir, root: Path, indices: list[int], code: Path | None) -> int:
+    """Start the jobs from a helper that belongs to no terminal; its exit code. It has written the receipt if all went well."""
     command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), json.dumps(indices)]
     environment = scheduler_environment(child_environment(code))
     with submission.launch_log.open("ab") as log:
         helper = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-    exit_code = helper.wait()
-    if exit_code != 0 or read_json(submission.receipt_json) is None:
-        _refuse(submission, exit_code)
+    return helper.wait()
 
 
-def _refuse(submission: SubmissionDir, exit_code: int) -> None:
-    """Say why the jobs could not be started: SLURM's own words, if it has said any."""
+def _why_not_started(submission: SubmissionDir, exit_code: int) -> str:
+    """Why the helper could not start the jobs: SLURM's own words, if it has said any."""
     lines = [line.strip() for line in submission.launch_log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(("sbatch: error:", "sbatch: fatal:"))]
+    said = [line.partition(": ")[2] for line in lines if line.startswith("sbatch: ")]
     if said:
-        raise RefusedError("SLURM refused the jobs: " + "; ".join(dict.fromkeys(line.partition(": ")[2] for line in said)))
+        return "SLURM refused the jobs: " + "; ".join(dict.fromkeys(said))
     last = (lines or ["it said nothing"])[-1]
-    raise SweepError(
-        f"the jobs could not be started (exit code {exit_code}: {last}): see {submission.launch_log}; then submit again"
-    )
+    return f"the jobs could not be started (exit code {exit_code}: {last}): see {submission.launch_log}"

@@ -105,7 +105,7 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch
     profile = LocalProfile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
     monkeypatch.setattr("jobs.submit.training_command", lambda processes: STAND_IN)
     order = prepare(states, profile, tmp_path, [], Scheduler())
-    assert submit("small", order, tmp_path)[1] == []
+    assert submit("small", order, tmp_path, Scheduler())[1] == {}
     assert_each_done_once(tmp_path, sweep)
 
 
@@ -192,7 +192,7 @@ def test_worker_told_to_stop(tmp_path: Path) -> None:
 
 
 def test_cancel_and_retry(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, seeds=2, steps=40)
+    sweep = make_sweep(tmp_path, seeds=2, steps=100)
     assert launch(tmp_path, 1).returncode == 0
     first = sweep.runs[0].directory(tmp_path)
     wait_for(first.metrics_jsonl.is_file)
