@@ -1,14 +1,18 @@
-"""What the training processes printed: ends of logs, tracebacks of failures, and following what is being written."""
+"""What the training processes printed: ends of logs, failures by cause, and following what is being written."""
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 from rich.console import Console
 
+from jobs.causes import Cause, cause_of, essence
 from jobs.grid import Run
 from jobs.state import LIVE, RunState, Survey
+from jobs.status import pause_s
+from vitpa.config import AttemptDir
 
 POLL_S = 0.5
 TAIL_BYTES = 200_000
@@ -25,11 +29,9 @@ def tail(path: Path, lines: int) -> list[str]:
         return []
 
 
-def last_traceback(path: Path, lines: int) -> list[str]:
-    """The last traceback of a log to its end, without what comes after it; the last lines if there is none."""
-    every = tail(path, 10_000)
-    starts = [index for index, line in enumerate(every) if "Traceback (most recent call last)" in line]
-    return every[starts[-1] :] if starts else every[-lines:]
+def logs_of(attempt: AttemptDir) -> list[Path]:
+    """The logs of an attempt: of the first node, and of the others if it ran on several."""
+    return [attempt.log, *sorted(attempt.path.glob("log.node*.txt"))]
 
 
 def show(states: list[RunState], lines: int, console: Console) -> None:
@@ -39,58 +41,100 @@ def show(states: list[RunState], lines: int, console: Console) -> None:
             continue
         _heading(state, console)
         for line in tail(state.attempt.log, lines):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _say(line, console)
 
 
 def show_failures(states: list[RunState], lines: int, console: Console) -> None:
-    """The last traceback of each kind of failure, and which runs failed in that way."""
-    groups: dict[str, list[RunState]] = {}
+    """Failures by their cause, each with how to mend it; every different traceback once, with the runs that ended so."""
+    causes: dict[str, tuple[Cause, dict[str, list[tuple[RunState, list[str]]]]]] = {}
     for state in states:
-        if state.state == "failed":
-            groups.setdefault(state.reason, []).append(state)
-    for reason, members in groups.items():
-        console.print(f"{len(members)} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"  {', '.join(member.run.label for member in members)}", markup=False, highlight=False, soft_wrap=True)
-        _heading(members[0], console)
-        assert members[0].attempt is not None, "a run fails in an attempt"
-        for line in last_traceback(members[0].attempt.log, lines):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if not groups:
+        if state.state == "failed" and state.attempt is not None:
+            log = [line for path in logs_of(state.attempt) for line in tail(path, 10_000)]
+            cause, told = cause_of(state.reason, "\n".join(log)), essence(log)
+            _, alike = causes.setdefault(cause.name, (cause, {}))
+            alike.setdefault(_without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
+    for cause, alike in causes.values():
+        failed = sum(len(members) for members in alike.values())
+        _say(f"{cause.name}: {failed} failed. To mend it: {cause.advice}", console, style="bold")
+        for members in alike.values():
+            first, told = members[0]
+            _say(f"{', '.join(state.run.label for state, _ in members)}: {first.reason}", console)
+            _heading(first, console)
+            for line in told:
+                _say(line, console)
+    if not causes:
         console.print("no run has failed")
 
 
+def _without_particulars(text: str) -> str:
+    """What is the same in two failures that are alike: no addresses, signatures and numbers."""
+    return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{16}\b|\d+", "#", text)
+
+
 def follow(runs: list[Run], root: Path, console: Console) -> None:
-    """Print what the runs print, until none of them is in progress."""
-    offsets: dict[Path, int] = {}
+    """Print what the runs print, through all their attempts, until none of them is in progress."""
+    followed = {run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console) for run in runs}
     while True:
-        states = Survey(root).states(runs)
+        survey = Survey(root)
+        states = survey.states(runs)
         for state in states:
-            if state.attempt is None:
-                continue
-            log = state.attempt.log
-            if log not in offsets and state.state not in LIVE:
-                offsets[log] = log.stat().st_size if log.is_file() else 0  # over before we came
-            prefix = f"{state.run.label}: " if len(runs) > 1 else ""
-            offsets[log] = _print_new(log, offsets.get(log, 0), prefix, console)
+            followed[state.run.signature].update(state)
         if not any(state.state in LIVE for state in states):
             return
-        time.sleep(POLL_S)
+        for _ in range(max(1, round(pause_s(survey) / POLL_S))):  # files may be looked at more often than the scheduler
+            time.sleep(POLL_S)
+            for each in followed.values():
+                each.print_new()
 
 
-def _print_new(log: Path, offset: int, prefix: str, console: Console) -> int:
-    """Print the whole lines beyond `offset`; the new offset."""
-    if not log.is_file():
-        return offset
-    with log.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
-    whole = data[: data.rfind(b"\n") + 1]
-    for line in whole.decode(errors="replace").splitlines():
-        console.print(prefix + line, markup=False, highlight=False, soft_wrap=True)
-    return offset + len(whole)
+class _Followed:
+    """One run whose log is followed: where in which attempt we are."""
+
+    def __init__(self, run: Run, root: Path, prefix: str, console: Console) -> None:
+        self._directory = run.directory(root)
+        self._label = run.label
+        self._prefix = prefix
+        self._console = console
+        self._attempt: AttemptDir | None = None
+        self._offset: int | None = None  # None: nothing printed yet
+
+    def update(self, state: RunState) -> None:
+        """Print what is new, of the attempt that we know to its end and then of those after it."""
+        if state.attempt is None:
+            return
+        if self._attempt is None:
+            self._attempt = state.attempt
+            if state.state not in LIVE:  # over before we came
+                self._offset = self._attempt.log.stat().st_size if self._attempt.log.is_file() else 0
+        while self._attempt.number < state.attempt.number:
+            self.print_new(to_the_end=True)
+            following = self._attempt.number + 1
+            self._attempt, self._offset = AttemptDir(self._directory.attempts_dir / f"{following:04d}"), None
+        self.print_new(to_the_end=state.state not in LIVE)
+
+    def print_new(self, *, to_the_end: bool = False) -> None:
+        """Print what has come since; as long as it is being written, whole lines only."""
+        if self._attempt is None:
+            return
+        try:
+            with self._attempt.log.open("rb") as file:
+                file.seek(self._offset or 0)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        if self._offset is None:
+            _say(f"== {self._label} attempt {self._attempt.number}: {self._attempt.log}", self._console, style="bold")
+        shown = data if to_the_end else data[: data.rfind(b"\n") + 1]
+        for line in shown.decode(errors="replace").splitlines():
+            _say(self._prefix + line, self._console)
+        self._offset = (self._offset or 0) + len(shown)
+
+
+def _say(text: str, console: Console, style: str = "") -> None:
+    console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 
 def _heading(state: RunState, console: Console) -> None:
     assert state.attempt is not None
     heading = f"== {state.run.label} {state.state}, attempt {state.attempts}: {state.attempt.log}"
-    console.print(heading, style="bold", markup=False, highlight=False, soft_wrap=True)
+    _say(heading, console, style="bold")
