@@ -133,3 +133,16 @@ def test_different_code_or_data_is_not_averaged(tmp_path: Path, values: dict[str
     assert table.mixed == ["digits"]
     assert "(mixed)" in markdown(table)
     assert "MIXED" in markdown(table)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 7), ("attention", "positional"), ("dataset", "cifar10")])
+def test_a_result_that_says_it_is_of_another_run_is_not_averaged(tmp_path: Path, key: str, value: object) -> None:
+    sweep = fill(tmp_path)
+    write_result(tmp_path, sweep.runs[0], **{"val_top1": 0.1, key: value})  # with the right signature
+    table = table_of(tmp_path, sweep)
+    assert table.cells[0].val_top1.mean == pytest.approx(0.93)
+    assert (table.cells[0].seeds, table.cells[0].wanted) == ([1, 2], 3)
+    assert table.differences[0].seeds == [1, 2]
+    (entry,) = table.absent
+    assert (entry["run"], entry["state"]) == ("digits-content-s0", "broken")
+    assert f"says {key} {value}, its configuration " in entry["reason"]
