@@ -12,6 +12,7 @@ missing      none of these
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +154,15 @@ class Survey:
 
     def _of_slurm(self, run: Run, attempt: AttemptDir, claim: dict[str, Any]) -> RunState:
         """The state of a run whose last attempt belongs to a SLURM job."""
-        job = self._job(claim)
+        token, index, submission = claim.get("token"), claim.get("index"), claim.get("submission")
+        if not (isinstance(token, str) and isinstance(index, int) and isinstance(submission, str)):
+            raise RunError(f"{attempt.claim_json}: no usable `token`, `index` and `submission` in it; {_MEND}")
+        launchers: list[bool | None] = []
+        if submission not in self._looked_after:  # first they, then the receipt: who is dead does not write it any more
+            launchers = [self._is_alive(process) for process in self._launchers(claim, attempt)]
+        job = self._job(token, index, submission)
         start, ended = read_json(attempt.start_json), read_json(attempt.exit_json)
-        identity = job.id if job else str((start or {}).get("job", {}).get("id") or "")
+        identity = job.id if job else _job_of(start)
         unseen = False
         if start is not None and "withdrawn" in start:
             state, reason = str(start["withdrawn"]), str((ended or {}).get("reason") or "")
@@ -167,46 +174,28 @@ class Survey:
         elif job is not None and job.live:
             waits = start is None or ended is not None or job.waiting
             state, reason = ("pending", _waits_for(job)) if waits else ("running", "")
+        elif not identity and submission not in self._looked_after:
+            unseen = True not in launchers and None in launchers
+            where = _where(_process(claim, attempt.claim_json), None) if unseen else ""
+            gone = not any(alive is not False for alive in launchers)
+            state, reason = (
+                ("uncertain", self._nobody_left(claim, None)) if gone else ("pending", f"being submitted {where}".strip())
+            )
         else:
-            state, reason = self._without_job(attempt, claim, start, ended, job)
+            identity = identity or _id_of(claim, self._receipt(submission))
+            last_words = job.state if job else self._accounted(identity)
+            state, reason = _over(attempt, identity, last_words, self._root / submission / "submitit")
         return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity)
 
-    def _without_job(
-        self,
-        attempt: AttemptDir,
-        claim: dict[str, Any],
-        start: dict[str, Any] | None,
-        ended: dict[str, Any] | None,
-        job: SlurmJob | None,
-    ) -> tuple[str, str]:
-        """State and reason of a run whose job is not in the queue any more, or not yet."""
-        submission = str(claim.get("submission"))
-        receipt = self._receipt(submission)
-        if start is None and job is None and receipt is None:
-            if True in [self._is_alive(process) for process in self._launchers(claim, attempt)]:
-                return "pending", "being submitted"
-            return "uncertain", self._nobody_left(claim, None)
-        identity = str((start or {}).get("job", {}).get("id") or _id_of(claim, receipt))
-        last_words = job.state if job is not None else self._accounted(identity)
-        if last_words == "CANCELLED":
-            return "cancelled", "scancel"
-        if ended is not None:  # it was to go on, and did not
-            return _end_of(ended, attempt)
-        if start is None:
-            gone = f"its job {identity} ended ({last_words or 'unknown to SLURM'}) before it started the run"
-            return "uncertain", f"{gone}; see {self._root / submission}/submitit"
-        return _killed(last_words, identity)
-
-    def _job(self, claim: dict[str, Any]) -> SlurmJob | None:
+    def _job(self, token: str, index: int, submission: str) -> SlurmJob | None:
         """The job of a claim. If it is not in the queue as last seen, it may have been submitted since."""
-        key = (str(claim.get("token")), int(claim.get("index", 0)))
         if self._snapshot is None:
             self._look()
         assert self._snapshot is not None
-        submission = str(claim.get("submission"))
-        if self._snapshot.of(*key) is None and submission not in self._looked_after and self._receipt(submission) is not None:
+        later = submission not in self._looked_after and (self._root / submission / "receipt.json").exists()
+        if self._snapshot.of(token, index) is None and later:
             self._look()
-        return self._snapshot.of(*key)
+        return self._snapshot.of(token, index)
 
     def _look(self) -> None:
         """Ask SLURM; remember whose jobs had been submitted before."""
@@ -218,8 +207,11 @@ class Survey:
     def _accounted(self, identity: str) -> str:
         """The state in which a job ended that the queue has forgotten; empty where accounting does not know either."""
         if self._ended is None:
-            receipts = [self._receipt(submission) or {} for submission in self._looked_after]
-            self._ended = self._scheduler.ended([str(job["id"]) for receipt in receipts for job in receipt.get("jobs", [])])
+            ids = {identity}
+            for submission in self._looked_after:
+                with contextlib.suppress(RunError):  # a damaged receipt concerns its own runs
+                    ids |= {str(job["id"]) for job in (self._receipt(submission) or {"jobs": []})["jobs"]}
+            self._ended = self._scheduler.ended(ids)
         ended = self._ended.get(identity)
         return "" if ended is None else ended.state
 
@@ -228,8 +220,9 @@ class Survey:
         if submission not in self._receipts:
             path = self._root / submission / "receipt.json"
             receipt = read_json(path)
-            if receipt is not None and not isinstance(receipt.get("jobs"), list):
-                raise RunError(f"{path}: no list `jobs` in it; {_MEND}")
+            jobs = (receipt or {"jobs": []}).get("jobs")
+            if not isinstance(jobs, list) or not all(isinstance(job, dict) and "id" in job for job in jobs):
+                raise RunError(f"{path}: no usable list `jobs` in it; {_MEND}")
             self._receipts[submission] = receipt
         return self._receipts[submission]
 
@@ -261,11 +254,18 @@ def _end_of(ended: dict[str, Any], attempt: AttemptDir) -> tuple[str, str]:
     return _ended_state(ended, attempt), str(ended.get("reason") or "")
 
 
+def _job_of(start: dict[str, Any] | None) -> str:
+    """The id of the job that has started an attempt; empty before that, or if it was withdrawn."""
+    job = (start or {}).get("job")
+    return str(job.get("id") or "") if isinstance(job, dict) else ""
+
+
 def _id_of(claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
-    """The id of the job of a claim, by the receipt of its submission."""
-    jobs = (receipt or {}).get("jobs") or [{}]
-    number = str(jobs[0].get("id") or "")
-    return f"{number}_{claim.get('index', 0)}" if jobs[0].get("array", True) else number
+    """The id of the job of a claim, by the receipt of its submission; empty if it got none."""
+    if receipt is None or not receipt["jobs"]:
+        return ""
+    job = receipt["jobs"][0]
+    return f"{job['id']}_{claim['index']}" if job.get("array", True) else str(job["id"])
 
 
 def _may_go_on(ended: dict[str, Any]) -> bool:
@@ -275,6 +275,19 @@ def _may_go_on(ended: dict[str, Any]) -> bool:
 
 def _waits_for(job: SlurmJob) -> str:
     return f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "")
+
+
+def _over(attempt: AttemptDir, identity: str, last_words: str, output: Path) -> tuple[str, str]:
+    """State and reason of a run whose job is over, in the state `last_words` if that is known."""
+    ended = read_json(attempt.exit_json)
+    if last_words == "CANCELLED":
+        return "cancelled", "scancel"
+    if ended is not None:  # it was to go on, and did not
+        return _end_of(ended, attempt)
+    if not attempt.start_json.exists():
+        what = f"its job {identity} ended ({last_words or 'unknown to SLURM'})" if identity else "it got no job"
+        return "uncertain", f"{what} before it started the run; see {output}"
+    return _killed(last_words, identity)
 
 
 def _killed(last_words: str, identity: str) -> tuple[str, str]:

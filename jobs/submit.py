@@ -16,6 +16,7 @@ withdrawal, cannot both succeed.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import socket
 import subprocess
@@ -299,7 +300,7 @@ def _run_helper(submission: SubmissionDir, root: Path, indices: list[int], code:
 def _why_not_started(submission: SubmissionDir, exit_code: int) -> str:
     """Why the helper could not start the jobs: SLURM's own words, if it has said any."""
     lines = [line.strip() for line in submission.launch_log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line.partition(": ")[2] for line in lines if line.startswith("sbatch: ")]
+    said = [re.sub(r"^sbatch: ((error|fatal): )?", "", line) for line in lines if line.startswith("sbatch: ")]
     if said:
         return "SLURM refused the jobs: " + "; ".join(dict.fromkeys(said))
     last = (lines or ["it said nothing"])[-1]
