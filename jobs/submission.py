@@ -9,13 +9,14 @@ receipt.json   after the jobs were started: their ids
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from jobs.scheduler import Scheduler, SchedulerError
+from jobs.state import RunState
 from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
@@ -83,6 +84,30 @@ def adopt(root: Path, submission: SubmissionDir, token: str, scheduler: Schedule
 def close(submission: SubmissionDir, how: str, jobs: Sequence[Mapping[str, object]] = ()) -> None:
     """Write the receipt of a submission of which nothing more will come than `jobs`."""
     create_exclusive(submission.receipt_json, to_json({"jobs": list(jobs), how: True, "utc": utc_now()}))
+
+
+def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
+    """A line for each change of the code between a submission and the last executions of its runs."""
+    intents: dict[str, str] = {}
+    runs: dict[tuple[str, str], list[str]] = {}
+    for state in states:
+        try:
+            ran = state.attempt and (read_json(state.attempt.start_json) or {}).get("code_version")
+            if not ran or state.attempt is None:
+                continue
+            folder = str((read_json(state.attempt.claim_json) or {}).get("submission"))
+            if folder not in intents:
+                intents[folder] = str((read_json(root / folder / "intent.json") or {}).get("code_version"))
+        except RunError:  # its state says what is damaged
+            continue
+        if ran != intents[folder]:
+            runs.setdefault((intents[folder], ran), []).append(state.run.label)
+    lines = []
+    for (submitted, ran), labels in runs.items():
+        more = f" and {len(labels) - 1} more" if labels[1:] else ""
+        change = f"{submitted} then, {ran} when started; `submit --code snapshot` prevents that"
+        lines.append(f"{labels[0]}{more} ran other code than was submitted: {change}")
+    return lines
 
 
 def _helper_ends(submission: SubmissionDir) -> bool:

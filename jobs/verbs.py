@@ -8,7 +8,9 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +21,10 @@ from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
 from jobs.limits import NOTHING, look_ahead
 from jobs.profile import SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
+from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
-from jobs.submission import settle
-from jobs.submit import prepare, submit
+from jobs.submission import ran_other_code, settle
+from jobs.submit import WRITERS, prepare, submit
 from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
@@ -190,7 +193,7 @@ def _plan(context: Context) -> int:
         context.say_json({**document, "changed": context.drift.describe(), **outlook.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-    for line in filter(None, [context.drift.describe(), *outlook.lines()]):
+    for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *outlook.lines()]):
         context.say(line)
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
@@ -239,7 +242,10 @@ def _retry(context: Context) -> int:
 
 def _fails_alike(state: RunState, root: Path) -> bool:
     """Whether the last two attempts failed for the same reason: a third one would, too."""
-    exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
+    try:
+        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
+    except RunError:  # nobody knows
+        return False
     causes = {(ended.get("state"), ended.get("reason")) for ended in exits}
     return state.state == "failed" and len(exits) == 2 and len(causes) == 1
 
@@ -260,7 +266,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     if context.options.verb == "submit":
         directory.record(context.sweep)
     if chosen:
-        code = _snapshot(context) if context.options.code == "snapshot" else None
+        code = make_snapshot(context.root) if context.options.code == "snapshot" else None
         claimed, refused = submit(context.sweep.name, order, context.root, context.scheduler, code)
         for reason in dict.fromkeys(refused.values()):
             label, *others = [label for label, other in refused.items() if other == reason]
@@ -277,12 +283,6 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     _say_next(context)
     settled = {"done"} if context.options.wait else {"done", *LIVE}
     return OK if all(state.state in settled for state in states) else PARTIAL
-
-
-def _snapshot(context: Context) -> Path:
-    from jobs.snapshot import make_snapshot  # noqa: PLC0415
-
-    return make_snapshot(context.root)
 
 
 def _wait(context: Context, runs: list[Run]) -> list[RunState]:
@@ -324,6 +324,8 @@ def _status(context: Context) -> int:
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
         if context.drift.describe():
             context.say(context.drift.describe())
+        for line in ran_other_code(context.root, states):
+            context.say(line)
         _say_left_alone(context, states)
     return OK if all(state.state in {"done", *LIVE} for state in states) else PARTIAL
 
@@ -349,29 +351,28 @@ def _cancel(context: Context) -> int:
         for state in live:
             context.say(f"would cancel {state.run.label} ({state.state})")
         return OK
-    withdrawn, running, jobs = 0, [], []
-    for state in sorted(live, key=lambda state: state.state == "running"):
-        if state.state != "running" and _withdraw(state, context.root):
-            withdrawn += 1
-            jobs.append(state.job_id)
-        else:
-            running.append(state)
+    waiting = [state for state in live if state.state != "running"]
+    with ThreadPoolExecutor(WRITERS) as pool:
+        ours = list(pool.map(partial(_withdraw, context.root), waiting))
+    withdrawn = [state for state, is_ours in zip(waiting, ours, strict=True) if is_ours]
+    running = [state for state in live if state.state == "running"]
+    running += [state for state, is_ours in zip(waiting, ours, strict=True) if not is_ours]
     for state in running:
         assert state.attempt is not None
         request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
         write_json(state.run.directory(context.root).stop, request)
     killed = [state for state in running if context.options.now and _has_worker(state)]
-    context.scheduler.cancel(sorted(filter(None, jobs)))  # they have nothing to do; what trains ends by itself
-    parts = [f"{withdrawn} cancelled before they started"]
+    parts = [f"{len(withdrawn)} cancelled before they started"]
     if killed:
         parts.append(f"{len(killed)} killed")
     if len(killed) < len(running) or not killed:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
+    context.scheduler.cancel(state.job_id for state in withdrawn if state.job_id)  # they would find nothing to do
     return OK
 
 
-def _withdraw(state: RunState, root: Path) -> bool:
+def _withdraw(root: Path, state: RunState) -> bool:
     """Take a run that is not in training out of circulation; False if it has been started in this moment."""
     assert state.attempt is not None, "what is live has an attempt"
     reason = "cancelled before it started"
@@ -385,7 +386,10 @@ def _withdraw(state: RunState, root: Path) -> bool:
 def _has_worker(state: RunState) -> bool:
     """Whether a worker of a submission holds the run, and so can kill its training; `vitpa train` only stops by itself."""
     assert state.attempt is not None
-    return "submission" in (read_json(state.attempt.claim_json) or {})
+    try:
+        return "submission" in (read_json(state.attempt.claim_json) or {})
+    except RunError:
+        return False
 
 
 def _collect(context: Context) -> int:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.grid import Sweep
-from jobs.scheduler import COMMENT, Scheduler, SlurmJob, scheduler_environment
+from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
 from jobs.state import RunState, Survey
 from slurm.devcluster import DevCluster
-from tests.cluster import require_slurm, short_folder
 from tests.jobs_sweeps import (
-    REPOSITORY,
-    assert_no_process_left,
-    command,
     finished_trainings,
     launch,
     make_sweep,
-    most_at_a_time,
     slurm_profile,
     start_launcher,
     wait_for,
@@ -110,7 +101,7 @@ class Field:
             f'{real} "$@"; code=$?',
             f"touch {folder}/submitted",
         ]
-        (folder / "sbatch").write_text("\n".join([*lines, f"sleep {after_s}; exit $code", ""]))
+        (folder / "sbatch").write_text("\n".join(lines))
         (folder / "sbatch").chmod(0o755)
         self.environment = {**self.environment, "PATH": f"{folder}:{self.environment['PATH']}"}
 
