@@ -1,8 +1,9 @@
 """Bind a program to its parent's life: `python -m jobs.bound PROGRAM [ARGUMENT ...]` becomes PROGRAM.
 
 When the parent dies, even by kill -9, the kernel kills PROGRAM: no training goes on unsupervised. torchrun does not do that
-for its processes, so they are started through this, too. SIGUSR1 and SIGUSR2, which SLURM sends to every process of a step,
-are ignored from here on; the training is told to stop by a file.
+for its processes, so they are started through this, too. SIGTERM, SIGUSR1 and SIGUSR2, which SLURM sends to every process
+of a step, are blocked from here on, also for a program that has handlers for them, such as torchrun: the supervisor, which
+gets them as well, tells the training to stop by a file, and there is time for a checkpoint.
 
 Also the environment in which every child process is started (`child_environment`).
 """
@@ -34,8 +35,7 @@ def child_environment(code: Path | None = None) -> dict[str, str]:
 
 def main(command: list[str]) -> None:
     """Become `command`, bound to the parent."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})  # kept across fork and exec
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -132,22 +131,21 @@ class Scheduler:
         for start in range(0, len(words), 100):  # a command line has its limits
             self.ask("scancel", *words[start : start + 100])
 
-    def requeue(self, identity: str, *, tries: int = 1, without_node: str = "") -> None:
-        """Put a running job back into the queue; it is ended for that. `without_node`: to run anywhere but there.
+    def requeue(self, identity: str) -> None:
+        """Put a running job back into the queue; it is ended for that.
 
         Raises:
-            SchedulerError: SLURM does not answer after all tries, or does not allow it.
+            SchedulerError: SLURM does not answer, or does not allow it.
         """
-        for attempt in range(1, tries + 1):
-            try:
-                self.ask("scontrol", "requeue", identity)
-                break
-            except SchedulerError:
-                if attempt == tries:
-                    raise
-                time.sleep(5)
-        if without_node:
-            self.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={without_node}")
+        self.ask("scontrol", "requeue", identity)
+
+    def leave_out(self, identity: str, nodes: Iterable[str]) -> None:
+        """Have a job that waits in the queue run anywhere but on these nodes.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or the job does not wait.
+        """
+        self.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={','.join(nodes)}")
 
     def time_left_s(self, identity: str) -> float | None:
         """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""

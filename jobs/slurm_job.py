@@ -9,6 +9,7 @@ one and makes the next attempt. Other nodes follow: they join the training that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from jobs import nodes
 from jobs.bound import PARENT, child_environment
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import withdraw
-from jobs.training import BOUND, TORCHRUN, TRAIN, Ended, Request, Signals, Training, failure_of
+from jobs.training import BOUND, TORCHRUN, TRAIN, Ended, Request, Signals, Training, failure_of, read_stop
 from vitpa.config import (
     AttemptDir,
     ProcessId,
@@ -37,8 +38,13 @@ from vitpa.config import (
 )
 
 TIME_LIMIT = "time limit"
+WARNINGS = (TIME_LIMIT, "signal SIGUSR1", "signal SIGUSR2")  # after which the run is to go on; SIGTERM may be a cancellation
+EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
 PREFLIGHT_LIMIT_S = 180.0
 FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
+FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
+REQUEUE_TRIES = 12
+REQUEUE_WAIT_S = 5.0
 POLL_S = 0.3
 
 
@@ -118,8 +124,9 @@ class _Job:
 
     def follow(self) -> int:
         """Take part in the training that node 0 leads."""
+        deadline = time.monotonic() + FOLLOWERS_WAIT_S
         while (published := read_json(self.published)) is None:
-            if "SIGTERM" in self.signals.received:
+            if "SIGTERM" in self.signals.received or time.monotonic() > deadline:
                 return 1
             time.sleep(POLL_S)
         if published["attempt"] is None:
@@ -133,8 +140,8 @@ class _Job:
             return self._report_node(attempt, problem.reason)
         log = attempt.path / f"log.node{self.place.node_rank}.txt"
         process = training.start(log)
-        code, _ = training.wait(process, lambda: self._followers_request(attempt))
-        return self._report_node(attempt, failure_of(code, log)) if code else 0
+        code, killed_for = training.wait(process, lambda: self._followers_request(attempt))
+        return self._report_node(attempt, failure_of(code, log)) if code and not killed_for else 0
 
     def _next_attempt(self) -> AttemptDir | None:
         """The attempt of this execution, started; None if there is nothing to do, or somebody else has the run."""
@@ -149,13 +156,16 @@ class _Job:
         if reason := self._why_nothing_to_do(last):
             _say(f"{last.path}: {reason}; nothing to do")
             return None
-        ours = [attempt for attempt in attempts if (read_json(attempt.claim_json) or {}).get("token") == token]
         again = {**claim, "process": ProcessId.mine().model_dump(), "utc": utc_now()}
         following = self.run.claim_attempt(last.number + 1, again)
-        if following is not None and (reason := self._why_given_up(ours)):
+        if following is None:
+            return None
+        if self._was_cancelled(last):
+            withdraw(following, "cancelled", "cancelled between two executions")
+        elif reason := self._why_given_up(attempts):
             _say(reason)
             withdraw(following, "failed", reason)
-        elif following is not None and create_exclusive(following.start_json, to_json(self._start_document())):
+        elif create_exclusive(following.start_json, to_json(self._start_document())):
             return following
         return None
 
@@ -170,8 +180,14 @@ class _Job:
             return f"it belongs to job {start.get('job', {}).get('id')}"
         return ""
 
-    def _why_given_up(self, ours: list[AttemptDir]) -> str:
-        """Why there is no point in another execution after those of this submission; empty if there is one."""
+    def _was_cancelled(self, last: AttemptDir) -> bool:
+        """Whether the user has cancelled the last attempt when it was over already."""
+        stop = read_stop(self.run.stop) or {}
+        return stop.get("reason") == "cancel" and stop.get("attempt") == last.number
+
+    def _why_given_up(self, attempts: list[AttemptDir]) -> str:
+        """Why there is no point in another execution after these; empty if there is one."""
+        ours = [each for each in attempts if (read_json(each.claim_json) or {}).get("token") == self.intent["token"]]
         step, idle = self.run.newest_step(), 0
         for attempt in reversed(ours):
             if (read_json(attempt.start_json) or {}).get("step") != step:
@@ -227,7 +243,10 @@ class _Job:
         problem = self._preflight(training)
         if problem is not None:
             return problem, self.place.node if problem.state == "interrupted" else ""
-        return self._blame(training.supervise(lambda: self._request(training.attempt)), training.attempt)
+        ended = training.supervise(lambda: self._request(training.attempt))
+        if ended.state == "failed" and self._told_to_end():  # it got the signal before it was deaf to it, or was too slow
+            return Ended("interrupted", ended.exit_code, f"signal {self.signals.received[-1]}: {ended.reason}"), ""
+        return self._blame(ended, training.attempt)
 
     def _request(self, attempt: AttemptDir) -> Request | None:
         """What this execution wants of its training now."""
@@ -238,11 +257,11 @@ class _Job:
             self._first_failure_s = self._first_failure_s or time.monotonic()
             if time.monotonic() - self._first_failure_s > FOLLOWERS_GRACE_S:
                 return Request(failed[0][1], kill=True)
-        if "SIGUSR2" in self.signals.received or (self._deadline is not None and time.monotonic() > self._deadline):
+        left_s = math.inf if self._deadline is None else self._deadline - time.monotonic()
+        if left_s <= 0:
             return Request(TIME_LIMIT)
-        if self.signals.received:
-            return Request(f"signal {self.signals.received[0]}")
-        return None
+        told = [name for name in self.signals.received if name != "SIGUSR2" or not left_s < EARLY_S]
+        return Request(f"signal {told[0]}") if told else None
 
     def _followers_request(self, attempt: AttemptDir) -> Request | None:
         if attempt.exit_json.exists() or _following(attempt).exists():
@@ -295,39 +314,75 @@ class _Job:
         return [*command, f"--cpus={cpus}"] if cpus else command
 
     def _end(self, training: Training, ended: Ended, without_node: str) -> None:
-        """Write exit.json, and requeue the job if that can help."""
-        refusal = self._why_not_requeued(training.attempt, ended, without_node)
-        if ended.state in ("interrupted", "failed") and not refusal:
-            training.record(ended, requeued=True)
-            _say(f"{ended.state} ({ended.reason}): requeued")
-            try:
-                self.scheduler.requeue(self.place.job, tries=12, without_node=without_node)
+        """Write exit.json, and have SLURM start the job again if that can help."""
+        refusal = ""
+        if ended.state in ("interrupted", "failed"):
+            refusal = self._why_not_requeued(training.attempt, ended, without_node)
+            if not refusal:
+                self._record(training, ended, requeued=True)
+                refusal = self._requeue()
+            if not refusal:
+                self._leave_out(without_node)
                 self._wait_for_the_end()
                 return
+        _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {refusal}" if refusal else ""))
+        self._record(training, ended, requeued=False, not_requeued=refusal)
+
+    def _record(self, training: Training, ended: Ended, **more: object) -> None:
+        """Write exit.json. Without it, on a full disk, the run counts as lost, and goes on from its checkpoint as well."""
+        try:
+            training.record(ended, **more)
+        except OSError as error:
+            _say(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})")
+
+    def _why_not_requeued(self, attempt: AttemptDir, ended: Ended, without_node: str) -> str:
+        """Why the job is not requeued after this end; empty if it is."""
+        if self._told_to_end():
+            return "SLURM requeues after preemption, nobody after a cancellation"
+        if _following(attempt).exists():
+            return "another execution has the run"
+        if without_node:
+            return self._why_given_up(self.run.attempts())
+        if ended.state == "interrupted" and ended.reason not in WARNINGS:
+            return "it was told to stop"
+        if self.run.newest_step() <= int((read_json(attempt.start_json) or {}).get("step") or 0):
+            return "no new checkpoint in this attempt"
+        return self._why_given_up(self.run.attempts())
+
+    def _told_to_end(self) -> bool:
+        return not {"SIGTERM", "SIGINT"}.isdisjoint(self.signals.received)
+
+    def _requeue(self) -> str:
+        """Have SLURM start this job again; why that cannot be, empty if it will."""
+        refusal = ""
+        for _ in range(REQUEUE_TRIES):
+            if self._told_to_end():  # also while the controller did not answer
+                return "cancelled"
+            try:
+                self.scheduler.requeue(self.place.job)
             except SchedulerError as error:
                 refusal = str(error)
-        _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {refusal}" if refusal else ""))
-        training.record(ended, requeued=False, not_requeued=refusal)
+                time.sleep(REQUEUE_WAIT_S)
+            else:
+                _say("requeued")
+                return ""
+        return refusal
+
+    def _leave_out(self, without_node: str) -> None:
+        """Have the next execution avoid a node, and those that have failed before."""
+        if not without_node:
+            return
+        others = [self.profile["exclude"], *nodes.failed(self.root)]  # the list that SLURM has is replaced
+        try:
+            self.scheduler.leave_out(self.place.job, dict.fromkeys(filter(None, [*others, without_node])))
+        except SchedulerError as error:
+            _say(f"cannot keep the job off {without_node}: {error}")
 
     def _wait_for_the_end(self) -> None:
         """SLURM ends a job that it requeues, in its own time."""
         deadline = time.monotonic() + 300
-        while "SIGTERM" not in self.signals.received and time.monotonic() < deadline:
+        while not self._told_to_end() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-
-    def _why_not_requeued(self, attempt: AttemptDir, ended: Ended, without_node: str) -> str:
-        """A reason not to requeue the job after this end that the user should know; empty to requeue it, or if it is over."""
-        if ended.state in ("done", "cancelled"):
-            return ""
-        start = read_json(attempt.start_json) or {}
-        advanced = self.run.newest_step() > int(start.get("step") or 0)
-        if _following(attempt).exists():
-            return "another execution has the run"
-        if ended.state == "interrupted" and ended.reason != TIME_LIMIT and not without_node:
-            return "SLURM requeues after preemption, nobody after a cancellation"
-        if not advanced and not without_node:
-            return "no new checkpoint in this attempt"
-        return ""
 
 
 def preflight(command: list[str], log: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -163,7 +164,8 @@ class Training:
         stop = read_stop(self.run.stop)
         if stop is None and request is not None and not request.kill:
             document = {"reason": request.reason, "attempt": self.attempt.number, "now": False, "utc": utc_now()}
-            create_exclusive(self.run.stop, to_json(document))
+            with suppress(OSError):  # a full disk: again at the next look
+                create_exclusive(self.run.stop, to_json(document))
         if stop is not None and stop.get("now"):
             os.killpg(process.pid, signal.SIGKILL)
         elif request is not None and request.kill:
