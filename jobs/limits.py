@@ -180,7 +180,7 @@ def _review(
     for same, group in zip(batches, groups, strict=True):
         profile = _profile_of(same)
         answer = test_only(scheduler, same, profile, root, name)
-        found, most = _of_group(profile, group, cluster)
+        found, most = limits_of_runs(profile, group, cluster)
         known = [number for number in (group.at_a_time, *most) if number is not None]
         bounded.append(replace(group, at_a_time=max(1, min(known)) if known else None))
         label = f"{_datasets(same)}: " if len(groups) > 1 else ""
@@ -357,7 +357,7 @@ def _of_all(groups: Sequence[Sequence[Batch]], cluster: Cluster) -> Iterator[Fin
         )  # fmt: skip
 
 
-def _of_group(profile: SlurmProfile, group: Group, cluster: Cluster) -> tuple[list[Finding], list[int | None]]:
+def limits_of_runs(profile: SlurmProfile, group: Group, cluster: Cluster) -> tuple[list[Finding], list[int | None]]:
     """Findings on runs with equal resources, and bounds on how many of them run at a time."""
     findings = list(_of_signal(profile, group))
     most: list[int | None] = []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import data_prep.command
 import jobs.command
+import jobs.doctor_command
 import slurm.command
 
 
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     data_prep.command.add_parser(commands)
     commands.add_parser("train", help="train one run", add_help=False)
     jobs.command.add_parser(commands)
+    jobs.doctor_command.add_parser(commands)
     slurm.command.add_parser(commands)
     return top
 
