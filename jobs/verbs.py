@@ -18,7 +18,6 @@ from rich.console import Console
 from jobs import logs, status
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
-from jobs.limits import NOTHING, look_ahead
 from jobs.profile import SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.snapshot import make_snapshot
@@ -172,6 +171,8 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 def _plan(context: Context) -> int:
     """What submit would do; with SLURM also what its limits say to that, and exit code 1 if it would be refused."""
+    from jobs.limits import NOTHING, look_ahead  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
+
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
     problem, slots, on_slurm, outlook = "", None, False, NOTHING
