@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.forecast import Forecast, Group, attempts, forecast, group_of, speeds_of
+from jobs.forecast import Forecast, Group, Kind, Speed, attempts, forecast, group_of, speeds_of
 from jobs.profile import SlurmProfile, parse_time_s
 from jobs.sbatch import slurm_executor
 from jobs.scheduler import Scheduler, SchedulerError
@@ -139,7 +139,7 @@ class Outlook:
 
     def lines(self) -> list[str]:
         """For people; without the refusals."""
-        words = {"info": "", "warning": "warning: ", "unknown": "not known: "}
+        words = {"info": "", "warning": "warning: ", "unknown": ""}
         said = [words[finding.level] + finding.text for finding in self.findings if finding.level in words]
         return [*said, *(self.forecast.lines() if self.groups else [])]
 
@@ -165,9 +165,23 @@ def look_ahead(order: Order, states: Sequence[RunState], root: Path, name: str, 
     if order.batches and order.batches[0].how["executor"] == "slurm":
         groups, found = _review(batches, groups, scheduler, root, name)
         findings += found
+    findings += [Finding("warning", "measured", text) for text in dict.fromkeys(_measured_otherwise(batches, groups, speeds))]
     unmeasured = {(run.dataset, run.attention) for run in runs} - speeds.keys()
     details = [_details(same, group) for same, group in zip(batches, groups, strict=True)]
     return Outlook(forecast(groups, speeds, unmeasured), findings, details)
+
+
+def _measured_otherwise(
+    batches: Sequence[Sequence[Batch]], groups: Sequence[Group], speeds: Mapping[Kind, Speed]
+) -> Iterator[str]:
+    """Where the measured runs had other hardware than these will have."""
+    for same, group in zip(batches, groups, strict=True):
+        for kind in sorted({(state.run.dataset, state.run.attention) for batch in same for state in batch.chosen}):
+            speed = speeds.get(kind)
+            if speed and group.gpus and speed.hardware == "CPU":
+                yield f"{' '.join(kind)} was measured on CPUs, these runs have GPUs: expect less time"
+            elif speed and group.gpus and abs(speed.gpus - group.gpus) > 0.1 * group.gpus:
+                yield f"{' '.join(kind)} was measured with {speed.gpus:.2g} GPUs for a run, these have {group.gpus:g}"
 
 
 def _review(

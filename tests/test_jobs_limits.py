@@ -113,6 +113,17 @@ def test_wall_time_and_gpu_hours_from_what_was_measured(plan: Shell) -> None:
     assert "would take 6 attempts of time=0:20:00, and is given up after max_attempts=3" in found["problem"]
 
 
+def test_figures_measured_on_other_hardware_say_so(plan: Shell) -> None:
+    content, positional = make_sweep(plan.root, seeds=3).runs[:2]
+    for run in (content, positional):  # 1 GPU for 10 s
+        write_result(plan.root, run, attention=run.attention, images_per_s=1.0, train_time_s=10.0, gpu_hours=10 / 3600)
+    (content.directory(plan.root).env_json).write_text(json.dumps({"device": "cpu", "gpu": None}))
+    text = plan.text(Words(), gpus_per_node=4)[1]
+    assert "warning: digits content was measured on CPUs, these runs have GPUs: expect less time" in text
+    assert "warning: digits positional was measured with 1 GPUs for a run, these have 4" in text
+    assert not said(plan(Words(), gpus_per_node=0)[1], "measured")
+
+
 @pytest.mark.parametrize(
     ("profile", "problem"),
     [
