@@ -137,8 +137,8 @@ class ProbeJob:
             )
         where = f" on {seen.nodes}" if seen.nodes else ""
         said = seen.comment.removeprefix(COMMENT) if seen.comment.startswith(COMMENT) else ""
-        what = f"it said: {said}" if said else f"it left no file in {self.folder}"
-        return Check("shared folder", "problem", f"the probe job{where} is {seen.state}; {what.strip()}", _SHARED)
+        what = f"says: {said.strip()}" if said else f"is {seen.state}; it left no file in {self.folder}"
+        return Check("shared folder", "problem", f"the probe job{where} {what}", _SHARED)
 
     def _wait_for(self, name: str, limit_s: float) -> tuple[dict[str, Any] | None, Seen]:
         """A file of the job's, and how the job is; None if it does not come in time, or the job has ended without it."""

@@ -279,7 +279,7 @@ def _ask_for_limits(scheduler: Scheduler, cluster: Cluster) -> None:
     enforced = cluster.configuration.get("AccountingStorageEnforce", "")
     if not {"limits", "safe", "qos", "all"} & set(enforced.split(",")):
         cluster.unknown.append(
-            Finding("info", "accounting", f"no limits per user or QOS are enforced (AccountingStorageEnforce={enforced})")
+            Finding("info", "limits", f"no limits per user or QOS are enforced (AccountingStorageEnforce={enforced})")
         )
         return
     try:
@@ -296,7 +296,7 @@ def _ask_for_limits(scheduler: Scheduler, cluster: Cluster) -> None:
             of_accounts = scheduler.ask(*table, "association", "where", where, f"account={accounts}", f"format={ASSOCIATION}")
             cluster.associations += [row for row in _rows(of_accounts, ASSOCIATION) if not row["User"]]
     except (SchedulerError, KeyError) as error:
-        cluster.unknown.append(Finding("unknown", "accounting", f"limits per user, account and QOS: not known ({error})"))
+        cluster.unknown.append(Finding("unknown", "limits", f"limits per user, account and QOS: not known ({error})"))
 
 
 def _rows(text: str, columns: str) -> Iterator[dict[str, str]]:

@@ -76,7 +76,8 @@ def test_a_root_that_the_job_cannot_write(cluster: DevCluster, doctor: Doctor) -
     assert code == 1
     (check,) = checks["shared folder"]
     assert check["level"] == "problem"
-    assert "it said: " in check["found"]
+    assert check["found"].startswith("the probe job on 127.0.0.")
+    assert " says: " in check["found"]
     assert "File too large" in check["found"]
     assert str(doctor.root / "shared") in check["found"]
     assert "--root has to be a folder that every node can see and write to" in check["mend"]

@@ -175,7 +175,7 @@ def test_what_cannot_be_found_out_is_said(plan: Shell) -> None:
     code, found = plan(words, constraint="h100")
     assert code == 0
     assert said(found, "MaxJobCount", "unknown") == "jobs of all users: not known (sdiag: Access denied)"
-    assert "limits per user, account and QOS: not known (sacctmgr: slurmdbd" in said(found, "accounting", "unknown")
+    assert "limits per user, account and QOS: not known (sacctmgr: slurmdbd" in said(found, "limits", "unknown")
     assert "runs at a time: not known, since constraint" in said(found, "nodes", "unknown")
 
 
