@@ -60,11 +60,11 @@ def configured(cluster: Cluster, profile: SlurmProfile) -> Iterator[Check]:
     yield from _requeueing(configuration)
     yield _preemption(configuration, partition)
     kill_wait = configuration.get("KillWait", "not known")
-    grace = partition.get("GraceTime", "not known")
+    grace = f"{partition['GraceTime']} s" if "GraceTime" in partition else "not known"
     yield Check(
         "time to stop",
         "ok",
-        f"KillWait {kill_wait}, GraceTime of the partition {grace} s: what a preempted run has for its checkpoint; "
+        f"KillWait {kill_wait}, GraceTime of the partition {grace}: what a preempted run has for its checkpoint; "
         f"before the time limit it has {profile.signal_delay_s} s (signal_delay_s)",
     )
     over = configuration.get("OverTimeLimit", "")
@@ -104,6 +104,8 @@ def _preemption(configuration: Mapping[str, str], partition: Mapping[str, str]) 
     kind = configuration.get("PreemptType", "not known")
     by_partition = kind == "preempt/partition_prio"
     mode = (partition.get("PreemptMode") if by_partition else None) or configuration.get("PreemptMode", "not known")
+    if by_partition and not partition:
+        return Check("preemption", "warning", "not known: it depends on the partition, and there is none of that name")
     if kind == "preempt/none" or mode == "OFF":
         return Check("preemption", "ok", "jobs of this partition are not preempted")
     if "REQUEUE" in mode:

@@ -182,6 +182,13 @@ def test_a_partition_says_who_is_preempted() -> None:
     assert "KillWait 30 sec, GraceTime of the partition 60 s" in checks["time to stop"].found
 
 
+def test_of_an_unknown_partition_nothing_is_claimed() -> None:
+    configuration = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+    checks = {check.name: check for check in configured(Cluster(configuration), SlurmProfile.model_validate(PROFILE))}
+    assert (checks["preemption"].level, checks["preemption"].found[:9]) == ("warning", "not known")
+    assert "GraceTime of the partition not known: " in checks["time to stop"].found
+
+
 def test_a_report_with_problems() -> None:
     report = {
         "host": "n1",
