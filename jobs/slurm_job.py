@@ -24,7 +24,18 @@ from jobs import nodes
 from jobs.bound import PARENT, child_environment
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import withdraw
-from jobs.training import BOUND, TORCHRUN, TRAIN, Ended, Request, Signals, Training, failure_of, read_stop
+from jobs.training import (
+    BOUND,
+    TORCHRUN,
+    TRAIN,
+    Ended,
+    Request,
+    Signals,
+    Training,
+    failure_of,
+    is_loss_of_peer,
+    read_stop,
+)
 from vitpa.config import (
     AttemptDir,
     ProcessId,
@@ -42,6 +53,7 @@ WARNINGS = (TIME_LIMIT, "signal SIGUSR1", "signal SIGUSR2")  # after which the r
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
 PREFLIGHT_LIMIT_S = 180.0
 FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
+REPORTS_WAIT_S = 45.0  # for the node that is to blame to say why; torchrun takes up to 30 s to end its processes
 FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
 REQUEUE_TRIES = 12
 REQUEUE_WAIT_S = 5.0
@@ -279,11 +291,13 @@ class _Job:
         """Where several nodes have failed, prefer a reason that is not just the loss of the others."""
         if ended.state != "failed" or self.place.num_nodes == 1:
             return ended, ""
-        time.sleep(2)  # the others notice, too
+        deadline = time.monotonic() + REPORTS_WAIT_S
+        while is_loss_of_peer(ended.reason) and not self._failed_nodes(attempt) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         for node, reason in self._failed_nodes(attempt):
             if nodes.PREFLIGHT in reason:
                 return Ended("interrupted", None, reason), node
-            if not _is_loss_of_peer(reason) and _is_loss_of_peer(ended.reason):
+            if not is_loss_of_peer(reason) and is_loss_of_peer(ended.reason):
                 return Ended("failed", ended.exit_code, reason), ""
         return ended, ""
 
@@ -414,22 +428,6 @@ def _verdict(detail: str, blames: str) -> dict[str, Any]:
 
 def _following(attempt: AttemptDir) -> Path:
     return attempt.path.with_name(f"{attempt.number + 1:04d}")
-
-
-def _is_loss_of_peer(reason: str) -> bool:
-    words = (
-        "Connection",
-        "connection",
-        "NCCL",
-        "gloo",
-        "Gloo",
-        "DistBackendError",
-        "DistNetworkError",
-        "peer",
-        "SIGKILL",
-        "SIGTERM",
-    )
-    return any(word in reason for word in words)
 
 
 def _free_port() -> int:

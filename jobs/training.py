@@ -208,10 +208,11 @@ def failure_of(code: int, log: Path) -> str:
     """Why a training with this exit code and log ended without a result."""
     if code == 0:
         return "the training ended without a result"
-    if code < 0:
-        name = signal.Signals(-code).name
-        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    return last_error(log)
+    return _killed_by(signal.Signals(-code).name) if code < 0 else last_error(log)
+
+
+def _killed_by(name: str) -> str:
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
 def read_stop(path: Path) -> dict[str, Any] | None:
@@ -223,10 +224,24 @@ def read_stop(path: Path) -> dict[str, Any] | None:
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that best says why a program failed: the last exception, otherwise the last line."""
+    """The line of a log that best says why a program failed.
+
+    That is the last exception, of several processes that of one that did not just lose another one; or the signal that
+    torchrun names as the root cause; otherwise the last line.
+    """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 100_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     exception = re.compile(r"^(\[rank\d+\]: ?)?([\w.]+(Error|Exception|Interrupt)\b.*)")
     found = [match[2] for line in lines if (match := exception.match(line)) and "ChildFailedError" not in line]
-    return (found or lines or ["no output"])[-1][:300]
+    causes = [line for line in found if not is_loss_of_peer(line)]
+    root_cause = "".join(lines).rpartition("Root Cause (first observed failure)")[2]
+    if not causes and (killed := re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)):
+        return _killed_by(killed[1])
+    return (causes or found or lines or ["no output"])[-1][:300]
+
+
+def is_loss_of_peer(reason: str) -> bool:
+    """Whether a process that ended for this reason has just noticed the end of another one."""
+    words = ("Connection", "connection", "NCCL", "gloo", "Gloo", "DistBackendError", "DistNetworkError", "peer")
+    return any(word in reason for word in words)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,12 @@ def make_cell(
     )
 
 
+def started(cell: Cell, run: Run, attempt: int) -> bool:
+    """Whether an attempt of a run has been started."""
+    attempts = cell.directory(run).attempts()
+    return len(attempts) >= attempt and attempts[attempt - 1].start_json.exists()
+
+
 def processes_below(root: Path, module: str = "") -> list[int]:
     """Living processes whose command line or environment names `root`, and whose command line names `module`."""
     found = []
@@ -165,6 +172,15 @@ def processes_below(root: Path, module: str = "") -> list[int]:
         if str(root).encode() in text and module.encode() in line and state not in "ZX" and not ours:
             found.append(int(path.name))
     return found
+
+
+def processes_left(cells: list[Cell]) -> list[str]:
+    """Command lines of what is still there when everything has had the time to end by itself."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(processes_below(cell.root) for cell in cells):
+        time.sleep(0.2)
+    pids = [pid for cell in cells for pid in processes_below(cell.root)]
+    return [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
 
 
 def variable(pid: int, name: str) -> str:

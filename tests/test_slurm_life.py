@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,8 @@ import yaml
 
 from jobs.grid import Run
 from slurm.devcluster import DevCluster
-from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, wait_for
-from tests.slurm_sweeps import MODEL, RUNTIME, WAIT_S, Cell, make_cell, processes_below, trainers
+from tests.jobs_sweeps import REPOSITORY, wait_for
+from tests.slurm_sweeps import MODEL, RUNTIME, WAIT_S, Cell, make_cell, processes_left, started, trainers
 from vitpa.config import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -59,7 +58,8 @@ class Lives:
     stand_in: Cell
     during_restart: dict[str, str]  # states of the jobs of the grid after the controller was restarted
     steps: dict[str, int]  # by label: steps at a checkpoint just before the disturbance
-    states: dict[str, str]
+    states: dict[str, str]  # what was said about runs in between
+    left: list[str]  # processes, at the end
 
     @property
     def requeued(self) -> Run:
@@ -166,11 +166,6 @@ def kill_trainers(lives: Lives) -> None:
     cell.settle([run])
 
 
-def started(cell: Cell, run: Run, attempt: int) -> bool:
-    attempts = cell.directory(run).attempts()
-    return len(attempts) >= attempt and attempts[attempt - 1].start_json.exists()
-
-
 def interrupt_without_progress(lives: Lives) -> None:
     """The stand-in's checkpoints do not count: one run is requeued again and again, one is cancelled while it waits."""
     cell = lives.stand_in
@@ -187,7 +182,7 @@ def interrupt_without_progress(lives: Lives) -> None:
 
 
 @pytest.fixture(scope="session")
-def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
     """All the disturbances at once."""
     base = tmp_path_factory.mktemp("lives")
     data = base / "data"
@@ -202,7 +197,7 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     crash = make_cell(base / "crash", cluster, {"digits": DIGITS}, data=data, runtime=runtime, attentions=["content"])
     stand_in_recipe = {**DIGITS, "train": {"epochs": 1500}}
     stand_in = make_cell(base / "stand-in", cluster, {"digits": stand_in_recipe}, seeds=2, stand_in=True)
-    lives = Lives(grid, local, crash, stand_in, {}, {}, {})
+    lives = Lives(grid, local, crash, stand_in, {}, {}, {}, [])
     profile = base / "local.yaml"
     profile.write_text(yaml.safe_dump({"slots": 2, "runtime": {**RUNTIME, "data_dir": str(data)}}))
     words = [str(local.root / "life.yaml"), "--root", str(local.root), "--profile", str(profile), "--wait"]
@@ -234,8 +229,8 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     grid.submit()  # what is missing
     grid.settle()
     assert undisturbed.wait(timeout=WAIT_S) == 0
-    yield lives
-    assert_no_process_left(base)
+    lives.left += processes_left([grid, crash, stand_in])
+    return lives
 
 
 def assert_ended(cell: Cell, run: Run, *expected: str) -> None:
@@ -270,8 +265,7 @@ def test_the_table_is_that_of_the_local_executor(lives: Lives) -> None:
 
 
 def test_no_process_is_left(lives: Lives) -> None:
-    cells = (lives.grid, lives.crash, lives.stand_in)
-    wait_for(lambda: not any(processes_below(cell.root) for cell in cells), timeout_s=30, poll_s=0.2)
+    assert lives.left == []
 
 
 def test_scontrol_requeue_of_one_task_of_an_array(lives: Lives) -> None:
