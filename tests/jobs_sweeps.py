@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,11 +19,14 @@ import yaml
 
 import jobs.submit
 from jobs.grid import Run, Sweep, load_sweep
+from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
+from slurm.devcluster import DevCluster
 from vitpa.cli import main as vitpa
-from vitpa.config import Result, read_json
+from vitpa.config import Result, RunError, read_json
 
+HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # of a profile: what is submitted stays in the queue
 REPOSITORY = Path(__file__).parent.parent
 STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_trainer.py"))]
 RECIPE = {"dataset": "digits", "model": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}}
@@ -73,7 +77,7 @@ def write_result(root: Path, run: Run, **values: object) -> None:
     directory.result_json.write_text(json.dumps(result_document(run, **values)))
 
 
-def slurm_profile(root: Path, name: str = "slurm", **values: object) -> Path:
+def slurm_profile(root: Path, name: str = "slurm", /, **values: object) -> Path:
     """A profile for the development cluster: a run takes a CPU and 256 MiB, and no pre-flight is made."""
     document = {
         "executor": "slurm",
@@ -187,6 +191,98 @@ def processes_of(root: Path) -> list[str]:
 def assert_no_process_left(root: Path) -> None:
     """Every process that worked below `root` ends by itself."""
     wait_for(lambda: not processes_of(root), timeout_s=20, poll_s=0.1)
+
+
+class Field:
+    """A sweep of 2 x `seeds` runs of the stand-in on a cluster."""
+
+    def __init__(self, root: Path, cluster: DevCluster, *, seeds: int = 1, steps: int = 4) -> None:
+        self.root = root
+        self.cluster = cluster
+        self.environment = cluster.environment
+        self.sweep = make_sweep(root, seeds=seeds, steps=steps)
+        self.profile = slurm_profile(root, **HOLD)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return Scheduler(scheduler_environment(self.environment))
+
+    def vitpa(self, verb: str, *terms: str, profile: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return launch(self.root, profile or self.profile, verb, *terms, environment=self.environment)
+
+    def slurm(self, *words: str) -> str:
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def states(self) -> list[RunState]:
+        return Survey(self.root, self.scheduler).states(self.sweep.runs)
+
+    def jobs(self) -> dict[str, list[SlurmJob]]:
+        """The live jobs of each run, by its signature."""
+        found: dict[str, list[SlurmJob]] = {run.signature: [] for run in self.sweep.runs}
+        snapshot = self.scheduler.snapshot()
+        assert not snapshot.error
+        for path in self.root.glob("sweeps/*/submissions/*/intent.json"):
+            try:
+                runs = (read_json(path) or {})["runs"]
+            except RunError:  # a test has damaged it
+                continue
+            for index, run in enumerate(runs):
+                job = snapshot.of(path.parent.name.partition("-")[2], index)
+                if job is not None and job.live:
+                    found[run["signature"]].append(job)
+        return found
+
+    def live(self) -> int:
+        return sum(len(jobs) for jobs in self.jobs().values())
+
+    def assert_one_job_each(self) -> None:
+        assert {signature: len(jobs) for signature, jobs in self.jobs().items()} == dict.fromkeys(self.jobs(), 1)
+
+    def release(self) -> None:
+        self.slurm(
+            "scontrol", "release", ",".join({job.id.partition("_")[0] for jobs in self.jobs().values() for job in jobs})
+        )
+
+    def assert_each_done_once(self) -> None:
+        wait_for(lambda: all(state.state == "done" for state in self.states()), poll_s=0.3)
+        assert finished_trainings(self.root) == sorted(run.signature for run in self.sweep.runs)
+        wait_for(lambda: self.live() == 0, poll_s=0.3)
+
+    def files(self, name: str) -> list[Path]:
+        return list(self.root.glob(f"sweeps/*/submissions/*/{name}"))
+
+    def helper(self) -> int:
+        """The process that starts the jobs."""
+        (path,) = self.files("launch.json")
+        return int((read_json(path) or {})["process"]["pid"])
+
+    def slow_sbatch(self, before_s: float, after_s: float) -> None:
+        """From now on sbatch takes that long before and after it does its work."""
+        folder = self.root / "bin"
+        called, submitted = f"touch {folder}/called; sleep {before_s}", f"touch {folder}/submitted; sleep {after_s}"
+        self.replace_program("sbatch", called, f'{self.real("sbatch")} "$@"; code=$?', submitted, "exit $code")
+
+    def replace_program(self, name: str, *lines: str) -> None:
+        """From now on SLURM's program of that name is a shell script."""
+        path = self.root / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+        path.chmod(0o755)
+        self.environment = {**self.cluster.environment, "PATH": f"{path.parent}:{self.cluster.environment['PATH']}"}
+
+    def real(self, name: str) -> str | None:
+        """Where SLURM's program of that name is."""
+        return shutil.which(name, path=self.cluster.environment["PATH"])
+
+    def usual_slurm(self) -> None:
+        """No replaced programs any more."""
+        self.environment = self.cluster.environment
+
+    def clear(self) -> None:
+        """Leave nothing in the queue."""
+        self.usual_slurm()
+        self.scheduler.cancel([job.id for jobs in self.jobs().values() for job in jobs])
+        wait_for(lambda: self.live() == 0, poll_s=0.2)
 
 
 if __name__ == "__main__":

@@ -2,120 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
+import re
+import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from jobs.grid import Sweep
-from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
-from jobs.state import RunState, Survey
 from slurm.devcluster import DevCluster
+from tests.cluster import require_slurm, short_folder
 from tests.jobs_sweeps import (
-    finished_trainings,
-    launch,
-    make_sweep,
+    REPOSITORY,
+    Field,
+    command,
+    most_at_a_time,
     slurm_profile,
     start_launcher,
     wait_for,
 )
-from vitpa.config import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # what is submitted stays in the queue
-
-
-class Field:
-    """A sweep of 2 x `seeds` runs of the stand-in on a cluster."""
-
-    def __init__(self, root: Path, cluster: DevCluster) -> None:
-        self.root = root
-        self.cluster = cluster
-        self.environment = cluster.environment
-        self.sweep: Sweep = make_sweep(root, seeds=1)
-        self.profile = slurm_profile(root, **HOLD)
-
-    @property
-    def scheduler(self) -> Scheduler:
-        return Scheduler(scheduler_environment(self.environment))
-
-    def vitpa(self, verb: str, *terms: str, profile: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return launch(self.root, profile or self.profile, verb, *terms, environment=self.environment)
-
-    def slurm(self, *words: str) -> str:
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
-
-    def states(self) -> list[RunState]:
-        return Survey(self.root, self.scheduler).states(self.sweep.runs)
-
-    def jobs(self) -> dict[str, list[SlurmJob]]:
-        """The live jobs of each run, by its signature."""
-        found: dict[str, list[SlurmJob]] = {run.signature: [] for run in self.sweep.runs}
-        snapshot = self.scheduler.snapshot()
-        assert not snapshot.error
-        for path in self.root.glob("sweeps/*/submissions/*/intent.json"):
-            intent = read_json(path)
-            assert intent is not None
-            for index, run in enumerate(intent["runs"]):
-                job = snapshot.of(intent["token"], index)
-                if job is not None and job.live:
-                    found[run["signature"]].append(job)
-        return found
-
-    def live(self) -> int:
-        return sum(len(jobs) for jobs in self.jobs().values())
-
-    def assert_one_job_each(self) -> None:
-        assert {signature: len(jobs) for signature, jobs in self.jobs().items()} == dict.fromkeys(self.jobs(), 1)
-
-    def release(self) -> None:
-        self.slurm(
-            "scontrol", "release", ",".join({job.id.partition("_")[0] for jobs in self.jobs().values() for job in jobs})
-        )
-
-    def assert_each_done_once(self) -> None:
-        wait_for(lambda: all(state.state == "done" for state in self.states()), poll_s=0.3)
-        assert finished_trainings(self.root) == sorted(run.signature for run in self.sweep.runs)
-        wait_for(lambda: self.live() == 0, poll_s=0.3)
-
-    def files(self, name: str) -> list[Path]:
-        return list(self.root.glob(f"sweeps/*/submissions/*/{name}"))
-
-    def helper(self) -> int:
-        """The process that starts the jobs."""
-        (path,) = self.files("launch.json")
-        return int((read_json(path) or {})["process"]["pid"])
-
-    def slow_sbatch(self, before_s: float, after_s: float) -> None:
-        """From now on sbatch takes that long before and after it does its work."""
-        folder = self.root / "bin"
-        folder.mkdir(exist_ok=True)
-        real = shutil.which("sbatch", path=self.cluster.environment["PATH"])
-        lines = [
-            "#!/bin/bash",
-            f"touch {folder}/called; sleep {before_s}",
-            f'{real} "$@"; code=$?',
-            f"touch {folder}/submitted",
-        ]
-        (folder / "sbatch").write_text("\n".join(lines))
-        (folder / "sbatch").chmod(0o755)
-        self.environment = {**self.environment, "PATH": f"{folder}:{self.environment['PATH']}"}
-
-    def usual_sbatch(self) -> None:
-        self.environment = self.cluster.environment
+LOADED = 3  # a machine that does other things, too
 
 
 @pytest.fixture
 def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
     made = Field(tmp_path, cluster)
     yield made
-    scheduler = Scheduler(scheduler_environment(cluster.environment))
-    scheduler.cancel([job.id for jobs in made.jobs().values() for job in jobs])
-    wait_for(lambda: made.live() == 0, poll_s=0.2)
+    made.clear()
 
 
 MOMENTS: dict[str, Callable[[Field], bool]] = {
@@ -137,7 +56,7 @@ def test_launcher_killed(field: Field, moment: str) -> None:
     wait_for(lambda: MOMENTS[moment](field))
     launcher.kill()
     launcher.wait()
-    field.usual_sbatch()
+    field.usual_slurm()
     again = field.vitpa("submit")
     assert again.returncode == 0, again.stderr
     field.assert_one_job_each()
@@ -154,7 +73,7 @@ def test_launcher_and_helper_killed(field: Field, moment: str) -> None:
     launcher.kill()
     launcher.wait()
     os.kill(field.helper(), signal.SIGKILL)
-    field.usual_sbatch()
+    field.usual_slurm()
     again = field.vitpa("submit")
     assert again.returncode == 0, again.stderr
     assert "adopted 2 jobs of " in again.stdout or moment == "launch"
@@ -170,7 +89,7 @@ def test_helper_killed_alone(field: Field) -> None:
     wait_for(lambda: MOMENTS["submitted"](field))
     os.kill(field.helper(), signal.SIGKILL)
     assert launcher.wait() == 0
-    field.usual_sbatch()
+    field.usual_slurm()
     field.assert_one_job_each()
     assert "nothing to submit" in field.vitpa("submit").stdout
     field.release()
@@ -202,3 +121,143 @@ def test_refused_by_slurm(field: Field, values: dict[str, object], message: str)
     assert [state.state for state in field.states()] == ["interrupted"] * 2
     assert field.vitpa("submit").returncode == 0
     field.assert_one_job_each()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SLURM_CONF": "{root}/unreachable.conf"}, "Unable to contact slurm controller"),
+        ({"PATH": "/nonexistent"}, "error: scontrol: not found; is this a login node of the cluster, and SLURM in PATH?"),
+    ],
+)
+def test_slurm_does_not_answer(field: Field, environment: dict[str, str], message: str) -> None:
+    """One line, exit code 3, and nothing is written that would have to be mended."""
+    conf = field.cluster.layout.slurm_conf.read_text()
+    (field.root / "unreachable.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", conf))
+    field.environment |= {key: value.format(root=field.root) for key, value in environment.items()}
+    refused = field.vitpa("submit")
+    assert refused.returncode == 3
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (field.root / "runs").exists()
+
+
+def test_squeue_fails_after_sbatch_has(field: Field) -> None:
+    """Nobody knows whether SLURM has the jobs: they are left as they are, and the next submit asks again."""
+    gone = field.root / "gone"
+    field.replace_program("sbatch", f'{field.real("sbatch")} "$@"; touch {gone}; exit 1')
+    field.replace_program(
+        "squeue", f'[ -e {gone} ] && {{ echo "no route" >&2; exit 1; }}', f'exec {field.real("squeue")} "$@"'
+    )
+    failed = field.vitpa("submit")
+    assert failed.returncode == 3
+    assert "error: squeue: no route. Whether it has the jobs of " in failed.stderr
+    assert "is settled by the next submit" in failed.stderr
+    looked = field.vitpa("status")
+    assert "warning: squeue: no route; states are as far as the files tell" in looked.stderr
+    assert "2 pending" in looked.stdout
+    field.usual_slurm()
+    assert "adopted 2 jobs of " in field.vitpa("submit").stdout
+    field.assert_one_job_each()
+
+
+def test_damaged_records_of_a_submission(field: Field) -> None:
+    """They concern their own runs, in one clear line; jobs that SLURM has are found by their token."""
+    assert field.vitpa("submit", "attention=content").returncode == 0
+    (receipt,) = field.files("receipt.json")
+    receipt.write_text(receipt.read_text()[:20])
+    assert field.vitpa("submit").returncode == 0
+    field.assert_one_job_each()
+    assert "2 pending" in field.vitpa("status").stdout
+    field.clear()
+    (first, second) = [state.state for state in field.states()]
+    assert (first, second) == ("cancelled", "cancelled")
+    for path in [*field.files("intent.json"), *field.files("launch.json")]:
+        path.write_text("{")
+    for path in field.files("receipt.json"):
+        path.unlink()
+    again = field.vitpa("retry")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("intent.json: not valid JSON (") == 2
+    assert "its runs are shown as uncertain, and can be submitted again" in again.stdout
+    field.assert_one_job_each()
+
+
+def test_arrays_no_larger_than_slurm_allows(tmp_path: Path) -> None:
+    """The arrays of a submission share array_parallelism."""
+    require_slurm()
+    with DevCluster(short_folder(), nodes=2, max_array_size=5) as small:
+        field = Field(tmp_path, small, seeds=4, steps=10)
+        profile = slurm_profile(tmp_path, "throttled", array_parallelism=3)
+        done = field.vitpa("submit", profile=profile)
+        assert "submitted 8 of 8 runs, 3 at a time" in done.stdout, done.stderr
+        scripts = [path.read_text() for path in field.files("submitit/*_submission.sh")]
+        assert sorted(re.findall(r"--array=(\S+)", script)[0] for script in scripts) == ["0-2%1", "0-4%2"]
+        field.assert_each_done_once()
+        assert most_at_a_time(tmp_path) <= 3
+
+
+def test_a_thousand_runs(tmp_path: Path, cluster: DevCluster) -> None:
+    field = Field(tmp_path, cluster, seeds=500)
+    began = time.monotonic()
+    done = field.vitpa("submit")
+    submitted = time.monotonic()
+    assert "submitted 1000 of 1000 runs" in done.stdout, done.stderr
+    assert field.live() == 1000
+    asked = time.monotonic()
+    assert "1000 cancelled before they started" in field.vitpa("cancel").stdout
+    print(f"submit of 1,000 runs: {submitted - began:.1f} s, cancel: {time.monotonic() - asked:.1f} s")
+    assert submitted - began < 10 * LOADED
+    assert {state.state for state in field.states()} == {"cancelled"}
+    wait_for(lambda: field.live() == 0, poll_s=0.2)
+
+
+def test_submitted_from_inside_a_job(field: Field) -> None:
+    """The new job gets nothing of the old one's environment, and the same cluster."""
+    variables = {
+        "RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "elsewhere",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "SLURM_CPU_BIND": "x",
+    }
+    profile = slurm_profile(field.root, "inner", setup=[f"env > {field.root}/inner.env"])
+    line = command(field.root, profile, "submit", "attention=content")
+    script = field.root / "outer.sh"
+    exports = [f"export {name}={value}" for name, value in variables.items()]
+    script.write_text("\n".join(["#!/bin/bash", *exports, "env > outer.env", f"cd {REPOSITORY}", shlex.join(line)]) + "\n")
+    field.slurm("sbatch", "--wait", f"--chdir={field.root}", "--gpus-per-node=1", "--cpus-per-task=2", str(script))
+    wait_for(lambda: field.states()[0].state == "done", poll_s=0.3)
+    outer, inner = (
+        dict(line.split("=", 1) for line in (field.root / name).read_text().splitlines() if "=" in line)
+        for name in ("outer.env", "inner.env")
+    )
+    assert outer.keys() >= variables.keys()
+    assert not inner.keys() & variables.keys()
+    assert inner["SLURM_CONF"] == outer["SLURM_CONF"]
+    assert (outer["SLURM_CPUS_PER_TASK"], inner["SLURM_CPUS_PER_TASK"]) == ("2", "1")
+    assert "SLURM_GPUS_PER_NODE" in outer
+    assert "SLURM_GPUS_PER_NODE" not in inner
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own is for root to mount")
+def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
+    """One line that names the disk; when there is space again, each run gets its job."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        field = Field(tmp_path, cluster, seeds=4)
+        filler = tmp_path / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        failed = field.vitpa("submit")
+        assert failed.returncode == 1
+        assert re.fullmatch(r"error: /\S+: No space left on device\n", failed.stderr)
+        filler.unlink()
+        assert field.vitpa("submit").returncode == 0
+        field.assert_one_job_each()
+        field.clear()
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
