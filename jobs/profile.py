@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from jobs.grid import SweepError
-from vitpa.config import Float, Section, load_model, parse_model, read_yaml
+from vitpa.config import ConfigError, Float, Section, load_model, parse_model, read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "slurm"
 
@@ -61,7 +61,9 @@ class SlurmProfile(Section):
     setup: list[str] = Field([], description="shell lines before the job, such as `module load cuda`")
     additional_parameters: dict[str, JsonValue] = Field({}, description="further sbatch options, by their long names")
     srun_args: list[str] = Field([], description="further arguments of srun")
-    array_parallelism: int | None = Field(None, ge=1, description="runs at a time; null: as many as SLURM gives")
+    array_parallelism: int | None = Field(
+        None, ge=1, description="runs of a submission at a time, at least one per array; null: as many as SLURM gives"
+    )
     signal_delay_s: int = Field(120, ge=1, description="seconds before the time limit at which a run writes its checkpoint")
 
     processes_per_node: int | None = Field(None, ge=1, description="training processes per node; null: one per GPU")
@@ -117,6 +119,8 @@ class SlurmProfile(Section):
             ConfigError: a key that does not exist, or values that do not fit together.
         """
         document = self.model_dump(mode="json", exclude={"per_dataset"})
+        if "array_parallelism" in self.per_dataset.get(dataset, {}):
+            raise ConfigError(f"{where}.array_parallelism: is for all runs of a submission together")
         return parse_model(SlurmProfile, {**document, **self.per_dataset.get(dataset, {})}, where)
 
 

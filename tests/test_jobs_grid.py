@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.grid import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
-from jobs.profile import SHIPPED, LocalProfile, load_profile
+from jobs.profile import LocalProfile
 from jobs.slots import slots_of, threads_per_process, visible_gpus
 from tests.jobs_sweeps import make_sweep
 from vitpa.config import ConfigError
@@ -117,30 +117,6 @@ def test_overrides_reach_every_run(tmp_path: Path) -> None:
 def test_unknown_sweep_names_the_shipped_ones(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"'demmo': no such file, none of the shipped ones.*demo"):
         load_sweep("demmo", tmp_path)
-
-
-def test_the_default_profile_says_the_defaults() -> None:
-    assert load_profile("local") == LocalProfile()
-
-
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_profiles_load(path: Path) -> None:
-    assert load_profile(path.stem).executor == ("local" if "local" in path.stem else "slurm")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("slot: 2", "unknown key slot; did you mean slots?"),
-        ("slots: 0", "slots=0: at least 1, or auto"),
-        ("{gpus_per_run: 2, runs_per_gpu: 2}", "one of them must be 1"),
-    ],
-)
-def test_invalid_profile(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        load_profile(str(path))
 
 
 def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
