@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from jobs.grid import Run
+from jobs.scheduler import Scheduler, SlurmJob, Snapshot
 from jobs.state import RunState, Survey, withdraw
 from jobs.status import progress_of, row_of
 from tests.jobs_sweeps import make_sweep, write_result
-from vitpa.config import AttemptDir, ProcessId, write_json
+from vitpa.config import AttemptDir, ProcessId, read_json, write_json
 
 ALIVE = ProcessId.mine()
 DEAD = ALIVE.model_copy(update={"start_ticks": ALIVE.start_ticks + 1})  # same pid, another process
@@ -177,3 +179,142 @@ def test_a_pid_used_again_is_not_the_same_process() -> None:
     assert ALIVE.pid == os.getpid()
     assert ALIVE.alive() is True
     assert DEAD.alive() is False
+
+
+# --- a run whose attempt belongs to a SLURM job
+
+
+class Queue(Scheduler):
+    """A SLURM that says what a test wants."""
+
+    def __init__(self, job: SlurmJob | None = None, *, accounted: str = "", error: str = "") -> None:
+        super().__init__({})
+        self.job, self.accounted, self.error = job, accounted, error
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({("t", 0): self.job} if self.job else {}, self.error)
+
+    def ended(self, ids: Iterable[str]) -> dict[str, SlurmJob]:
+        return {"7_0": SlurmJob("7_0", self.accounted)} if self.accounted else {}
+
+
+def slurm_claim(root: Path, run: Run, launcher: ProcessId = DEAD, *, number: int = 1, receipt: bool = True) -> AttemptDir:
+    folder = "sweeps/small/submissions/s"
+    document = {"executor": "slurm", "token": "t", "index": 0, "submission": folder, "process": launcher.model_dump()}
+    attempt = run.directory(root).claim_attempt(number, document)
+    assert attempt is not None
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    if receipt:
+        write_json(root / folder / "receipt.json", {"jobs": [{"id": "7", "array": True, "tasks": 1}]})
+    return attempt
+
+
+def slurm_start(attempt: AttemptDir) -> None:
+    write_json(attempt.start_json, {"process": ELSEWHERE.model_dump(), "job": {"id": "7_0", "restart": 0}, "step": 0})
+
+
+def ask(root: Path, run: Run, queue: Queue) -> tuple[str, str]:
+    state = Survey(root, queue).state(run)
+    return state.state, state.reason
+
+
+@pytest.mark.parametrize(
+    ("job", "started", "expected"),
+    [
+        (SlurmJob("7_0", "PENDING", "Priority"), False, ("pending", "pending in SLURM: Priority")),
+        (SlurmJob("7_0", "RUNNING"), False, ("pending", "running in SLURM")),
+        (SlurmJob("7_0", "RUNNING"), True, ("running", "")),
+        (SlurmJob("7_0", "PENDING", "BeginTime"), True, ("pending", "pending in SLURM: BeginTime")),
+        (SlurmJob("7_0", "REQUEUE_HOLD"), True, ("pending", "requeue_hold in SLURM")),
+        (SlurmJob("7_0", "A_STATE_OF_2030"), True, ("running", "")),
+        (SlurmJob("7_0", "TIMEOUT"), True, ("interrupted", "SLURM ended job 7_0: TIMEOUT")),
+        (SlurmJob("7_0", "NODE_FAIL"), True, ("lost", "its job 7_0 was killed (NODE_FAIL)")),
+        (SlurmJob("7_0", "OUT_OF_MEMORY"), True, ("failed", "host out of memory: SLURM ended job 7_0 (OUT_OF_MEMORY)")),
+        (SlurmJob("7_0", "CANCELLED"), True, ("cancelled", "scancel")),
+        (SlurmJob("7_0", "CANCELLED"), False, ("cancelled", "scancel")),
+        (SlurmJob("7_0", "FAILED"), False, ("uncertain", "its job 7_0 ended (FAILED) before it started the run; see ")),
+    ],
+)
+def test_state_in_the_queue(tmp_path: Path, run: Run, job: SlurmJob, started: bool, expected: tuple[str, str]) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    if started:
+        slurm_start(attempt)
+    state, reason = ask(tmp_path, run, Queue(job))
+    assert state == expected[0]
+    assert reason.startswith(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("accounted", "started", "expected"),
+    [
+        ("TIMEOUT", True, ("interrupted", "SLURM ended job 7_0: TIMEOUT")),
+        ("CANCELLED", False, ("cancelled", "scancel")),
+        ("", True, ("lost", "its job 7_0 was killed")),
+        ("", False, ("uncertain", "its job 7_0 ended (unknown to SLURM) before it started the run; see ")),
+    ],
+)
+def test_the_queue_has_forgotten_it(
+    tmp_path: Path, run: Run, accounted: str, started: bool, expected: tuple[str, str]
+) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    if started:
+        slurm_start(attempt)
+    state, reason = ask(tmp_path, run, Queue(accounted=accounted))
+    assert state == expected[0]
+    assert reason.startswith(expected[1])
+
+
+def test_its_own_records_come_before_slurm_s(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    slurm_start(attempt)
+    write_json(attempt.exit_json, {"state": "interrupted", "reason": "time limit", "requeued": True})
+    waits = Queue(SlurmJob("7_0", "PENDING", "BeginTime"))
+    assert ask(tmp_path, run, waits) == ("pending", "pending in SLURM: BeginTime")
+    assert ask(tmp_path, run, Queue()) == ("interrupted", "time limit"), "it was to go on, and did not"
+    write_json(attempt.exit_json, {"state": "failed", "reason": "a bug"})
+    assert ask(tmp_path, run, Queue(SlurmJob("7_0", "COMPLETING"))) == ("failed", "a bug")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [(ALIVE, "pending"), (ELSEWHERE, "pending"), (DEAD, "uncertain")],
+    ids=["here", "elsewhere", "dead"],
+)
+def test_being_submitted(tmp_path: Path, run: Run, launcher: ProcessId, expected: str) -> None:
+    slurm_claim(tmp_path, run, launcher, receipt=False)
+    state = Survey(tmp_path, Queue()).state(run)
+    assert (state.state, state.unseen) == (expected, launcher is ELSEWHERE)
+
+
+def test_slurm_does_not_answer(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    assert ask(tmp_path, run, Queue(error="squeue: no route")) == ("pending", "as far as is known: squeue: no route")
+    slurm_start(attempt)
+    assert ask(tmp_path, run, Queue(error="squeue: no route"))[0] == "running"
+    write_result(tmp_path, run)
+    assert ask(tmp_path, run, Queue(error="squeue: no route"))[0] == "done"
+
+
+@pytest.mark.parametrize("name", ["token", "index", "submission"])
+def test_damaged_claim(tmp_path: Path, run: Run, name: str) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    write_json(attempt.claim_json, {**(read_json(attempt.claim_json) or {}), name: None})
+    state, reason = ask(tmp_path, run, Queue())
+    assert state == "broken"
+    assert reason.startswith(f"{attempt.claim_json}: no usable `token`, `index` and `submission` in it; it was edited by hand")
+
+
+def test_a_damaged_receipt_concerns_its_own_runs(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    other = tmp_path / "sweeps/small/submissions/other/receipt.json"
+    other.parent.mkdir()
+    other.write_text("{")
+    assert ask(tmp_path, run, Queue(accounted="CANCELLED")) == ("cancelled", "scancel")
+    receipt = tmp_path / "sweeps/small/submissions/s/receipt.json"
+    receipt.write_text('{"jobs": [')
+    assert ask(tmp_path, run, Queue(SlurmJob("7_0", "PENDING")))[0] == "pending"
+    state, reason = ask(tmp_path, run, Queue())
+    assert state == "broken"
+    assert reason.startswith(f"{receipt}: not valid JSON")
+    slurm_start(attempt)
+    assert ask(tmp_path, run, Queue())[0] == "lost"
