@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from jobs.grid import Run
+from jobs.training import last_error
 from slurm.devcluster import DevCluster
 from tests.jobs_sweeps import REPOSITORY, wait_for
 from tests.slurm_sweeps import MODEL, RUNTIME, WAIT_S, Cell, make_cell, processes_left, started, trainers
@@ -153,15 +154,29 @@ def run_into_the_time_limit(lives: Lives) -> None:
     cell.settle([run])
 
 
+DISK_FULL = """
+import errno, os, pathlib
+replace = pathlib.Path.replace
+def full(path, target):
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and str(target).endswith("0001/exit.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    return replace(path, target)
+pathlib.Path.replace = full
+"""
+
+
 def kill_trainers(lives: Lives) -> None:
-    """Out of memory, say, each time that the run has advanced: requeued until its attempts are used up; then `retry`."""
+    """Out of memory, say, each time that the run has advanced: requeued until its attempts are used up; then `retry`.
+
+    The first time the disk is full when that is to be written down.
+    """
     cell, run = lives.crash, lives.crash.run("content", 0)
     for attempt in (1, 2):
         wait_for(partial(started, cell, run, attempt), timeout_s=WAIT_S, poll_s=0.1)
         cell.wait_until_trained(run, int(cell.start(run)["step"]) + 1)
         send(cell, run, signal.SIGKILL)
     lives.states["killed twice"] = cell.settle([run])[0].state
-    retried = cell.vitpa("retry", "--force")  # it failed twice in the same way
+    retried = cell.vitpa("retry")
     assert "submitted 1" in retried.stdout, retried.stdout + retried.stderr
     cell.settle([run])
 
@@ -209,7 +224,9 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     grid.submit("attention=positional", "dataset=digits", "seed=0", partition="low", nodelist="127.0.0.2")
     grid.submit("attention=positional", "dataset=digits", "seed=1", exclude="127.0.0.1,127.0.0.2")
     grid.submit("attention=positional", "dataset=digits", "seed=2", nodelist="127.0.0.1", time="1:00", signal_delay_s=20)
-    crash.submit(nodelist="127.0.0.1", max_attempts=2)
+    (crash.root / "full").mkdir()
+    (crash.root / "full" / "sitecustomize.py").write_text(DISK_FULL)
+    crash.submit(nodelist="127.0.0.1", max_attempts=2, setup=[f"export PYTHONPATH={crash.root}/full:$PYTHONPATH"])
     (stand_in.root / "fail").mkdir()
     for attention in ("content", "positional"):
         (stand_in.root / "fail" / stand_in.run(attention, 0).signature).touch()
@@ -328,11 +345,13 @@ def test_restart_of_the_controller(lives: Lives) -> None:
 
 def test_killed_trainers_are_requeued_as_long_as_there_are_attempts(lives: Lives) -> None:
     cell, run = lives.crash, lives.crash.run("content", 0)
-    killed = "failed: killed by SIGKILL (out of memory?)"
-    assert cell.ends(run) == [killed, killed, "done"]
-    ends = [read_json(attempt.exit_json) or {} for attempt in cell.directory(run).attempts()]
-    assert [end.get("requeued") for end in ends] == [True, False, False]
-    assert ends[1]["not_requeued"] == "given up after 2 executions (max_attempts)"
+    assert cell.ends(run) == ["", "failed: killed by SIGKILL (out of memory?)", "done"]
+    said = "".join(path.read_text() for path in cell.root.glob("sweeps/life/submissions/*/submitit/*.out"))
+    assert "0001/exit.json: No space left on device; the attempt ended as failed (killed by SIGKILL (out of memory?))" in said
+    assert [cell.start(run, attempt)["job"]["restart"] for attempt in range(3)] == [0, 1, 0]
+    end = read_json(cell.directory(run).attempts()[1].exit_json)
+    assert end is not None
+    assert (end["requeued"], end["not_requeued"]) == (False, "given up after 2 executions (max_attempts)")
     assert lives.states["killed twice"] == "failed"
 
 
@@ -353,3 +372,17 @@ def test_a_run_that_never_advances_is_given_up(lives: Lives) -> None:
 
 def test_cancelled_while_it_waits_to_be_started_again(lives: Lives) -> None:
     assert_ended(lives.stand_in, lives.stand_in.run("positional", 1), TERM, "cancelled: cancelled before it started")
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("[rank1]: ValueError: bad\n[rank0]: RuntimeError: Connection closed by peer\n", "ValueError: bad"),
+        ("Root Cause (first observed failure):\n traceback : Signal 11 (SIGSEGV) received by PID 7\n", "killed by SIGSEGV"),
+        ("RuntimeError: Connection closed by peer\nlast\n", "RuntimeError: Connection closed by peer"),
+    ],
+)
+def test_the_reason_is_not_the_loss_of_another_process(tmp_path: Path, log: str, reason: str) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text(log)
+    assert last_error(path) == reason

@@ -202,7 +202,7 @@ def test_a_node_that_fails_its_preflight_is_left_out(cluster: DevCluster, digits
     assert "cpus: 1 CPUs of 2" in record["reason"]
     assert cell.start(first)["job"] == {"id": cell.start(first, 0)["job"]["id"], "restart": 1}
     assert nodes_of(cell, first, 1).isdisjoint({bad})
-    assert f"leaving out {bad}" in cell.vitpa("submit", "attention=positional").stdout
+    assert f"leaving out {bad}" in cell.vitpa("submit", "attention=positional", profile={"nodes": 1}).stdout
     cell.settle([second])
     assert processes_left([cell]) == []
     assert cell.ends(second) == ["done"]
