@@ -132,8 +132,8 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed]) -> Group:
     """The runs of batches with equal resources."""
     how = batches[0].how
     if how["executor"] == "slurm":
-        gpus, at_a_time = float(how["profile"]["nodes"] * how["profile"]["gpus_per_node"]), how["profile"]["array_parallelism"]
-        at_a_time = at_a_time and at_a_time * len(batches)  # SLURM counts it for each array
+        gpus = float(how["profile"]["nodes"] * how["profile"]["gpus_per_node"])
+        at_a_time = sum(batch.how["profile"]["array_parallelism"] or 0 for batch in batches) or None  # each has its share
     else:
         slot = how["slots"][0]
         gpus, at_a_time = len(slot["gpus"]) / batches[0].configs[0].runtime.runs_per_gpu, len(how["slots"])

@@ -225,10 +225,11 @@ def _details(batches: Sequence[Batch], group: Group) -> dict[str, Any]:
 
 
 def by_resources(batches: Sequence[Batch]) -> list[list[Batch]]:
-    """Batches with equal resources together: SLURM's MaxArraySize may have split them."""
+    """Batches with equal resources together: SLURM's limit on arrays may have split them, each with its share of runs."""
     groups: dict[str, list[Batch]] = {}
     for batch in batches:
-        groups.setdefault(repr(batch.how.get("profile")), []).append(batch)
+        resources = {key: value for key, value in batch.how.get("profile", {}).items() if key != "array_parallelism"}
+        groups.setdefault(repr(resources), []).append(batch)
     return list(groups.values())
 
 
@@ -356,12 +357,12 @@ def is_silence(error: SchedulerError) -> bool:
 def _of_all(groups: Sequence[Sequence[Batch]], cluster: Cluster) -> Iterator[Finding]:
     """What concerns the submission as a whole."""
     batches = [batch for group in groups for batch in group]
-    runs, most = sum(len(batch.chosen) for batch in batches), int(cluster.configuration.get("MaxArraySize", "1001"))
+    runs = sum(len(batch.chosen) for batch in batches)
     arrays = f"{len(batches)} job array{'s' if len(batches) > 1 else ''}"
+    option = re.search(r"max_array_tasks=\d+", cluster.configuration.get("SchedulerParameters", ""))
+    most = f"MaxArraySize {cluster.configuration.get('MaxArraySize', 'not known')}" + (f", {option[0]}" if option else "")
     yield Finding(
-        "info",
-        "MaxArraySize",
-        f"{runs} runs in {arrays} (MaxArraySize {most}); {cluster.own_jobs} jobs of yours are in the queue",
+        "info", "MaxArraySize", f"{runs} runs in {arrays} ({most}); {cluster.own_jobs} jobs of yours are in the queue"
     )
     room = int(cluster.configuration.get("MaxJobCount", "10000"))
     if cluster.jobs is not None and cluster.jobs + runs >= room:

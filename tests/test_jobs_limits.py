@@ -169,6 +169,16 @@ def test_silence_of_slurm_is_exit_code_3(plan: Shell, answers: dict[str, str], s
     assert silent in text
 
 
+def test_arrays_of_one_group_share_the_runs_at_a_time(plan: Shell) -> None:
+    configuration = "MaxArraySize = 1001\nMaxJobCount = 10000\nSchedulerParameters = bf_interval=1,max_array_tasks=4\n"
+    words = Words(scontrol_show_config=configuration)
+    _, found = plan(words, array_parallelism=3)
+    (group,) = found["groups"]
+    assert (group["runs"], group["arrays"], group["at_a_time"]) == (6, 2, 3)
+    assert "6 runs in 2 job arrays (MaxArraySize 1001, max_array_tasks=4)" in said(found, "MaxArraySize")
+    assert sum(asked[0] == "sbatch" for asked in words.asked) == 1
+
+
 def test_what_cannot_be_found_out_is_said(plan: Shell) -> None:
     enforced = "MaxArraySize = 4\nAccountingStorageEnforce = associations,limits\n"
     words = Words(scontrol_show_config=enforced, sdiag="error: Access denied", sacctmgr="error: slurmdbd: Connection refused")
