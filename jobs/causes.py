@@ -95,8 +95,13 @@ def cause_of(reason: str, log_tail: str) -> Cause:
     """
     log = log_tail.splitlines()
     told = _message(essence(log) or log[-30:])
-    texts = [told] if told and LOST_A_PEER.search(reason) else [reason, told]
+    texts = [told] if told and is_loss_of_peer(reason) else [reason, told]
     return next((cause for cause in CAUSES for text in texts if cause.pattern.search(text)), OTHER)
+
+
+def is_loss_of_peer(reason: str) -> bool:
+    """Whether a process that ended for this reason has just noticed the end of another one."""
+    return LOST_A_PEER.search(reason) is not None
 
 
 def essence(log: Sequence[str]) -> list[str]:
@@ -105,7 +110,7 @@ def essence(log: Sequence[str]) -> list[str]:
     Of one process its last error counts. Without any it is what torchrun says of the root cause; else nothing.
     """
     errors = sorted(_last_errors(log))
-    own = [error for _, error in errors if not LOST_A_PEER.search(_message(error))]
+    own = [error for _, error in errors if not is_loss_of_peer(_message(error))]
     if errors:
         return own[0] if own else errors[0][1]
     root_causes = [index for index, line in enumerate(log) if line.startswith("Root Cause")]

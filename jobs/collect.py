@@ -11,7 +11,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,6 @@ def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) 
     Raises:
         SweepError: runs of one data set were made by different code or from different data, and `allow_mixed` is not set.
     """
-    states = [_checked(state) for state in states]
     datasets = list(dict.fromkeys(state.run.dataset for state in states))
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
@@ -137,18 +136,6 @@ def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) 
         results=[state.result for state in states if state.result is not None],
         absent=absent,
     )
-
-
-def _checked(state: RunState) -> RunState:
-    """The state, as `broken` if its result says that it is of another run than it is: it was edited by hand."""
-    if state.result is None:
-        return state
-    for key in ("dataset", "attention", "seed"):
-        says, is_of = getattr(state.result, key), getattr(state.run, key)
-        if says != is_of:
-            reason = f"its result.json says {key} {says}, its configuration {is_of}; delete it to train the run again"
-            return replace(state, state="broken", reason=reason, result=None)
-    return state
 
 
 _MEND_MIXED = (

@@ -22,6 +22,7 @@ from typing import Any
 
 from jobs import nodes
 from jobs.bound import PARENT, child_environment
+from jobs.causes import is_loss_of_peer
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import withdraw
 from jobs.training import (
@@ -33,7 +34,6 @@ from jobs.training import (
     Signals,
     Training,
     failure_of,
-    is_loss_of_peer,
     read_stop,
 )
 from vitpa.config import (

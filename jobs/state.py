@@ -88,7 +88,7 @@ class Survey:
         trainer writes result.json before that. So: is it alive, then how did it end, then is there a result.
         """
         directory = run.directory(self._root)
-        result = _result(directory)
+        result = _result(run, directory)
         if isinstance(result, Result):
             attempts = directory.attempts()
             return RunState(run, "done", attempt=attempts[-1] if attempts else None, result=result)
@@ -100,7 +100,7 @@ class Survey:
             found = RunState(run, "broken", str(error), last)
         if found.state in LIVE:
             return found
-        result = _result(directory)
+        result = _result(run, directory)
         if isinstance(result, Result):
             return RunState(run, "done", attempt=last, result=result)
         if isinstance(result, RunError):
@@ -313,11 +313,19 @@ def withdraw(attempt: AttemptDir, state: str, reason: str) -> bool:
     return True
 
 
-def _result(directory: RunDir) -> Result | RunError | None:
+def _result(run: Run, directory: RunDir) -> Result | RunError | None:
+    """The run's result, or why the one that is there cannot be trusted."""
     try:
-        return directory.result()
+        result = directory.result()
     except RunError as error:
         return error
+    if result is None:
+        return None
+    for key, is_of in (("dataset", run.dataset), ("attention", run.attention), ("seed", run.seed)):
+        if getattr(result, key) != is_of:
+            says = f"says {key} {getattr(result, key)}, its configuration {is_of}"
+            return RunError(f"{directory.result_json}: {says}; it was edited by hand: delete it to train the run again")
+    return result
 
 
 def _process(document: dict[str, Any], path: Path) -> ProcessId:

@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.bound import PARENT, child_environment
+from jobs.causes import is_loss_of_peer
 from vitpa.config import (
     CLAIMED,
     AttemptDir,
@@ -184,8 +185,11 @@ class Training:
 
     def _set_broken_result_aside(self) -> None:
         try:
-            self.run.result()
+            result, config = self.run.result(), load_config(self.run.config_yaml)
+            trusted = result is None or (result.seed, result.attention) == (config.seed, config.model.attention)
         except RunError:
+            trusted = False
+        if not trusted:
             self.run.result_json.replace(self.attempt.path / "broken-result.json")
 
     def _outcome(self, code: int, killed_for: str) -> Ended:
@@ -239,9 +243,3 @@ def last_error(log: Path) -> str:
     if not causes and (killed := re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)):
         return _killed_by(killed[1])
     return (causes or found or lines or ["no output"])[-1][:300]
-
-
-def is_loss_of_peer(reason: str) -> bool:
-    """Whether a process that ended for this reason has just noticed the end of another one."""
-    words = ("Connection", "connection", "NCCL", "gloo", "Gloo", "DistBackendError", "DistNetworkError", "peer")
-    return any(word in reason for word in words)

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Context:
     overrides: list[str]  # runtime.key=value
     console: Console
     scheduler: Scheduler
+    unanswered: list[str] = field(default_factory=list)  # questions to SLURM; states are then as far as the files tell
 
     @property
     def suffix(self) -> str:
@@ -72,6 +73,7 @@ class Context:
         states = survey.states(runs)
         if survey.scheduler_error:
             print(f"warning: {survey.scheduler_error}; states are as far as the files tell", file=sys.stderr)
+            self.unanswered.append(survey.scheduler_error)
         return states
 
     def say(self, text: str) -> None:
@@ -86,7 +88,9 @@ class Context:
 def run_verb(options: argparse.Namespace) -> int:
     """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
     try:
-        return VERBS[options.verb](_context(options))
+        context = _context(options)
+        code = VERBS[options.verb](context)
+        return UNREACHABLE if context.unanswered and code in (OK, PARTIAL) else code
     except SchedulerError as error:
         print(f"error: {error}", file=sys.stderr)
         return UNREACHABLE

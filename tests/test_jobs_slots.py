@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 from jobs.slots import Slot, take_slot
 from vitpa.config import ProcessId, write_json
 

@@ -241,11 +241,13 @@ def test_failure_is_left_alone_and_retried(tmp_path: Path) -> None:
     assert exits(tmp_path, sweep) == [["failed", "failed", "done"], ["done"]]
 
 
-def test_broken_result_is_retried(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cut", "of another seed"])
+def test_broken_result_is_retried(tmp_path: Path, how: str) -> None:
     sweep = make_sweep(tmp_path, seeds=1)
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 0
     broken = sweep.runs[0].directory(tmp_path)
-    broken.result_json.write_text(broken.result_json.read_text()[:40])
+    text = broken.result_json.read_text()
+    broken.result_json.write_text(text[:40] if how == "cut" else text.replace('"seed": 0', '"seed": 7'))
     assert launch(tmp_path, SLOTS).returncode == 4
     assert launch(tmp_path, SLOTS, "retry", "state=broken", "--wait").returncode == 0
     assert (broken.attempts()[1].path / "broken-result.json").is_file()
