@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.cluster import ask
 from jobs.doctor_cluster import Check, accepted, accounting, configured, missing_programs, of_profile
 from jobs.doctor_job import PROBE, ProbeJob, checks_of, remove, script_of
-from jobs.limits import ask, is_silence, test_script
+from jobs.limits import is_silence, test_script
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
 from vitpa.config import RuntimeConfig

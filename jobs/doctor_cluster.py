@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jobs.cluster import Cluster, Finding
 from jobs.forecast import Group
-from jobs.limits import Cluster, Finding, limits_of_runs
+from jobs.limits import limits_of_runs
 from jobs.profile import SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
 

@@ -164,14 +164,14 @@ def test_a_job_outlives_a_restart_of_the_controller_and_of_accounting(jobs: DevC
 
 def test_a_killed_node_loses_its_processes_only_and_comes_back(jobs: DevCluster) -> None:
     lost, other = jobs.node_names[2:]
-    job = submit(jobs, "echo here; sleep 60 & sleep 60", f"--nodelist={lost}")
-    neighbour = submit(jobs, "echo here; sleep 60", f"--nodelist={other}")
+    job = submit(jobs, "echo here; sleep 600 & sleep 600", f"--nodelist={lost}")
+    neighbour = submit(jobs, "echo here; sleep 600", f"--nodelist={other}")
     wait_for(lambda: printed(jobs, job) and printed(jobs, neighbour))
-    before = processes_of(jobs.root / f"spool/{lost}/job{job}")
+    before = processes_of(jobs.root / f"spool/{lost}/job{int(job):05d}")
     assert before
     jobs.kill_node(lost)
-    wait_for(lambda: not processes_of(jobs.root / f"spool/{lost}/job{job}"))
-    assert processes_of(jobs.root / f"spool/{other}/job{neighbour}")
+    wait_for(lambda: not processes_of(jobs.root / f"spool/{lost}/job{int(job):05d}"))
+    assert processes_of(jobs.root / f"spool/{other}/job{int(neighbour):05d}")
     with pytest.raises(DevClusterError, match=f"slurmd.{lost} does not run"):
         jobs.kill_node(lost)
     jobs.start_node(lost)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.cluster import Cluster
 from jobs.doctor import examine_cluster
 from jobs.doctor_cluster import PROGRAMS, Check, configured
 from jobs.doctor_job import checks_of
-from jobs.limits import Cluster
 from jobs.profile import SlurmProfile
 from jobs.scheduler import Scheduler
 from slurm.devcluster import DevCluster

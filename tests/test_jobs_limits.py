@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.limits import Need, Nodes, mem_mib
+from jobs.cluster import Nodes, mem_mib
+from jobs.limits import Need
 from jobs.profile import SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
 from slurm.devcluster import DevCluster

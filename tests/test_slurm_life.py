@@ -332,7 +332,9 @@ def test_node_set_down(lives: Lives) -> None:
 
 def test_time_limit(lives: Lives) -> None:
     cell, run = lives.grid, lives.time_limit
-    assert cell.ends(run) == ["interrupted: time limit", "done"]
+    *limited, last = cell.ends(run)  # how many executions it takes is the machine's affair
+    assert set(limited) == {"interrupted: time limit"}
+    assert last == "done"
     end = read_json(cell.directory(run).attempts()[0].exit_json)
     assert end is not None
     assert end["requeued"] is True

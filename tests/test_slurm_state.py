@@ -64,7 +64,7 @@ def test_cancel_and_retry(field: Field) -> None:
     field.assert_one_job_each()
     wait_for(lambda: all(state.state == "done" for state in field.states()), poll_s=0.3)
     assert "resumes at 998" in training.directory(field.root).attempts()[1].log.read_text()
-    assert exits(field.root, field.sweep) == [["cancelled", "done"]] * 2
+    wait_for(lambda: exits(field.root, field.sweep) == [["cancelled", "done"]] * 2)  # exit.json comes after the result
 
 
 def test_cancel_now_and_while_it_waits_to_go_on(field: Field) -> None:
