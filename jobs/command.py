@@ -75,9 +75,12 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("--root", default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
     if starts or verb == "plan":
         parser.add_argument(
-            "--profile", default="local", help="where to run: a shipped profile or a YAML file (default: local)"
+            "--profile",
+            help="where to run: a shipped profile or a YAML file (default: as at the last submission, at first local)",
         )
-        parser.add_argument("--data-dir", help="folder of the data sets (default: the recipe's runtime.data_dir)")
+        parser.add_argument(
+            "--data-dir", help="folder of the data sets (default: as at the last submission, at first the recipe's)"
+        )
     if starts:
         parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
     if starts:

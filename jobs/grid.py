@@ -52,7 +52,9 @@ class Reference(Section):
 class SweepConfig(Section):
     """A sweep's YAML file: recipes x attentions x seeds."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="its directory is <root>/sweeps/<name>")
+    name: str = Field(
+        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="its directory is <root>/sweeps/<name>"
+    )
     description: str = Field("", description="what is compared, and its source")
     recipes: list[str] = Field(min_length=1, description="shipped recipes by name, or paths beside the sweep's file")
     attentions: list[Attention] = Field(min_length=1, description="values of model.attention")

@@ -250,7 +250,8 @@ def limits_of_runs(profile: SlurmProfile, group: Group, cluster: Cluster) -> tup
     need = Need.of(profile)
     names = [cluster.partition(name) for name in (profile.partition.split(",") if profile.partition else [None])]
     if not all(names):
-        findings.append(Finding("unknown", "partition", "limits of the partition: not known, there is none of that name"))
+        known = ", ".join(sorted(cluster.partitions))
+        findings.append(Finding("unknown", "partition", f"there is no partition {profile.partition}; partitions: {known}"))
     elif len(names) > 1:
         findings.append(Finding("unknown", "partition", "several partitions: only what sbatch says is known"))
     else:

@@ -53,7 +53,7 @@ class SlurmProfile(Section):
     )
     cpus_per_gpu: int | None = Field(None, ge=1, description="CPUs per GPU")
     cpus_per_task: int | None = Field(None, ge=1, description="CPUs per node, instead of cpus_per_gpu")
-    mem: str | None = Field(None, pattern=r"^\d+[KMGT]?$", description="sbatch --mem: memory per node, such as 64G")
+    mem: str | None = Field(None, description="sbatch --mem: memory per node, such as 64G")
     time: str = Field(description="sbatch --time: limit of one attempt, such as '24:00:00' or '2-00:00:00'")
     nice: int | None = Field(None, description="sbatch --nice")
     mail_type: str | None = Field(None, description="sbatch --mail-type, such as FAIL,ARRAY_TASKS")
@@ -85,8 +85,24 @@ class SlurmProfile(Section):
             raise ValueError(f"time={value}: a number; put SLURM's time in quotes, such as time: '24:00:00'")
         return value
 
+    @field_validator("mem", mode="before")
+    @classmethod
+    def _with_unit(cls, value: object) -> object:
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r"\d+[KMGT]", value)):
+            raise ValueError(f"mem={value}: expected a whole number and a unit, such as 64G")
+        return value
+
+    @field_validator("setup", "srun_args", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        if isinstance(value, str):
+            raise ValueError(f'{value!r}: expected a list of lines, such as setup: ["{value}"]')
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.gres is not None and "gpu" in self.gres and not self.gpus_per_node:
+            raise ValueError(f"gres={self.gres} with gpus_per_node=0: say in gpus_per_node how many GPUs a node then has")
         if self.time_s < 60:
             raise ValueError(f"time={self.time}: SLURM counts in whole minutes; at least '1:00'")
         if 2 * self.signal_delay_s > self.time_s:

@@ -11,6 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jobs.grid import SweepError
 
@@ -193,6 +194,9 @@ class Scheduler:
         Raises:
             SchedulerError: it is not there, does not answer in time, or fails.
         """
+        conf = self.environment.get("SLURM_CONF")
+        if conf and not Path(conf).is_file():  # its programs would try for a minute
+            raise SchedulerError(f"{program}: SLURM_CONF={conf}: no such file; is the cluster up, and visible from here?")
         try:
             answer = subprocess.run(
                 [program, *arguments],
@@ -209,6 +213,8 @@ class Scheduler:
             raise SchedulerError(f"{program}: no answer from SLURM in {TIMEOUT_S} s; try again later") from None
         if answer.returncode != 0:
             words = " ".join((answer.stderr or answer.stdout).split()) or f"exit code {answer.returncode}"
+            if "establish a configuration source" in words:
+                words = "SLURM finds no slurm.conf; is this a login node of the cluster, or is SLURM_CONF to be set?"
             raise SchedulerError(f"{program}: {words}")
         return answer.stdout + (answer.stderr if with_stderr else "")
 

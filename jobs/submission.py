@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,32 @@ class SubmissionDir:
         self.receipt_json = path / "receipt.json"
         self.launch_log = path / "launch.log"
         self.submitit = path / "submitit"  # pickles and output of the jobs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep runs, as the user says it."""
+
+    profile: str = "local"  # a shipped one, or the path of a YAML file
+    data_dir: str | None = None
+
+    @staticmethod
+    def of_last_submission(submissions: Path) -> Place:
+        """Where the sweep with that folder of submissions was sent last; the default before the first time."""
+        for path in sorted(submissions.glob("*"), reverse=True):
+            try:
+                place = (read_json(SubmissionDir(path).intent_json) or {}).get("place")
+            except RunError:
+                continue
+            if isinstance(place, dict) and isinstance(place.get("profile"), str):
+                return Place(place["profile"], place.get("data_dir"))
+        return Place()
+
+    def changed(self, profile: str | None, data_dir: str | None) -> Place:
+        """This place, with what is given instead; files by their absolute paths."""
+        if profile is not None and Path(profile).is_file():
+            profile = str(Path(profile).resolve())
+        return Place(profile or self.profile, str(Path(data_dir).resolve()) if data_dir else self.data_dir)
 
 
 def settle(root: Path, scheduler: Scheduler) -> list[str]:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.scheduler import Scheduler, scheduler_environment
 from jobs.slots import slots_of, threads_per_process
 from jobs.state import RunState, withdraw
-from jobs.submission import SubmissionDir, adopt, close
+from jobs.submission import Place, SubmissionDir, adopt, close
 from jobs.training import training_command
 from vitpa.config import (
     AttemptDir,
@@ -49,6 +49,7 @@ from vitpa.config import (
     utc_now,
     write_json,
 )
+from vitpa.datasets import DATASETS
 
 WRITERS = 16  # claims are written at the same time: each waits for the disk, most of all on a file server
 
@@ -73,6 +74,7 @@ class Order:
     batches: list[Batch]
     at_a_time: int | None  # runs; None: as many as SLURM gives
     notes: list[str] = field(default_factory=list)  # what the user should know
+    place: Place = field(default_factory=Place)  # as the user has said it, for the next time
 
 
 def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str], scheduler: Scheduler) -> Order:
@@ -114,6 +116,11 @@ def _prepare_slurm(
     failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
+    datasets = {state.run.dataset for state in chosen}
+    for dataset in sorted(profile.per_dataset.keys() - datasets - DATASETS.keys()):
+        notes.append(
+            f"the profile's per_dataset.{dataset}: no data set of this sweep ({', '.join(sorted(datasets))}), nor a known one"
+        )
     groups: dict[str, list[RunState]] = {}
     for state in chosen:
         groups.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
@@ -189,7 +196,9 @@ def submit(
     refused: dict[str, str] = {}
     for batch in order.batches:
         try:
-            ours, reasons = _submit_batch(sweep, batch, root, scheduler, code)
+            ours, reasons = _submit_batch(
+                sweep, replace(batch, how={**batch.how, "place": asdict(order.place)}), root, scheduler, code
+            )
         except RefusedError as error:  # what needs other resources may be taken
             if len(order.batches) == 1:
                 raise

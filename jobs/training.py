@@ -134,6 +134,7 @@ class Training:
         environment |= {
             **self.environment,
             CLAIMED: str(self.attempt.path),
+            "PET_LOG_DIR": str(self.attempt.path / "torchrun"),  # its --log-dir; otherwise it leaves folders in /tmp
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }

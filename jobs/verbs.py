@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from jobs.profile import SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
-from jobs.submission import ran_other_code, settle
+from jobs.submission import Place, ran_other_code, settle
 from jobs.submit import WRITERS, prepare, submit
 from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
 
@@ -47,6 +47,7 @@ class Context:
     overrides: list[str]  # runtime.key=value
     console: Console
     scheduler: Scheduler
+    place: Place  # where it runs: as the command line says, otherwise as at the last submission
     unanswered: list[str] = field(default_factory=list)  # questions to SLURM; states are then as far as the files tell
 
     @property
@@ -57,11 +58,11 @@ class Context:
 
     @property
     def start_suffix(self) -> str:
-        """The same with the options that only the verbs that start something know, as far as they were given."""
-        profile = getattr(self.options, "profile", "local")
-        data_dir = getattr(self.options, "data_dir", None)
-        words = ([] if profile == "local" else ["--profile", profile]) + (["--data-dir", data_dir] if data_dir else [])
-        return " ".join([self.suffix, shlex.join(words)]).strip()
+        """The same for the verbs that start something, with the place unless it will be remembered."""
+        if self.place == Place.of_last_submission(SweepDir(self.root, self.sweep.name).submissions):
+            return self.suffix
+        data_dir = ["--data-dir", self.place.data_dir] if self.place.data_dir else []
+        return " ".join([self.suffix, shlex.join(["--profile", self.place.profile, *data_dir])])
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""
@@ -118,11 +119,14 @@ def _context(options: argparse.Namespace) -> Context:
     filters, overrides = parse_terms(options.terms, sweep.runs)
     if overrides and options.verb not in ("submit", "retry"):
         raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
-    if getattr(options, "data_dir", None):
-        overrides.append(f"runtime.data_dir={json.dumps(options.data_dir)}")
+    place = Place.of_last_submission(SweepDir(root, sweep.name).submissions).changed(
+        getattr(options, "profile", None), getattr(options, "data_dir", None)
+    )
+    if place.data_dir is not None:
+        overrides.append(f"runtime.data_dir={json.dumps(place.data_dir)}")
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
-    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler())
+    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place)
 
 
 def _check_settings(options: argparse.Namespace, run: Run, overrides: list[str]) -> None:
@@ -174,15 +178,14 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 
 def _plan(context: Context) -> int:
-    """What submit would do; with SLURM also what its limits say to that, and exit code 1 if it would be refused."""
+    """What submit would do; with SLURM also what its limits say to that. Exit code 1 if it would be refused."""
     from jobs.limits import NOTHING, look_ahead  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
 
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
-    problem, slots, on_slurm, outlook = "", None, False, NOTHING
+    problem, slots, outlook = "", None, NOTHING
     try:
-        profile = load_profile(context.options.profile)
-        on_slurm = isinstance(profile, SlurmProfile)
+        profile = load_profile(context.place.profile)
         order = prepare(missing, profile, context.root, context.overrides, context.scheduler)
         slots = order.at_a_time
         outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
@@ -191,7 +194,7 @@ def _plan(context: Context) -> int:
         raise
     except SweepError as error:
         problem = str(error)
-    code = ERROR if on_slurm and missing and problem else OK
+    code = ERROR if missing and problem else OK
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
         document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "slots": slots, "problem": problem}
@@ -257,7 +260,7 @@ def _fails_alike(state: RunState, root: Path) -> bool:
 
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:
     """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
-    profile = load_profile(context.options.profile)
+    profile = load_profile(context.place.profile)
     order = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
     at_a_time = f", {order.at_a_time} at a time" if order.at_a_time else ""
     for line in order.notes:
@@ -272,30 +275,34 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         directory.record(context.sweep)
     if chosen:
         code = make_snapshot(context.root) if context.options.code == "snapshot" else None
+        order = replace(order, place=context.place)
         claimed, refused = submit(context.sweep.name, order, context.root, context.scheduler, code)
         for reason in dict.fromkeys(refused.values()):
             label, *others = [label for label, other in refused.items() if other == reason]
             context.say(f"not submitted: {label}" + (f" and {len(others)} more" if others else "") + f": {reason}")
         late = len(chosen) - len(claimed) - len(refused)
         faster = f"; {late} were claimed by somebody else first" if late else ""
-        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs{at_a_time}{faster}")
+        where = (
+            "to SLURM" if isinstance(profile, SlurmProfile) else "on this machine"
+        ) + f" (profile {context.place.profile})"
+        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs {where}{at_a_time}{faster}")
     else:
         context.say("nothing to submit")
     runs = [state.run for state in looked_at]
-    states = _wait(context, runs) if context.options.wait else context.survey(runs)
+    try:
+        states = (
+            status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+            if context.options.wait
+            else context.survey(runs)
+        )
+    except KeyboardInterrupt:
+        context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
+        return INTERRUPTED
     context.say(f"{context.sweep.name}: {status.summary(states)}")
     _say_left_alone(context, states)
     _say_next(context)
     settled = {"done"} if context.options.wait else {"done", *LIVE}
     return OK if all(state.state in settled for state in states) else PARTIAL
-
-
-def _wait(context: Context, runs: list[Run]) -> list[RunState]:
-    try:
-        return status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
-    except KeyboardInterrupt:
-        context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
-        return context.survey(runs)
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
@@ -367,25 +374,26 @@ def _cancel(context: Context) -> int:
         request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
         write_json(state.run.directory(context.root).stop, request)
     killed = [state for state in running if context.options.now and _has_worker(state)]
-    parts = [f"{len(withdrawn)} cancelled before they started"]
+    parts = [f"{len(withdrawn)} cancelled while they waited"]
     if killed:
         parts.append(f"{len(killed)} killed")
     if len(killed) < len(running) or not killed:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
     context.scheduler.cancel(state.job_id for state in withdrawn if state.job_id)  # they would find nothing to do
+    if withdrawn and context.unanswered:
+        context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
     return OK
 
 
 def _withdraw(root: Path, state: RunState) -> bool:
     """Take a run that is not in training out of circulation; False if it has been started in this moment."""
     assert state.attempt is not None, "what is live has an attempt"
-    reason = "cancelled before it started"
     if not state.attempt.start_json.exists():
-        return withdraw(state.attempt, "cancelled", reason)
+        return withdraw(state.attempt, "cancelled", "cancelled before it started")
     claim = {**(read_json(state.attempt.claim_json) or {}), "process": ProcessId.mine().model_dump(), "utc": utc_now()}
     following = state.run.directory(root).claim_attempt(state.attempts + 1, claim)  # SLURM would have started it again
-    return following is not None and withdraw(following, "cancelled", reason)
+    return following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on")
 
 
 def _has_worker(state: RunState) -> bool:

@@ -154,7 +154,7 @@ def test_what_sbatch_says_is_repeated(plan: Shell) -> None:
         "cannot be submitted yet: SLURM would refuse it: invalid partition specified: nope Invalid partition name specified"
     )
     assert problem in text
-    assert "limits of the partition: not known, there is none of that name" in text
+    assert "there is no partition nope; partitions: " in text
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_cancel_and_retry(tmp_path: Path) -> None:
     wait_for(first.metrics_jsonl.is_file)
     dry = launch(tmp_path, 1, "cancel", "--dry-run")
     assert "would cancel digits-content-s0 (running)" in dry.stdout
-    assert "3 cancelled before they started, 1 asked to stop" in launch(tmp_path, 1, "cancel").stdout
+    assert "3 cancelled while they waited, 1 asked to stop" in launch(tmp_path, 1, "cancel").stdout
     states = settle(tmp_path, sweep)
     assert [state.state for state in states] == ["cancelled"] * 4
     alone = launch(tmp_path, 1)

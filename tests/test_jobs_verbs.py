@@ -11,9 +11,9 @@ import yaml
 
 from jobs.command import VERBS
 from jobs.grid import SweepDir, shipped_sweeps
-from tests.jobs_sweeps import make_sweep, write_result
+from tests.jobs_sweeps import STAND_IN, make_sweep, write_result
 from vitpa.cli import main
-from vitpa.config import ProcessId, write_json
+from vitpa.config import ProcessId, read_json, write_json
 
 
 class Shell:
@@ -187,8 +187,34 @@ def test_what_to_type_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFi
     write_result(shell.root, runs[1], val_top1=float("nan"))
     _, text = shell(f"submit --data-dir '{shell.root}/data'")
     (retry,) = [line.partition("to run again: ")[2] for line in text.splitlines() if "to run again: " in line]
-    assert shlex.split(retry)[5:] == [str(shell.root), "--data-dir", f"{shell.root}/data", "state=broken"]
+    place = ["--profile", "local", "--data-dir", f"{shell.root}/data"]
+    assert shlex.split(retry)[5:] == [str(shell.root), *place, "state=broken"]
     assert shlex.split(text.splitlines()[-1]) == ["tensorboard", "--logdir", str(shell.root / "sweeps" / "small")]
+
+
+def test_where_a_sweep_runs_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed again without --profile, a sweep that was sent to a cluster must not start on this machine."""
+    shell = Shell(tmp_path, capsys)
+    run = make_sweep(shell.root, seeds=1).runs[1]
+    (tmp_path / "two.yaml").write_text("slots: 2\nruntime: {device: cpu}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("jobs.submit.training_command", lambda processes: STAND_IN)
+        assert "runs on this machine (profile " in shell("submit --profile two.yaml --data-dir data --wait")[1]
+    write_result(shell.root, run, val_top1=float("nan"))
+    retry = [line for line in shell("status")[1].splitlines() if "to run again: " in line]
+    assert "--profile" not in retry[0], "it is remembered"
+    _, text = shell("retry --dry-run")
+    assert "would start 1 runs, 2 at a time" in text
+    intent = read_json(next(shell.root.glob("sweeps/small/submissions/*/intent.json")))
+    assert intent is not None
+    assert intent["place"] == {"profile": str(tmp_path / "two.yaml"), "data_dir": str(tmp_path / "data")}
+
+
+def test_plan_with_a_wrong_profile_is_an_error(sweep: Shell) -> None:
+    code, text = sweep("plan --profile nowhere")
+    assert code == 1
+    assert "cannot be submitted yet: profile 'nowhere': no such file" in text
 
 
 def test_cancel_now_of_a_training_without_a_worker(sweep: Shell) -> None:
@@ -210,7 +236,7 @@ def test_help_names_every_shipped_sweep(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_nothing_to_cancel_or_retry(sweep: Shell) -> None:
-    assert "0 cancelled before they started, 0 asked to stop" in sweep("cancel")[1]
+    assert "0 cancelled while they waited, 0 asked to stop" in sweep("cancel")[1]
     code, text = sweep("retry state=failed")
     assert code == 0
     assert "nothing to retry" in text

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.grid import Run
 from jobs.state import Survey
-from jobs.training import Training, last_error
+from jobs.training import TORCHRUN, Training, last_error
 from tests.jobs_sweeps import STAND_IN, make_sweep
 from vitpa.config import ProcessId, RunDir, parse_config, read_json, record_config, write_json
 
@@ -107,3 +107,15 @@ def test_last_error_of_a_distributed_training(tmp_path: Path) -> None:
         "====\nvitpa.train FAILED\n"
     )
     assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory."
+
+
+@pytest.mark.slow
+def test_torchrun_leaves_nothing_behind_in_tmp(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-S", "-c", "pass"]
+    one = training(tmp_path, run, command)
+    run_out(one)
+    assert (one.attempt.path / "torchrun").is_dir(), "torchrun has run"
+    assert not list(folder.glob("torchelastic*"))

@@ -373,7 +373,7 @@ def test_a_run_that_never_advances_is_given_up(lives: Lives) -> None:
 
 
 def test_cancelled_while_it_waits_to_be_started_again(lives: Lives) -> None:
-    assert_ended(lives.stand_in, lives.stand_in.run("positional", 1), TERM, "cancelled: cancelled before it started")
+    assert_ended(lives.stand_in, lives.stand_in.run("positional", 1), TERM, "cancelled: cancelled while it waited to go on")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_cancel_and_retry(field: Field) -> None:
     wait_for(lambda: started(field, training))
     assert of(field, waiting).reason == "pending in SLURM: JobHeldUser"
     assert [state.state for state in field.states()] == ["pending", "running"]
-    assert "1 cancelled before they started, 1 asked to stop at their next step" in field.vitpa("cancel").stdout
+    assert "1 cancelled while they waited, 1 asked to stop at their next step" in field.vitpa("cancel").stdout
     wait_for(lambda: field.live() == 0, poll_s=0.2)
     assert [state.state for state in field.states()] == ["cancelled"] * 2
     alone = field.vitpa("submit")
@@ -73,7 +73,7 @@ def test_cancel_now_and_while_it_waits_to_go_on(field: Field) -> None:
     wait_for(lambda: started(field, waiting) and started(field, training))
     field.slurm("scontrol", "requeue", of(field, waiting).job_id)
     wait_for(lambda: of(field, waiting).reason.startswith("pending in SLURM"), poll_s=0.2)
-    assert "1 cancelled before they started, 1 killed" in field.vitpa("cancel", "--now").stdout
+    assert "1 cancelled while they waited, 1 killed" in field.vitpa("cancel", "--now").stdout
     wait_for(lambda: field.live() == 0, poll_s=0.2)
     assert [state.state for state in field.states()] == ["cancelled"] * 2
     assert [len(run.directory(field.root).attempts()) for run in (waiting, training)] == [2, 1]
