@@ -168,3 +168,19 @@ def test_squeue_fails_for_a_while(field: Field) -> None:
     field.environment = field.cluster.environment
     assert field.vitpa("submit").returncode == 0
     field.assert_one_job_each()
+
+
+def test_a_result_cut_in_half(field: Field) -> None:
+    run, other = field.sweep.runs
+    nearly_done(run, field.root)
+    nearly_done(other, field.root)
+    assert field.vitpa("submit").returncode == 0
+    wait_for(lambda: exits(field.root, field.sweep) == [["done"]] * 2)
+    result = run.directory(field.root).result_json
+    result.write_text(result.read_text()[:100])
+    shown = field.vitpa("status")
+    assert f"{run.label} broken: {result}: not valid JSON" in shown.stdout
+    assert shown.returncode == 4
+    assert "1 of 2 done" in field.vitpa("submit").stdout
+    assert "submitted 1 of 2 runs to SLURM" in field.vitpa("retry").stdout
+    wait_for(lambda: exits(field.root, field.sweep) == [["done", "done"], ["done"]])
