@@ -27,7 +27,7 @@ from slurm.devcluster_config import Layout, Settings, user_name, write_configura
 
 START_TIMEOUT_S = 60
 SETTLE_TIMEOUT_S = 20  # for a daemon that is started again
-QUEUE_TIMEOUT_S = 5  # for jobs to end; KillWait is 2 s
+QUEUE_TIMEOUT_S = 8  # for jobs to end; KillWait is 5 s
 GRACE_S = 3  # for a daemon to end
 POLL_S = 0.02
 IDLE_S = 0.25

@@ -42,7 +42,7 @@ def sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
 
 
 def test_plan(sweep: Shell) -> None:
-    code, text = sweep("plan --json")
+    code, text = sweep(f"plan --json --data-dir {sweep.root}/data")
     document = json.loads(text)
     assert code == 0
     assert [row["state"] for row in document["runs"]] == ["done", "missing", "broken", "missing"]
@@ -54,7 +54,8 @@ def test_plan(sweep: Shell) -> None:
 
 
 def test_plan_says_what_is_in_the_way(sweep: Shell) -> None:
-    _, text = sweep("plan --data-dir /nowhere")
+    code, text = sweep("plan --data-dir /nowhere")
+    assert code == 1
     assert "cannot be submitted yet: /nowhere/digits/train.beton: no such file; run `vitpa prep digits` first" in text
 
 

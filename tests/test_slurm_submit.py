@@ -190,7 +190,7 @@ def test_arrays_no_larger_than_slurm_allows(tmp_path: Path) -> None:
         field = Field(tmp_path, small, seeds=4, steps=10)
         profile = slurm_profile(tmp_path, "throttled", array_parallelism=3)
         done = field.vitpa("submit", profile=profile)
-        assert "submitted 8 of 8 runs, 3 at a time" in done.stdout, done.stderr
+        assert f"submitted 8 of 8 runs to SLURM (profile {profile}), 3 at a time" in done.stdout, done.stderr
         scripts = [path.read_text() for path in field.files("submitit/*_submission.sh")]
         assert sorted(re.findall(r"--array=(\S+)", script)[0] for script in scripts) == ["0-2%1", "0-4%2"]
         field.assert_each_done_once()
