@@ -40,6 +40,10 @@ class DevClusterError(Exception):
     """What is wrong with a cluster, where, and how to mend it."""
 
 
+class DaemonError(DevClusterError):
+    """A daemon has ended, or refuses an order."""
+
+
 class AlreadyRunningError(DevClusterError):
     """There is a cluster in this folder."""
 
@@ -117,6 +121,13 @@ class DevCluster:
         check_user()
         check_host_name(host_name())
         check_root(self.root, self.settings)
+        try:
+            self._start_daemons()
+        except DaemonError:  # a port may have been taken between its choice and its use: once more, with others
+            self._start_daemons()
+        self.start_time_s = time.monotonic() - begin
+
+    def _start_daemons(self) -> None:
         lock = claim(self.root)
         try:
             _end_remains(self.layout)
@@ -143,7 +154,6 @@ class DevCluster:
         except BaseException:
             self._leave()
             raise
-        self.start_time_s = time.monotonic() - begin
 
     def stay(self) -> None:
         """Leave the cluster to itself: it lives on after this process, until `stop_cluster`."""
@@ -209,10 +219,10 @@ class DevCluster:
         line = self._supervisor.stdout.readline()
         if not line:
             path, words = self.layout.last_words("supervisor")
-            raise DevClusterError(f"the cluster in {self.root} has ended; the last line of {path}: {words}")
+            raise DaemonError(f"the cluster in {self.root} has ended; the last line of {path}: {words}")
         answer = json.loads(line)
         if "error" in answer:
-            raise DevClusterError(answer["error"])
+            raise DaemonError(answer["error"])
 
 
 # --- before the start
