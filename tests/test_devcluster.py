@@ -131,13 +131,16 @@ def test_main_preempts_low_whose_job_starts_again(jobs: DevCluster) -> None:
     main = submit(jobs, "true", "--nodes=1", "--gpus-per-node=1")
     wait_for(lambda: state(jobs, main) == "COMPLETED")
     wait_for(lambda: "start 1" in printed(jobs, low))
+    assert (state(jobs, low), state(jobs, main)) == ("RUNNING", "COMPLETED")
 
 
 def test_a_requeued_job_starts_again(jobs: DevCluster) -> None:
     job = submit(jobs, "echo start $SLURM_RESTART_COUNT; sleep 60", "--open-mode=append")
     wait_for(lambda: "start" in printed(jobs, job))
     ask(jobs, "scontrol", "requeue", job)
-    wait_for(lambda: printed(jobs, job).splitlines()[-1] == "start 1")
+    wait_for(lambda: "start 1" in printed(jobs, job))
+    starts = [line.strip() for line in printed(jobs, job).splitlines() if line.startswith("start")]
+    assert starts == ["start", "start 1"]
 
 
 def test_an_array_index_beyond_the_limit_is_refused(jobs: DevCluster) -> None:
