@@ -109,7 +109,7 @@ def _specification(profile: LocalProfile | SlurmProfile, root: Path, data_dir: s
     common = {"root": str(root), "data_dir": str(folder), "datasets": data_sets(folder)}
     if isinstance(profile, LocalProfile):
         return {**common, "gpus": None, "cpus": 1, "min_free_gib": 1.0}  # None: all there are
-    cpus = profile.cpus_per_task or (profile.cpus_per_gpu or 0) * profile.gpus_per_node or 1
+    cpus = profile.cpus_per_node or 1
     return {**common, "gpus": profile.gpus_per_node, "cpus": cpus, "min_free_gib": profile.min_free_gib}
 
 

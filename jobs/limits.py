@@ -43,8 +43,8 @@ class Need:
     def of(profile: SlurmProfile) -> Need:
         """What the profile asks for."""
         typed = re.fullmatch(r"gpu:([^:]+):\d+", profile.gres or "")
-        cpus = profile.cpus_per_task or (profile.cpus_per_gpu or 0) * max(1, profile.gpus_per_node) or 1
-        return Need(profile.nodes, profile.gpus_per_node, typed[1] if typed else "", cpus, mem_mib(profile.mem or "0"))
+        gpu_type = typed[1] if typed else ""
+        return Need(profile.nodes, profile.gpus_per_node, gpu_type, profile.cpus_per_node or 1, mem_mib(profile.mem or "0"))
 
     def words(self, mem: str | None) -> str:
         """What a node has to have, for people."""

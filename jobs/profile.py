@@ -128,6 +128,11 @@ class SlurmProfile(Section):
         """Training processes on each node."""
         return self.processes_per_node or max(1, self.gpus_per_node)
 
+    @property
+    def cpus_per_node(self) -> int | None:
+        """CPUs that a run asks for on each node; None: SLURM's default."""
+        return self.cpus_per_task or (self.cpus_per_gpu or 0) * max(1, self.gpus_per_node) or None
+
     def for_dataset(self, dataset: str, where: str = "the profile") -> SlurmProfile:
         """The profile with the keys of `per_dataset` for that data set in it, and without `per_dataset`.
 

@@ -46,7 +46,7 @@ def slurm_executor(
 def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: str, exclude: list[str]) -> dict[str, Any]:
     """The parameters of submitit's executor, which are sbatch's by their long names."""
     left_out = ",".join(filter(None, [profile.exclude or "", *exclude]))
-    cpus = profile.cpus_per_task or (profile.cpus_per_gpu or 0) * max(1, profile.gpus_per_node) or None
+    cpus = profile.cpus_per_node
     parameters = {
         "job_name": name,
         "comment": COMMENT + token,

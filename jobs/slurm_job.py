@@ -324,7 +324,7 @@ class _Job:
         runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in training.claim["runtime"].items()]
         command = [sys.executable, "-m", "vitpa.preflight", str(self.run.config_yaml), *runtime]
         command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
-        cpus = self.profile["cpus_per_task"] or (self.profile["cpus_per_gpu"] or 0) * self.profile["gpus_per_node"]
+        cpus = self.intent["cpus_per_node"]
         return [*command, f"--cpus={cpus}"] if cpus else command
 
     def _end(self, training: Training, ended: Ended, without_node: str) -> None:

@@ -133,6 +133,7 @@ def _prepare_slurm(
             "executor": "slurm",
             "profile": resources.model_dump(mode="json"),
             "processes_per_node": resources.processes,
+            "cpus_per_node": resources.cpus_per_node,
             "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
             "exclude": sorted(failed),
         }
