@@ -74,7 +74,7 @@ def test_models_need_torch_and_timm_only() -> None:
 
 def test_a_login_node_needs_no_torch() -> None:
     light = [path for _, path in modules("jobs")] + [
-        ROOT / f"vitpa/{name}.py" for name in ("config", "rundir", "datasets", "cli", "code_version")
+        ROOT / f"vitpa/{name}.py" for name in ("config", "rundir", "datasets", "cli", "code_version", "replica_fit")
     ]
     wrong = [(path.name, name) for path in light for name in imported(path) if name.split(".")[0] in TORCH]
     assert not wrong

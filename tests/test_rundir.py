@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vitpa.rundir import ProcessId, Result, RunDir, RunError, create_exclusive, read_json, write_atomic, write_json
+from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, write_atomic, write_json
 
 RESULT: dict[str, Any] = {
     "signature": "0123456789abcdef",
@@ -349,3 +349,13 @@ def test_a_result_that_cannot_be_trusted_says_why_and_how_to_mend_it(tmp_path: P
     assert line.startswith(f"{run.result_json}: ")
     assert line.endswith("; delete it to train the run again")
     assert "\n" not in line
+
+
+def test_steps_of_checkpoints_and_what_the_trainer_leaves(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "0" * 16)
+    assert (run.checkpoint_steps(), run.newest_step()) == (set(), 0)
+    run.checkpoints.mkdir(parents=True)
+    for step in (50, 100):
+        (run.checkpoints / f"step_{step:09d}.pt").touch()
+    assert (run.checkpoint_steps(), run.newest_step()) == ({50, 100}, 100)
+    assert AttemptDir(run.attempts_dir / "0002").left_json == tmp_path / "runs" / run.signature / "attempts/0002/left.json"

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa.replica_fit import memory_gib, why_not_together
 from vitpa.rundir import (
     CLAIMED,
     AttemptDir,
@@ -59,6 +60,7 @@ __all__ = [
     "keys_help",
     "load_config",
     "load_model",
+    "memory_gib",
     "parse_config",
     "parse_model",
     "read_json",
@@ -68,6 +70,7 @@ __all__ = [
     "to_json",
     "to_yaml",
     "utc_now",
+    "why_not_together",
     "write_atomic",
     "write_json",
 ]

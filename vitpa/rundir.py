@@ -207,6 +207,11 @@ class AttemptDir:
         return self.path / "exit.json"
 
     @property
+    def left_json(self) -> Path:
+        """By the trainer: the run was dropped, those trained with it go on. {state: failed or stopped, reason, utc}."""
+        return self.path / "left.json"
+
+    @property
     def log(self) -> Path:
         """Everything the training processes print."""
         return self.path / "log.txt"
@@ -271,9 +276,13 @@ class RunDir:
             return []
         return [AttemptDir(directory / name) for name in sorted(names) if name.isdigit()]
 
+    def checkpoint_steps(self) -> set[int]:
+        """Steps done at each of the checkpoints that are kept, by their names."""
+        return {int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.pt")}
+
     def newest_step(self) -> int:
-        """Steps done at the newest checkpoint, by its name; 0 without one."""
-        return max((int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.pt")), default=0)
+        """Steps done at the newest checkpoint; 0 without one."""
+        return max(self.checkpoint_steps(), default=0)
 
     def claim_attempt(self, number: int, claim: Json) -> AttemptDir | None:
         """Make attempt `number` mine, with `claim` as its claim.json; None if another process was faster.

@@ -1,0 +1,54 @@
+"""Whether seeds of one configuration can train together as replicas, and how much memory of a GPU that takes.
+
+Arithmetic on the configuration; nothing is measured, and no torch is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitpa.config import RunConfig
+
+GIB = 2**30
+BYTES_PER_PARAMETER = 4 + 8 + 4 + 2  # weights, AdamW's two moments, gradients, the copy for bfloat16 products
+KEPT_PER_TOKEN = 9  # vectors of D that a block keeps for its backward pass: inputs of both norms, norms, q, k, v, mixed, ...
+KEPT_PER_HIDDEN = 2  # vectors of the MLP's hidden width: before and after its non-linearity
+CLASSES = 1000  # of the head, at most; of a small data set it is nothing beside the rest
+FIXED_GIB = 1.5  # CUDA's context, cuBLAS's and the compiler's workspace
+MARGIN = 1.25  # for what is not counted: batches on their way, the val split, fragmentation
+
+
+def why_not_together(config: RunConfig) -> str:
+    """Why seeds of this configuration cannot train in one step; empty if they can."""
+    if config.runtime.accum_steps != 1:
+        return f"runtime.accum_steps={config.runtime.accum_steps}: replicas take whole batches"
+    if config.augment.crop == "random_resized":
+        return "augment.crop=random_resized: replicas take whole images that lie on the device"
+    if config.augment.eval_crop_pct != 1:
+        return f"augment.eval_crop_pct={config.augment.eval_crop_pct}: replicas take whole images that lie on the device"
+    if config.runtime.loader == "stream":
+        return "runtime.loader=stream: replicas take images that lie on the device"
+    if config.model.drop_path_rate:
+        return f"model.drop_path_rate={config.model.drop_path_rate}: replicas have no stochastic depth"
+    return ""
+
+
+def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float:
+    """Memory of a GPU, in GiB, on which so many replicas of this configuration train; an estimate on the safe side."""
+    model = config.model
+    image_bytes = 3 * model.img_size**2
+    tokens = (model.img_size // model.patch_size) ** 2 + 1
+    kept = KEPT_PER_TOKEN + KEPT_PER_HIDDEN * model.mlp_ratio
+    bytes_per_value = 2 if config.train.precision == "bfloat16" else 4
+    activations = model.depth * tokens * model.embed_dim * kept * bytes_per_value * config.train.global_batch_size
+    per_replica = num_parameters(config) * BYTES_PER_PARAMETER + activations
+    return MARGIN * ((replicas * per_replica + num_train_images * image_bytes) / GIB + FIXED_GIB)
+
+
+def num_parameters(config: RunConfig) -> int:
+    """Parameters of the network, about; its attention has four square matrices per block, its MLP two."""
+    model, D = config.model, config.model.embed_dim
+    tokens = (model.img_size // model.patch_size) ** 2 + 1
+    blocks = model.depth * (4 + 2 * model.mlp_ratio) * D * D
+    return round(blocks) + D * (3 * model.patch_size**2 + tokens + CLASSES)
