@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "optim": {"lr": 3e-4, "warmup_epochs": 1},
     "train": {"epochs": 3, "global_batch_size": 32},
 }
-SMALL_SIGNATURE = "304ae885ba51e076"  # what was computed under it is found by it: a change gives up every older run
+SMALL_SIGNATURE = "95d1841f95464e1e"  # what was computed under it is found by it: a change gives up every older run
 
 OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "dataset": "cifar100",
@@ -50,6 +50,13 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "augment.crop_scale": "[0.08, 0.9]",
     "augment.crop_ratio": "[0.75, 1.5]",
     "augment.hflip": "false",
+    "augment.policy": "autoaugment_svhn",
+    "augment.randaugment_num_ops": "1",
+    "augment.randaugment_magnitude": "10",
+    "augment.erase_prob": "0.25",
+    "augment.erase_scale": "[0.02, 0.4]",
+    "augment.erase_ratio": "[0.3, 4]",
+    "augment.cutout_px": "16",
     "augment.eval_crop_pct": "0.9",
     "optim.lr": "2e-4",
     "optim.min_lr": "0",
@@ -192,6 +199,12 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("seed=2147483648", r"seed=2147483648: .*less than 2147483648"),
         ("augment.hflip=1", r"augment\.hflip=1: .*valid boolean"),
         ("augment.hflip='true'", r"augment\.hflip=true: .*valid boolean"),
+        ("augment.policy=autoaugment", r"augment\.policy=autoaugment: .*'autoaugment_cifar10'.* or 'randaugment'"),
+        ("augment.randaugment_num_ops=0", r"augment\.randaugment_num_ops=0: .*greater than or equal to 1"),
+        ("augment.randaugment_magnitude=31", r"augment\.randaugment_magnitude=31: .*less than or equal to 30"),
+        ("augment.erase_prob=1.5", r"augment\.erase_prob=1\.5: .*less than or equal to 1"),
+        ("augment.erase_scale=[0.1]", r"augment\.erase_scale\.1 is missing"),
+        ("augment.cutout_px=-1", r"augment\.cutout_px=-1: .*greater than or equal to 0"),
         ("optim.lr=true", r"optim\.lr=True: .*valid number"),
         ("optim.lr=fast", r"optim\.lr=fast: .*valid number"),
         ("optim.lr=[1]", r"optim\.lr=\[1\]: .*valid number"),
@@ -223,6 +236,10 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
         ("augment.crop_scale=[0.5,0.2]", r"augment\.crop_scale=\[0\.5, 0\.2\] is not a range"),
         ("augment.crop_ratio=[0,1]", r"augment\.crop_ratio=\[0\.0, 1\.0\] is not a range"),
         ("augment.crop_scale=[0.5,1.5]", r"augment\.crop_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
+        ("augment.erase_scale=[0.5,0.2]", r"augment\.erase_scale=\[0\.5, 0\.2\] is not a range of positive numbers"),
+        ("augment.erase_scale=[0.5,1.5]", r"augment\.erase_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
+        ("augment.erase_ratio=[0,1]", r"augment\.erase_ratio=\[0\.0, 1\.0\] is not a range"),
+        ("augment.cutout_px=33", r"augment\.cutout_px=33 is more than model\.img_size=32"),
         ("optim.min_lr=1e-2", r"optim\.min_lr=0\.01 is above optim\.lr=0\.0003"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=\[0\.9, 1\.0\]: each must be in \[0, 1\)"),
         ("optim.warmup_epochs=4", r"optim\.warmup_epochs=4\.0 is longer than train\.epochs=3"),

@@ -1,4 +1,4 @@
-"""Counter-based randomness, batch order and augmentation, against slow references."""
+"""Counter-based randomness and batch order, against slow references."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from torchvision.transforms import functional as tvf
 
-from vitpa.data import augment
 from vitpa.data.batches import eval_batches, steps_per_epoch, train_batches
 from vitpa.data.counter_rng import Purpose, key, permutation, randint, random_bits, uniform
 
@@ -49,6 +47,19 @@ def test_a_number_depends_on_its_counter_alone() -> None:
     whole = randint(stream, torch.arange(1000), 9)
     assert torch.equal(randint(stream, torch.tensor([400, 7, 999]), 9), whole[[400, 7, 999]])
     assert set(whole.tolist()) == set(range(9))
+
+
+def test_numbers_of_several_streams_and_draws_at_once_are_those_of_each() -> None:
+    keys = [key(seed, Purpose.POLICY, 3) for seed in range(4)]
+    counters, draws = torch.arange(5), torch.arange(3)
+    streams = torch.tensor(keys)[:, None, None]
+    together = uniform(streams, counters[:, None], draw=draws)  # streams, counters, draws
+    whole = randint(streams, counters[:, None], 1000, draw=draws)
+    for row, stream in enumerate(keys):
+        assert torch.equal(random_bits(streams, counters)[row, 0], random_bits(stream, counters))
+        for draw in draws.tolist():
+            assert torch.equal(together[row, :, draw], uniform(stream, counters, draw))
+            assert torch.equal(whole[row, :, draw], randint(stream, counters, 1000, draw))
 
 
 def test_orders_of_seeds_and_epochs_differ() -> None:
@@ -95,40 +106,3 @@ def test_evaluation_counts_every_sample_once(world_size: int, num_samples: int) 
             assert len(batch) == 16
             seen += [sample for sample in batch.tolist() if sample >= 0]
     assert sorted(seen) == list(range(num_samples))
-
-
-def test_padded_crop_equals_torchvision_image_by_image() -> None:
-    images = torch.randint(0, 256, (20, 3, 10, 12), dtype=torch.uint8)
-    samples = torch.arange(100, 120)
-    got = augment.padded_crop(images, samples, padding=3, seed=5, epoch=4)
-    stream = key(5, Purpose.CROP, 4)
-    for image, sample, cropped in zip(images, samples, got, strict=True):
-        top, left = (int(randint(stream, sample[None], 7, draw=draw)) for draw in (0, 1))
-        assert torch.equal(cropped, tvf.crop(tvf.pad(image, [3]), top, left, 10, 12))
-
-
-def test_crops_reach_every_place_equally() -> None:
-    images = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4).expand(90_000, 1, 4, 4)
-    cropped = augment.padded_crop(images, torch.arange(90_000), padding=1, seed=0, epoch=0)
-    counts = torch.unique(cropped.flatten(1), dim=0, return_counts=True)[1]
-    assert len(counts) == 9
-    assert (counts - 10_000).abs().max() < 500
-
-
-def test_flip_mirrors_half_of_the_images_chosen_per_sample_and_epoch() -> None:
-    images = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8)
-    samples = torch.arange(4000)
-    flipped = augment.horizontal_flip(images, samples, seed=0, epoch=0)
-    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
-    kept = (flipped == images).flatten(1).all(1)
-    assert (mirrored | kept).all()
-    assert abs(mirrored.float().mean().item() - 0.5) < 0.04
-    assert torch.equal(augment.horizontal_flip(images[100:], samples[100:], seed=0, epoch=0), flipped[100:])
-    assert not torch.equal(augment.horizontal_flip(images, samples, seed=0, epoch=1), flipped)
-
-
-def test_normalize_equals_torchvision() -> None:
-    images = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
-    mean, std = (0.49, 0.48, 0.44), (0.247, 0.243, 0.261)
-    expected = tvf.normalize(images.float() / 255, list(mean), list(std))
-    torch.testing.assert_close(augment.normalize(images, mean, std), expected)

@@ -14,6 +14,7 @@ from vitpa.config import AugmentConfig
 from vitpa.data import augment
 from vitpa.data.batches import eval_batches
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
+from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.resident import ResidentImages
 from vitpa.datasets import facts_of
 
@@ -65,13 +66,13 @@ def test_augmentation_is_that_of_the_functions(val: Beton, stored: Tensor, crop:
     samples = torch.tensor([7, 300, 0, 7, 42])
     expected = stored[samples]
     if crop == "padded":
-        expected = augment.padded_crop(expected, samples, padding=2, seed=5, epoch=9)
+        expected = augment.padded_crop(expected, samples, padding=2, stream=key(5, Purpose.CROP, 9))
     if hflip:
-        expected = augment.horizontal_flip(expected, samples, seed=5, epoch=9)
+        expected = augment.horizontal_flip(expected, samples, stream=key(5, Purpose.FLIP, 9))
     images = resident(val, options, seed=5)
     assert torch.equal(images.augmented(samples, 9), expected)
     ((got, _labels),) = images.train_batches([samples], 9)
-    assert torch.equal(got, augment.normalize(expected, DIGITS.mean, DIGITS.std))
+    assert torch.equal(got, images.augmentation.normalize(expected))
     assert torch.equal(images.images, stored)  # the originals stay as they are
 
 
@@ -93,7 +94,7 @@ def test_evaluation_takes_every_image_once_and_none_of_the_padding(val: Beton, s
     real = labels >= 0
     assert labels[~real].tolist() == [-1] * 40
     assert labels[real].tolist() == val.labels.tolist()
-    assert torch.equal(torch.cat([batch for batch, _ in found])[real], augment.normalize(stored, DIGITS.mean, DIGITS.std))
+    assert torch.equal(torch.cat([batch for batch, _ in found])[real], images.augmentation.normalize(stored))
 
 
 def test_content_that_is_not_what_the_manifest_says_is_refused(val: Beton, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from vitpa.config import AugmentConfig
 from vitpa.data import augment
 from vitpa.data.batches import eval_batches, train_batches
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
+from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import facts_of
 
@@ -109,12 +110,11 @@ def test_evaluation_equals_torchvisions_resize_and_centre_crop(val: Beton, img_s
     reference = transforms.Compose(
         [transforms.Resize(int(img_size / eval_crop_pct), antialias=True), transforms.CenterCrop(img_size)]
     )
-    facts = facts_of("photos")
     (got, labels), *more = images.eval_batches([torch.arange(len(val))])
     assert not more
     assert labels.tolist() == val.labels.tolist()
     expected = torch.stack([pixels(reference(pil(val, index))) for index in range(len(val))])
-    assert torch.equal(got, augment.normalize(expected, facts.mean, facts.std))
+    assert torch.equal(got, images.augmentation.normalize(expected))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_without_random_crops_training_sees_the_centre_and_flips(train: Beton) -
     centre = stream(train, plain).augmented(samples, 0)
     assert torch.equal(centre, torch.stack([pixels(stream(train)._centre(pil(train, index))) for index in samples.tolist()]))
     got = stream(train, flipping, seed=3).augmented(samples, 5)
-    assert torch.equal(got, augment.horizontal_flip(centre, samples, seed=3, epoch=5))
+    assert torch.equal(got, augment.horizontal_flip(centre, samples, stream=key(3, Purpose.FLIP, 5)))
     assert not torch.equal(got, centre)
 
 
@@ -294,8 +294,7 @@ def test_batches_are_decoded_ahead_but_not_all_at_once(train: Beton) -> None:
 
 
 def test_no_image_is_black_with_the_label_minus_one(val: Beton) -> None:
-    facts = facts_of("photos")
-    black = augment.normalize(torch.zeros(1, 3, IMG_SIZE, IMG_SIZE, dtype=torch.uint8), facts.mean, facts.std)[0]
+    black = stream(val).augmentation.normalize(torch.zeros(1, 3, IMG_SIZE, IMG_SIZE, dtype=torch.uint8))[0]
     ((images, labels),) = stream(val).eval_batches([torch.tensor([6, -1, 0, -1])])
     assert labels.tolist() == [val.labels[6], -1, val.labels[0], -1]
     assert torch.equal(images[1], black) and torch.equal(images[3], black)

@@ -131,15 +131,25 @@ class AugmentConfig(Section):
     crop_scale: tuple[Float, Float] = Field((0.08, 1.0), description="random_resized: range of the crop's share of area")
     crop_ratio: tuple[Float, Float] = Field((0.75, 4 / 3), description="random_resized: range of its width / height")
     hflip: bool = Field(True, description="mirror half of the images left to right")
+    policy: Literal["none", "autoaugment_cifar10", "autoaugment_svhn", "autoaugment_imagenet", "randaugment"] = Field(
+        "none", description="random operations after crop and flip, as in torchvision"
+    )
+    randaugment_num_ops: int = Field(2, ge=1, description="randaugment: operations per image")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30")
+    erase_prob: Float = Field(0.0, ge=0, le=1, description="share of the images of which a random rectangle is erased")
+    erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
+    erase_ratio: tuple[Float, Float] = Field((0.3, 3.3), description="erased: range of its height / width")
+    cutout_px: int = Field(0, ge=0, description="side of a square erased around a random pixel, pixels; 0 for none")
     eval_crop_pct: Float = Field(1.0, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, (low, high) in {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}.items():
+        for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
+            low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"augment.{name}=[{low}, {high}] is not a range of positive numbers")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"augment.crop_scale={list(self.crop_scale)} goes beyond the whole image (1.0)")
+            if name.endswith("_scale") and high > 1:
+                raise ValueError(f"augment.{name}=[{low}, {high}] goes beyond the whole image (1.0)")
         return self
 
 
@@ -211,6 +221,8 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} is longer than train.epochs={self.train.epochs}")
+        if self.augment.cutout_px > self.model.img_size:
+            raise ValueError(f"augment.cutout_px={self.augment.cutout_px} is more than model.img_size={self.model.img_size}")
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "

@@ -1,38 +1,91 @@
 """Augmentation on the device: batched, per sample, every parameter drawn from (seed, epoch, sample).
 
-Axes: B batch, C channels, H W pixels. Images are uint8 until `normalize`.
+In torchvision's usual order: padded crop, flip, policy, all on uint8; normalisation; random erasing and cutout. No shape
+depends on the data, nothing is copied from the host and nothing waits for the device, so that a CUDA graph can hold it.
+
+Axes: B batch, C channels, H W pixels, P purposes of random numbers.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vitpa.config import AugmentConfig
-from vitpa.data.counter_rng import Purpose, key, randint, random_bits
+from vitpa.data.auto_augment import Policy
+from vitpa.data.counter_rng import Purpose, key, randint, random_bits, uniform
+from vitpa.datasets import DatasetFacts
+
+_ERASE_TRIES = 10
 
 
-def crop_and_flip(images: Tensor, samples: Tensor, options: AugmentConfig, *, seed: int, epoch: int) -> Tensor:
-    """The random part of augmentation that works on whole batches of decoded images (B, C, H, W) uint8.
+def epoch_keys(seeds: Sequence[int], epoch: int) -> Tensor:
+    """The keys of an epoch: (len(seeds), P) int64 on the CPU, column p for Purpose(p); column 0 is unused."""
+    purposes = sorted(Purpose)
+    return torch.tensor([[0, *(key(seed, purpose, epoch) for purpose in purposes)] for seed in seeds])
 
-    The place for AutoAugment and its kin. random_resized crops are taken where images are decoded: their sizes differ.
+
+class Augmentation:
+    """What `options` do to training images (B, 3, H, W) of one size.
+
+    `samples` (B,) int64 are the indices of the images in the data set and `keys` (B or 1, P) the rows of `epoch_keys`
+    that belong to their seeds: a batch may hold samples of several.
     """
-    if options.crop == "padded":
-        images = padded_crop(images, samples, padding=options.crop_padding_px, seed=seed, epoch=epoch)
-    if options.hflip:
-        images = horizontal_flip(images, samples, seed=seed, epoch=epoch)
-    return images
+
+    def __init__(self, options: AugmentConfig, facts: DatasetFacts, *, img_size: int, device: torch.device):
+        self.options = options
+        shift = [mean / std for mean, std in zip(facts.mean, facts.std, strict=True)]
+        self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
+        self.shift = torch.tensor(shift)[:, None, None].to(device)
+        self.policy: Policy | None = None
+        if options.policy != "none":
+            self.policy = Policy(
+                options.policy,
+                num_ops=options.randaugment_num_ops,
+                magnitude=options.randaugment_magnitude,
+                img_size=img_size,
+                device=device,
+            )
+
+    def __call__(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """uint8 images -> float32 of the same shape as the model takes them: augmented and normalised.
+
+        Erased pixels are 0, the mean colour of the data set.
+        """
+        out, options = self.normalize(self.uint8(images, samples, keys)), self.options
+        if options.erase_prob:
+            out = random_erase(out, samples, options, stream=keys[:, Purpose.ERASE])
+        if options.cutout_px:
+            out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
+        return out
+
+    def uint8(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """The part before normalisation. random_resized crops are taken where images are decoded: their sizes differ."""
+        options = self.options
+        if options.crop == "padded":
+            images = padded_crop(images, samples, padding=options.crop_padding_px, stream=keys[:, Purpose.CROP])
+        if options.hflip:
+            images = horizontal_flip(images, samples, stream=keys[:, Purpose.FLIP])
+        if self.policy is not None:
+            images = self.policy(images, samples, keys[:, Purpose.POLICY])
+        return images
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images -> float32, per channel (x / 255 - mean) / std."""
+        return images.to(torch.float32) * self.scale - self.shift
 
 
-def padded_crop(images: Tensor, samples: Tensor, *, padding: int, seed: int, epoch: int) -> Tensor:
+def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:
     """Pad images (B, C, H, W) with `padding` zero pixels on each side and crop back to H x W at a random place.
 
-    `samples` (B,) are the indices of the images in the data set: they choose the place. The usual augmentation of
-    CIFAR (He et al. 2015, section 4.2).
+    The place is drawn in `stream`, one key or (B,), by `samples` (B,). The usual augmentation of CIFAR (He et al. 2015,
+    section 4.2).
     """
     B, _, H, W = images.shape
-    stream = key(seed, Purpose.CROP, epoch)
     top = randint(stream, samples, 2 * padding + 1, draw=0)
     left = randint(stream, samples, 2 * padding + 1, draw=1)
     rows = top[:, None] + torch.arange(H, device=images.device)  # B, H
@@ -42,14 +95,60 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, seed: int, epo
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # B, C, H, W
 
 
-def horizontal_flip(images: Tensor, samples: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """Mirror each of the images (B, C, H, W) left to right with probability 1/2, chosen by its index in `samples` (B,)."""
-    flip = random_bits(key(seed, Purpose.FLIP, epoch), samples) < 0
+def horizontal_flip(images: Tensor, samples: Tensor, *, stream: int | Tensor) -> Tensor:
+    """Mirror images (B, C, H, W) left to right with probability 1/2, drawn in `stream`, one key or (B,), by `samples` (B,)."""
+    flip = random_bits(stream, samples) < 0
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 images (B, C, H, W) -> float32, per channel (x / 255 - mean) / std."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None, None]
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None, None]
-    return images.to(torch.float32) * scale - shift
+def random_erase(images: Tensor, samples: Tensor, options: AugmentConfig, *, stream: int | Tensor) -> Tensor:
+    """Set a random rectangle of each of the images (B, C, H, W) to 0, with probability erase_prob.
+
+    By the rule of torchvision's RandomErasing (Zhong et al. 2017, arXiv 1708.04896, algorithm 1), in whose order the
+    numbers of each try are drawn in `stream`, one key or (B,), by `samples` (B,).
+    """
+    top, left, height, width = erased_boxes(samples, options, size=(images.shape[2], images.shape[3]), stream=stream)
+    return _blank(images, top, left, height, width)
+
+
+def erased_boxes(
+    samples: Tensor, options: AugmentConfig, *, size: tuple[int, int], stream: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height and width (B,) of what is erased of images of `size` (H, W); 0 x 0 for nothing."""
+    H, W = size
+    (scale_low, scale_high), (ratio_low, ratio_high) = options.erase_scale, options.erase_ratio
+    streams = stream[:, None] if isinstance(stream, Tensor) else stream
+    draws = [
+        uniform(streams, samples[:, None], draw=1 + part + 4 * torch.arange(_ERASE_TRIES, device=samples.device)).double()
+        for part in range(4)
+    ]  # B, tries; float64, so that devices agree on what is rounded
+    area = H * W * (scale_low + draws[0] * (scale_high - scale_low))
+    ratio = torch.exp(math.log(ratio_low) + draws[1] * (math.log(ratio_high) - math.log(ratio_low)))
+    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    top, left = (draws[2] * (H - height + 1)).floor(), (draws[3] * (W - width + 1)).floor()
+    tries = torch.arange(_ERASE_TRIES, device=samples.device)
+    first = torch.where((height < H) & (width < W), tries, _ERASE_TRIES).amin(1)  # B: the first that fits
+    erased = (first < _ERASE_TRIES) & (uniform(stream, samples) < options.erase_prob)
+    best = first.clamp(max=_ERASE_TRIES - 1)[:, None]
+    boxes = (torch.where(erased, part.gather(1, best)[:, 0], 0).long() for part in (top, left, height, width))
+    return tuple(boxes)  # type: ignore[return-value]
+
+
+def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) -> Tensor:
+    """Set a square of `side` pixels of each of the images (B, C, H, W) to 0, as far as it lies in the image.
+
+    Its centre is a random pixel, drawn in `stream`, one key or (B,), by `samples` (B,) (DeVries & Taylor 2017, arXiv
+    1708.04552).
+    """
+    top = randint(stream, samples, images.shape[2], draw=0) - side // 2
+    left = randint(stream, samples, images.shape[3], draw=1) - side // 2
+    length = torch.full_like(top, side)
+    return _blank(images, top, left, length, length)
+
+
+def _blank(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """The images (B, C, H, W) with 0 in a box (B,) of each."""
+    y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
+    rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # B, H
+    columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # B, W
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], 0.0, images)

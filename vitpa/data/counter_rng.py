@@ -27,6 +27,9 @@ class Purpose(IntEnum):
     CROP = 3
     FLIP = 4
     DROP_PATH = 5
+    POLICY = 6
+    ERASE = 7
+    CUTOUT = 8
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:
@@ -40,8 +43,11 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch's >> keeps the sign
 
 
-def random_bits(stream: int, counters: Tensor) -> Tensor:
-    """64 random bits, as int64, for each of `counters` (int64, any shape), in the stream of that key."""
+def random_bits(stream: int | Tensor, counters: Tensor) -> Tensor:
+    """64 random bits, as int64, for each of `counters` (int64, any shape), in the stream of that key.
+
+    Counters may be of several streams: then `stream` is an int64 tensor that broadcasts to their shape.
+    """
     z = counters * _GOLDEN + stream
     for _ in range(2):  # twice, since streams may differ by small multiples of the increment
         z = (z ^ _shift(z, 30)) * _MIX1
@@ -50,13 +56,13 @@ def random_bits(stream: int, counters: Tensor) -> Tensor:
     return z
 
 
-def uniform(stream: int, counters: Tensor, draw: int = 0) -> Tensor:
+def uniform(stream: int | Tensor, counters: Tensor, draw: int | Tensor = 0) -> Tensor:
     """float32 numbers in [0, 1) with 24 random bits, one for each of `counters`; `draw` numbers several per counter."""
     bits = random_bits(stream + draw, counters)  # nearby keys are as good as distant ones after the mixing
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
-def randint(stream: int, counters: Tensor, high: int, draw: int = 0) -> Tensor:
+def randint(stream: int | Tensor, counters: Tensor, high: int, draw: int | Tensor = 0) -> Tensor:
     """int64 numbers in [0, high), one for each of `counters`."""
     return _shift(random_bits(stream + draw, counters), 33) % high  # 31 bits: the bias is below high / 2^31
 

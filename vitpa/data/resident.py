@@ -34,24 +34,31 @@ class ResidentImages:
             beton.read_image(index, out=images[index])
         self.images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # N, C, H, W
         self.labels = torch.from_numpy(beton.labels.copy()).to(device)
-        self.device, self.facts, self.options, self.seed = device, facts, options, seed
+        self.augmentation = augment.Augmentation(options, facts, img_size=img_size, device=device)
+        self.device, self.seed = device, seed
+
+    @staticmethod
+    def bytes_needed(beton: Beton) -> int:
+        """Bytes of device memory that the decoded images of `beton` take."""
+        return int((beton.heights.astype(np.int64) * beton.widths).sum()) * 3
 
     def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """For each int64 tensor of sample indices (B,): augmented images (B, 3, H, W) float32 and labels (B,)."""
+        keys = self._keys(epoch)
         for samples in indices:
             on_device = samples.to(self.device, non_blocking=True)
-            yield self._finish(self.augmented(on_device, epoch)), self.labels[on_device]
+            yield self.augmentation(self.images[on_device], on_device, keys), self.labels[on_device]
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
-        """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
+        """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
         samples = samples.to(self.device)
-        return augment.crop_and_flip(self.images[samples], samples, self.options, seed=self.seed, epoch=epoch)
+        return self.augmentation.uint8(self.images[samples], samples, self._keys(epoch))
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same without augmentation; index -1 gives some image with the label -1."""
         for samples in indices:
             on_device = samples.to(self.device, non_blocking=True)
-            yield self._finish(self.images[on_device]), torch.where(on_device < 0, -1, self.labels[on_device])
+            yield self.augmentation.normalize(self.images[on_device]), torch.where(on_device < 0, -1, self.labels[on_device])
 
-    def _finish(self, images: Tensor) -> Tensor:
-        return augment.normalize(images, self.facts.mean, self.facts.std)
+    def _keys(self, epoch: int) -> Tensor:
+        return augment.epoch_keys([self.seed], epoch).to(self.device)

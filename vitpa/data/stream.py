@@ -45,7 +45,8 @@ class StreamedImages:
         device: torch.device,
         workers: int,
     ):
-        self.beton, self.facts, self.options = beton, facts, options
+        self.beton, self.options = beton, options
+        self.augmentation = augment.Augmentation(options, facts, img_size=img_size, device=device)
         self.img_size, self.seed, self.device, self.workers = img_size, seed, device, workers
 
     def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -54,20 +55,22 @@ class StreamedImages:
         Raises:
             BetonError: an image cannot be decoded.
         """
+        keys = self._keys(epoch)
         with closing(self._decoded(indices, lambda index: self._train_image(index, epoch))) as decoded:
             for samples, images in decoded:
-                yield self._finish(self._augmented(images, samples, epoch)), self._labels(samples)
+                yield self.augmentation(images, samples.to(self.device), keys), self._labels(samples)
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
-        """The images of `samples` (B,) as epoch `epoch` sees them: (B, 3, H, W) uint8."""
+        """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
         with closing(self._decoded([samples], lambda index: self._train_image(index, epoch))) as decoded:
-            return self._augmented(next(decoded)[1], samples, epoch)
+            return self.augmentation.uint8(next(decoded)[1], samples.to(self.device), self._keys(epoch))
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """The same without augmentation; index -1 gives a black image with the label -1."""
         with closing(self._decoded(indices, self._eval_image)) as decoded:  # Python 3.12 leaves it open otherwise
             for samples, images in decoded:
-                yield self._finish(images), torch.where(samples.to(self.device) < 0, -1, self._labels(samples.clamp(min=0)))
+                labels = torch.where(samples.to(self.device) < 0, -1, self._labels(samples.clamp(min=0)))
+                yield self.augmentation.normalize(images), labels
 
     def _decoded(self, indices: Iterable[Tensor], decode: Decode) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Sample indices and decoded images (B, 3, H, W) uint8 on the device, in order, BATCHES_AHEAD batches ahead."""
@@ -132,14 +135,11 @@ class StreamedImages:
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
-    def _augmented(self, images: Tensor, samples: Tensor, epoch: int) -> Tensor:
-        return augment.crop_and_flip(images, samples.to(self.device), self.options, seed=self.seed, epoch=epoch)
+    def _keys(self, epoch: int) -> Tensor:
+        return augment.epoch_keys([self.seed], epoch).to(self.device)
 
     def _labels(self, samples: Tensor) -> Tensor:
         return torch.from_numpy(self.beton.labels[samples.numpy()]).to(self.device)
-
-    def _finish(self, images: Tensor) -> Tensor:
-        return augment.normalize(images, self.facts.mean, self.facts.std)
 
 
 def _decode_rows(decode: Decode, samples: Tensor, images: np.ndarray, rows: np.ndarray) -> None:
