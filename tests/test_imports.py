@@ -42,8 +42,9 @@ def may_import(module: str) -> tuple[str, ...]:
     """What of ours a module may import."""
     if module == "vitpa.cli":
         return OURS
-    if within(module, ("vitpa.models",)):
-        return ("vitpa.models",)
+    for closed in ("vitpa.models", "vitpa.kernels"):
+        if within(module, (closed,)):
+            return (closed,)
     if within(module, ("vitpa",)):
         return ("vitpa",)
     if within(module, ("jobs",)):
@@ -68,6 +69,14 @@ def test_models_need_torch_and_timm_only() -> None:
     allowed = ("__future__", "typing", "collections", "math", "torch", "timm", "vitpa.models")
     wrong = [
         (module, name) for module, path in modules("vitpa/models") for name in imported(path) if not within(name, allowed)
+    ]
+    assert not wrong
+
+
+def test_kernels_need_torch_and_triton_only() -> None:
+    allowed = ("typing", "torch", "triton", "vitpa.kernels")
+    wrong = [
+        (module, name) for module, path in modules("vitpa/kernels") for name in imported(path) if not within(name, allowed)
     ]
     assert not wrong
 

@@ -1,0 +1,252 @@
+"""Kernels against slow, obvious references in float64: by Triton's interpreter on the CPU, and on a GPU.
+
+Run as a program (with TRITON_INTERPRET=1, which counts only before Triton is imported), it prints the errors as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import vitpa.kernels.attention
+import vitpa.kernels.mixing
+import vitpa.kernels.norm
+from vitpa.kernels.attention import attention
+from vitpa.kernels.mixing import mix
+from vitpa.kernels.norm import add_norm, norm
+from vitpa.kernels.partials import sum_partials
+
+Function = Callable[..., Any]
+Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64)]
+EPS = 1e-6
+
+
+def slow_attention(qkv: Tensor) -> Tensor:
+    M, N, _, H, d = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out: Tensor = torch.softmax(q @ k.transpose(-1, -2) * d**-0.5, -1) @ v
+    return out.transpose(1, 2).reshape(M, N, H * d)
+
+
+def slow_mix(matrix: Tensor, v: Tensor) -> Tensor:
+    mixed: Tensor = torch.einsum("rhnm,rbmhd->rbnhd", matrix, v)
+    return mixed.flatten(3)
+
+
+def slow_norm(x: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * weight[:, None] + norm_bias[:, None]
+
+
+def slow_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + branch + bias[:, None]
+    return total, slow_norm(total, weight, norm_bias)
+
+
+def fast_norm(x: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+    return norm(x, weight, norm_bias, EPS)
+
+
+def fast_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
+    return add_norm(x, branch, bias, weight, norm_bias, EPS)
+
+
+def cases(device: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, Function, Function, list[Tensor]]]:
+    """Name, kernel, reference and fresh random inputs of every operation."""
+    R, B, N, H, d = sizes
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    yield "attention", attention, slow_attention, [random(R * B, N, 3, H, d)]
+    matrix = torch.softmax(2 * torch.randn(R, H, N, N, device=device), -1).requires_grad_()
+    yield "mix", mix, slow_mix, [matrix, random(R, B, N, H, d)]
+    stream = [random(R, B * N, H * d) for _ in range(2)]
+    rows = [random(R, H * d, dtype=torch.float32) for _ in range(3)]
+    yield "add_norm", fast_add_norm, slow_add_norm, [*stream, *rows]
+    yield "norm", fast_norm, slow_norm, [stream[0], *rows[1:]]
+
+
+def results(function: Function, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """The outputs and the gradients of the inputs."""
+    out = function(*inputs)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    grads = torch.autograd.grad(outs, inputs, [grad.to(x.dtype) for grad, x in zip(gradients, outs, strict=True)])
+    return [x.detach() for x in (*outs, *grads)]
+
+
+def errors(kernel: Function, reference: Function, inputs: list[Tensor]) -> list[float]:
+    """Relative errors of the outputs and of the gradients of the inputs, in this order."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        out = reference(*exact)
+    dtype = inputs[1 if kernel is mix else 0].dtype
+    gradients = [torch.randn(x.shape, device=x.device).to(dtype) for x in ([out] if isinstance(out, Tensor) else out)]
+    got = results(kernel, inputs, gradients)
+    assert [x.dtype for x in got[-len(inputs) :]] == [x.dtype for x in inputs]
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, results(reference, exact, gradients), strict=True)]
+
+
+def multiply_bfloat16_in_float32() -> None:
+    """Mend Triton's interpreter, which keeps bfloat16 as integers and multiplies matrices of those."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype == tl.bfloat16:
+            a, b = widened(a), widened(b)
+        return multiply(self, a, b, *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+def main() -> None:
+    multiply_bfloat16_in_float32()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    report = {}
+    for dtype in LIMITS:
+        for sizes in INTERPRETED:
+            for name, kernel, reference, inputs in cases("cpu", dtype, sizes):
+                report[f"{name} {dtype} {sizes}"] = errors(kernel, reference, inputs)
+    parts = torch.randn(2, 70, 40)
+    total = parts.double().sum(1)
+    report["sum_partials"] = [float((sum_partials(parts) - total).norm() / total.norm())]
+    json.dump(report, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list[float]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_kernels"],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, list[float]] = json.loads(done.stdout)
+    return report
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("name", "results"), [("attention", 2), ("mix", 3), ("add_norm", 7), ("norm", 4)])
+@pytest.mark.parametrize("sizes", INTERPRETED)
+def test_kernels_and_their_gradients_are_those_of_the_reference(
+    interpreted: dict[str, list[float]], name: str, results: int, dtype: torch.dtype, sizes: Sizes
+) -> None:
+    found = interpreted[f"{name} {dtype} {sizes}"]
+    assert len(found) == results  # outputs and gradients
+    assert all(error < LIMITS[dtype] for error in found), found  # NaN is not below
+
+
+def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str, list[float]]) -> None:
+    assert interpreted["sum_partials"][0] < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [vitpa.kernels.attention, vitpa.kernels.mixing])
+def test_sizes_that_do_not_fit_are_named(kernel: Any) -> None:
+    assert [kernel.unfit(1 + patches, d) for patches in (16, 32, 64, 128) for d in (16, 32, 64)] == [""] * 12
+    assert "196 patches" in kernel.unfit(197, 64)
+    assert "8 patches" in kernel.unfit(9, 64)
+    assert "head_dim 48" in kernel.unfit(65, 48)
+    assert "head_dim 8" in kernel.unfit(65, 8)
+
+
+def test_rows_that_do_not_fit_the_norm_are_named() -> None:
+    assert [vitpa.kernels.norm.unfit(D) for D in (16, 192, 384, 2048)] == [""] * 4
+    assert "embed_dim 4096" in vitpa.kernels.norm.unfit(4096)
+    assert "embed_dim 8" in vitpa.kernels.norm.unfit(8)
+
+
+def test_shapes_are_known_without_running() -> None:
+    with torch.device("meta"):
+        qkv = torch.empty(6, 65, 3, 12, 32, dtype=torch.bfloat16)
+        stream, row = torch.empty(2, 195, 384, dtype=torch.bfloat16), torch.empty(2, 384)
+        matrix, v = torch.empty(2, 12, 65, 65), torch.empty(2, 3, 65, 12, 32, dtype=torch.bfloat16)
+    assert (attention(qkv).shape, attention(qkv).dtype) == ((6, 65, 384), torch.bfloat16)
+    assert (mix(matrix, v).shape, mix(matrix, v).dtype) == ((2, 3, 65, 384), torch.bfloat16)
+    assert [x.shape for x in add_norm(stream, stream, row, row, row, eps=EPS)] == [stream.shape] * 2
+    assert norm(stream, row, row, eps=EPS).shape == stream.shape
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+GPU_SIZES: list[Sizes] = [(2, 3, 65, 12, 32), (1, 37, 17, 3, 16), (3, 5, 33, 2, 64), (1, 7, 129, 6, 64), (2, 130, 65, 4, 32)]
+
+
+def fast(inputs: dict[str, Tensor]) -> Tensor:
+    """All operations, one after another: a number to differentiate."""
+    R, B, N, H, d = inputs["v"].shape
+    total, normed = add_norm(inputs["x"], inputs["branch"], inputs["bias"], inputs["weight"], inputs["norm_bias"], eps=EPS)
+    qkv = torch.cat([normed, total, norm(total, inputs["weight"], inputs["norm_bias"], eps=EPS)], -1)
+    mixed = mix(inputs["matrix"], attention(qkv.view(R * B, N, 3, H, d)).view(R, B, N, H, d))
+    return (mixed.float() ** 2).mean()
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("sizes", GPU_SIZES)
+def test_gpu_kernels_and_their_gradients_are_those_of_the_reference_and_repeat(sizes: Sizes, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for name, kernel, reference, inputs in cases("cuda", dtype, sizes):
+        found = errors(kernel, reference, inputs)
+        assert all(error < LIMITS[dtype] for error in found), (name, found)
+        out = kernel(*inputs)
+        gradients = [torch.randn_like(x) for x in ([out] if isinstance(out, Tensor) else out)]
+        first, second = (results(kernel, inputs, gradients) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_kernels_compile_whole_and_replay_in_a_cuda_graph() -> None:
+    torch.manual_seed(0)
+    R, B, N, H, d = 2, 6, 65, 12, 32
+    inputs = {name: torch.randn(R, H * d, device="cuda", requires_grad=True) for name in ("bias", "weight", "norm_bias")}
+    for name in ("x", "branch"):
+        inputs[name] = torch.randn(R, B * N, H * d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs["v"] = torch.empty(R, B, N, H, d)
+    inputs["matrix"] = torch.softmax(torch.randn(R, H, N, N, device="cuda"), -1).requires_grad_()
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    compiled: Function = torch.compile(fast, fullgraph=True, dynamic=False)
+
+    def step(function: Function) -> list[Tensor]:
+        loss = function(inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    eager = step(fast)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(compiled)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(compiled)
+    graph.replay()
+    for a, b in zip(captured, eager, strict=True):
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 1e-2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Layer norm of the residual stream, with the addition before it in the same pass.
+
+Axes: R replicas (each with parameters of its own), M tokens of a replica, D embed_dim.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitpa.kernels.partials import sum_partials
+
+ROWS_FORWARD = 4  # tokens a program: one a warp
+NUM_WARPS_FORWARD = 4
+ROWS_BACKWARD = 2  # tokens at a time: one a warp
+NUM_WARPS_BACKWARD = 2
+TOKENS_BACKWARD = 32  # a program: each writes three partial sums of D numbers, less than a tenth of what it reads
+
+
+def unfit(embed_dim: int) -> str:
+    """Why the kernel does not take this size; empty if it does."""
+    if not 16 <= embed_dim <= 2048:
+        return f"norm kernel: embed_dim {embed_dim}, not within 16 and 2048: a row must fit into a program's registers"
+    return ""
+
+
+@triton.jit
+def _forward_kernel(
+    residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = (token < M)[:, None] & inside[None, :]
+    at = (r * M + token)[:, None] * D + column[None, :]
+    x = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(bias + r * D + column, mask=inside, other=0.0)[None, :]
+        rounded = x.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=mask)
+        x = rounded.to(tl.float32)  # the norm is of what is stored: the backward pass sees no more
+    mu = tl.sum(x, 1) / D
+    centred = tl.where(inside[None, :], x - mu[:, None], 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
+    w = tl.load(weight + r * D + column, mask=inside, other=0.0)
+    b = tl.load(norm_bias + r * D + column, mask=inside, other=0.0)
+    y = centred * scale[:, None] * w[None, :] + b[None, :]
+    tl.store(normed + at, y.to(normed.dtype.element_ty), mask=mask)
+    tl.store(mean + r * M + token, mu, mask=token < M)
+    tl.store(rstd + r * M + token, scale, mask=token < M)
+
+
+@triton.jit
+def _backward_kernel(
+    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    w = tl.load(weight + r * D + column, mask=inside, other=0.0)
+    sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)  # one sum per row of the tile: added up once, at the end
+    sum_norm_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in range(STEPS):
+        token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        mask = (token < M)[:, None] & inside[None, :]
+        at = (r * M + token)[:, None] * D + column[None, :]
+        x = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
+        mu = tl.load(mean + r * M + token, mask=token < M, other=0.0)
+        scale = tl.load(rstd + r * M + token, mask=token < M, other=0.0)
+        x = (x - mu[:, None]) * scale[:, None]  # where masked, g is 0, and so is scale below the last token
+        sum_weight += g * x
+        sum_norm_bias += g
+        g *= w[None, :]
+        along = tl.sum(g * x, 1) / D
+        g = (g - (tl.sum(g, 1) / D)[:, None] - x * along[:, None]) * scale[:, None]
+        if ADD:
+            g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+            sum_bias += g
+        tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
+    programs = tl.num_programs(0)
+    to = parts + (r * programs + tl.program_id(0)) * D + column
+    kind = tl.num_programs(1) * programs * D  # distance between the sums of two parameters
+    tl.store(to, tl.sum(sum_weight, 0), mask=inside)
+    tl.store(to + kind, tl.sum(sum_norm_bias, 0), mask=inside)
+    if ADD:
+        tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
+
+
+def _forward(
+    residual: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual = residual.contiguous()
+    R, M, D = residual.shape
+    add = branch is not None and bias is not None
+    total = torch.empty_like(residual) if add else residual
+    normed = torch.empty_like(residual)
+    mean = torch.empty(R, M, dtype=torch.float32, device=residual.device)
+    rstd = torch.empty_like(mean)
+    if branch is None or bias is None:
+        branch, bias = residual, weight  # not read
+    kernel: Any = _forward_kernel
+    kernel[(triton.cdiv(M, ROWS_FORWARD), R)](
+        residual, branch.contiguous(), bias.contiguous(), weight.contiguous(), norm_bias.contiguous(),
+        total, normed, mean, rstd, M, eps,
+        D, triton.next_power_of_2(D), ROWS_FORWARD, add, num_warps=NUM_WARPS_FORWARD,
+    )  # fmt: skip
+    return total, normed, mean, rstd
+
+
+def _backward(
+    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the norm's input (R, M, D), and those of weight, norm bias and, if added, bias (2 or 3, R, D)."""
+    total, dnormed = total.contiguous(), dnormed.contiguous()
+    R, M, D = total.shape
+    add = dtotal is not None
+    dx = torch.empty_like(total)
+    programs = triton.cdiv(M, TOKENS_BACKWARD)
+    parts = torch.empty((2 + add) * R, programs, D, dtype=torch.float32, device=total.device)
+    kernel: Any = _backward_kernel
+    kernel[(programs, R)](
+        dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight.contiguous(), mean, rstd, dx, parts, M,
+        D, triton.next_power_of_2(D), ROWS_BACKWARD, TOKENS_BACKWARD // ROWS_BACKWARD, add, num_warps=NUM_WARPS_BACKWARD,
+    )  # fmt: skip
+    return dx, sum_partials(parts).view(2 + add, R, D)
+
+
+@torch.library.custom_op("vitpa::add_norm", mutates_args=())
+def _add_norm(
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(residual, branch, bias, weight, norm_bias, eps)
+
+
+@_add_norm.register_fake
+def _(
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    R, M, D = residual.shape
+    statistic = (R, M)
+    return (
+        residual.new_empty(R, M, D),
+        residual.new_empty(R, M, D),
+        residual.new_empty(statistic, dtype=torch.float32),
+        residual.new_empty(statistic, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("vitpa::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _backward(dnormed, dtotal, total, weight, mean, rstd)
+
+
+@_add_norm_backward.register_fake
+def _(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    R, M, D = total.shape
+    return total.new_empty(R, M, D), weight.new_empty(3, R, D, dtype=torch.float32)
+
+
+def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    total, _normed, mean, rstd = output
+    ctx.save_for_backward(total, inputs[3], mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate_add_norm(
+    ctx: Any, dtotal: Tensor, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor
+) -> tuple[Tensor | None, ...]:
+    total, weight, mean, rstd = ctx.saved_tensors
+    dx, sums = _add_norm_backward(dnormed, dtotal, total, weight, mean, rstd)
+    return dx, dx, sums[2], sums[0], sums[1], None
+
+
+_add_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
+
+
+@torch.library.custom_op("vitpa::norm", mutates_args=())
+def _norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, None, None, weight, norm_bias, eps)[1:]
+
+
+@_norm.register_fake
+def _(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    R, M, D = x.shape
+    statistic = (R, M)
+    return (
+        x.new_empty(R, M, D),
+        x.new_empty(statistic, dtype=torch.float32),
+        x.new_empty(statistic, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("vitpa::norm_backward", mutates_args=())
+def _norm_backward(dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward(dnormed, None, x, weight, mean, rstd)
+
+
+@_norm_backward.register_fake
+def _(dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    R, M, D = x.shape
+    return x.new_empty(R, M, D), weight.new_empty(2, R, D, dtype=torch.float32)
+
+
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _normed, mean, rstd = output
+    ctx.save_for_backward(inputs[0], inputs[1], mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _differentiate_norm(ctx: Any, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
+    dx, sums = _norm_backward(dnormed, *ctx.saved_tensors)
+    return dx, sums[0], sums[1], None
+
+
+_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+
+
+def add_norm(
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add a branch and its bias to the residual stream, and norm the sum over the last axis.
+
+    Args:
+        residual: (R, M, D) in float32 or bfloat16.
+        branch: (R, M, D) in the same type, such as the product of a projection without its bias.
+        bias: (R, D) float32.
+        weight: The norm's weight (R, D) float32.
+        norm_bias: The norm's bias (R, D) float32.
+        eps: Added to the variance, as in `torch.nn.LayerNorm`.
+
+    Returns:
+        residual + branch + bias, and its layer norm, both (R, M, D) in the residual's type; added and normed in float32.
+    """
+    total, normed, _, _ = _add_norm(residual, branch, bias, weight, norm_bias, eps)
+    return total, normed
+
+
+def norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    """Norm x (R, M, D) over the last axis, in float32, with weight and bias (R, D) of each replica -> (R, M, D)."""
+    normed: Tensor = _norm(x, weight, norm_bias, eps)[0]
+    return normed
