@@ -76,7 +76,7 @@ OTHER_RUNTIME = {
     "runtime.data_dir": "elsewhere",
     "runtime.device": "cpu",
     "runtime.accum_steps": "2",
-    "runtime.compile": "true",
+    "runtime.step": "eager",
     "runtime.loader": "stream",
     "runtime.tensorboard": "false",
     "runtime.takeover": "true",

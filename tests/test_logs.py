@@ -48,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def open_logs(run: RunDir, restored_step: int = 0, *, tensorboard: bool = False) -> Logs:
-    return Logs(run, name="digits-content-s0", steps_total=100, restored_step=restored_step, tensorboard=tensorboard)
+    return Logs(run, restored_step=restored_step, tensorboard=tensorboard)
 
 
 def board(run: RunDir) -> EventAccumulator:
@@ -161,15 +161,14 @@ def test_without_tensorboard_nothing_is_written_for_it(run: RunDir) -> None:
 
 
 def test_plain_lines_come_every_ten_seconds_at_most(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine("digits-content-s0", 1000, 0)
-    line.metrics({"train/loss": 2.3456, "val/top1": 0.5, "perf/images_per_s": 12345.6})
     said_at = []
-    for step in range(1, 601):
-        clock.now_s += 0.1
-        line.move(step)
-        if capsys.readouterr().err:
-            said_at.append(clock.now_s)
-    line.close()
+    with ProgressLine("digits-content-s0", 1000, 0) as line:
+        line.metrics({"train/loss": 2.3456, "val/top1": 0.5, "perf/images_per_s": 12345.6})
+        for step in range(1, 601):
+            clock.now_s += 0.1
+            line.move(step)
+            if capsys.readouterr().err:
+                said_at.append(clock.now_s)
     assert len(said_at) in (5, 6)  # 60 seconds
     assert min(later - earlier for earlier, later in pairwise(said_at)) >= logs.PLAIN_LINE_EVERY_S == 10
     assert capsys.readouterr().err == ""
@@ -208,12 +207,11 @@ def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    line = ProgressLine("digits-content-s0", 1000, 0)
-    line.metrics({"train/loss": 2.3456})
-    line.move(250)
     said = f"resumed in /data/[old]/:key:/{200 * 'x'}"  # no markup, no emoji, no line break
-    line.say(said)
-    line.close()
+    with ProgressLine("digits-content-s0", 1000, 0) as line:
+        line.metrics({"train/loss": 2.3456})
+        line.move(250)
+        line.say(said)
     shown = terminal.getvalue()
     assert "25%" in shown
     assert "loss 2.346" in shown

@@ -48,6 +48,10 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     started_s = time.monotonic()
 
     def record(state: str, reason: str) -> None:
+        if run.result_json.exists():
+            state, reason = "done", ""
+        elif left := read_json(attempt.left_json):  # it was dropped; what has become of the others says nothing about it
+            state, reason = _state_left(run, left)
         end: dict[str, Any] = {"state": state, "reason": reason, "finished_utc": utc_now()}
         write_json(attempt.exit_json, {**end, "duration_s": time.monotonic() - started_s})
 
@@ -59,10 +63,14 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     except BaseException as error:
         record("failed", f"{type(error).__name__}: {error}")
         raise
-    if run.result_json.exists():
-        record("done", "")
-    else:
-        record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+    record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+
+
+def _state_left(run: RunDir, left: dict[str, Any]) -> tuple[str, str]:
+    """State and reason of an attempt whose run has left those it was trained with."""
+    if left.get("state") == "failed":
+        return "failed", str(left.get("reason"))
+    return "cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}"
 
 
 def was_cancelled(run: RunDir) -> bool:

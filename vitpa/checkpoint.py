@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,31 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_newest(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, with its path; None if there is none. A damaged one is warned about."""
-    for path in _newest_first(run):
-        try:
-            return path, load(path)
-        except Exception as error:  # torch.load raises many types on damaged files
-            name = type(error).__name__  # torch's text has many lines and advises to run code from the file
-            warnings.warn(f"{path}: cannot be read ({name}); going back to the one before", RuntimeWarning, stacklevel=2)
+    newest = load_newest_common([run])
+    return None if newest is None else newest[0]
+
+
+def load_newest_common(runs: Sequence[RunDir]) -> list[tuple[Path, dict[str, Any]]] | None:
+    """The checkpoints of the newest step at which all of `runs` have one that can be read, with their paths.
+
+    None if there is no such step. A damaged one is warned about.
+    """
+    names = [{path.name for path in _newest_first(run)} for run in runs]
+    for name in sorted(set.intersection(*names), reverse=True):
+        loaded = [(run.checkpoints / name, _load_or_warn(run.checkpoints / name)) for run in runs]
+        found = [(path, state) for path, state in loaded if state is not None]
+        if len(found) == len(runs):
+            return found
     return None
+
+
+def _load_or_warn(path: Path) -> dict[str, Any] | None:
+    try:
+        return load(path)
+    except Exception as error:  # torch.load raises many types on damaged files
+        name = type(error).__name__  # torch's text has many lines and advises to run code from the file
+        warnings.warn(f"{path}: cannot be read ({name}); going back to the one before", RuntimeWarning, stacklevel=4)
+        return None
 
 
 def _newest_first(run: RunDir) -> list[Path]:

@@ -191,7 +191,9 @@ class RuntimeConfig(Section):
     data_dir: str = Field("data", description="folder with <dataset>/train.beton and val.beton")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU")
     accum_steps: int = Field(1, ge=1, description="gradient accumulation steps per optimiser step")
-    compile: bool = Field(False, description="torch.compile the model")
+    step: Literal["auto", "graph", "compile", "eager"] = Field(
+        "auto", description="how a step runs: as one CUDA graph, compiled, or as it is; auto: the fastest that can be had"
+    )
     cpu_threads: int | None = Field(None, ge=1, description="torch's threads per process; null: the CPUs allowed / processes")
     workers: int | None = Field(None, ge=1, description="decoding threads per process; null: the CPUs allowed / processes")
     runs_per_gpu: int = Field(1, ge=1, description="runs that share each GPU; gpu_hours counts this run's share")

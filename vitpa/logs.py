@@ -1,7 +1,7 @@
-"""What a run says while it trains: metrics.jsonl for programs, TensorBoard for the eye, one live line for a person.
+"""What a run says while it trains: metrics.jsonl for programs, TensorBoard for the eye; and one live line for a person.
 
-metrics.jsonl is the record, the other two are views of it. On resume the rows beyond the restored step go, here and,
-through `purge_step`, in TensorBoard: one curve over all attempts.
+metrics.jsonl is the record, TensorBoard is a view of it. On resume the rows beyond the restored step go, here and, through
+`purge_step`, in TensorBoard: one curve over all attempts. Runs that are trained together share the line.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Logs:
-    """The three outputs of one attempt; used by the main process only."""
+    """The files of one attempt; used by the main process only."""
 
-    def __init__(self, run: RunDir, *, name: str, steps_total: int, restored_step: int, tensorboard: bool) -> None:
+    def __init__(self, run: RunDir, *, restored_step: int, tensorboard: bool) -> None:
         kept = [row for row in read_metrics(run.metrics_jsonl) if row["step"] <= restored_step]
         write_atomic(run.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = run.metrics_jsonl.open("a", buffering=1)
@@ -52,13 +52,11 @@ class Logs:
         if tensorboard:
             wait_until_newest(run.tensorboard)
             self._board = SummaryWriter(str(run.tensorboard), purge_step=restored_step + 1)
-        self._line = ProgressLine(name, steps_total, restored_step)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._line.close()
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -69,15 +67,6 @@ class Logs:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
-        self._line.metrics(metrics)
-
-    def progress(self, step: int) -> None:
-        """Move the live line to `step`."""
-        self._line.move(step)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self._line.say(text)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Show an image (C, H, W), uint8 or floats in [0, 1], in TensorBoard."""
@@ -126,6 +115,13 @@ class ProgressLine:
             self._task = self._live.add_task(name, total=steps_total, completed=step, metrics="")
             self._live.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()  # leaves its last state on the screen
+
     def metrics(self, metrics: Mapping[str, float]) -> None:
         """Take over the newest values of the metrics that are shown."""
         self._shown.update(metrics)
@@ -158,8 +154,3 @@ class ProgressLine:
             self._live.console.out(text, highlight=False)  # as it is: print() takes [this] for markup and breaks long paths
         else:
             print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the live line, leaving its last state on the screen."""
-        if self._live is not None:
-            self._live.stop()

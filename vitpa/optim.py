@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import nn
 
 
 def adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, fused: bool
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    fused: bool,
+    capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names."""
+    """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names.
+
+    `fused` does a step in few kernels; a `capturable` one can be part of a CUDA graph.
+    """
     spared: Collection[str] = model.no_weight_decay()  # type: ignore[operator]  # timm's: pos_embed, cls_token, ...
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decay if parameter.ndim >= 2 and name not in spared else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused, capturable=capturable)
+
+
+def load_moments(optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
+    """Restore the running averages and step counts from another optimiser's state_dict(), but none of its settings.
+
+    Those belong to the machine (fused, capturable), to the configuration, or to the step (the learning rate).
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups = [{**mine, "params": theirs["params"]} for mine, theirs in zip(own, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:

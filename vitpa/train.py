@@ -1,12 +1,13 @@
-"""The whole story of a training run, top to bottom: set-up, resume, loop, step, evaluation, checkpoint, result.
+"""The whole story of a training run, top to bottom: set-up, resume, loop, evaluation, checkpoint, result.
 
-    python -m vitpa.train CONFIG [a.b=c ...]
+    python -m vitpa.train CONFIG [a.b=c ...] [--seeds 0,1,2]
     torchrun --nproc-per-node=4 -m vitpa.train CONFIG [a.b=c ...]
 
 A run killed at any moment and started again continues from its newest checkpoint; on the CPU it ends with weights
 bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
-Axes: B batch, K classes.
+Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone. The
+steps themselves are in vitpa/replicas.py, and for what those cannot do (several processes, ...) in vitpa/module_steps.py.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import claimed_attempt
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
-from vitpa.data.batches import eval_batches, steps_per_epoch, train_batches
+from vitpa.data.augment import epoch_keys
+from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.resident import ResidentImages
@@ -38,15 +39,16 @@ from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
 from vitpa.environment import environment
-from vitpa.logs import Logs
+from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
-from vitpa.optim import adamw, learning_rate
+from vitpa.module_steps import ModuleSteps
+from vitpa.optim import adamw, learning_rate, load_moments
+from vitpa.replica_fit import why_not_together
+from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, write_json
+from vitpa.window import NEVER, Row
 
-EVAL_BATCH_SIZE = 512
-NEVER = 2**62  # as a step: it has not happened
-
-MicroBatches = Iterator[tuple[Tensor, Tensor]]
+RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
 
 
 class TrainError(Exception):
@@ -55,7 +57,7 @@ class TrainError(Exception):
 
 @dataclass
 class Progress:
-    """How far the run is, over all attempts: with weights, optimiser and window all that a checkpoint holds."""
+    """How far a run is, over all attempts: with weights, optimiser and window all that a checkpoint holds."""
 
     step: int = 0
     train_time_s: float = 0.0
@@ -64,46 +66,37 @@ class Progress:
     val: dict[str, float] = field(default_factory=dict)  # the newest evaluation
 
 
-class Window:
-    """Training metrics since the last row, kept on the device so that no step waits for the host."""
+@dataclass
+class Replica:
+    """One of the runs that are trained together; most often the only one."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * images, correct, images
-        self.bad_step = torch.full((), NEVER, device=device)
-        self.grad_norm = torch.zeros((), device=device)
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a micro-batch: mean loss (), logits (B, K), labels (B,)."""
-        correct = (logits.argmax(dim=1) == labels).sum()
-        self.sums[0] += loss.double() * len(labels)
-        self.sums[1] += correct
-        self.sums[2] += len(labels)
-
-    def check(self, step: int, loss: Tensor) -> None:
-        """Remember `step` if it is the first whose loss or gradient is not finite."""
-        finite = loss.isfinite() & self.grad_norm.isfinite()
-        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
+    config: RunConfig
+    run: RunDir
+    model: Any  # timm's VisionTransformer: the weights
+    optimizer: torch.optim.AdamW
+    progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint
+    logs: Logs | None = None  # in the main process
+    left: str = ""  # why it is not trained any more, while the others are
 
 
 @dataclass
 class Training:
-    """Everything one process needs to train one run."""
+    """Everything one process needs to train its runs."""
 
-    config: RunConfig
-    run: RunDir
+    config: RunConfig  # of the first; the others differ in the seed
     group: Group
     images: dict[str, ResidentImages | StreamedImages]  # by split
     num_samples: dict[str, int]
     beton_sha256: dict[str, str]
-    model: Any  # timm's VisionTransformer: the weights
-    forward: Any  # the same, compiled if asked for
-    network: Any  # the same, with the gradients averaged over the processes
-    optimizer: torch.optim.AdamW
+    replicas: list[Replica]
+    steps: ReplicaSteps | ModuleSteps
     epoch_steps: int
-    window: Window
-    progress: Progress
-    logs: Logs | None = None  # in the main process
-    resumed_s: float = 0.0  # time.monotonic() at which train_time_s was as in the checkpoint
+    step: int = 0  # done, by all
+    val: list[dict[str, float]] = field(default_factory=list)  # the newest evaluation, per replica
+    line: ProgressLine | None = None  # in the main process
+    open_row: tuple[int, int, Row] | None = None  # step, steps and sums of a closed window that is not written yet
+    row_s: float = 0.0  # time.monotonic() of the last row
+    counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
 
     @property
@@ -111,34 +104,44 @@ class Training:
         """Optimiser steps of the whole run."""
         return self.config.train.epochs * self.epoch_steps
 
+    @property
+    def active(self) -> list[tuple[int, Replica]]:
+        """The replicas that are still trained, with their numbers."""
+        return [(number, replica) for number, replica in enumerate(self.replicas) if not replica.left]
 
-def train(config: RunConfig, run: RunDir, group: Group) -> bool:
-    """Train `config` to its end, from its newest checkpoint if there is one, and write result.json.
+
+def train(configs: Sequence[RunConfig], group: Group) -> bool:
+    """Train runs that differ in their seeds to their end, from their checkpoints if there are any, each to its result.json.
 
     Returns:
-        whether the run is finished; False if the file `stop` asked it to stop, its state being in a checkpoint.
+        whether the runs are finished; False if the files `stop` asked to stop, the state being in checkpoints.
 
     Raises:
-        TrainError: the loss became non-finite, or the configuration does not fit the data or the processes.
+        TrainError: a loss became non-finite, or the configuration does not fit the data or the processes.
         BetonError: the data cannot be used.
-        RunError: the run directory cannot be used.
+        RunError: a run directory cannot be used.
     """
-    t = set_up(config, run, group)
-    if isinstance(t.network, DistributedDataParallel):
-        lay_out_buckets(t)
+    t = set_up(configs, group)
     resume(t)
-    with open_logs(t) as t.logs:
-        t.saved_s = time.monotonic()
-        t.resumed_s = t.saved_s - t.progress.train_time_s
-        for epoch in range(t.progress.step // t.epoch_steps, config.train.epochs):
+    with ExitStack() as stack:
+        open_logs(t, stack)
+        if t.step < t.total_steps:
+            for note in t.steps.prepare(t.step, t.epoch_steps):
+                say(t, note)
+        t.counted_s = t.saved_s = time.monotonic()
+        for epoch in range(t.step // t.epoch_steps, t.config.train.epochs):
             if not train_epoch(t, epoch):
                 return False
         finish(t)
+    failed = [replica.left for replica in t.replicas if replica.left]
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs were not finished: " + "; ".join(failed))
     return True
 
 
-def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
-    """Open the data and build the model and the optimiser, as they are before the first step."""
+def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
+    """Open the data and build the models and optimisers, as they are before the first step."""
+    config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
     batch_size, shares = config.train.global_batch_size, group.world_size * config.runtime.accum_steps
     if batch_size % shares:
@@ -150,355 +153,482 @@ def set_up(config: RunConfig, run: RunDir, group: Group) -> Training:
         split: Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split)
         for split in SPLITS
     }
-    epoch_steps = steps_per_epoch(len(betons["train"]), batch_size)
+    num_samples = {split: len(beton) for split, beton in betons.items()}
+    epoch_steps = steps_per_epoch(num_samples["train"], batch_size)
     if not epoch_steps:
-        raise TrainError(f"train.global_batch_size={batch_size} is more than the {len(betons['train'])} training images")
-
+        raise TrainError(f"train.global_batch_size={batch_size} is more than the {num_samples['train']} training images")
     classes = betons["train"].manifest.class_names
     if betons["val"].manifest.class_names != classes:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
-    num_classes = len(classes)
-    model = build_model(**dict(config.model), num_classes=num_classes, seed=key(config.seed, Purpose.INIT)).to(group.device)
-    forward: Any = torch.compile(model, dynamic=False) if config.runtime.compile else model
-    optim = config.optim
-    return Training(
-        config=config,
-        run=run,
-        group=group,
-        images={split: open_images(config, beton, group) for split, beton in betons.items()},
-        num_samples={split: len(beton) for split, beton in betons.items()},
-        beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
-        model=model,
-        forward=forward,
-        network=DistributedDataParallel(forward) if group.world_size > 1 else forward,
-        optimizer=adamw(
+
+    resident = images_are_resident(config, betons, group)
+    images = {split: open_images(config, beton, group, resident=resident) for split, beton in betons.items()}
+    why_not = why_not_together(config)
+    if group.world_size > 1:
+        why_not = f"there are {group.world_size} processes"
+    elif not resident:
+        why_not = why_not or "their images do not lie on the device"
+    if why_not and len(configs) > 1:
+        raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
+    on_gpu, stacked, optim = group.device.type == "cuda", not why_not, config.optim
+    replicas = []
+    for each in configs:
+        seed = key(each.seed, Purpose.INIT)
+        model = build_model(**dict(config.model), num_classes=len(classes), seed=seed).to(group.device)
+        optimizer = adamw(
             model,
             lr=optim.lr,
             weight_decay=optim.weight_decay,
             betas=optim.betas,
             eps=optim.eps,
-            fused=group.device.type == "cuda",
-        ),
+            fused=on_gpu or stacked,
+            capturable=on_gpu and stacked,
+        )
+        replicas.append(Replica(each, each.run_dir, model, optimizer))
+
+    rate = partial(
+        learning_rate,
+        peak=optim.lr,
+        minimum=optim.min_lr,
+        warmup_steps=round(optim.warmup_epochs * epoch_steps),
+        total_steps=config.train.epochs * epoch_steps,
+    )
+    steps: ReplicaSteps | ModuleSteps
+    if stacked:
+        rates = torch.tensor([rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64)
+        steps = ReplicaSteps(
+            config,
+            seeds=[each.seed for each in configs],
+            models=[replica.model for replica in replicas],
+            optimizers=[replica.optimizer for replica in replicas],
+            images={split: each for split, each in images.items() if isinstance(each, ResidentImages)},
+            learning_rates=rates,
+        )
+    else:
+        steps = ModuleSteps(
+            config,
+            group,
+            model=replicas[0].model,
+            optimizer=replicas[0].optimizer,
+            images=images,
+            num_samples=num_samples,
+            learning_rate=rate,
+        )
+    return Training(
+        config=config,
+        group=group,
+        images=images,
+        num_samples=num_samples,
+        beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
+        replicas=replicas,
+        steps=steps,
         epoch_steps=epoch_steps,
-        window=Window(group.device),
-        progress=Progress(),
     )
 
 
-def lay_out_buckets(t: Training) -> None:
-    """Let DDP settle the order in which it adds up gradients, before the first step of this attempt.
+def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:
+    """Whether the images stay on the device: where all are as the model takes them and fit there, or as the user says.
 
-    It lays out its buckets anew after the first backward pass of a process, and with more than two processes the place in a
-    bucket decides the order of a sum: without this the first step after a resume would round otherwise than in one go.
+    If not they are streamed, which makes no difference to the numbers.
     """
-    config, size = t.config, t.config.model.img_size
-    local_batch_size = config.train.global_batch_size // (t.group.world_size * config.runtime.accum_steps)
-    t.model.train()
-    with autocast(t):
-        logits = t.network(torch.zeros(local_batch_size, 3, size, size, device=t.group.device))  # B, K
-    logits.float().sum().backward()
-    t.optimizer.zero_grad(set_to_none=True)
-
-
-def open_images(config: RunConfig, beton: Beton, group: Group) -> ResidentImages | StreamedImages:
-    """The images of a .beton: resident on the device where they are all as the model takes them, else streamed.
-
-    Which of the two makes no difference to the numbers.
-    """
-    facts, size, seed, loader = facts_of(config.dataset), config.model.img_size, config.seed, config.runtime.loader
+    size, loader = config.model.img_size, config.runtime.loader
     whole = config.augment.crop != "random_resized" and config.augment.eval_crop_pct == 1
     if loader == "resident" and not whole:
         raise TrainError("runtime.loader=resident takes whole images: no augment.crop=random_resized, augment.eval_crop_pct=1")
-    if loader == "resident" or (loader == "auto" and whole and beton.image_size_px == (size, size)):
-        return ResidentImages(beton, facts, config.augment, img_size=size, seed=seed, device=group.device)
+    if loader != "auto" or not whole or any(beton.image_size_px != (size, size) for beton in betons.values()):
+        return loader == "resident"
+    needed = sum(ResidentImages.bytes_needed(beton) for beton in betons.values())
+    free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
+    fits = needed <= RESIDENT_SHARE * free
+    if not fits and group.is_main:
+        print(
+            f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
+            f"that are free on {group.device}: they are streamed from {config.runtime.data_dir}",
+            file=sys.stderr,
+        )
+    return fits
+
+
+def open_images(config: RunConfig, beton: Beton, group: Group, *, resident: bool) -> ResidentImages | StreamedImages:
+    """The images of a .beton, on the device or decoded when they are needed."""
+    facts, size, seed, device = facts_of(config.dataset), config.model.img_size, config.seed, group.device
+    if resident:
+        return ResidentImages(beton, facts, config.augment, img_size=size, seed=seed, device=device)
     workers = config.runtime.workers or group.cpus
-    return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=group.device, workers=workers)
+    return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers)
+
+
+def available_memory() -> int:
+    """Bytes of this machine's memory that can be had without swapping (proc(5), meminfo)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def resume(t: Training) -> None:
-    """Continue from the newest checkpoint, if there is one, and record what this attempt runs with."""
-    newest = t.group.from_main(newest_checkpoint(t.run) if t.group.is_main else None)
-    if newest is not None:
-        state = checkpoint.load(newest)
-        if state.get("signature") != t.config.signature:
-            raise RunError(f"{newest}: is a checkpoint of another run ({state.get('signature')}); remove it")
+    """Continue from the newest checkpoints, if there are any, and record what this attempt runs with."""
+    paths = t.group.from_main(newest_checkpoints(t) if t.group.is_main else [])
+    for number, path in enumerate(paths):
+        replica, state = t.replicas[number], checkpoint.load(path)
+        if state.get("signature") != replica.config.signature:
+            raise RunError(f"{path}: is a checkpoint of another run ({state.get('signature')}); remove it")
         if state["beton_sha256"] != t.beton_sha256:
             raise RunError(
-                f"{newest}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
-                f"restore that data, or remove {t.run.path} to start again"
+                f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
+                f"restore that data, or remove {replica.run.path} to start again"
             )
-        t.model.load_state_dict(state["model"])
-        t.optimizer.load_state_dict(state["optimizer"])
-        t.progress = Progress(**state["progress"])
+        replica.model.load_state_dict(state["model"])
+        load_moments(replica.optimizer, state["optimizer"])
+        replica.progress = Progress(**state["progress"])
         if t.group.is_main:  # the window's sums are those of all processes
-            t.window.sums.copy_(state["window"])
+            t.steps.window.sums[number] = state["window"].to(t.group.device)
+    t.step = t.replicas[0].progress.step
+    t.val = [replica.progress.val for replica in t.replicas]
     facts = environment(t.group.device)
-    if facts["code_version"] not in t.progress.code_versions:
-        t.progress.code_versions.append(facts["code_version"])
-    if t.group.is_main:
-        sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
-        document = {**facts, **sizes, "beton_sha256": t.beton_sha256}
-        write_json(t.run.env_json, document)
-        for attempt in t.run.attempts()[-1:]:
-            write_json(attempt.env_json, document)
+    sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
+    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
+    document = {**facts, **sizes, **together, "beton_sha256": t.beton_sha256}
+    for replica in t.replicas:
+        if facts["code_version"] not in replica.progress.code_versions:
+            replica.progress.code_versions.append(facts["code_version"])
+        if t.group.is_main:
+            write_json(replica.run.env_json, document)
+            for attempt in replica.run.attempts()[-1:]:
+                write_json(attempt.env_json, document)
 
 
-def newest_checkpoint(run: RunDir) -> Path | None:
-    """The newest checkpoint that can be read."""
-    newest = checkpoint.load_newest(run)
-    return None if newest is None else newest[0]
+def newest_checkpoints(t: Training) -> list[Path]:
+    """The checkpoints from which all replicas go on, of one step; none if they are at their start."""
+    runs = [replica.run for replica in t.replicas]
+    newest = checkpoint.load_newest_common(runs)
+    if newest is not None:
+        return [path for path, _ in newest]
+    steps = {replica.config.seed: replica.run.newest_step() for replica in t.replicas}
+    if len(runs) > 1 and any(steps.values()):
+        where = ", ".join(f"seed {seed} at step {step}" for seed, step in steps.items())
+        raise TrainError(f"these runs have no checkpoint of the same step ({where}): train them one by one, without --seeds")
+    return []
 
 
-def open_logs(t: Training) -> Any:
-    """The logs of this attempt in the main process, nothing in the others; both for a `with` statement."""
+def open_logs(t: Training, stack: ExitStack) -> None:
+    """Open the logs of this attempt in the main process; `stack` closes them."""
     if not t.group.is_main:
-        return nullcontext()
-    config, step = t.config, t.progress.step
-    name = f"{config.dataset}-{config.model.attention}-s{config.seed}"
-    logs = Logs(t.run, name=name, steps_total=t.total_steps, restored_step=step, tensorboard=config.runtime.tensorboard)
-    place = f"on {t.group.device} ({type(t.images['train']).__name__}) in {t.run.path}"
-    logs.say(f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
+        return
+    config, step = t.config, t.step
+    seeds = ",".join(str(replica.config.seed) for replica in t.replicas)
+    name = f"{config.dataset}-{config.model.attention}-s{seeds}"
+    t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
+    where = ", ".join(str(replica.run.path) for replica in t.replicas)
+    place = f"on {t.group.device} ({type(t.images['train']).__name__}) in {where}"
+    say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
+    for replica in t.replicas:
+        logs = Logs(replica.run, restored_step=step, tensorboard=config.runtime.tensorboard)
+        replica.logs = stack.enter_context(logs)
+        if not step:
+            experiment = replica.config.experiment()
+            sections = {
+                f"{s}.{k}": v for s, values in experiment.items() if isinstance(values, dict) for k, v in values.items()
+            }
+            logs.hparams({**{k: v for k, v in experiment.items() if not isinstance(v, dict)}, **sections}, {"val/top1": 0.0})
+            logs.image("augmented", make_grid(augmented(t, replica)), step)
     if not step:
-        experiment = config.experiment()
-        sections = {f"{s}.{k}": v for s, values in experiment.items() if isinstance(values, dict) for k, v in values.items()}
-        logs.hparams({**{k: v for k, v in experiment.items() if not isinstance(v, dict)}, **sections}, {"val/top1": 0.0})
-        samples = torch.arange(min(64, t.num_samples["train"]))
-        logs.image("augmented", make_grid(t.images["train"].augmented(samples, epoch=0)), step)
-        show_positions(t, logs)
-    return logs
+        show_positions(t)
 
 
-def show_positions(t: Training, logs: Logs) -> None:
-    """Draw the positional-similarity map in TensorBoard."""
-    logs.image("positional_similarity", similarity_grid(positional_similarity(t.model.pos_embed.detach())), t.progress.step)
+def augmented(t: Training, replica: Replica) -> Tensor:
+    """The first images of the training set as the first epoch of a replica sees them: (B, 3, H, W) uint8."""
+    images, samples = t.images["train"], torch.arange(min(64, t.num_samples["train"]))
+    if isinstance(images, StreamedImages):
+        return images.augmented(samples, epoch=0)
+    keys = epoch_keys([replica.config.seed], 0).to(images.device)
+    samples = samples.to(images.device)
+    return images.augmentation.uint8(images.images[samples], samples, keys)
+
+
+def show_positions(t: Training) -> None:
+    """Draw the positional-similarity maps in TensorBoard."""
+    for _, replica in t.active:
+        if replica.logs is not None:
+            similarity = positional_similarity(replica.model.pos_embed.detach())
+            replica.logs.image("positional_similarity", similarity_grid(similarity), t.step)
+
+
+def say(t: Training, text: str) -> None:
+    """Print a line that stays, in the main process."""
+    if t.line is not None:
+        t.line.say(text)
 
 
 def train_epoch(t: Training, epoch: int) -> bool:
     """Train from the present step to the end of `epoch`, with the evaluation if one is due; False if told to stop."""
-    config, group, last_step = t.config, t.group, (epoch + 1) * t.epoch_steps
-    indices = train_batches(
-        seed=config.seed,
-        epoch=epoch,
-        num_samples=t.num_samples["train"],
-        global_batch_size=config.train.global_batch_size,
-        accum_steps=config.runtime.accum_steps,
-        rank=group.rank,
-        world_size=group.world_size,
-        start_step=t.progress.step - epoch * t.epoch_steps,
-    )
-    batches = t.images["train"].train_batches((micro for step in indices for micro in step), epoch)
-    row_step, row_s = t.progress.step, time.monotonic()
-    t.model.train()
-    for step in range(t.progress.step + 1, last_step + 1):
-        train_step(t, batches)
-        if step % config.runtime.log_every_steps == 0 or step == last_step:
-            write_row(t, steps=step - row_step, started_s=row_s)
-            row_step, row_s = step, time.monotonic()
-        if t.logs is not None:
-            t.logs.progress(step)
-        if step < last_step and not save_or_stop(t):
+    runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
+    t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
+    row_step, t.row_s = t.step, time.monotonic()
+    while t.step < last_step:
+        t.steps.step()
+        t.step += 1
+        if t.open_row is not None and t.open_row[2].arrived():
+            write_row(t)
+        if t.step % runtime.log_every_steps == 0 or t.step == last_step:
+            close_window(t, steps=t.step - row_step)
+            row_step = t.step
+        if t.line is not None:
+            t.line.move(t.step)
+        if t.step < last_step and not save_or_stop(t):
             return False
-    last_epoch = epoch + 1 == config.train.epochs
-    if last_epoch or (epoch + 1) % config.runtime.eval_every_epochs == 0:
-        t.progress.val = evaluate(t)
-        if t.logs is not None:
-            t.logs.row(t.progress.step, epoch + 1, t.progress.val)
-            if last_epoch or (epoch + 1) % max(1, config.train.epochs // 10) == 0:
-                show_positions(t, t.logs)
+    write_row(t)
+    last_epoch = epoch + 1 == t.config.train.epochs
+    if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
+        t.val = evaluate(t)
+        for number, replica in t.active:
+            if replica.logs is not None:
+                replica.logs.row(t.step, epoch + 1, t.val[number])
+        show(t, t.val)
+        if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
+            show_positions(t)
     return last_epoch or save_or_stop(t)
 
 
-def train_step(t: Training, batches: MicroBatches) -> None:
-    """One optimiser step over the next `accum_steps` micro-batches."""
-    config, accum_steps = t.config, t.config.runtime.accum_steps
-    set_learning_rate(t)
-    for micro in range(accum_steps):
-        images, labels = next(batches)
-        if config.model.drop_path_rate:
-            torch.manual_seed(key(config.seed, Purpose.DROP_PATH, t.progress.step, micro, t.group.rank))
-        more = isinstance(t.network, DistributedDataParallel) and micro + 1 < accum_steps
-        with t.network.no_sync() if more else nullcontext():  # the processes exchange gradients once per step
-            with autocast(t):
-                logits = t.network(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.optim.label_smoothing)
-            (loss / accum_steps).backward()
-        t.window.add(loss.detach(), logits.detach(), labels)
-    bound = config.optim.grad_clip_norm
-    t.window.grad_norm = nn.utils.clip_grad_norm_(t.model.parameters(), float("inf") if bound is None else bound).detach()
-    t.window.check(t.progress.step + 1, loss.detach())
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    t.progress.step += 1
+def close_window(t: Training, steps: int) -> None:
+    """End the window of training metrics, of `steps` steps in this process; its row is written when the device is there.
+
+    The device goes on meanwhile, by no more than one window.
+    """
+    write_row(t)
+    window = t.steps.window
+    t.group.sum(window.sums)
+    t.group.minimum(window.bad_step)
+    t.open_row = (t.step, steps, window.take())
 
 
-def set_learning_rate(t: Training) -> None:
-    """Set the learning rate of the step about to be done."""
-    optim = t.config.optim
-    warmup_steps = round(optim.warmup_epochs * t.epoch_steps)
-    lr = learning_rate(
-        t.progress.step, peak=optim.lr, minimum=optim.min_lr, warmup_steps=warmup_steps, total_steps=t.total_steps
-    )
-    for group in t.optimizer.param_groups:
-        group["lr"] = lr
-
-
-def autocast(t: Training) -> torch.autocast:
-    """The precision of the forward pass."""
-    return torch.autocast(t.group.device.type, dtype=torch.bfloat16, enabled=t.config.train.precision == "bfloat16")
-
-
-def write_row(t: Training, *, steps: int, started_s: float) -> None:
-    """Close the window of training metrics: a row for its steps, of which the last `steps` began at `started_s`."""
-    stop_if_not_finite(t)
-    loss_sum, correct, images = t.group.sum(t.window.sums).tolist()
-    t.window.sums = torch.zeros_like(t.window.sums)
-    if t.logs is not None:
-        row = {
+def write_row(t: Training) -> None:
+    """Write the row of the window that was closed last, if that has not been done."""
+    if t.open_row is None:
+        return
+    (step, steps, row), t.open_row = t.open_row, None
+    values = row.read().tolist()
+    drop_non_finite(t, [int(bad_step) for *_, bad_step in values])
+    now_s = time.monotonic()
+    images_per_s = steps * t.config.train.global_batch_size / (now_s - t.row_s)
+    t.row_s = now_s
+    rows = {}
+    for number, replica in t.active:
+        loss_sum, correct, images, grad_norm, _ = values[number]
+        rows[number] = {
             "train/loss": loss_sum / images,
             "train/top1": correct / images,
-            "train/lr": t.optimizer.param_groups[0]["lr"],
-            "train/grad_norm": float(t.window.grad_norm),
-            "perf/images_per_s": steps * t.config.train.global_batch_size / (time.monotonic() - started_s),
-            "time_s": train_time_s(t),
+            "train/lr": t.steps.learning_rate(step - 1),
+            "train/grad_norm": grad_norm,
+            "perf/images_per_s": images_per_s,
+            "time_s": train_time_s(t, replica),
         }
-        t.logs.row(t.progress.step, t.progress.step / t.epoch_steps, row)
+        if replica.logs is not None:
+            replica.logs.row(step, step / t.epoch_steps, rows[number])
+    show(t, list(rows.values()))
 
 
-def train_time_s(t: Training) -> float:
+def show(t: Training, metrics: Sequence[dict[str, float]]) -> None:
+    """Put the mean of the replicas' metrics on the live line, and the images per second of all."""
+    if t.line is not None and metrics:
+        means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
+        if "perf/images_per_s" in means:
+            means["perf/images_per_s"] *= len(metrics)
+        t.line.metrics(means)
+
+
+def train_time_s(t: Training, replica: Replica) -> float:
     """Wall-clock time of training over all attempts: steps, evaluations and checkpoints that led to this state."""
-    return time.monotonic() - t.resumed_s
+    return replica.progress.train_time_s + time.monotonic() - t.counted_s
 
 
-def stop_if_not_finite(t: Training) -> None:
-    """Raise TrainError if the loss or the gradient of any process has been NaN or infinite."""
-    bad_step = int(t.group.minimum(t.window.bad_step))
-    if bad_step != NEVER:
-        raise TrainError(
-            f"{t.run.path}: the loss or its gradient became non-finite at step {bad_step} "
-            f"(epoch {bad_step / t.epoch_steps:.2f}); lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs, "
-            "or set train.precision=float32"
-        )
+def drop_non_finite(t: Training, bad_steps: Sequence[int]) -> None:
+    """Drop the replicas whose loss or gradient has been NaN or infinite, from the first such step on (NEVER: it has not).
+
+    Raises:
+        TrainError: no replica is left.
+    """
+    for number, replica in t.active:
+        bad_step = bad_steps[number]
+        if bad_step < NEVER:
+            reason = (
+                f"{replica.run.path}: the loss or its gradient became non-finite at step {bad_step} "
+                f"(epoch {bad_step / t.epoch_steps:.2f}); lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs, "
+                "or set train.precision=float32"
+            )
+            if len(t.replicas) == 1:
+                raise TrainError(reason)
+            drop(t, number, "failed", reason)
+    if not t.active:
+        raise TrainError("; ".join(replica.left for replica in t.replicas))
 
 
-@torch.no_grad()
-def evaluate(t: Training) -> dict[str, float]:
-    """Top-1, top-5 (fractions) and cross-entropy without smoothing over the whole val split, every image counted once."""
-    group, num_samples = t.group, t.num_samples["val"]
-    batch_size = min(EVAL_BATCH_SIZE, -(-num_samples // group.world_size))
-    indices = eval_batches(num_samples=num_samples, batch_size=batch_size, rank=group.rank, world_size=group.world_size)
-    sums = torch.zeros(4, dtype=torch.float64, device=group.device)  # loss, top-1, top-5, images
-    t.model.eval()
-    for images, labels in t.images["val"].eval_batches(indices):
-        with autocast(t):
-            logits = t.forward(images)
-        real = labels >= 0  # the others fill up the last batch
-        loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # B, 5
-        sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double(), real.sum().double()])
-    loss_sum, top1, top5, count = group.sum(sums).tolist()
-    assert count == num_samples, f"evaluated {count} of {num_samples} images"
-    return {"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count}
+def drop(t: Training, number: int, state: str, reason: str) -> None:
+    """Train a replica no longer, and say so in its attempt; the others go on."""
+    replica = t.replicas[number]
+    replica.left = reason
+    t.steps.freeze(number)
+    say(t, f"seed {replica.config.seed} is not trained any more, the others go on: {reason}")
+    if t.group.is_main:
+        for attempt in replica.run.attempts()[-1:]:
+            write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
+
+
+def evaluate(t: Training) -> list[dict[str, float]]:
+    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, every image of the val split counted once."""
+    sums = t.group.sum(t.steps.evaluate())
+    metrics = []
+    for loss_sum, top1, top5, count in sums.tolist():
+        assert count == t.num_samples["val"], f"evaluated {count} of {t.num_samples['val']} images"
+        metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
+    return metrics
 
 
 def save_or_stop(t: Training) -> bool:
-    """Between two steps: write a checkpoint if one is due, and another before stopping; False if told to stop."""
-    runtime, step = t.config.runtime, t.progress.step
+    """Between two steps: write checkpoints if they are due, and others before stopping; False if told to stop."""
+    runtime, step = t.config.runtime, t.step
     due = runtime.checkpoint_every_steps is not None and step % runtime.checkpoint_every_steps == 0
-    stop = False
+    stopped: list[int] = []
     if step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0:
         late = time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
-        stop, late = t.group.from_main((t.run.stop.exists(), late))
-        due = due or late or stop
+        stopped = [number for number, replica in t.active if t.group.is_main and replica.run.stop.exists()]
+        stopped, late = t.group.from_main((stopped, late))
+        due = due or late or bool(stopped)
     if due:
         save(t)
-    if stop and t.logs is not None:
-        t.logs.say(f"stopped at step {step} of {t.total_steps}, as {t.run.stop} asks; the same command continues from there")
-    return not stop
+    stopped = [number for number, _ in t.active if number in stopped]
+    everyone = bool(stopped) and len(stopped) == len(t.active)
+    for number in stopped:
+        asked = f"stopped at step {step} of {t.total_steps}, as {t.replicas[number].run.stop} asks"
+        if everyone:
+            say(t, f"{asked}; the same command continues from there")
+        else:
+            drop(t, number, "stopped", asked)
+    return not everyone
 
 
 def save(t: Training) -> None:
-    """Write a checkpoint of the present step."""
-    stop_if_not_finite(t)  # a checkpoint of broken weights would make the run unrepairable
-    window = t.group.sum(t.window.sums.clone())
-    new_s = train_time_s(t) - t.progress.train_time_s
-    t.progress.train_time_s += new_s
-    if t.group.device.type == "cuda":  # of this attempt's GPUs; another may have others
-        t.progress.gpu_time_s += new_s * t.group.world_size / t.config.runtime.runs_per_gpu
-    if t.group.is_main:
-        assert t.logs is not None
-        t.logs.flush()
-        state = {"signature": t.config.signature, "beton_sha256": t.beton_sha256}
-        state |= {"progress": vars(t.progress), "window": window}
-        state |= {"model": t.model.state_dict(), "optimizer": t.optimizer.state_dict()}
-        checkpoint.save(t.run, t.progress.step, state)
+    """Write checkpoints of the present step."""
+    write_row(t)
+    window = t.steps.window
+    drop_non_finite(t, t.group.minimum(window.bad_step.clone()).tolist())  # broken weights would make a run unrepairable
+    sums = t.group.sum(window.sums.clone())
+    count_time(t)
+    for number, replica in t.active:
+        progress = replica.progress
+        progress.step, progress.val = t.step, t.val[number]
+        if replica.logs is not None:
+            replica.logs.flush()
+            optimizer = replica.optimizer.state_dict()
+            for param_group in optimizer["param_groups"]:
+                param_group["lr"] = float(param_group["lr"])  # on a GPU it is a tensor there
+            state = {"signature": replica.config.signature, "beton_sha256": t.beton_sha256}
+            state |= {"progress": vars(progress), "window": sums[number].clone(), "optimizer": optimizer}
+            state["model"] = {name: value.clone() for name, value in replica.model.state_dict().items()}  # not the whole stack
+            checkpoint.save(replica.run, t.step, state)
     t.saved_s = time.monotonic()
 
 
+def count_time(t: Training) -> None:
+    """Add the time since the last call to what the replicas have taken; they share the GPU."""
+    now_s = time.monotonic()
+    new_s, t.counted_s = now_s - t.counted_s, now_s
+    for _, replica in t.active:
+        replica.progress.train_time_s += new_s
+        if t.group.device.type == "cuda":  # of this attempt's GPUs; another may have others
+            shares = t.config.runtime.runs_per_gpu * len(t.active)
+            replica.progress.gpu_time_s += new_s * t.group.world_size / shares
+
+
 def finish(t: Training) -> None:
-    """Write the last checkpoint and, last of all, result.json."""
+    """Write the last checkpoints and, last of all, each result.json."""
     save(t)
     if not t.group.is_main:
         return
-    config, time_s = t.config, t.progress.train_time_s
-    result = Result(
-        signature=config.signature,
-        dataset=config.dataset,
-        attention=config.model.attention,
-        seed=config.seed,
-        epochs=config.train.epochs,
-        steps=t.progress.step,
-        val_top1=t.progress.val["val/top1"],
-        val_top5=t.progress.val["val/top5"],
-        val_loss=t.progress.val["val/loss"],
-        train_time_s=time_s,
-        gpu_hours=t.progress.gpu_time_s / 3600,
-        images_per_s=t.progress.step * config.train.global_batch_size / time_s,
-        attempts=max(1, len(t.run.attempts())),
-        weights_sha256=checkpoint.weights_sha256(t.model.state_dict()),
-        code_version=", ".join(t.progress.code_versions),
-        beton_sha256=t.beton_sha256,
-        finished_utc=utc_now(),
-    )
-    assert t.logs is not None
-    t.logs.flush()
-    write_json(t.run.result_json, result.model_dump())
-    t.logs.say(f"finished: val top-1 {100 * result.val_top1:.2f} % after {result.epochs} epochs; {t.run.result_json}")
+    for _, replica in t.active:
+        config, progress = replica.config, replica.progress
+        result = Result(
+            signature=config.signature,
+            dataset=config.dataset,
+            attention=config.model.attention,
+            seed=config.seed,
+            epochs=config.train.epochs,
+            steps=progress.step,
+            val_top1=progress.val["val/top1"],
+            val_top5=progress.val["val/top5"],
+            val_loss=progress.val["val/loss"],
+            train_time_s=progress.train_time_s,
+            gpu_hours=progress.gpu_time_s / 3600,
+            images_per_s=progress.step * config.train.global_batch_size / progress.train_time_s,
+            attempts=max(1, len(replica.run.attempts())),
+            weights_sha256=checkpoint.weights_sha256(replica.model.state_dict()),
+            code_version=", ".join(progress.code_versions),
+            beton_sha256=t.beton_sha256,
+            finished_utc=utc_now(),
+        )
+        assert replica.logs is not None
+        replica.logs.flush()
+        write_json(replica.run.result_json, result.model_dump())
+        accuracy = f"val top-1 {100 * result.val_top1:.2f} % after {result.epochs} epochs"
+        say(t, f"seed {config.seed} finished: {accuracy}; {replica.run.result_json}")
+
+
+def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
+    """The runs that a command asks for: that of the configuration, or one for each of `seeds`."""
+    if seeds is None:
+        return [load_config(path, overrides)]
+    return [load_config(path, [*overrides, f"seed={seed}"]) for seed in seeds]
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds in a text such as 0,1,2."""
+    seeds = [int(word) for word in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{text}: a seed comes up twice")
+    return seeds
+
+
+def claim(config: RunConfig, stack: ExitStack) -> bool:
+    """Take a run for this process, until `stack` closes; False if it is finished."""
+    run = record_config(config)
+    if run.result() is not None:
+        print(f"{run.result_json}: the run is finished already", file=sys.stderr)
+        return False
+    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the run is finished or was stopped on request, 1 with one line for an error of the user's."""
     parser = argparse.ArgumentParser(
         prog="vitpa train",
-        description="Train one run, from its newest checkpoint if there is one.",
-        epilog=f"example: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n\nkeys:\n{keys_help()}",
+        description="Train one run, or several seeds of it together, from the newest checkpoints if there are any.",
+        epilog="examples: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n"
+        f"          vitpa train cifar10 --seeds 0,1,2,3,4\n\nkeys:\n{keys_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="a YAML file, or the name of a shipped recipe such as cifar10")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
+    parser.add_argument(
+        "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"
+    )
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
-        group = distributed.join(config.runtime.device)
+        configs = configs_of(options.config, options.overrides, options.seeds)
+        group = distributed.join(configs[0].runtime.device)
         try:
             with ExitStack() as stack:
-                run, finished, refused = config.run_dir, False, None
+                unfinished, refused = [], None
                 if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
                     try:
-                        record_config(config)
-                        finished = run.result() is not None
-                        if not finished:
-                            stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+                        unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
                     except (ConfigError, RunError, OSError) as error:
                         refused = error
-                finished, stays_out = group.from_main((finished, refused is not None))
+                unfinished, stays_out = group.from_main((unfinished, refused is not None))
                 if stays_out:  # all processes end, not only the main one
                     if refused is not None:
                         raise refused
                     return 1
-                if not finished:
-                    train(config, run, group)
-                elif group.is_main:
-                    print(f"{run.result_json}: the run is finished already", file=sys.stderr)
+                if unfinished:
+                    train([configs[number] for number in unfinished], group)
         finally:
             distributed.leave()
     except (ConfigError, RunError, BetonError, TrainError, OSError) as error:  # OSError: a full disk, a missing right

@@ -1,0 +1,257 @@
+"""The step of several seeds at once: R replicas of one configuration on one device, each as if it were alone.
+
+Each replica has its own weights, order of images, augmentation, gradient clipping and optimiser state; only the arithmetic
+is shared, as products batched over the replicas. On a GPU everything between two steps, from choosing the images to the
+optimiser, is one CUDA graph, so that the host only says "again". A run alone is a group of one.
+
+Axes: R replicas, B batch, N tokens, K classes, P purposes of random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn import functional as F
+
+from vitpa.config import RunConfig
+from vitpa.data import augment
+from vitpa.data.counter_rng import Purpose, key, permutation
+from vitpa.data.resident import ResidentImages
+from vitpa.models.stacked import PLAIN, Operations, StackedViT, stack
+from vitpa.window import NEVER, Window
+
+EVAL_BATCH_SIZE = 1000
+WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms, the optimiser makes its state
+
+
+class ReplicaSteps:
+    """Training steps and evaluation of R models over resident images. The models' parameters become views of one stack."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[VisionTransformer],
+        optimizers: Sequence[torch.optim.AdamW],
+        images: Mapping[str, ResidentImages],
+        learning_rates: Tensor,
+    ) -> None:
+        """`learning_rates` (steps of the whole run,) float64: that of each step."""
+        self.config, self.seeds, self.optimizers, self.images = config, seeds, optimizers, images
+        self.device, self.R, self.B = images["train"].device, len(seeds), config.train.global_batch_size
+        dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+        self.parameters = stack(models)
+        self.network = StackedViT(
+            config.model.attention,
+            config.model.patch_size,
+            config.model.depth,
+            config.model.num_heads,
+            fastest_operations(config, self.device, dtype),
+        )
+        # what the forward pass takes: the parameters themselves, or for matrix products a copy in `dtype`
+        products = self.network.product_weights(list(self.parameters)) if dtype != torch.float32 else []
+        self.originals = [self.parameters[name] for name in products]
+        self.copies = [original.to(dtype) for original in self.originals]
+        copies = dict(zip(products, self.copies, strict=True))
+        self.weights = {name: copies.get(name, value).detach().requires_grad_() for name, value in self.parameters.items()}
+        self.gradients = [torch.zeros_like(value) for value in self.parameters.values()]  # float32, laid out as the parameters
+        self.slices = [gradient[replica] for replica in range(self.R) for gradient in self.gradients]  # replica by replica
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        for parameter, gradient in zip(parameters, self.slices, strict=True):
+            parameter.grad = gradient
+
+        self.order = torch.zeros(self.R, len(images["train"].labels), dtype=torch.int64, device=self.device)
+        self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
+        self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
+        self.next = torch.zeros((), dtype=torch.int64, device=self.device)  # position in the order of the epoch
+        self.frozen = torch.zeros(self.R, device=self.device)  # 1: this replica is not updated any more
+        self.learning_rate = learning_rates.tolist().__getitem__
+        self.learning_rates = learning_rates.to(self.device)
+        self.lr = torch.zeros((), dtype=torch.float32 if self.device.type == "cuda" else torch.float64, device=self.device)
+        self.window = Window(self.R, self.device)
+        self.eval_next = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
+
+        self._batch: Callable[..., Any] = self._make_batch
+        self._loss: Callable[..., Any] = self._compute_loss
+        self._score: Callable[..., Any] = self._compute_scores
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+
+    def prepare(self, step: int, epoch_steps: int) -> list[str]:
+        """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
+        notes: list[str] = []
+        wanted = self.config.runtime.step
+        if wanted == "auto":
+            wanted = "graph" if self.device.type == "cuda" else "eager"
+        if wanted == "graph" and self.device.type != "cuda":
+            notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
+            wanted = "compile"
+        for param_group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            param_group["lr"] = self.lr
+        self.begin_epoch(min(step, len(self.learning_rates) - 1) // epoch_steps, 0)
+        if wanted != "eager":
+            for name in ("_batch", "_loss", "_score"):
+                setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
+            try:
+                self._leaving_no_trace(self._step)
+                self._leaving_no_trace(self._evaluate_batch)
+            except TorchDynamoException as error:
+                notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
+                self._batch, self._loss, self._score = self._make_batch, self._compute_loss, self._compute_scores
+                wanted = "compile"
+        if wanted == "graph":
+            try:
+                self._run_step = self._leaving_no_trace(self._captured, self._step)
+                self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
+            except RuntimeError as error:
+                notes.append(f"no CUDA graph of the step could be made ({_first_line(error)}); it runs without")
+                self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        self.done.fill_(step)
+        return notes
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Take the order and the random numbers of `epoch`, from its step `step` on."""
+        for replica, seed in enumerate(self.seeds):
+            self.order[replica] = permutation(key(seed, Purpose.ORDER, epoch), self.order.shape[1], self.device)
+        self.keys.copy_(augment.epoch_keys(self.seeds, epoch))
+        self.next.fill_(step * self.B)
+
+    def step(self) -> None:
+        """One optimiser step of every replica; returns before the device has done it."""
+        self._run_step()
+
+    def freeze(self, replica: int) -> None:
+        """Leave the weights and optimiser state of a replica as they are from now on."""
+        self.frozen[replica] = 1
+
+    def evaluate(self) -> Tensor:
+        """Sums over the val split, every image once: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+        self.eval_next.zero_()
+        self.eval_sums.zero_()
+        self._copy_weights()
+        for _ in range(0, len(self.images["val"].labels), self._eval_batch_size()):
+            self._run_evaluation()
+        return self.eval_sums
+
+    def _step(self) -> None:
+        images, labels = self._batch(self.order, self.next, self.keys)
+        self._copy_weights()
+        losses, correct = self._loss(self.weights, images, labels)
+        torch._foreach_copy_(self.gradients, torch.autograd.grad(losses.sum(), list(self.weights.values())))
+        losses = losses.detach()
+        self._update(losses)
+        self.window.add(losses, correct, self.B)
+        self.done += 1
+        self.next += self.B
+
+    def _copy_weights(self) -> None:
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.originals)
+
+    def _make_batch(self, order: Tensor, first: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The next images (R, B, 3, H, W), augmented and normalised, and their labels (R, B)."""
+        images = self.images["train"]
+        columns = first + torch.arange(self.B, device=self.device)
+        samples = order.index_select(1, columns).flatten()  # R*B
+        batch = images.augmentation(images.images[samples], samples, keys.repeat_interleave(self.B, dim=0))
+        return batch.view(self.R, self.B, *batch.shape[1:]), images.labels[samples].view(self.R, self.B)
+
+    def _compute_loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss (R,) and number of correct predictions (R,)."""
+        logits = self.network(weights, images).to(weights["head.bias"].dtype)  # R, B, K
+        smoothing = self.config.optim.label_smoothing
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
+        return losses.view(labels.shape).mean(1), (logits.detach().argmax(2) == labels).sum(1)
+
+    def _update(self, losses: Tensor) -> None:
+        """Clip the gradients, per replica, and step the optimisers; not of replicas that are not finite."""
+        norms = torch.stack(torch._foreach_norm(self.slices)).view(self.R, -1)
+        total = torch.linalg.vector_norm(norms, dim=1)  # R
+        self.window.check(self.done + 1, losses, total)
+        self.frozen.copy_(torch.maximum(self.frozen, (self.window.bad_step != NEVER).to(self.frozen.dtype)))
+        bound = self.config.optim.grad_clip_norm
+        divisors = torch.ones_like(total) if bound is None else ((total + 1e-6) / bound).clamp(min=1)
+        self.lr.copy_(self.learning_rates.index_select(0, self.done.view(1))[0])
+        for replica, optimizer in enumerate(self.optimizers):
+            # torch.amp's way to have the fused kernel divide the gradients, and skip the update
+            optimizer.grad_scale = divisors[replica]  # type: ignore[attr-defined]
+            optimizer.found_inf = self.frozen[replica]  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def _evaluate_batch(self) -> None:
+        with torch.no_grad():
+            self.eval_sums += self._score(self.weights, self.eval_next)
+            self.eval_next += self._eval_batch_size()
+
+    def _eval_batch_size(self) -> int:
+        return min(EVAL_BATCH_SIZE, len(self.images["val"].labels))
+
+    def _compute_scores(self, weights: Mapping[str, Tensor], first: Tensor) -> Tensor:
+        """Sums over the val images from `first` on: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+        val = self.images["val"]
+        samples = first + torch.arange(self._eval_batch_size(), device=self.device)
+        real = samples < len(val.labels)  # the others fill up the last batch
+        samples = torch.where(real, samples, 0)
+        images = val.augmentation.normalize(val.images[samples])
+        logits = self.network(weights, images.expand(self.R, *images.shape)).to(weights["head.bias"].dtype)  # R, B, K
+        labels = val.labels[samples]
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), reduction="none").view(self.R, -1)
+        hits = (logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]) & real[:, None]  # R, B, 5
+        images_counted = real.double().sum().expand(self.R)
+        loss = torch.where(real, losses, 0).double().sum(1)
+        return torch.stack([loss, hits[:, :, 0].sum(1).double(), hits.sum((1, 2)).double(), images_counted], dim=1)
+
+    def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function`, and put everything that a step or an evaluation changes back as it was."""
+        changed = [*self.parameters.values(), self.done, self.next, self.frozen, self.eval_next, self.eval_sums]
+        changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
+        changed += self._optimizer_state()
+        kept = [tensor.clone() for tensor in changed]
+        answer = function(*arguments)
+        torch._foreach_copy_(changed, kept)
+        before = {id(tensor) for tensor in changed}
+        for tensor in self._optimizer_state():
+            if id(tensor) not in before:  # AdamW makes its state, of zeros, in its first step
+                tensor.zero_()
+        return answer
+
+    def _optimizer_state(self) -> list[Tensor]:
+        return [value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()]
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of `function`."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+
+def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Operations:
+    """Our kernels for a GPU where they take the sizes of `config`, else plain PyTorch."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return PLAIN
+    from vitpa.kernels import attention, mixing, norm  # noqa: PLC0415 - Triton is needed on a GPU only
+
+    model = config.model
+    tokens, head_dim = (model.img_size // model.patch_size) ** 2 + 1, model.embed_dim // model.num_heads
+    return Operations(
+        attention=PLAIN.attention if attention.unfit(tokens, head_dim) else attention.attention,
+        mix=PLAIN.mix if mixing.unfit(tokens, head_dim) else mixing.mix,
+        add_norm=PLAIN.add_norm if norm.unfit(model.embed_dim) else norm.add_norm,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
