@@ -16,15 +16,17 @@ from torch import Tensor
 from vitpa.kernels.partials import sum_partials
 
 CHUNK_FORWARD = 8  # images a program: enough to pay for reading the matrix, few enough to fill the GPU
+NUM_STAGES_FORWARD = 3  # images whose loads are under way at a time
 NUM_WARPS_FORWARD = 1  # small programs, many at a time on a multiprocessor, hide the memory's latency
 CHUNK_BACKWARD = 16  # each chunk writes N * N numbers per head: 8 MB in all for 640 images, instead of 16 for 8
+NUM_STAGES_BACKWARD = 3  # images whose loads are under way at a time
 NUM_WARPS_BACKWARD = 4  # the sums of the matrix's gradient alone are P * P numbers: 32 registers a thread
 
 
 def unfit(tokens: int, head_dim: int) -> str:
     """Why the kernel does not take these sizes; empty if it does."""
-    if tokens - 1 not in (16, 32, 64, 128):
-        return f"mixing kernel: {tokens - 1} patches, not 16, 32, 64 or 128"
+    if tokens - 1 not in (16, 32, 64):
+        return f"mixing kernel: {tokens - 1} patches, not 16, 32 or 64"
     if head_dim not in (16, 32, 64):
         return f"mixing kernel: head_dim {head_dim}, not 16, 32 or 64"
     return ""
@@ -35,11 +37,11 @@ def unfit(tokens: int, head_dim: int) -> str:
 
 
 @triton.jit
-def _forward_kernel(attention, v, out, B, CHUNK: tl.constexpr, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
+def _forward_kernel(attention, v, out, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     head = tl.program_id(0).to(tl.int64)
-    first_image = tl.program_id(1) * CHUNK
+    first_image = tl.program_id(1) * chunk
     patch = tl.arange(0, P)
     padded = tl.arange(0, 16)
     column = tl.arange(0, d)[None, :]
@@ -53,7 +55,7 @@ def _forward_kernel(attention, v, out, B, CHUNK: tl.constexpr, H: tl.constexpr, 
     offset = ((head // H) * B + first_image) * (N * D) + (head % H) * d
     patches = offset + (1 + patch)[:, None] * D + column
     class_token = offset + padded[:, None] * D + column
-    for _ in range(tl.minimum(CHUNK, B - first_image)):
+    for _ in range(tl.minimum(chunk, B - first_image)):
         x = tl.load(v + patches)
         x_c = tl.load(v + class_token, mask=first, other=0.0)
         o = tl.dot(a_pc, x_c, acc=tl.dot(a, x, input_precision="ieee"), input_precision="ieee")
@@ -65,11 +67,11 @@ def _forward_kernel(attention, v, out, B, CHUNK: tl.constexpr, H: tl.constexpr, 
 
 
 @triton.jit
-def _backward_kernel(attention, v, dout, dv, parts, B, CHUNK: tl.constexpr, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
+def _backward_kernel(attention, v, dout, dv, parts, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     head = tl.program_id(0).to(tl.int64)
-    first_image = tl.program_id(1) * CHUNK
+    first_image = tl.program_id(1) * chunk
     patch = tl.arange(0, P)
     padded = tl.arange(0, 16)
     column = tl.arange(0, d)[None, :]
@@ -87,7 +89,7 @@ def _backward_kernel(attention, v, dout, dv, parts, B, CHUNK: tl.constexpr, H: t
     offset = ((head // H) * B + first_image) * (N * D) + (head % H) * d
     patches = offset + (1 + patch)[:, None] * D + column
     class_token = offset + padded[:, None] * D + column
-    for _ in range(tl.minimum(CHUNK, B - first_image)):
+    for _ in range(tl.minimum(chunk, B - first_image)):
         x = tl.load(v + patches)
         g = tl.load(dout + patches)
         x_c = tl.load(v + class_token, mask=first, other=0.0)
@@ -116,7 +118,7 @@ def _forward(attention: Tensor, v: Tensor) -> Tensor:
     out = torch.empty(R, B, N, H * d, dtype=v.dtype, device=v.device)
     kernel: Any = _forward_kernel
     grid = (R * H, triton.cdiv(B, CHUNK_FORWARD))
-    kernel[grid](attention, v, out, B, CHUNK_FORWARD, H, N - 1, d, num_warps=NUM_WARPS_FORWARD)
+    kernel[grid](attention, v, out, B, CHUNK_FORWARD, H, N - 1, d, num_warps=NUM_WARPS_FORWARD, num_stages=NUM_STAGES_FORWARD)
     return out
 
 
@@ -135,7 +137,10 @@ def _backward(attention: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, Tenso
     parts = torch.empty(R * H, chunks, N * N, dtype=torch.float32, device=v.device)
     kernel: Any = _backward_kernel
     grid = (R * H, chunks)
-    kernel[grid](attention, v, dout, dv, parts, B, CHUNK_BACKWARD, H, N - 1, d, num_warps=NUM_WARPS_BACKWARD)
+    kernel[grid](
+        attention, v, dout, dv, parts, B, CHUNK_BACKWARD, H, N - 1, d,
+        num_warps=NUM_WARPS_BACKWARD, num_stages=NUM_STAGES_BACKWARD,
+    )  # fmt: skip
     return sum_partials(parts).view(R, H, N, N), dv
 
 

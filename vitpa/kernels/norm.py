@@ -57,8 +57,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, ADD: tl.constexpr,
+    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -67,8 +67,8 @@ def _backward_kernel(
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)  # one sum per row of the tile: added up once, at the end
     sum_norm_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(STEPS):
-        token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+    for step in range(steps):
+        token = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
         mask = (token < M)[:, None] & inside[None, :]
         at = (r * M + token)[:, None] * D + column[None, :]
         x = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
@@ -128,7 +128,7 @@ def _backward(
     kernel: Any = _backward_kernel
     kernel[(programs, R)](
         dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight.contiguous(), mean, rstd, dx, parts, M,
-        D, triton.next_power_of_2(D), ROWS_BACKWARD, TOKENS_BACKWARD // ROWS_BACKWARD, add, num_warps=NUM_WARPS_BACKWARD,
+        TOKENS_BACKWARD // ROWS_BACKWARD, D, triton.next_power_of_2(D), ROWS_BACKWARD, add, num_warps=NUM_WARPS_BACKWARD,
     )  # fmt: skip
     return dx, sum_partials(parts).view(2 + add, R, D)
 
