@@ -1,7 +1,8 @@
 """How long a sweep will take and what it will cost: arithmetic on the speed of finished runs, never a guess.
 
 A run takes (training images x epochs) / (images per second of finished runs of its data set and attention), evaluation
-included, for that is how images_per_s is measured. One that goes on from a checkpoint counts as a whole one.
+included, for that is how images_per_s is measured. One that goes on from a checkpoint counts as a whole one. Where runs
+share a GPU, as replicas or side by side, each counts by its share: it costs the GPU-hours that measured ones have cost.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.grid import Run
+from jobs.groups import num_train
 from jobs.state import RunState
 from jobs.status import duration
 from jobs.submit import Batch
-from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_json, read_yaml
-from vitpa.datasets import facts_of
+from vitpa.config import ConfigError, Result, RunDir, RunError, read_json, read_yaml
 
 Kind = tuple[str, str]  # data set, attention
 CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
@@ -33,7 +34,7 @@ class Speed:
     images_per_s: float
     runs: int
     hardware: str  # GPU's name, or `CPU`; empty if it was not written down
-    gpus: float  # of one run; processes, on the CPU
+    gpus: float  # of one run, its share where several had one together; 0 on the CPU
 
     def as_json(self) -> dict[str, Any]:
         """As `plan --json` has it."""
@@ -42,16 +43,22 @@ class Speed:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with equal resources, in the order in which they start."""
+    """Jobs with equal resources, in the order in which they start; each trains a run, or several as replicas."""
 
-    durations_s: tuple[float | None, ...]  # None: its kind has not been measured
-    gpus: float  # of one run
+    durations_s: tuple[float | None, ...]  # of each job; None: its kind has not been measured
+    gpus: float  # of one job
     arrays: int = 1
-    at_a_time: int | None = None  # runs, as far as is known; None: as many as SLURM gives
+    at_a_time: int | None = None  # jobs, as far as is known; None: as many as SLURM gives
+    replicas: float = 1  # runs of a job, on the average
+
+    @property
+    def gpus_per_run(self) -> float:
+        """What a run has of the GPUs."""
+        return self.gpus / self.replicas
 
     @property
     def longest_s(self) -> float | None:
-        """The longest run; None unless all are known."""
+        """The longest job; None unless all are known."""
         known = [seconds for seconds in self.durations_s if seconds is not None]
         return max(known, default=0.0) if len(known) == len(self.durations_s) else None
 
@@ -60,7 +67,7 @@ class Group:
 class Forecast:
     """The whole submission. None where a kind of run has not been measured."""
 
-    train_s: float | None  # one run after the other
+    train_s: float | None  # one job after the other
     gpu_hours: float | None
     wall_s: float | None  # once they start; None also where nobody says how many run at a time
     speeds: Mapping[Kind, Speed]
@@ -128,8 +135,17 @@ def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float |
     return images * run.config.train.epochs / speed.images_per_s
 
 
+def job_s(runs: Sequence[float | None], speed: Speed | None, gpus: float) -> float | None:
+    """Seconds of a job with `gpus` that trains runs of one kind together, which take so long as they were measured."""
+    known = [seconds for seconds in runs if seconds is not None]
+    if len(known) < len(runs) or speed is None:
+        return None
+    shares = 0 < speed.gpus <= 1 and 0 < gpus <= 1  # of one GPU, when measured and now
+    return max(known) * (speed.gpus * len(runs) / gpus if shares else 1)
+
+
 def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed]) -> Group:
-    """The runs of batches with equal resources."""
+    """The jobs of batches with equal resources."""
     how = batches[0].how
     if how["executor"] == "slurm":
         gpus = float(how["profile"]["nodes"] * how["profile"]["gpus_per_node"])
@@ -140,23 +156,14 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed]) -> Group:
     images: dict[str, int | None] = {}
     durations = []
     for batch in batches:
-        for state, config in zip(batch.chosen, batch.configs, strict=True):
-            if state.run.dataset not in images:
-                images[state.run.dataset] = num_train(config)
-            durations.append(run_s(state.run, speeds, images[state.run.dataset]))
-    return Group(tuple(durations), gpus, len(batches), at_a_time)
-
-
-def num_train(config: RunConfig) -> int | None:
-    """Training images of the run's data set, from the table or else from the manifest."""
-    known = facts_of(config.dataset).num_train
-    if known is not None:
-        return known
-    try:
-        found = (read_json(Path(config.runtime.data_dir) / config.dataset / "train.json") or {}).get("num_samples")
-    except RunError:
-        return None
-    return found if isinstance(found, int) else None
+        for task in batch.tasks:
+            run, config = batch.chosen[task[0]].run, batch.configs[task[0]]
+            if run.dataset not in images:
+                images[run.dataset] = num_train(config)
+            runs = [run_s(batch.chosen[index].run, speeds, images[run.dataset]) for index in task]
+            durations.append(job_s(runs, speeds.get((run.dataset, run.attention)), gpus))
+    replicas = sum(len(batch.chosen) for batch in batches) / len(durations)
+    return Group(tuple(durations), gpus, len(batches), at_a_time, replicas)
 
 
 # --- what has been measured

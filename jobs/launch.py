@@ -13,6 +13,7 @@ from typing import Any
 
 import submitit
 
+from jobs.groups import tasks_of
 from jobs.profile import SlurmProfile
 from jobs.sbatch import slurm_executor
 from jobs.slurm_job import run_task
@@ -24,7 +25,7 @@ NO_TIME_LIMIT_MIN = 60 * 24 * 366  # submitit's default for local jobs is 2 minu
 
 
 def main(arguments: list[str]) -> None:
-    """Start jobs for the runs INDICES (a JSON list) of SUBMISSION (a path below ROOT) and write its receipt."""
+    """Start jobs for the tasks INDICES (a JSON list) of SUBMISSION (a path below ROOT) and write its receipt."""
     root, submission, indices = arguments[0], arguments[1], json.loads(arguments[2])
     directory = SubmissionDir(Path(root) / submission)
     intent = read_json(directory.intent_json)
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
 
 def start_workers(root: Path, submission: str, intent: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-    """Start as many workers on this machine as there are slots, or runs."""
+    """Start as many workers on this machine as there are slots, or groups of runs."""
     executor = submitit.LocalExecutor(folder=SubmissionDir(root / submission).submitit)
     executor.update_parameters(timeout_min=NO_TIME_LIMIT_MIN)
     started = []
@@ -48,8 +49,8 @@ def start_workers(root: Path, submission: str, intent: dict[str, Any], indices: 
 
 
 def start_array(root: Path, submission: str, intent: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-    """Submit a job array to SLURM with a task for each of the runs."""
-    count = len(intent["runs"])
+    """Submit a job array to SLURM with a task for each group of runs."""
+    count = len(tasks_of(intent))
     executor = slurm_executor(
         parse_model(SlurmProfile, intent["profile"], "the intent"),
         SubmissionDir(root / submission).submitit,

@@ -31,7 +31,7 @@ LARGEST_LOSS = 0.25  # of an attempt
 
 @dataclass(frozen=True)
 class Need:
-    """What one run asks for, in all, and what a node has to have for it."""
+    """What one job asks for, in all, and what a node has to have for it."""
 
     nodes: int
     gpus: int  # per node
@@ -123,8 +123,9 @@ def _measured_otherwise(
             speed = speeds.get(kind)
             if speed and group.gpus and speed.hardware == "CPU":
                 yield f"{' '.join(kind)} was measured on CPUs, these runs have GPUs: expect less time"
-            elif speed and group.gpus and abs(speed.gpus - group.gpus) > 0.1 * group.gpus:
-                yield f"{' '.join(kind)} was measured with {speed.gpus:.2g} GPUs for a run, these have {group.gpus:g}"
+            elif speed and group.gpus and abs(speed.gpus - group.gpus_per_run) > 0.1 * group.gpus_per_run:
+                measured, have = f"{speed.gpus:.2g}", f"{group.gpus_per_run:.2g}"
+                yield f"{' '.join(kind)} was measured with {measured} GPUs for a run, these have {have}"
 
 
 def _review(
@@ -156,9 +157,10 @@ def _datasets(batches: Sequence[Batch]) -> str:
 def _details(batches: Sequence[Batch], group: Group) -> dict[str, Any]:
     common = {
         "datasets": _datasets(batches),
-        "runs": len(group.durations_s),
+        "runs": sum(len(batch.chosen) for batch in batches),
+        "jobs": len(group.durations_s),
         "at_a_time": group.at_a_time,
-        "gpus_per_run": group.gpus,
+        "gpus_per_run": group.gpus_per_run,
         "longest_run_s": group.longest_s,
     }
     if batches[0].how["executor"] != "slurm":
@@ -182,7 +184,7 @@ def test_only(scheduler: Scheduler, batches: Sequence[Batch], profile: SlurmProf
     Raises:
         SchedulerError: SLURM does not answer.
     """
-    count = max(len(batch.chosen) for batch in batches)
+    count = max(len(batch.tasks) for batch in batches)
     exclude = batches[0].how["exclude"]
     folder = root / "sweeps" / name / "submissions" / "plan"
     try:
@@ -228,17 +230,20 @@ def is_silence(error: SchedulerError) -> bool:
 def _of_all(groups: Sequence[Sequence[Batch]], cluster: Cluster) -> Iterator[Finding]:
     """What concerns the submission as a whole."""
     batches = [batch for group in groups for batch in group]
-    runs = sum(len(batch.chosen) for batch in batches)
+    count, jobs = sum(len(batch.chosen) for batch in batches), sum(len(batch.tasks) for batch in batches)
+    runs = f"{count} runs" + (f" ({jobs} jobs)" if jobs < count else "")
     arrays = f"{len(batches)} job array{'s' if len(batches) > 1 else ''}"
     option = re.search(r"max_array_tasks=\d+", cluster.configuration.get("SchedulerParameters", ""))
     most = f"MaxArraySize {cluster.configuration.get('MaxArraySize', 'not known')}" + (f", {option[0]}" if option else "")
     yield Finding(
-        "info", "MaxArraySize", f"{runs} runs in {arrays} ({most}); {cluster.own_jobs} jobs of yours are in the queue"
+        "info",
+        "MaxArraySize",
+        f"{runs} in {arrays} ({most}); {cluster.own_jobs} jobs of yours are in the queue",
     )
     room = int(cluster.configuration.get("MaxJobCount", "10000"))
-    if cluster.jobs is not None and cluster.jobs + runs >= room:
+    if cluster.jobs is not None and cluster.jobs + jobs >= room:
         yield Finding(
-            "problem", "MaxJobCount", f"{runs} runs and {cluster.jobs} jobs in the queue are more than MaxJobCount={room}; "
+            "problem", "MaxJobCount", f"{runs} and {cluster.jobs} jobs in the queue are more than MaxJobCount={room}; "
             "submit a part of them (a filter such as seed=0)"
         )  # fmt: skip
 
@@ -261,7 +266,7 @@ def limits_of_runs(profile: SlurmProfile, group: Group, cluster: Cluster) -> tup
         findings += found
         most.append(bound)
     for source, row in _limits_of(profile, cluster, [cluster.partitions[name] for name in names if name]):
-        for finding, bound in _of_accounting(source, row, cluster, profile=profile, need=need, runs=len(group.durations_s)):
+        for finding, bound in _of_accounting(source, row, cluster, profile=profile, need=need, jobs=len(group.durations_s)):
             findings.append(finding)
             most.append(bound)
     return findings, most
@@ -341,7 +346,7 @@ def _of_nodes(profile: SlurmProfile, need: Need, partition: str, cluster: Cluste
         text = f"{there} nodes of partition {partition} have {wanted}, {need.nodes} are needed; there are: {kinds}"
         return [Finding("problem", "nodes", text)], None
     if profile.constraint or profile.nodelist or profile.reservation:
-        text = "runs at a time: not known, since constraint, nodelist or reservation choose among the nodes"
+        text = "jobs at a time: not known, since constraint, nodelist or reservation choose among the nodes"
         return [Finding("unknown", "nodes", text)], None
     usable = [kind for kind in fitting if kind.usable]
     room = sum(kind.count * need.fits(kind) for kind in usable) // need.nodes
@@ -350,7 +355,7 @@ def _of_nodes(profile: SlurmProfile, need: Need, partition: str, cluster: Cluste
         return [Finding("warning", "nodes", text)], None
     count = sum(kind.count for kind in usable)
     text = f"{count} of {sum(kind.count for kind in nodes)} nodes of partition {partition} are in service and have {wanted}: "
-    return [Finding("info", "nodes", f"{text}at most {room} runs at a time")], room
+    return [Finding("info", "nodes", f"{text}at most {room} jobs at a time")], room
 
 
 def _describe(nodes: Nodes) -> str:
@@ -378,12 +383,12 @@ def _limits_of(
 
 
 def _of_accounting(
-    source: str, row: Mapping[str, str], cluster: Cluster, *, profile: SlurmProfile, need: Need, runs: int
+    source: str, row: Mapping[str, str], cluster: Cluster, *, profile: SlurmProfile, need: Need, jobs: int
 ) -> Iterator[tuple[Finding, int | None]]:
     for key in SUBMIT:
-        if row.get(key) and runs + cluster.own_jobs > int(row[key]):
+        if row.get(key) and jobs + cluster.own_jobs > int(row[key]):
             queued = f" and {cluster.own_jobs} of yours in the queue" if cluster.own_jobs else ""
-            text = f"{source} allows {row[key]} jobs in the queue ({key}), these are {runs}{queued}: submit a part of them"
+            text = f"{source} allows {row[key]} jobs in the queue ({key}), these are {jobs}{queued}: submit a part of them"
             yield Finding("problem", key, f"{text} (a filter such as seed=0)"), None
     for key in JOBS:
         if row.get(key):
@@ -397,7 +402,7 @@ def _of_accounting(
                 yield Finding("problem", key, f"a run takes {kind}={wanted}, {source} allows {kind}={text} ({key})"), None
             elif wanted and key in TRES:
                 room = limit // wanted
-                yield Finding("info", key, f"{source} allows {kind}={text} ({key}): at most {room} runs at a time"), room
+                yield Finding("info", key, f"{source} allows {kind}={text} ({key}): at most {room} jobs at a time"), room
     limit_s = seconds_of(row.get("MaxWall", ""))
     if limit_s is not None and profile.time_s > limit_s:
         yield Finding("problem", "MaxWall", f"time={profile.time}: {source} allows {row['MaxWall']} (MaxWall)"), None

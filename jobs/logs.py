@@ -35,12 +35,15 @@ def logs_of(attempt: AttemptDir) -> list[Path]:
 
 
 def show(states: list[RunState], lines: int, console: Console) -> None:
-    """Path and last lines of each run's last attempt."""
+    """Path and last lines of each run's last attempt; of runs that train together once."""
+    same_log: dict[Path, list[RunState]] = {}
     for state in states:
-        if state.attempt is None:
-            continue
-        _heading(state, console)
-        for line in tail(state.attempt.log, lines):
+        if state.attempt is not None:
+            same_log.setdefault(state.attempt.log.resolve(), []).append(state)
+    for log, together in same_log.items():
+        for state in together:
+            _heading(state, console)
+        for line in tail(log, lines):
             _say(line, console)
 
 
@@ -73,7 +76,10 @@ def _without_particulars(text: str) -> str:
 
 def follow(runs: list[Run], root: Path, console: Console) -> None:
     """Print what the runs print, through all their attempts, until none of them is in progress."""
-    followed = {run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console) for run in runs}
+    printed: dict[Path, str] = {}
+    followed = {
+        run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console, printed) for run in runs
+    }
     while True:
         survey = Survey(root)
         states = survey.states(runs)
@@ -90,11 +96,12 @@ def follow(runs: list[Run], root: Path, console: Console) -> None:
 class _Followed:
     """One run whose log is followed: where in which attempt we are."""
 
-    def __init__(self, run: Run, root: Path, prefix: str, console: Console) -> None:
+    def __init__(self, run: Run, root: Path, prefix: str, console: Console, printed: dict[Path, str]) -> None:
         self._directory = run.directory(root)
         self._label = run.label
         self._prefix = prefix
         self._console = console
+        self._printed = printed  # the run under whose name each log is printed; those that train together have one
         self._attempt: AttemptDir | None = None
         self._offset: int | None = None  # None: nothing printed yet
 
@@ -124,6 +131,9 @@ class _Followed:
             return
         if self._offset is None:
             _say(f"== {self._label} attempt {self._attempt.number}: {self._attempt.log}", self._console, style="bold")
+        if self._printed.setdefault(self._attempt.log.resolve(), self._label) != self._label:
+            self._offset = self._offset or 0
+            return
         shown = data if to_the_end else data[: data.rfind(b"\n") + 1]
         for line in shown.decode(errors="replace").splitlines():
             _say(self._prefix + line, self._console)

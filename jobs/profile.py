@@ -19,9 +19,16 @@ class LocalProfile(Section):
     """This machine: `slurm/local.yaml` explains each key."""
 
     executor: Literal["local"] = Field("local", description="what starts the jobs")
-    slots: int | Literal["auto"] = Field("auto", description="runs at a time; auto: as the GPUs or CPUs allow")
+    slots: int | Literal["auto"] = Field("auto", description="runs, or groups, at a time; auto: as the GPUs or CPUs allow")
     gpus_per_run: int = Field(1, ge=1, description="GPUs of one run")
-    runs_per_gpu: int = Field(1, ge=1, description="small runs that share one GPU")
+    runs_per_gpu: int = Field(
+        1, ge=1, description="processes that share one GPU, each with a run, or a group of replicas, of any cell of the grid"
+    )
+    replicas: int | Literal["auto"] = Field(
+        "auto",
+        description="seeds of one configuration trained together in one step; auto: as many as fit the GPU's memory (up to "
+        "16), but so that no slot is idle; 1 without a GPU",
+    )
     cpus_per_slot: int = Field(1, ge=1, description="without a GPU: CPUs of one run")
     runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
 
@@ -29,13 +36,17 @@ class LocalProfile(Section):
     def _check(self) -> Self:
         if isinstance(self.slots, int) and self.slots < 1:
             raise ValueError(f"slots={self.slots}: at least 1, or auto")
+        _check_replicas(self.replicas)
         if self.gpus_per_run > 1 and self.runs_per_gpu > 1:
             raise ValueError(f"gpus_per_run={self.gpus_per_run} and runs_per_gpu={self.runs_per_gpu}: one of them must be 1")
         return self
 
 
 class SlurmProfile(Section):
-    """A cluster, in SLURM's own names: `slurm/cluster.yaml` explains each key. A run is one task of a job array."""
+    """A cluster, in SLURM's own names: `slurm/cluster.yaml` explains each key.
+
+    A run, or a group of replicas, is one task of a job array.
+    """
 
     executor: Literal["slurm"] = Field(description="what starts the jobs")
 
@@ -62,7 +73,15 @@ class SlurmProfile(Section):
     additional_parameters: dict[str, JsonValue] = Field({}, description="further sbatch options, by their long names")
     srun_args: list[str] = Field([], description="further arguments of srun")
     array_parallelism: int | None = Field(
-        None, ge=1, description="runs of a submission at a time, at least one per array; null: as many as SLURM gives"
+        None, ge=1, description="jobs of a submission at a time, at least one per array; null: as many as SLURM gives"
+    )
+    replicas: int | Literal["auto"] = Field(
+        "auto",
+        description="seeds of one configuration trained together in one step, by one job; auto: as many as fit the GPU's "
+        "memory (up to 16), since GPU-hours count; 1 without a GPU",
+    )
+    gpu_memory_gib: Float | None = Field(
+        None, gt=0, description="memory of a GPU, for replicas: auto; null: 16, as any GPU of a data centre has"
     )
     signal_delay_s: int = Field(120, ge=1, description="seconds before the time limit at which a run writes its checkpoint")
 
@@ -101,6 +120,7 @@ class SlurmProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_replicas(self.replicas)
         if self.gres is not None and "gpu" in self.gres and not self.gpus_per_node:
             raise ValueError(f"gres={self.gres} with gpus_per_node=0: say in gpus_per_node how many GPUs a node then has")
         if self.time_s < 60:
@@ -146,6 +166,11 @@ class SlurmProfile(Section):
 
 
 Profile = LocalProfile | SlurmProfile
+
+
+def _check_replicas(replicas: int | str) -> None:
+    if isinstance(replicas, int) and replicas < 1:
+        raise ValueError(f"replicas={replicas}: at least 1, or auto")
 
 
 def parse_time_s(text: str) -> int:

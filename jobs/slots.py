@@ -1,6 +1,6 @@
 """Slots: how many runs are in training at a time on this machine, whatever the number of submissions and launchers.
 
-A slot is what one run occupies: its GPUs (or share of one), or without a GPU some CPUs.
+A slot is what one run, or group of replicas, occupies: its GPUs (or share of one), or without a GPU some CPUs.
 
 A worker takes a slot before its first run and keeps it until it ends; nothing has to be given back, because a slot whose
 holder is dead is free. Every unit of a slot (a GPU, a share of one, a CPU) has a directory
@@ -87,6 +87,16 @@ def visible_gpus() -> list[str]:
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def gpu_memory_gib() -> float | None:
+    """The memory of the smallest GPU of this machine; None if nvidia-smi does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    sizes = [int(line) for line in answer.stdout.split() if line.isdecimal()]
+    return min(sizes) / 1024 if answer.returncode == 0 and sizes else None
 
 
 def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot | None:

@@ -1,9 +1,10 @@
-"""What a SLURM job does: trains one run, the one with its array index, and sees that SLURM goes on with it if it must.
+"""What a SLURM job does: trains the group of runs of its array index, and sees that SLURM goes on with it if it must.
 
-Node 0 leads: it makes the attempt, trains, writes exit.json and asks SLURM to requeue the job where that can help: at the
-time limit or after a failure if there is a newer checkpoint than at the start, after a failed pre-flight on another node.
-Whatever restarts the job (preemption, a dead node, `scontrol requeue`), the next execution finds the records of the last
-one and makes the next attempt. Other nodes follow: they join the training that node 0 has published.
+Node 0 leads: it makes an attempt of each run, trains, writes exit.json and asks SLURM to requeue the job where that can
+help: at the time limit or after a failure if a run has a newer checkpoint than at the start, after a failed pre-flight on
+another node. Whatever restarts the job (preemption, a dead node, `scontrol requeue`), the next execution finds the records
+of the last one and makes the next attempts, but not of what is finished, cancelled or has left the group. Other nodes
+follow: they join the training that node 0 has published; a group on several nodes is a single run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from jobs import nodes
 from jobs.bound import PARENT, child_environment
 from jobs.causes import is_loss_of_peer
+from jobs.groups import tasks_of
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import withdraw
 from jobs.training import (
@@ -30,6 +32,7 @@ from jobs.training import (
     TORCHRUN,
     TRAIN,
     Ended,
+    Member,
     Request,
     Signals,
     Training,
@@ -40,6 +43,7 @@ from vitpa.config import (
     AttemptDir,
     ProcessId,
     RunDir,
+    RunError,
     code_version,
     create_exclusive,
     read_json,
@@ -66,7 +70,7 @@ class Place:
 
     job: str  # as scontrol takes it: 1234, or 1234_5 for task 5 of an array
     restart: int
-    index: int  # of the run in the submission
+    index: int  # of the task in the submission
     node: str
     node_rank: int
     num_nodes: int
@@ -92,7 +96,7 @@ class Place:
 
 
 def run_task(root: str, submission: str) -> None:
-    """Execute the run of `submission` (a path below `root`) that this job is for."""
+    """Execute the runs of `submission` (a path below `root`) that this job is for."""
     signals = Signals()
     signals.listen()
     intent = read_json(Path(root) / submission / "intent.json")
@@ -110,29 +114,30 @@ class _Job:
         self.signals = signals
         self.scheduler = Scheduler()
         self.profile: dict[str, Any] = intent["profile"]
-        self.run = RunDir(root, intent["runs"][place.index]["signature"])
+        self.runs = [RunDir(root, intent["runs"][index]["signature"]) for index in tasks_of(intent)[place.index]]
         self.published = submission / "executions" / f"{place.job}-{place.restart}.json"  # what the other nodes wait for
         self._deadline: float | None = None
         self._first_failure_s: float | None = None
 
     def lead(self) -> int:
-        """Train the run; 0 if it is done, cancelled or not ours any more."""
+        """Train the runs; 0 if they are done, cancelled or not ours any more."""
         left_s = self.scheduler.time_left_s(self.place.job)
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile["signal_delay_s"]
-        attempt = self._next_attempt()
-        if attempt is None:
+        members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
+        if not members:
             self._publish(None, 0)
             return 0
         port = _free_port()
-        self._publish(attempt, port)
-        claim = read_json(attempt.claim_json) or {}
-        training = Training(self.run, attempt, claim, self._command(self.place.node, port), {})
-        _say(f"{self.run.path} attempt {attempt.number} on {self.place.node}, from step {self.run.newest_step()}")
+        self._publish(members[0].attempt, port)
+        training = Training(members, self._command(self.place.node, port), {})
+        for member in members:
+            step = member.run.newest_step()
+            _say(f"{member.run.path} attempt {member.attempt.number} on {self.place.node}, from step {step}")
         self._report_drift()
-        ended, without_node = self._train(training)
-        self._end(training, ended, without_node)
-        return 0 if ended.state in ("done", "cancelled") else 1
+        ends, without_node = self._train(training)
+        self._end(training, ends, without_node)
+        return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
 
     def follow(self) -> int:
         """Take part in the training that node 0 leads."""
@@ -143,11 +148,11 @@ class _Job:
             time.sleep(POLL_S)
         if published["attempt"] is None:
             return 0
-        attempt = AttemptDir(self.run.attempts_dir / f"{published['attempt']:04d}")
-        claim = read_json(attempt.claim_json) or {}
-        command = self._command(published["master_addr"], published["master_port"])
-        training = Training(self.run, attempt, claim, command, {})
-        problem = self._preflight(training)
+        (run,) = self.runs
+        attempt = AttemptDir(run.attempts_dir / f"{published['attempt']:04d}")
+        member = Member(run, attempt, read_json(attempt.claim_json) or {})
+        training = Training([member], self._command(published["master_addr"], published["master_port"]), {})
+        problem = self._preflight(member)
         if problem is not None:
             return self._report_node(attempt, problem.reason)
         log = attempt.path / f"log.node{self.place.node_rank}.txt"
@@ -155,69 +160,82 @@ class _Job:
         code, killed_for = training.wait(process, lambda: self._followers_request(attempt))
         return self._report_node(attempt, failure_of(code, log)) if code and not killed_for else 0
 
-    def _next_attempt(self) -> AttemptDir | None:
+    def _next_attempt(self, run: RunDir) -> Member | None:
         """The attempt of this execution, started; None if there is nothing to do, or somebody else has the run."""
-        token, attempts = self.intent["token"], self.run.attempts()
+        try:
+            return self._claim_next(run, run.attempts())
+        except RunError as error:  # a damaged record: the run's state says so, and the others go on
+            _say(f"{error}; left alone")
+            return None
+
+    def _claim_next(self, run: RunDir, attempts: list[AttemptDir]) -> Member | None:
+        token = self.intent["token"]
         last = attempts[-1] if attempts else None
         claim = (read_json(last.claim_json) or {}) if last else {}
         if last is None or claim.get("token") != token:
-            _say(f"{self.run.path}: another submission has this run now; nothing to do")
+            _say(f"{run.path}: another submission has this run now; nothing to do")
             return None
-        if create_exclusive(last.start_json, to_json(self._start_document())):
-            return last
-        if reason := self._why_nothing_to_do(last):
+        if create_exclusive(last.start_json, to_json(self._start_document(run))):
+            return Member(run, last, claim)
+        if reason := self._why_nothing_to_do(run, last):
             _say(f"{last.path}: {reason}; nothing to do")
             return None
         again = {**claim, "process": ProcessId.mine().model_dump(), "utc": utc_now()}
-        following = self.run.claim_attempt(last.number + 1, again)
+        following = run.claim_attempt(last.number + 1, again)
         if following is None:
             return None
-        if self._was_cancelled(last):
+        if self._was_cancelled(run, last):
             withdraw(following, "cancelled", "cancelled between two executions")
-        elif reason := self._why_given_up(attempts):
+        elif reason := self._why_given_up(run):
             _say(reason)
             withdraw(following, "failed", reason)
-        elif create_exclusive(following.start_json, to_json(self._start_document())):
-            return following
+        elif create_exclusive(following.start_json, to_json(self._start_document(run))):
+            return Member(run, following, again)
         return None
 
-    def _why_nothing_to_do(self, last: AttemptDir) -> str:
+    def _why_nothing_to_do(self, run: RunDir, last: AttemptDir) -> str:
         """Why there is nothing left to do after the last attempt, which has been started; empty if there is."""
         start, ended = read_json(last.start_json) or {}, read_json(last.exit_json) or {}
-        if self.run.result_json.exists():
+        left = read_json(last.left_json) or {}
+        if run.result_json.exists():
             return "the run is finished"
-        if "withdrawn" in start or ended.get("state") in ("cancelled", "done"):
+        if "withdrawn" in start or ended.get("left") or ended.get("state") in ("cancelled", "done"):
             return f"it was {ended.get('state')}"
         if start.get("job", {}).get("id") != self.place.job:
             return f"it belongs to job {start.get('job', {}).get('id')}"
+        if left.get("state") == "failed":  # and whoever was to write it down was killed
+            end = {"state": "failed", "exit_code": None, "reason": str(left.get("reason")), "left": True}
+            create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.get("utc"), "duration_s": None}))
+            return "it has failed"
         return ""
 
-    def _was_cancelled(self, last: AttemptDir) -> bool:
+    def _was_cancelled(self, run: RunDir, last: AttemptDir) -> bool:
         """Whether the user has cancelled the last attempt when it was over already."""
-        stop = read_stop(self.run.stop) or {}
+        stop = read_stop(run.stop) or {}
         return stop.get("reason") == "cancel" and stop.get("attempt") == last.number
 
-    def _why_given_up(self, attempts: list[AttemptDir]) -> str:
+    def _why_given_up(self, run: RunDir) -> str:
         """Why there is no point in another execution after these; empty if there is one."""
-        ours = [each for each in attempts if (read_json(each.claim_json) or {}).get("token") == self.intent["token"]]
-        step, idle = self.run.newest_step(), 0
-        for attempt in reversed(ours):
+        ours = [each for each in run.attempts() if (read_json(each.claim_json) or {}).get("token") == self.intent["token"]]
+        started = [each for each in ours if each.start_json.exists()]
+        step, idle = run.newest_step(), 0
+        for attempt in reversed(started):
             if (read_json(attempt.start_json) or {}).get("step") != step:
                 break
             idle += 1
         if idle >= self.profile["max_idle_attempts"]:
             return f"given up: {idle} executions in a row without a new checkpoint (max_idle_attempts)"
-        if len(ours) >= self.profile["max_attempts"]:
-            return f"given up after {len(ours)} executions (max_attempts)"
+        if len(started) >= self.profile["max_attempts"]:
+            return f"given up after {len(started)} executions (max_attempts)"
         return ""
 
-    def _start_document(self) -> dict[str, Any]:
+    def _start_document(self, run: RunDir) -> dict[str, Any]:
         return {
             "process": ProcessId.mine().model_dump(),
             "host": socket.gethostname(),
             "nodes": os.environ.get("SLURM_JOB_NODELIST", self.place.node),
             "job": self.place.execution,
-            "step": self.run.newest_step(),
+            "step": run.newest_step(),
             "code_version": code_version(),
             "started_utc": utc_now(),
         }
@@ -250,21 +268,31 @@ class _Job:
         if submitted != now:
             _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
 
-    def _train(self, training: Training) -> tuple[Ended, str]:
-        """How the attempt ended, and a node that is to blame for it and to be avoided."""
-        problem = self._preflight(training)
+    def _train(self, training: Training) -> tuple[list[tuple[Member, Ended]], str]:
+        """How the attempts ended that are not recorded yet, and a node that is to blame for it and to be avoided."""
+        problem = self._preflight(training.active[0])
         if problem is not None:
-            return problem, self.place.node if problem.state == "interrupted" else ""
-        ended = training.supervise(lambda: self._request(training.attempt))
-        if ended.state == "failed" and self._told_to_end():  # it got the signal before it was deaf to it, or was too slow
-            return Ended("interrupted", ended.exit_code, f"signal {self.signals.received[-1]}: {ended.reason}"), ""
-        return self._blame(ended, training.attempt)
+            return [(member, problem) for member in training.active], self.place.node if problem.state == "interrupted" else ""
+        ends = training.supervise(lambda: self._request(training))
+        if self._told_to_end():  # a training may have got the signal before it was deaf to it, or was too slow
+            last = self.signals.received[-1]
+            return [
+                (member, Ended("interrupted", ended.exit_code, f"signal {last}: {ended.reason}"))
+                if ended.state == "failed"
+                else (member, ended)
+                for member, ended in ends
+            ], ""
+        if self.place.num_nodes == 1 or not ends:
+            return ends, ""
+        ((member, ended),) = ends
+        ended, without_node = self._blame(ended, member.attempt)
+        return [(member, ended)], without_node
 
-    def _request(self, attempt: AttemptDir) -> Request | None:
+    def _request(self, training: Training) -> Request | None:
         """What this execution wants of its training now."""
-        if _following(attempt).exists():
+        if any(_following(member.attempt).exists() for member in training.active):
             return Request("another execution of this run has taken over", kill=True)
-        failed = self._failed_nodes(attempt)
+        failed = self._failed_nodes(training.active[0].attempt) if training.active else []
         if failed:
             self._first_failure_s = self._first_failure_s or time.monotonic()
             if time.monotonic() - self._first_failure_s > FOLLOWERS_GRACE_S:
@@ -289,7 +317,7 @@ class _Job:
 
     def _blame(self, ended: Ended, attempt: AttemptDir) -> tuple[Ended, str]:
         """Where several nodes have failed, prefer a reason that is not just the loss of the others."""
-        if ended.state != "failed" or self.place.num_nodes == 1:
+        if ended.state != "failed":
             return ended, ""
         deadline = time.monotonic() + REPORTS_WAIT_S
         while is_loss_of_peer(ended.reason) and not self._failed_nodes(attempt) and time.monotonic() < deadline:
@@ -305,12 +333,12 @@ class _Job:
         write_json(attempt.path / f"node{self.place.node_rank}.json", {"node": self.place.node, "reason": reason})
         return 1
 
-    def _preflight(self, training: Training) -> Ended | None:
+    def _preflight(self, member: Member) -> Ended | None:
         """Check this node; None if it is fit. A node that is not is recorded."""
         if not self.profile["preflight"]:
             return None
-        with training.attempt.log.open("ab") as log:
-            report = preflight(self._preflight_command(training), log)
+        with member.attempt.log.open("ab") as log:
+            report = preflight(self._preflight_command(member), log)
         failed = [check for check in report["checks"] if not check["ok"]]
         if not failed:
             return None
@@ -320,48 +348,51 @@ class _Job:
             return Ended("interrupted", None, f"node {self.place.node}: {reason}")
         return Ended("failed", None, reason)
 
-    def _preflight_command(self, training: Training) -> list[str]:
-        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in training.claim["runtime"].items()]
-        command = [sys.executable, "-m", "vitpa.preflight", str(self.run.config_yaml), *runtime]
+    def _preflight_command(self, member: Member) -> list[str]:
+        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim["runtime"].items()]
+        command = [sys.executable, "-m", "vitpa.preflight", str(member.run.config_yaml), *runtime]
         command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
         cpus = self.intent["cpus_per_node"]
         return [*command, f"--cpus={cpus}"] if cpus else command
 
-    def _end(self, training: Training, ended: Ended, without_node: str) -> None:
-        """Write exit.json, and have SLURM start the job again if that can help."""
-        refusal = ""
-        if ended.state in ("interrupted", "failed"):
-            refusal = self._why_not_requeued(training.attempt, ended, without_node)
-            if not refusal:
-                self._record(training, ended, requeued=True)
-                refusal = self._requeue()
+    def _end(self, training: Training, ends: list[tuple[Member, Ended]], without_node: str) -> None:
+        """Write exit.json, and have SLURM start the job again if that can help one of the runs."""
+        unfinished = [(member, ended) for member, ended in ends if ended.state in ("interrupted", "failed")]
+        refusals = [self._why_not_requeued(member, ended, without_node) for member, ended in unfinished]
+        refusal = refusals[0] if all(refusals) and refusals else ""
+        if unfinished and not refusal:
+            for member, ended in ends:
+                self._record(training, member, ended, requeued=(member, ended) in unfinished)
+            refusal = self._requeue()
             if not refusal:
                 self._leave_out(without_node)
                 self._wait_for_the_end()
                 return
-        _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {refusal}" if refusal else ""))
-        self._record(training, ended, requeued=False, not_requeued=refusal)
+        for member, ended in ends:
+            why = refusal if (member, ended) in unfinished else ""
+            _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {why}" if why else ""))
+            self._record(training, member, ended, requeued=False, not_requeued=why)
 
-    def _record(self, training: Training, ended: Ended, **more: object) -> None:
+    def _record(self, training: Training, member: Member, ended: Ended, **more: object) -> None:
         """Write exit.json. Without it, on a full disk, the run counts as lost, and goes on from its checkpoint as well."""
         try:
-            training.record(ended, **more)
+            training.record(member, ended, **more)
         except OSError as error:
             _say(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})")
 
-    def _why_not_requeued(self, attempt: AttemptDir, ended: Ended, without_node: str) -> str:
-        """Why the job is not requeued after this end; empty if it is."""
+    def _why_not_requeued(self, member: Member, ended: Ended, without_node: str) -> str:
+        """Why the job is not requeued for a run after this end; empty if it is."""
         if self._told_to_end():
             return "SLURM requeues after preemption, nobody after a cancellation"
-        if _following(attempt).exists():
+        if _following(member.attempt).exists():
             return "another execution has the run"
         if without_node:
-            return self._why_given_up(self.run.attempts())
+            return self._why_given_up(member.run)
         if ended.state == "interrupted" and ended.reason not in WARNINGS:
             return "it was told to stop"
-        if self.run.newest_step() <= int((read_json(attempt.start_json) or {}).get("step") or 0):
+        if member.run.newest_step() <= int((read_json(member.attempt.start_json) or {}).get("step") or 0):
             return "no new checkpoint in this attempt"
-        return self._why_given_up(self.run.attempts())
+        return self._why_given_up(member.run)
 
     def _told_to_end(self) -> bool:
         return not {"SIGTERM", "SIGINT"}.isdisjoint(self.signals.received)

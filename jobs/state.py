@@ -269,8 +269,11 @@ def _id_of(claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
 
 
 def _may_go_on(ended: dict[str, Any]) -> bool:
-    """Whether SLURM may start the job of an attempt again that ended like this; then the queue says whether it will."""
-    return bool(ended.get("requeued")) or ended.get("state") == "interrupted"
+    """Whether SLURM may go on with an attempt that ended like this; then the queue says whether it will.
+
+    Not where it was one of a group and left it: the group's job goes on without it.
+    """
+    return not ended.get("left") and (bool(ended.get("requeued")) or ended.get("state") == "interrupted")
 
 
 def _waits_for(job: SlurmJob) -> str:

@@ -5,7 +5,9 @@
    is the one after the last attempt that was looked at, so it cannot be claimed on the strength of an outdated look.
 3. A helper in a session of its own starts the jobs (jobs/launch.py) and writes receipt.json. They need no launcher.
 4. Each job works for its submission: on this machine it takes a slot and works through the claims (jobs/worker.py), in
-   SLURM it is a task of an array and trains the run of its index (jobs/slurm_job.py).
+   SLURM it is a task of an array and trains the runs of its index (jobs/slurm_job.py).
+
+Runs that train together (jobs/groups.py) are one task of the submission; each of them is claimed by itself.
 
 A launcher may be killed anywhere in this; jobs/submission.py settles what it has left. What was not claimed is missing;
 what was claimed and has nobody left to start it is `uncertain`. The next submission withdraws such a claim and makes a new
@@ -16,6 +18,7 @@ withdrawal, cannot both succeed.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import socket
@@ -25,15 +28,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jobs import nodes
 from jobs.bound import child_environment
 from jobs.grid import Run, SweepDir, SweepError
+from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_seeds, most_replicas
 from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.scheduler import Scheduler, scheduler_environment
-from jobs.slots import slots_of, threads_per_process
+from jobs.slots import gpu_memory_gib, slots_of, threads_per_process
 from jobs.state import RunState, withdraw
 from jobs.submission import Place, SubmissionDir, adopt, close
 from jobs.training import training_command
@@ -64,6 +69,7 @@ class Batch:
 
     chosen: list[RunState]
     configs: list[RunConfig]  # of `chosen`, with the runtime section that they will run with
+    tasks: list[list[int]]  # those that train together, as indices into `chosen`
     how: dict[str, Any]  # what the intent says about how and where they are to run; with the key `executor`
 
 
@@ -72,9 +78,22 @@ class Order:
     """What is to be submitted, and where it will run."""
 
     batches: list[Batch]
-    at_a_time: int | None  # runs; None: as many as SLURM gives
+    at_a_time: int | None  # tasks; None: as many as SLURM gives
     notes: list[str] = field(default_factory=list)  # what the user should know
     place: Place = field(default_factory=Place)  # as the user has said it, for the next time
+
+    @property
+    def groups(self) -> list[list[RunState]]:
+        """The runs, those that train together together."""
+        return [[batch.chosen[index] for index in task] for batch in self.batches for task in batch.tasks]
+
+    @property
+    def jobs(self) -> str:
+        """How many jobs the runs make, and how many at a time, to be said after their number."""
+        grouped = any(len(group) > 1 for group in self.groups)
+        count = len(self.groups)
+        made = f" in {count} job{'s' if count > 1 else ''}" if grouped else ""
+        return made + (f", {self.at_a_time} at a time" if self.at_a_time else "")
 
 
 def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str], scheduler: Scheduler) -> Order:
@@ -105,13 +124,20 @@ def _prepare_local(chosen: list[RunState], profile: LocalProfile, root: Path, ov
         "slots": [slot.model_dump() for slot in slots],
         "train_command": training_command(len(slots[0].gpus)),
     }
-    return Order([Batch(chosen, configs, how)], len(slots))
+    memory_gib = (gpu_memory_gib() or ASSUMED_GPU_MEMORY_GIB) if slots[0].gpus else None
+    for_each_slot = math.ceil(len(chosen) / len(slots))  # replicas beyond that would leave a slot idle
+
+    def most(config: RunConfig, seeds: int) -> int:
+        fitting = most_replicas(config, seeds, profile.replicas, processes=len(slots[0].gpus), gpu_memory_gib=memory_gib)
+        return min(fitting, for_each_slot) if profile.replicas == "auto" else fitting
+
+    return Order([Batch(chosen, configs, group_seeds(configs, most), how)], len(slots))
 
 
 def _prepare_slurm(
     chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler
 ) -> Order:
-    """Runs with equal resources make an array, or several where SLURM limits their size."""
+    """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = scheduler.max_array_tasks()
     failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
@@ -121,34 +147,53 @@ def _prepare_slurm(
         notes.append(
             f"the profile's per_dataset.{dataset}: no data set of this sweep ({', '.join(sorted(datasets))}), nor a known one"
         )
-    groups: dict[str, list[RunState]] = {}
+    same_resources: dict[str, list[RunState]] = {}
     for state in chosen:
-        groups.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
-    parts = [states[first : first + limit] for states in groups.values() for first in range(0, len(states), limit)]
-    at_a_time = shares(profile.array_parallelism, [len(part) for part in parts])
+        same_resources.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
+    parts = []
+    for states in same_resources.values():
+        resources = by_dataset[states[0].run.dataset]
+        configs = [_configure(state.run, resources.runtime, root, overrides) for state in states]
+        groups = group_seeds(configs, partial(_most_in_a_job, resources))
+        for first in range(0, len(groups), limit):
+            parts.append((resources, states, configs, groups[first : first + limit]))
+    at_a_time = shares(profile.array_parallelism, [len(groups) for *_, groups in parts])
     batches = []
-    for part, share in zip(parts, at_a_time, strict=True):
-        resources = by_dataset[part[0].run.dataset].model_copy(update={"array_parallelism": share})
+    for (resources, states, configs, groups), share in zip(parts, at_a_time, strict=True):
         how = {
             "executor": "slurm",
-            "profile": resources.model_dump(mode="json"),
+            "profile": resources.model_copy(update={"array_parallelism": share}).model_dump(mode="json"),
             "processes_per_node": resources.processes,
             "cpus_per_node": resources.cpus_per_node,
             "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
             "exclude": sorted(failed),
         }
-        batches.append(Batch(part, [_configure(state.run, resources.runtime, root, overrides) for state in part], how))
+        batches.append(_part(Batch(states, configs, groups, how), [index for group in groups for index in group]))
     _check_data([config for batch in batches for config in batch.configs])
     together = sum(filter(None, at_a_time)) or None
     if together is not None and together > (profile.array_parallelism or 0):
         notes.append(
-            f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a run at a time"
+            f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a job at a time"
         )
     return Order(batches, together, notes)
 
 
+def _most_in_a_job(resources: SlurmProfile, config: RunConfig, seeds: int) -> int:
+    memory_gib = (resources.gpu_memory_gib or ASSUMED_GPU_MEMORY_GIB) if resources.gpus_per_node else None
+    processes = resources.nodes * resources.processes
+    return most_replicas(config, seeds, resources.replicas, processes=processes, gpu_memory_gib=memory_gib)
+
+
+def _part(batch: Batch, kept: Sequence[int]) -> Batch:
+    """`batch` with the runs of these indices only, in this order, and the tasks that they then make."""
+    place = {index: position for position, index in enumerate(kept)}
+    tasks = [[place[index] for index in task if index in place] for task in batch.tasks]
+    chosen, configs = [batch.chosen[index] for index in kept], [batch.configs[index] for index in kept]
+    return replace(batch, chosen=chosen, configs=configs, tasks=[task for task in tasks if task])
+
+
 def shares(limit: int | None, sizes: Sequence[int]) -> list[int | None]:
-    """Runs at a time of arrays of these sizes, so that all have `limit` together; each needs at least one."""
+    """Tasks at a time of arrays of these sizes, so that all have `limit` together; each needs at least one."""
     if limit is None:
         return [None] * len(sizes)
     given = [1] * len(sizes)
@@ -228,17 +273,19 @@ def _submit_batch(
         "utc": utc_now(),
     }
 
+    task_of = {index: task for task, indices in enumerate(batch.tasks) for index in indices}
+
     def claim(index: int) -> AttemptDir | None:
         runtime = batch.configs[index].model_dump(mode="json")["runtime"]
-        return _claim(batch.chosen[index], directories[index], {**common, "index": index, "runtime": runtime})
+        return _claim(batch.chosen[index], directories[index], {**common, "index": task_of[index], "runtime": runtime})
 
     with ThreadPoolExecutor(WRITERS) as pool:
         attempts = list(pool.map(claim, range(len(directories))))
-    indices = [index for index, attempt in enumerate(attempts) if attempt is not None]
-    if not indices:
+    tasks = sorted({task_of[index] for index, attempt in enumerate(attempts) if attempt is not None})
+    if not tasks:
         close(submission, "nothing_claimed")
         return [], refused
-    exit_code = _run_helper(submission, root, indices, code)
+    exit_code = _run_helper(submission, root, tasks, code)
     if not submission.receipt_json.exists():
         reason = _why_not_started(submission, exit_code)
         if batch.how["executor"] == "local":
@@ -263,15 +310,14 @@ def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], dict[str, str]]:
     with ThreadPoolExecutor(WRITERS) as pool:
         answers = list(pool.map(record, batch.configs))
     kept, directories, refused = [], [], {}
-    for state, config, answer in zip(batch.chosen, batch.configs, answers, strict=True):
+    for index, answer in enumerate(answers):
         if isinstance(answer, RunDir):
             directories.append(answer)
-            kept.append((state, config))
+            kept.append(index)
         else:
             mend = "restore it, or move the run's directory away"
-            refused[state.run.label] = str(answer) + ("" if mend in str(answer) else f"; {mend}")
-    chosen, configs = [state for state, _ in kept], [config for _, config in kept]
-    return replace(batch, chosen=chosen, configs=configs), directories, refused
+            refused[batch.chosen[index].run.label] = str(answer) + ("" if mend in str(answer) else f"; {mend}")
+    return _part(batch, kept), directories, refused
 
 
 def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
@@ -284,6 +330,7 @@ def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
         "code_version": code_version(),
         **batch.how,
         "runs": [{"signature": state.run.signature, "attempt": state.attempts + 1} for state in batch.chosen],
+        "tasks": batch.tasks,
     }
 
 
@@ -296,9 +343,9 @@ def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> Attempt
     return directory.claim_attempt(state.attempts + 1, claim)
 
 
-def _run_helper(submission: SubmissionDir, root: Path, indices: list[int], code: Path | None) -> int:
-    """Start the jobs from a helper that belongs to no terminal; its exit code. It has written the receipt if all went well."""
-    command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), json.dumps(indices)]
+def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: Path | None) -> int:
+    """Start jobs for these tasks from a helper that belongs to no terminal; its exit code. 0: it has written the receipt."""
+    command = [sys.executable, "-m", "jobs.launch", str(root), str(submission.path.relative_to(root)), json.dumps(tasks)]
     environment = scheduler_environment(child_environment(code))
     with submission.launch_log.open("ab") as log:
         helper = subprocess.Popen(

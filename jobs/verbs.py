@@ -23,7 +23,7 @@ from jobs.scheduler import Scheduler, SchedulerError
 from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submission import Place, ran_other_code, settle
-from jobs.submit import WRITERS, prepare, submit
+from jobs.submit import WRITERS, Order, prepare, submit
 from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
@@ -183,11 +183,10 @@ def _plan(context: Context) -> int:
 
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
-    problem, slots, outlook = "", None, NOTHING
+    problem, order, outlook = "", Order([], None), NOTHING
     try:
         profile = load_profile(context.place.profile)
         order = prepare(missing, profile, context.root, context.overrides, context.scheduler)
-        slots = order.at_a_time
         outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
         problem = "; ".join(outlook.refusals)
     except SchedulerError:
@@ -197,7 +196,8 @@ def _plan(context: Context) -> int:
     code = ERROR if missing and problem else OK
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
-        document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "slots": slots, "problem": problem}
+        document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "problem": problem}
+        document |= {"jobs": len(order.groups), "slots": order.at_a_time}
         context.say_json({**document, "changed": context.drift.describe(), **outlook.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
@@ -206,7 +206,7 @@ def _plan(context: Context) -> int:
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:
-        context.say(f"submit would start {len(missing)} runs" + (f", {slots} at a time" if slots else ""))
+        context.say(f"submit would start {len(missing)} runs{order.jobs}")
     _say_left_alone(context, states)
     return code
 
@@ -262,13 +262,12 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
     profile = load_profile(context.place.profile)
     order = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
-    at_a_time = f", {order.at_a_time} at a time" if order.at_a_time else ""
     for line in order.notes:
         context.say(line)
     if context.options.dry_run:
-        context.say(f"would start {len(chosen)} runs{at_a_time}")
-        for state in chosen:
-            context.say(f"  {state.run.label} ({state.state})")
+        context.say(f"would start {len(chosen)} runs{order.jobs}")
+        for group in order.groups:
+            context.say("  " + " + ".join(f"{state.run.label} ({state.state})" for state in group))
         return OK
     directory = SweepDir(context.root, context.sweep.name)
     if context.options.verb == "submit":
@@ -285,7 +284,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         where = (
             "to SLURM" if isinstance(profile, SlurmProfile) else "on this machine"
         ) + f" (profile {context.place.profile})"
-        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs {where}{at_a_time}{faster}")
+        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs {where}{order.jobs}{faster}")
     else:
         context.say("nothing to submit")
     runs = [state.run for state in looked_at]
@@ -358,32 +357,43 @@ def _logs(context: Context) -> int:
 
 def _cancel(context: Context) -> int:
     """Pending claims first, so that the slots that become free find nothing to start."""
-    live = [state for state in context.look() if state.state in LIVE or state.state == "uncertain"]
+    states = context.survey(context.sweep.runs)
+    live = [state for state in select(states, context.filters) if state.state in LIVE or state.state == "uncertain"]
     if context.options.dry_run:
         for state in live:
             context.say(f"would cancel {state.run.label} ({state.state})")
         return OK
+    others = [state for state in states if state.state in LIVE and state not in live]
     waiting = [state for state in live if state.state != "running"]
     with ThreadPoolExecutor(WRITERS) as pool:
         ours = list(pool.map(partial(_withdraw, context.root), waiting))
-    withdrawn = [state for state, is_ours in zip(waiting, ours, strict=True) if is_ours]
-    running = [state for state in live if state.state == "running"]
-    running += [state for state, is_ours in zip(waiting, ours, strict=True) if not is_ours]
-    for state in running:
-        assert state.attempt is not None
-        request = {"reason": "cancel", "attempt": state.attempt.number, "now": context.options.now, "utc": utc_now()}
-        write_json(state.run.directory(context.root).stop, request)
-    killed = [state for state in running if context.options.now and _has_worker(state)]
+        withdrawn = [state for state, is_ours in zip(waiting, ours, strict=True) if is_ours]
+        running = [state for state in live if state.state == "running"]
+        running += [state for state, is_ours in zip(waiting, ours, strict=True) if not is_ours]
+        list(
+            pool.map(partial(_ask_to_stop, context.root, context.options.now), running)
+        )  # at once, for groups to stay in step
+    killed = []
+    if context.options.now:  # where others train in the same process, it goes on, and what is cancelled ends with a checkpoint
+        spared = {_task_of(state) for state in others}
+        killed = [state for state in running if (task := _task_of(state)) is not None and task not in spared]
     parts = [f"{len(withdrawn)} cancelled while they waited"]
     if killed:
         parts.append(f"{len(killed)} killed")
     if len(killed) < len(running) or not killed:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
-    context.scheduler.cancel(state.job_id for state in withdrawn if state.job_id)  # they would find nothing to do
+    needed = {state.job_id for state in [*others, *running]}
+    context.scheduler.cancel({state.job_id for state in withdrawn} - needed - {""})  # they would find nothing to do
     if withdrawn and context.unanswered:
         context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
     return OK
+
+
+def _ask_to_stop(root: Path, now: bool, state: RunState) -> None:
+    assert state.attempt is not None
+    request = {"reason": "cancel", "attempt": state.attempt.number, "now": now, "utc": utc_now()}
+    write_json(state.run.directory(root).stop, request)
 
 
 def _withdraw(root: Path, state: RunState) -> bool:
@@ -396,13 +406,14 @@ def _withdraw(root: Path, state: RunState) -> bool:
     return following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on")
 
 
-def _has_worker(state: RunState) -> bool:
-    """Whether a worker of a submission holds the run, and so can kill its training; `vitpa train` only stops by itself."""
+def _task_of(state: RunState) -> tuple[str, str] | None:
+    """The task of a submission that has the run, and so can kill its training; `vitpa train` only stops by itself."""
     assert state.attempt is not None
     try:
-        return "submission" in (read_json(state.attempt.claim_json) or {})
+        claim = read_json(state.attempt.claim_json) or {}
     except RunError:
-        return False
+        return None
+    return (str(claim["submission"]), str(claim.get("index"))) if "submission" in claim else None
 
 
 def _collect(context: Context) -> int:

@@ -1,7 +1,7 @@
-"""What a job on this machine does: works through the claimed runs of its submission, one at a time.
+"""What a job on this machine does: works through the groups of claimed runs of its submission, one at a time.
 
-It takes a run by creating its start.json, trains it (jobs/training.py), and records how it ended. It never outlives its
-use: it ends when every claim of its submission has been started by somebody.
+It takes the runs of a group by creating their start.json, trains them (jobs/training.py), and records how each ended. It
+never outlives its use: it ends when every claim of its submission has been started by somebody.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.groups import tasks_of
 from jobs.slots import Slot, take_slot
-from jobs.training import Request, Signals, Training
+from jobs.training import Member, Request, Signals, Training
 from vitpa.config import AttemptDir, ProcessId, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
 
 
@@ -25,7 +26,7 @@ def work(root: str, submission: str) -> None:
     slots = [Slot.model_validate(slot) for slot in intent["slots"]]
 
     def useful() -> bool:
-        return not signals.received and any(True for _ in waiting_claims(Path(root), intent))
+        return not signals.received and any(True for _ in waiting_groups(Path(root), intent))
 
     def request() -> Request | None:
         return Request(f"signal {signals.received[0]}") if signals.received else None
@@ -33,7 +34,7 @@ def work(root: str, submission: str) -> None:
     slot = take_slot(Path(root), slots, useful)
     if slot is None:
         return
-    for run, attempt, claim in waiting_claims(Path(root), intent):
+    for group in waiting_groups(Path(root), intent):
         if signals.received:
             return
         start = {
@@ -43,22 +44,32 @@ def work(root: str, submission: str) -> None:
             "gpus": slot.gpus,
             "started_utc": utc_now(),
         }
-        if create_exclusive(attempt.start_json, to_json(start)):
+        ours = [member for member in group if create_exclusive(member.attempt.start_json, to_json(start))]
+        if ours:
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
-            training = Training(run, attempt, claim, intent["train_command"], environment)
-            training.record(training.supervise(request))
+            training = Training(ours, intent["train_command"], environment)
+            for member, ended in training.supervise(request):
+                training.record(member, ended)
 
 
-def waiting_claims(root: Path, intent: dict[str, Any]) -> Iterator[tuple[RunDir, AttemptDir, dict[str, Any]]]:
-    """The claims of a submission that nobody has started or withdrawn, in order."""
-    for entry in intent["runs"]:
-        run = RunDir(root, entry["signature"])
-        attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
-        if attempt.start_json.exists():
-            continue
-        try:
-            claim = read_json(attempt.claim_json)
-        except RunError:
-            continue  # `status` shows it as broken; the others go on
-        if claim is not None and claim.get("token") == intent["token"] and isinstance(claim.get("runtime"), dict):
-            yield run, attempt, claim
+def waiting_groups(root: Path, intent: dict[str, Any]) -> Iterator[list[Member]]:
+    """The groups of a submission, in order, as far as nobody has started or withdrawn their claims; none is empty."""
+    for task in tasks_of(intent):
+        group = [member for index in task if (member := _waiting(root, intent, index)) is not None]
+        if group:
+            yield group
+
+
+def _waiting(root: Path, intent: dict[str, Any], index: int) -> Member | None:
+    entry = intent["runs"][index]
+    run = RunDir(root, entry["signature"])
+    attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
+    if attempt.start_json.exists():
+        return None
+    try:
+        claim = read_json(attempt.claim_json)
+    except RunError:
+        return None  # `status` shows it as broken; the others go on
+    if claim is None or claim.get("token") != intent["token"] or not isinstance(claim.get("runtime"), dict):
+        return None
+    return Member(run, attempt, claim)

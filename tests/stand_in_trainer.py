@@ -1,7 +1,8 @@
 """Stands in for `python -m vitpa.train` where a test needs dozens of runs: standard library only, keeps the contract.
 
 Takes `train.epochs` steps of 50 ms, keeps a checkpoint after each, stops if asked to, resumes, and writes result.json last.
-`<root>/trace` gets a line per training process with the time it was alive; a file `<root>/fail/<signature>` makes it fail.
+With `--seeds 0,1` it does so for the runs of these seeds together. `<root>/trace` gets a file per run and process with the
+time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others.
 """
 
 import hashlib
@@ -12,57 +13,114 @@ import sys
 import time
 from pathlib import Path
 
+STOPPED, FAILED = "stopped", "failed"
+
+
+class Run:
+    """One of the runs that are trained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.root = path, path.parent.parent
+        text = (path / "config.yaml").read_text()
+        keys = ("dataset", "attention", "seed", "epochs")
+        self.config = {key: match[1] for key in keys if (match := re.search(rf"\b{key}: (\w+)", text))}
+        self.attempt = max(each for each in (path / "attempts").iterdir() if each.name.isdigit())
+        self.trace = self.root / "trace" / f"{path.name}-{self.attempt.name}-{os.getpid()}"
+        self.trace.parent.mkdir(exist_ok=True)
+        self.began = time.monotonic()
+        self.trace.write_text(json.dumps([self.began, None]))
+        self.checkpoint = path / "stand-in-checkpoint.json"
+        self.step: int
+        self.digest: str
+        self.step, self.digest = json.loads(self.checkpoint.read_text()) if self.checkpoint.exists() else (0, "")
+        self.steps = int(self.config["epochs"])
+        (path / "env.json").write_text(json.dumps({"steps_total": self.steps}))
+
+    def advance(self) -> None:
+        self.step += 1
+        self.digest = hashlib.sha256(f"{self.digest} {self.config} {self.step}".encode()).hexdigest()
+        replace(self.checkpoint, [self.step, self.digest])
+        with (self.path / "metrics.jsonl").open("a") as metrics:
+            row = {"step": self.step, "epoch": self.step, "val/top1": 0.5, "perf/images_per_s": 100.0}
+            metrics.write(json.dumps(row) + "\n")
+
+    def leaves(self) -> str:
+        """How the run leaves those that are trained with it; empty if it does not."""
+        if (self.root / "leave" / self.path.name).exists():
+            return FAILED
+        return STOPPED if self.step < self.steps and (self.path / "stop").exists() else ""
+
+    def leave(self, state: str) -> None:
+        self.end()
+        replace(self.attempt / "left.json", {"state": state, "reason": f"{state} at step {self.step}", "utc": ""})
+
+    def end(self) -> None:
+        replace(self.trace, [self.began, time.monotonic()])
+
+    def finish(self) -> None:
+        result = {
+            "signature": self.path.name,
+            "dataset": self.config["dataset"],
+            "attention": self.config["attention"],
+            "seed": int(self.config["seed"]),
+            "epochs": self.steps,
+            "steps": self.steps,
+            "val_top1": 0.5,
+            "val_top5": 0.9,
+            "val_loss": 1.0,
+            "train_time_s": 0.05 * self.steps,
+            "gpu_hours": 0.0,
+            "images_per_s": 100.0,
+            "attempts": int(self.attempt.name),
+            "weights_sha256": self.digest,
+            "code_version": "stand-in",
+            "beton_sha256": {"train": "0", "val": "1"},
+            "finished_utc": "2026-01-01T00:00:00Z",
+        }
+        self.end()
+        replace(self.path / "result.json", result)
+
 
 def main() -> int:
-    run = Path(sys.argv[1]).parent
-    root = run.parent.parent
-    text = (run / "config.yaml").read_text()
-    config = {
-        key: match[1] for key in ("dataset", "attention", "seed", "epochs") if (match := re.search(rf"\b{key}: (\w+)", text))
-    }
-    attempt = Path(os.environ["VITPA_ATTEMPT"])
-    trace = root / "trace" / f"{run.name}-{attempt.name}-{os.getpid()}"
-    trace.parent.mkdir(exist_ok=True)
-    began = time.monotonic()
-    trace.write_text(json.dumps([began, None]))
-    if (root / "fail" / run.name).exists():
+    first = Path(sys.argv[1]).parent
+    seeds = sys.argv[sys.argv.index("--seeds") + 1].split(",") if "--seeds" in sys.argv else []
+    runs = [Run(path) for path in ([first, *siblings(first, seeds[1:])])]
+    assert Path(os.environ["VITPA_ATTEMPT"]) == runs[0].attempt
+    assert not seeds or [run.config["seed"] for run in runs] == seeds
+    assert len({run.step for run in runs}) == 1, "no common step"
+    if any((run.root / "fail" / run.path.name).exists() for run in runs):
         raise RuntimeError("the test wants this run to fail")
-    checkpoint = run / "stand-in-checkpoint.json"
-    step, digest = json.loads(checkpoint.read_text()) if checkpoint.exists() else (0, "")
-    print("resumes at" if step else "starts at", step, flush=True)
-    steps = int(config["epochs"])
-    (run / "env.json").write_text(json.dumps({"steps_total": steps}))
-    while step < steps:
+    print("resumes at" if runs[0].step else "starts at", runs[0].step, *(f"seed {seed}" for seed in seeds), flush=True)
+    failed = False
+    while runs[0].step < runs[0].steps:
         time.sleep(0.05)
-        step, digest = step + 1, hashlib.sha256(f"{digest} {config} {step}".encode()).hexdigest()
-        replace(checkpoint, [step, digest])
-        with (run / "metrics.jsonl").open("a") as metrics:
-            metrics.write(json.dumps({"step": step, "epoch": step, "val/top1": 0.5, "perf/images_per_s": 100.0}) + "\n")
-        if step < steps and (run / "stop").exists():
-            replace(trace, [began, time.monotonic()])
-            return 0
-    result = {
-        "signature": run.name,
-        "dataset": config["dataset"],
-        "attention": config["attention"],
-        "seed": int(config["seed"]),
-        "epochs": steps,
-        "steps": steps,
-        "val_top1": 0.5,
-        "val_top5": 0.9,
-        "val_loss": 1.0,
-        "train_time_s": 0.05 * steps,
-        "gpu_hours": 0.0,
-        "images_per_s": 100.0,
-        "attempts": int(attempt.name),
-        "weights_sha256": digest,
-        "code_version": "stand-in",
-        "beton_sha256": {"train": "0", "val": "1"},
-        "finished_utc": "2026-01-01T00:00:00Z",
-    }
-    replace(trace, [began, time.monotonic()])
-    replace(run / "result.json", result)
-    return 0
+        for run in runs:
+            run.advance()
+        leaving = {run: how for run in runs if (how := run.leaves())}
+        if leaving and len(leaving) < len(runs):  # look again: all may be meant
+            time.sleep(0.2)
+            leaving = {run: how for run in runs if (how := run.leaves())}
+        if len(leaving) == len(runs) and FAILED not in leaving.values():
+            for run in runs:
+                run.end()
+            return int(failed)
+        for run, how in leaving.items():
+            run.leave(how)
+            failed = failed or how == FAILED
+        runs = [run for run in runs if run not in leaving]
+        if not runs:
+            return int(failed)
+    for run in runs:
+        run.finish()
+    return int(failed)
+
+
+def siblings(first: Path, seeds: list[str]) -> list[Path]:
+    """The directories of the runs that differ from `first` in the seed only."""
+    text = (first / "config.yaml").read_text()
+    wanted = [re.sub(r"^seed: \d+$", f"seed: {seed}", text, flags=re.MULTILINE) for seed in seeds]
+    there = {path.read_text(): path.parent for path in first.parent.glob("*/config.yaml")} if seeds else {}
+    return [there[document] for document in wanted]
 
 
 def replace(path: Path, document: object) -> None:

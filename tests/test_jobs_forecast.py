@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.forecast import Group, Speed, attempts, forecast, makespan_s, num_train, run_s, speeds_of
+from jobs.forecast import Group, Speed, attempts, forecast, job_s, makespan_s, run_s, speeds_of
+from jobs.groups import num_train
 from jobs.state import Survey
 from tests.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig, write_json
@@ -69,6 +70,25 @@ def test_a_run_takes_images_times_epochs_over_speed(tmp_path: Path) -> None:
     assert run_s(run, speeds, 1437) == pytest.approx(1437 * 40 / 100)
     assert run_s(run, speeds, None) is None
     assert run_s(run, {}, 1437) is None
+
+
+@pytest.mark.parametrize(
+    ("measured_gpus", "gpus", "seeds", "expected"),
+    [
+        (1 / 5, 1, 5, 100),  # five together when measured, and now
+        (1 / 5, 1, 3, 60),  # three instead have more of the GPU each
+        (1, 1, 5, 500),  # alone when measured: as many GPU-hours, at most
+        (1, 1, 1, 100),
+        (4, 4, 1, 100),
+        (0, 1, 3, 100),  # on the CPU: nobody knows
+    ],
+)
+def test_replicas_cost_the_gpu_hours_of_the_measured_runs(
+    measured_gpus: float, gpus: float, seeds: int, expected: float
+) -> None:
+    speed = Speed(1.0, 1, "", measured_gpus)
+    assert job_s([100.0] * seeds, speed, gpus) == pytest.approx(expected)
+    assert job_s([100.0, None], speed, gpus) is None
 
 
 def test_speed_is_the_mean_of_the_sweeps_finished_runs(tmp_path: Path) -> None:

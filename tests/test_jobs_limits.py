@@ -61,7 +61,7 @@ class Shell:
 
     def line(self, *more: str, **profile: Any) -> list[str]:
         path = self.root / "profile.yaml"
-        path.write_text(yaml.safe_dump({"executor": "slurm", "time": "1:00:00", **profile}))
+        path.write_text(yaml.safe_dump({"executor": "slurm", "time": "1:00:00", "replicas": 1, **profile}))
         where = ["--root", str(self.root), "--data-dir", str(self.root / "data"), "--profile", str(path)]
         return ["sweep", "plan", str(self.root / "small.yaml"), *where, *more]
 
@@ -180,6 +180,25 @@ def test_arrays_of_one_group_share_the_runs_at_a_time(plan: Shell) -> None:
     assert sum(asked[0] == "sbatch" for asked in words.asked) == 1
 
 
+def test_replicas_are_jobs(plan: Shell) -> None:
+    """6 runs, 3 seeds of 2 cells, one at a time on a GPU measured: 5748 s each."""
+    for run in make_sweep(plan.root, seeds=4).runs[6:]:
+        write_result(plan.root, run, attention=run.attention, seed=3, images_per_s=1.0, train_time_s=30.0, gpu_hours=10 / 3600)
+    words = Words()
+    code, found = plan(words, replicas=3, array_parallelism=1)
+    assert (code, found["jobs"], found["slots"]) == (0, 2, 1)
+    assert said(found, "MaxArraySize").startswith("6 runs (2 jobs) in 1 job array (MaxArraySize 4); ")
+    (group,) = found["groups"]
+    assert (group["runs"], group["jobs"], group["arrays"], group["at_a_time"]) == (6, 2, 1, 1)
+    assert group["gpus_per_run"] == pytest.approx(1 / 3)
+    assert found["wall_s"] == pytest.approx(2 * 5748)  # measured as one of three, too
+    assert found["gpu_hours"] == pytest.approx(2 * 5748 / 3600)
+    assert not said(found, "measured")
+    text = plan.text(words, replicas=2)[1]
+    assert "submit would start 6 runs in 4 jobs" in text
+    assert "warning: digits content was measured with 0.33 GPUs for a run, these have 0.67" in text
+
+
 def test_what_cannot_be_found_out_is_said(plan: Shell) -> None:
     enforced = "MaxArraySize = 4\nAccountingStorageEnforce = associations,limits\n"
     words = Words(scontrol_show_config=enforced, sdiag="error: Access denied", sacctmgr="error: slurmdbd: Connection refused")
@@ -187,7 +206,7 @@ def test_what_cannot_be_found_out_is_said(plan: Shell) -> None:
     assert code == 0
     assert said(found, "MaxJobCount", "unknown") == "jobs of all users: not known (sdiag: Access denied)"
     assert "limits per user, account and QOS: not known (sacctmgr: slurmdbd" in said(found, "limits", "unknown")
-    assert "runs at a time: not known, since constraint" in said(found, "nodes", "unknown")
+    assert "jobs at a time: not known, since constraint" in said(found, "nodes", "unknown")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +296,7 @@ def test_limits_of_a_real_cluster(strict: DevCluster, plan: Shell) -> None:
     wait_for(accepted, poll_s=0.5)
     code, found = plan(scheduler, gpus_per_node=1, time="30", cpus_per_gpu=2)
     assert (code, found["problem"]) == (0, "")
-    assert "account root allows cpu=8 (GrpTRES): at most 4 runs at a time" in said(found, "GrpTRES")
+    assert "account root allows cpu=8 (GrpTRES): at most 4 jobs at a time" in said(found, "GrpTRES")
     assert found["groups"][0]["at_a_time"] == 4
     code, found = plan(scheduler, gpus_per_node=1, time="90", qos="small")
     assert code == 1

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.grid import Run
 from jobs.state import Survey
-from jobs.training import TORCHRUN, Training, last_error
+from jobs.training import TORCHRUN, Member, Training, last_error
 from tests.jobs_sweeps import STAND_IN, make_sweep
 from vitpa.config import ProcessId, RunDir, parse_config, read_json, record_config, write_json
 
@@ -19,7 +19,7 @@ def run(tmp_path: Path) -> Run:
     return make_sweep(tmp_path, seeds=1).runs[0]
 
 
-def training(root: Path, run: Run, command: list[str]) -> Training:
+def member(root: Path, run: Run) -> Member:
     """An attempt of `run` that has been claimed and started by this process."""
     config = parse_config(run.config.model_dump(mode="json"), "test", [f"runtime.root={root}"])
     directory = record_config(config)
@@ -28,12 +28,14 @@ def training(root: Path, run: Run, command: list[str]) -> Training:
     attempt = directory.claim_attempt(len(directory.attempts()) + 1, claim)
     assert attempt is not None
     write_json(attempt.start_json, me)
-    return Training(directory, attempt, claim, command, {"CUDA_VISIBLE_DEVICES": ""})
+    return Member(directory, attempt, claim)
 
 
-def run_out(one: Training) -> None:
+def run_out(command: list[str], *members: Member) -> None:
     """Train to the end and record it."""
-    one.record(one.supervise(lambda: None))
+    training = Training(members, command, {"CUDA_VISIBLE_DEVICES": ""})
+    for member, ended in training.supervise(lambda: None):
+        training.record(member, ended)
 
 
 def ask_to_stop(run: RunDir, attempt: int) -> None:
@@ -41,18 +43,18 @@ def ask_to_stop(run: RunDir, attempt: int) -> None:
 
 
 def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -> None:
-    training(tmp_path, run, [])
-    second = training(tmp_path, run, STAND_IN)
+    member(tmp_path, run)
+    second = member(tmp_path, run)
     ask_to_stop(second.run, 1)
-    run_out(second)
+    run_out(STAND_IN, second)
     assert Survey(tmp_path).state(run).state == "done"
     assert not second.run.stop.exists()
 
 
 def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
-    first = training(tmp_path, run, STAND_IN)
+    first = member(tmp_path, run)
     ask_to_stop(first.run, 1)
-    run_out(first)
+    run_out(STAND_IN, first)
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("cancelled", "cancelled before it started")
     assert not first.attempt.log.exists()
@@ -60,7 +62,7 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
 
 def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parent / 'stop').touch(); time.sleep(0.7)"
-    run_out(training(tmp_path, run, [sys.executable, "-S", "-c", program]))
+    run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("interrupted", "the file stop")
 
@@ -76,13 +78,13 @@ def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     ],
 )
 def test_reasons_of_failures(tmp_path: Path, run: Run, program: str, reason: str) -> None:
-    run_out(training(tmp_path, run, [sys.executable, "-S", "-c", program]))
+    run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("failed", reason)
 
 
 def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run) -> None:
-    run_out(training(tmp_path, run, ["/nowhere/python"]))
+    run_out(["/nowhere/python"], member(tmp_path, run))
     state = Survey(tmp_path).state(run)
     assert state.state == "failed"
     assert "/nowhere/python" in state.reason
@@ -90,8 +92,8 @@ def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run
 
 def test_the_training_is_told_its_attempt_and_sees_no_gpu(tmp_path: Path, run: Run) -> None:
     program = "import os; print(os.environ['VITPA_ATTEMPT'], repr(os.environ['CUDA_VISIBLE_DEVICES']))"
-    one = training(tmp_path, run, [sys.executable, "-S", "-c", program])
-    run_out(one)
+    one = member(tmp_path, run)
+    run_out([sys.executable, "-S", "-c", program], one)
     assert one.attempt.log.read_text() == f"{one.attempt.path} ''\n"
     ended = read_json(one.attempt.exit_json)
     assert ended is not None
@@ -115,7 +117,7 @@ def test_torchrun_leaves_nothing_behind_in_tmp(tmp_path: Path, run: Run, monkeyp
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-S", "-c", "pass"]
-    one = training(tmp_path, run, command)
-    run_out(one)
+    one = member(tmp_path, run)
+    run_out(command, one)
     assert (one.attempt.path / "torchrun").is_dir(), "torchrun has run"
     assert not list(folder.glob("torchelastic*"))

@@ -1,0 +1,112 @@
+"""Which runs train together: seeds of one configuration as replicas, in one process that takes one step for all of them.
+
+A group is one task of a submission. Its runs differ in nothing but the seed, have a checkpoint of a common step (or none at
+all), and fit the memory of a GPU together. A run that nothing can be stacked with is a group of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from vitpa.config import RunConfig, RunDir, RunError, memory_gib, read_json, why_not_together
+from vitpa.datasets import facts_of
+
+ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
+MOST_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
+T = TypeVar("T")
+
+
+def group_seeds(configs: Sequence[RunConfig], most: Callable[[RunConfig, int], int]) -> list[list[int]]:
+    """The groups of runs, as indices into `configs`, in the order of their first runs; seeds keep their order.
+
+    Args:
+        configs: With the runtime section that they will run with.
+        most: How many of so many runs of a configuration may be in one group.
+    """
+    alike: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        alike.setdefault(config.model_copy(update={"seed": 0}).model_dump_json(), []).append(index)
+    groups = []
+    for indices in alike.values():
+        size = most(configs[indices[0]], len(indices))
+        same_steps = in_step([configs[index].run_dir for index in indices]) if size > 1 else [list(range(len(indices)))]
+        for positions in same_steps:
+            groups += evenly([indices[position] for position in positions], size)
+    return sorted(groups)
+
+
+def in_step(runs: Sequence[RunDir]) -> list[list[int]]:
+    """Runs that can go on together, as indices: those with a checkpoint of a common step, and those without any."""
+    found: list[tuple[set[int], list[int]]] = []
+    for index, run in enumerate(runs):
+        steps = run.checkpoint_steps()
+        for position, (common, indices) in enumerate(found):
+            if common & steps or not (common or steps):
+                found[position] = (common & steps, [*indices, index])
+                break
+        else:
+            found.append((steps, [index]))
+    return [indices for _, indices in found]
+
+
+def evenly(items: Sequence[T], most: int) -> list[list[T]]:
+    """`items` in as few parts of at most `most` as will do, of sizes that differ by one at the most."""
+    parts = math.ceil(len(items) / most)
+    size, larger = divmod(len(items), parts)
+    ends = [0]
+    for part in range(parts):
+        ends.append(ends[-1] + size + (part < larger))
+    return [list(items[begin:end]) for begin, end in itertools.pairwise(ends)]
+
+
+def most_replicas(
+    config: RunConfig, seeds: int, wanted: int | Literal["auto"], *, processes: int, gpu_memory_gib: float | None
+) -> int:
+    """How many of `seeds` runs of a configuration may train together.
+
+    Args:
+        config: Of one of them, with the runtime section that they will run with.
+        seeds: At most so many.
+        wanted: As the profile says it.
+        processes: Training processes of a run; several of them cannot train replicas.
+        gpu_memory_gib: Of the GPU that they will have; None if they will have none.
+    """
+    if processes > 1 or why_alone(config):
+        return 1
+    if wanted != "auto":
+        return wanted
+    images = num_train(config)
+    if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
+        return 1
+    share_gib = gpu_memory_gib / config.runtime.runs_per_gpu
+    return max((count for count in range(1, min(seeds, MOST_BY_ITSELF) + 1) if memory_gib(config, count, images) <= share_gib), default=1)
+
+
+def why_alone(config: RunConfig) -> str:
+    """Why a run of this configuration has to train alone; empty if other seeds can train with it."""
+    size = facts_of(config.dataset).image_size_px
+    if config.runtime.loader == "auto" and size != config.model.img_size:
+        return f"{config.dataset}: its images may not lie on the device as they are; say so with runtime.loader=resident"
+    return why_not_together(config)
+
+
+def num_train(config: RunConfig) -> int | None:
+    """Training images of the run's data set, from the table or else from the manifest."""
+    known = facts_of(config.dataset).num_train
+    if known is not None:
+        return known
+    try:
+        found = (read_json(Path(config.runtime.data_dir) / config.dataset / "train.json") or {}).get("num_samples")
+    except RunError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def tasks_of(intent: Mapping[str, Any]) -> list[list[int]]:
+    """The groups of a submission, as indices into its `runs`; each run alone where its intent does not name any."""
+    tasks: list[list[int]] = intent.get("tasks") or [[index] for index in range(len(intent["runs"]))]
+    return tasks
