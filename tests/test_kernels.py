@@ -98,6 +98,27 @@ def errors(kernel: Function, reference: Function, inputs: list[Tensor]) -> list[
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, results(reference, exact, gradients), strict=True)]
 
 
+def chain(leaves: list[Tensor], sizes: Sizes) -> Tensor:
+    """All operations, one after another: a number to differentiate by the leaves of `chain_leaves`."""
+    R, B, N, H, d = sizes
+    matrix, x, branch, bias, weight, norm_bias = leaves
+    total, normed = add_norm(x, branch, bias, weight, norm_bias, EPS)
+    qkv = torch.cat([normed, total, norm(total, weight, norm_bias, EPS)], -1)
+    mixed = mix(matrix, attention(qkv.view(R * B, N, 3, H, d)).view(R, B, N, H, d))
+    return (mixed.float() ** 2).mean()
+
+
+def chain_leaves(device: str, dtype: torch.dtype, sizes: Sizes) -> list[Tensor]:
+    operations = {name: inputs for name, _, _, inputs in cases(device, dtype, sizes)}
+    return [operations["mix"][0], *operations["add_norm"]]
+
+
+def chain_step(function: Function, leaves: list[Tensor], sizes: Sizes) -> list[Tensor]:
+    """The chain's number and its gradients."""
+    out = function(leaves, sizes)
+    return [out.detach(), *torch.autograd.grad(out, leaves)]
+
+
 def multiply_bfloat16_in_float32() -> None:
     """Mend Triton's interpreter, which keeps bfloat16 as integers and multiplies matrices of those."""
     import numpy as np
@@ -129,6 +150,14 @@ def main() -> None:
     parts = torch.randn(2, 70, 40)
     total = parts.double().sum(1)
     report["sum_partials"] = [float((sum_partials(parts) - total).norm() / total.norm())]
+    sizes, dtype = (1, 1, 17, 1, 16), torch.float32
+    leaves = chain_leaves("cpu", dtype, sizes)
+    compiled = torch.compile(chain, fullgraph=True, dynamic=False, backend="aot_eager")
+    both = zip(chain_step(compiled, leaves, sizes), chain_step(chain, leaves, sizes), strict=True)
+    report["compiled"] = [float((a - b).norm() / b.norm()) for a, b in both]
+    for name, _, _, inputs in cases("cpu", dtype, sizes):  # raises what is wrong with schema, fake tensors or autograd
+        operation = getattr(torch.ops.vitpa, name).default
+        torch.library.opcheck(operation, (*inputs, EPS) if "norm" in name else tuple(inputs))
     json.dump(report, sys.stdout)
 
 
@@ -156,6 +185,10 @@ def test_kernels_and_their_gradients_are_those_of_the_reference(
     found = interpreted[f"{name} {dtype} {sizes}"]
     assert len(found) == results  # outputs and gradients
     assert all(error < LIMITS[dtype] for error in found), found  # NaN is not below
+
+
+def test_kernels_compile_whole_and_give_the_same(interpreted: dict[str, list[float]]) -> None:
+    assert interpreted["compiled"] == [0.0] * 7
 
 
 def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str, list[float]]) -> None:
@@ -192,15 +225,6 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 GPU_SIZES: list[Sizes] = [(2, 3, 65, 12, 32), (1, 37, 17, 3, 16), (3, 5, 33, 2, 64), (1, 7, 65, 6, 64), (2, 130, 65, 4, 32)]
 
 
-def fast(inputs: dict[str, Tensor]) -> Tensor:
-    """All operations, one after another: a number to differentiate."""
-    R, B, N, H, d = inputs["v"].shape
-    total, normed = add_norm(inputs["x"], inputs["branch"], inputs["bias"], inputs["weight"], inputs["norm_bias"], eps=EPS)
-    qkv = torch.cat([normed, total, norm(total, inputs["weight"], inputs["norm_bias"], eps=EPS)], -1)
-    mixed = mix(inputs["matrix"], attention(qkv.view(R * B, N, 3, H, d)).view(R, B, N, H, d))
-    return (mixed.float() ** 2).mean()
-
-
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -218,34 +242,25 @@ def test_gpu_kernels_and_their_gradients_are_those_of_the_reference_and_repeat(s
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_gpu_kernels_compile_whole_and_replay_in_a_cuda_graph() -> None:
     torch.manual_seed(0)
-    R, B, N, H, d = 2, 6, 65, 12, 32
-    inputs = {name: torch.randn(R, H * d, device="cuda", requires_grad=True) for name in ("bias", "weight", "norm_bias")}
-    for name in ("x", "branch"):
-        inputs[name] = torch.randn(R, B * N, H * d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    inputs["v"] = torch.empty(R, B, N, H, d)
-    inputs["matrix"] = torch.softmax(torch.randn(R, H, N, N, device="cuda"), -1).requires_grad_()
-    leaves = [x for x in inputs.values() if x.requires_grad]
-    compiled: Function = torch.compile(fast, fullgraph=True, dynamic=False)
-
-    def step(function: Function) -> list[Tensor]:
-        loss = function(inputs)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    eager = step(fast)
+    sizes = (2, 6, 65, 12, 32)
+    leaves = chain_leaves("cuda", torch.bfloat16, sizes)
+    compiled = torch.compile(chain, fullgraph=True, dynamic=False)
+    eager = chain_step(chain, leaves, sizes)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(compiled)
+            chain_step(compiled, leaves, sizes)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(compiled)
+        captured = chain_step(compiled, leaves, sizes)
     graph.replay()
     for a, b in zip(captured, eager, strict=True):
-        assert float((a.double() - b.double()).norm() / b.double().norm()) < 1e-2
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 2e-2  # the compiler rounds sums of gradients once
 
 
 if __name__ == "__main__":
