@@ -162,9 +162,10 @@ def _backward(qkv: Tensor, dout: Tensor, lse: Tensor) -> Tensor:
     dqkv = torch.empty_like(qkv)
     kernel: Any = _backward_kernel
     scale = d**-0.5
+    small = d <= 32 and qkv.dtype == torch.bfloat16  # what is larger would only spill
     kernel[(M * H,)](
         qkv, dout, lse, dqkv, scale, scale * LOG2_E, H, N - 1, d,
-        num_warps=NUM_WARPS_BACKWARD, maxnreg=MAX_REGISTERS_BACKWARD,
+        num_warps=NUM_WARPS_BACKWARD, maxnreg=MAX_REGISTERS_BACKWARD if small else None,
     )  # fmt: skip
     return dqkv
 
