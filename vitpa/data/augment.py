@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vitpa.config import AugmentConfig
 from vitpa.data.auto_augment import Policy
-from vitpa.data.counter_rng import Purpose, key, randint, random_bits, uniform
+from vitpa.data.counter_rng import Purpose, kept, key, randint, random_bits, uniform
 from vitpa.datasets import DatasetFacts
 
 _ERASE_TRIES = 10
@@ -86,8 +86,7 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | 
     section 4.2).
     """
     B, _, H, W = images.shape
-    top = randint(stream, samples, 2 * padding + 1, draw=0)
-    left = randint(stream, samples, 2 * padding + 1, draw=1)
+    top, left = (kept(randint(stream, samples, 2 * padding + 1, draw=draw)) for draw in (0, 1))
     rows = top[:, None] + torch.arange(H, device=images.device)  # B, H
     columns = left[:, None] + torch.arange(W, device=images.device)  # B, W
     padded = F.pad(images, (padding, padding, padding, padding))
@@ -97,7 +96,7 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | 
 
 def horizontal_flip(images: Tensor, samples: Tensor, *, stream: int | Tensor) -> Tensor:
     """Mirror images (B, C, H, W) left to right with probability 1/2, drawn in `stream`, one key or (B,), by `samples` (B,)."""
-    flip = random_bits(stream, samples) < 0
+    flip = kept(random_bits(stream, samples) < 0)
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
@@ -118,20 +117,20 @@ def erased_boxes(
     H, W = size
     (scale_low, scale_high), (ratio_low, ratio_high) = options.erase_scale, options.erase_ratio
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
-    draws = [
-        uniform(streams, samples[:, None], draw=1 + part + 4 * torch.arange(_ERASE_TRIES, device=samples.device)).double()
-        for part in range(4)
-    ]  # B, tries; float64, so that devices agree on what is rounded
-    area = H * W * (scale_low + draws[0] * (scale_high - scale_low))
-    ratio = torch.exp(math.log(ratio_low) + draws[1] * (math.log(ratio_high) - math.log(ratio_low)))
-    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    top, left = (draws[2] * (H - height + 1)).floor(), (draws[3] * (W - width + 1)).floor()
     tries = torch.arange(_ERASE_TRIES, device=samples.device)
-    first = torch.where((height < H) & (width < W), tries, _ERASE_TRIES).amin(1)  # B: the first that fits
-    erased = (first < _ERASE_TRIES) & (uniform(stream, samples) < options.erase_prob)
-    best = first.clamp(max=_ERASE_TRIES - 1)[:, None]
-    boxes = (torch.where(erased, part.gather(1, best)[:, 0], 0).long() for part in (top, left, height, width))
-    return tuple(boxes)  # type: ignore[return-value]
+    numbers = torch.arange(1 + 4 * _ERASE_TRIES, device=samples.device)
+    draws = kept(uniform(streams, samples[:, None], draw=numbers))  # B, numbers
+    area, ratio, top, left = draws[:, 1:].view(-1, _ERASE_TRIES, 4).double().unbind(2)  # B, tries; devices agree in float64
+    area = H * W * (scale_low + area * (scale_high - scale_low))
+    ratio = torch.exp(math.log(ratio_low) + ratio * (math.log(ratio_high) - math.log(ratio_low)))
+    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    top, left = (top * (H - height + 1)).floor(), (left * (W - width + 1)).floor()
+    first = tries.masked_fill((height >= H) | (width >= W), _ERASE_TRIES).amin(1)  # B: the first that fits
+    erased = (first < _ERASE_TRIES) & (draws[:, 0] < options.erase_prob)
+    first = first.clamp(max=_ERASE_TRIES - 1)[:, None]
+    boxes = (kept(values.gather(1, first)[:, 0].long() * erased) for values in (top, left, height, width))
+    top, left, height, width = boxes
+    return top, left, height, width
 
 
 def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) -> Tensor:
@@ -140,8 +139,7 @@ def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) 
     Its centre is a random pixel, drawn in `stream`, one key or (B,), by `samples` (B,) (DeVries & Taylor 2017, arXiv
     1708.04552).
     """
-    top = randint(stream, samples, images.shape[2], draw=0) - side // 2
-    left = randint(stream, samples, images.shape[3], draw=1) - side // 2
+    top, left = (kept(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:]))
     length = torch.full_like(top, side)
     return _blank(images, top, left, length, length)
 
@@ -151,4 +149,4 @@ def _blank(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Ten
     y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
     rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # B, H
     columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # B, W
-    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], 0.0, images)
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms import functional as tvf
 
-from vitpa.data.counter_rng import randint, random_bits, uniform
+from vitpa.data.counter_rng import kept, randint, random_bits, uniform
 
 Operation = tuple[str, float]  # a name and a magnitude in torchvision's units
 
@@ -98,7 +98,7 @@ class Policy:
             row = randint(stream, samples, self.num_rows, draw=0 if self.one_row else 3 * place)
             applied = uniform(stream, samples, draw=3 * place + 1) < self.prob[row, place]
             negated = (random_bits(stream + (3 * place + 2), samples) < 0).long()
-            found.append(torch.where(applied, self.signed[row, place, negated], 0))
+            found.append(kept(self.signed[row, place, negated] * applied))
         return found
 
     def __call__(self, images: Tensor, samples: Tensor, stream: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Operations:
         tables = self._tables(pixels, grey, choice)  # B, C, V
         source = self.source[self.geometry[choice]][:, None]  # B, 1, P
         moved = pixels.gather(2, source.clamp(min=0).long().expand(B, C, H * W))
-        out = torch.where(source < 0, 0, tables.gather(2, moved.long()))
+        out = tables.gather(2, moved.long()).masked_fill(source < 0, 0)
         color, sharpness = (_is(kind, name) for name in ("Color", "Sharpness"))
         other = torch.where(color, grey, _blurred(images.int()).reshape(B, C, H * W))
         out = torch.where(color | sharpness, _blend(pixels, other, ratios), out)
@@ -147,9 +147,10 @@ class Operations:
         B, C, P = pixels.shape
         kind, ratios = self.kind[choice], self.ratios[choice]
         value = torch.arange(256, dtype=torch.int32, device=pixels.device)  # V
-        low, high = (bound(2, keepdim=True).int() for bound in (pixels.amin, pixels.amax))  # B, C, 1
+        whole = pixels.int()  # torch 2.14's compiled minimum of uint8 on the CPU is 0
+        low, high = whole.amin(2, keepdim=True), whole.amax(2, keepdim=True)  # B, C, 1
 
-        stretched = (value - torch.where(low == high, 0, low)) * self.stretch[(high - low).long()]
+        stretched = (value - low * (low != high)) * self.stretch[(high - low).long()]
 
         histogram = torch.zeros(B, C, 256, dtype=torch.int32, device=pixels.device)
         histogram = histogram.scatter_add(2, pixels.long(), torch.ones_like(pixels, dtype=torch.int32))
@@ -230,11 +231,10 @@ def _grey(pixels: Tensor) -> Tensor:
 def _blurred(images: Tensor) -> Tensor:
     """int32 images (B, C, H, W) smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13 and rounded; the border as it is."""
     H, W = images.shape[-2:]
-    padded = F.pad(images, (1, 1, 1, 1))
-    total = 4 * images
+    total = 4 * images[..., 1:-1, 1:-1]
     for row in range(3):
         for column in range(3):
-            total = total + padded[..., row : row + H, column : column + W]
+            total = total + images[..., row : H - 2 + row, column : W - 2 + column]
     y, x = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
     inner = (y > 0) & (y < H - 1) & (x > 0) & (x < W - 1)
-    return torch.where(inner, (2 * total + 13) // 26, images)
+    return torch.where(inner, F.pad((2 * total + 13) // 26, (1, 1, 1, 1)), images)

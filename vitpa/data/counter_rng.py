@@ -70,3 +70,12 @@ def randint(stream: int | Tensor, counters: Tensor, high: int, draw: int | Tenso
 def permutation(stream: int, n: int, device: torch.device | None = None) -> Tensor:
     """A random order of 0 .. n-1 (int64, n)."""
     return torch.argsort(random_bits(stream, torch.arange(n, device=device)), stable=True)
+
+
+def kept(values: Tensor) -> Tensor:
+    """The same values, computed once where they are compiled into kernels that use them many times.
+
+    torch.compile would rather compute a random number again for each pixel that asks for it; a view with given strides
+    must have memory to look at.
+    """
+    return values.as_strided(values.shape, values.stride())

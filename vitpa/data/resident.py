@@ -14,27 +14,40 @@ from vitpa.data.beton import Beton, BetonError
 from vitpa.datasets import DatasetFacts
 
 
+def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, H, W) uint8 and labels (N,) of a .beton, whose whole content is checked against its manifest.
+
+    Raises:
+        BetonError: the content is damaged, or the images are not all of `img_size` pixels.
+    """
+    if beton.image_size_px != (img_size, img_size):
+        raise BetonError(
+            f"{beton.path}: images of {beton.image_size_px or 'different sizes'} cannot stay on the device at "
+            f"model.img_size={img_size}; set runtime.loader=stream"
+        )
+    if beton.content_sha256() != beton.manifest.beton_sha256:
+        raise BetonError(f"{beton.path}: its content is not what its manifest says; convert again with `vitpa prep --force`")
+    images = np.empty((len(beton), img_size, img_size, 3), np.uint8)
+    for index in range(len(beton)):
+        beton.read_image(index, out=images[index])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(beton.labels.copy())
+
+
 class ResidentImages:
-    """The images of one .beton, all of one size, on a device. The whole content is checked against the manifest."""
+    """Images (N, 3, H, W) uint8, all of one size, with their labels (N,), on a device."""
 
     def __init__(
-        self, beton: Beton, facts: DatasetFacts, options: AugmentConfig, *, img_size: int, seed: int, device: torch.device
+        self,
+        images: Tensor,
+        labels: Tensor,
+        facts: DatasetFacts,
+        options: AugmentConfig,
+        *,
+        seed: int,
+        device: torch.device,
     ):
-        if beton.image_size_px != (img_size, img_size):
-            raise BetonError(
-                f"{beton.path}: images of {beton.image_size_px or 'different sizes'} cannot stay on the device at "
-                f"model.img_size={img_size}; set runtime.loader=stream"
-            )
-        if beton.content_sha256() != beton.manifest.beton_sha256:
-            raise BetonError(
-                f"{beton.path}: its content is not what its manifest says; convert again with `vitpa prep --force`"
-            )
-        images = np.empty((len(beton), img_size, img_size, 3), np.uint8)
-        for index in range(len(beton)):
-            beton.read_image(index, out=images[index])
-        self.images = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # N, C, H, W
-        self.labels = torch.from_numpy(beton.labels.copy()).to(device)
-        self.augmentation = augment.Augmentation(options, facts, img_size=img_size, device=device)
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.augmentation = augment.Augmentation(options, facts, img_size=images.shape[-1], device=device)
         self.device, self.seed = device, seed
 
     @staticmethod
