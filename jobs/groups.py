@@ -83,7 +83,8 @@ def most_replicas(
     if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
         return 1
     share_gib = gpu_memory_gib / config.runtime.runs_per_gpu
-    return max((count for count in range(1, min(seeds, MOST_BY_ITSELF) + 1) if memory_gib(config, count, images) <= share_gib), default=1)
+    counts = range(1, min(seeds, MOST_BY_ITSELF) + 1)
+    return max((count for count in counts if memory_gib(config, count, images) <= share_gib), default=1)
 
 
 def why_alone(config: RunConfig) -> str:

@@ -19,6 +19,7 @@ import yaml
 
 import jobs.submit
 from jobs.grid import Run, Sweep, load_sweep
+from jobs.groups import tasks_of
 from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
@@ -223,13 +224,14 @@ class Field:
         assert not snapshot.error
         for path in self.root.glob("sweeps/*/submissions/*/intent.json"):
             try:
-                runs = (read_json(path) or {})["runs"]
+                intent = read_json(path) or {}
             except RunError:  # a test has damaged it
                 continue
-            for index, run in enumerate(runs):
-                job = snapshot.of(path.parent.name.partition("-")[2], index)
+            for task, indices in enumerate(tasks_of(intent)):
+                job = snapshot.of(path.parent.name.partition("-")[2], task)
                 if job is not None and job.live:
-                    found[run["signature"]].append(job)
+                    for index in indices:
+                        found[intent["runs"][index]["signature"]].append(job)
         return found
 
     def live(self) -> int:

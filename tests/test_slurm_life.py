@@ -378,6 +378,44 @@ def test_cancelled_while_it_waits_to_be_started_again(lives: Lives) -> None:
     assert_ended(lives.stand_in, lives.stand_in.run("positional", 1), TERM, "cancelled: cancelled while it waited to go on")
 
 
+def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Path) -> None:
+    """One of three is cancelled, the job of the others is requeued, the one is trained again alone: each is done once."""
+    recipe = {**DIGITS, "train": {**TRAIN, "epochs": 40}}
+    runtime = {"checkpoint_every_steps": EVERY_STEPS}
+    more = {"attentions": ["content"], "runtime": runtime, "profile": {"replicas": 3}}
+    cell = make_cell(tmp_path / "together", cluster, {"digits": recipe}, seeds=3, data=digits, **more)
+    runs = first, cancelled, other = cell.sweep.runs
+    assert "would start 3 runs in 1 job\n" in cell.vitpa("submit", "--dry-run").stdout
+    cell.submit()
+    freeze(cell, first)
+    assert "1 asked to stop at their next step, with a checkpoint" in cell.vitpa("cancel", "seed=1").stdout
+    send(cell, first, signal.SIGCONT)
+    wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, timeout_s=WAIT_S, poll_s=0.01)
+    send(cell, first, signal.SIGSTOP)
+    wait_for(lambda: [state.state for state in cell.states()] == ["running", "cancelled", "running"], timeout_s=WAIT_S)
+    assert len({cell.job(run) for run in (first, other)}) == 1
+    cell.slurm("scontrol", "requeue", cell.job(first))
+    thaw_when_told_to_stop(cell, first)
+    cell.settle()
+    assert "submitted 1 of 3 runs" in cell.vitpa("retry").stdout
+    cell.settle()
+    for run in (first, other):
+        assert_ended(cell, run, TERM, "done")
+        assert cell.start(run)["job"]["restart"] == 1
+        assert cell.start(run)["step"] > 0
+    wait_for(lambda: cell.ends(cancelled) == ["cancelled: cancel", "done"], timeout_s=WAIT_S)  # it comes after the result
+    assert cell.start(cancelled)["step"] > 0
+    together = [
+        [(read_json(each.env_json) or {})["trained_with_seeds"] for each in cell.directory(run).attempts()] for run in runs
+    ]
+    assert together == [[[0, 1, 2], [0, 2]], [[0, 1, 2], [1]], [[0, 1, 2], [0, 2]]]
+    for run in runs:
+        assert cell.result(run).seed == run.seed
+        assert len(set(cell.rows(run))) == len(cell.rows(run)), "every row once"
+    assert [log.is_symlink() for log in (each.log for each in cell.directory(other).attempts())] == [True, True]
+    assert processes_left([cell]) == []
+
+
 @pytest.mark.parametrize(
     ("log", "reason"),
     [

@@ -79,6 +79,29 @@ def test_cancel_now_and_while_it_waits_to_go_on(field: Field) -> None:
     assert [len(run.directory(field.root).attempts()) for run in (waiting, training)] == [2, 1]
 
 
+def test_one_of_a_group_is_cancelled_while_it_waits(tmp_path: Path, cluster: DevCluster) -> None:
+    """Its job stays in the queue for the others, and is withdrawn with the last of them."""
+    field = Field(tmp_path, cluster, seeds=2)
+    profile = slurm_profile(tmp_path, "held", replicas=2, **HOLD)
+    submitted = field.vitpa("submit", "attention=content", profile=profile).stdout
+    assert f"submitted 2 of 4 runs to SLURM (profile {profile}) in 1 job" in submitted
+    content = [run for run in field.sweep.runs if run.attention == "content"]
+    (first,), (second,) = (field.jobs()[run.signature] for run in content)
+    assert first == second
+    assert "1 cancelled while they waited" in field.vitpa("cancel", "seed=0").stdout
+    assert [of(field, run).state for run in content] == ["cancelled", "pending"]
+    assert field.live() == 2, "the job of both is in the queue"
+    assert "1 cancelled while they waited" in field.vitpa("cancel", "seed=1").stdout
+    wait_for(lambda: field.live() == 0, poll_s=0.2)
+    field.vitpa("retry", profile=profile)
+    field.vitpa("cancel", "seed=1")
+    field.release()
+    wait_for(lambda: of(field, content[0]).state == "done", poll_s=0.2)
+    assert finished_trainings(field.root) == [content[0].signature]
+    wait_for(lambda: exits(field.root, field.sweep)[::2] == [["cancelled", "done"], ["cancelled"] * 2])
+    field.clear()
+
+
 def test_ends_that_slurm_alone_knows(field: Field) -> None:
     """scancel of what waits and of what trains; with and without the queue's memory and accounting."""
     training = field.sweep.runs[1]
