@@ -29,7 +29,7 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
         "cuda out of memory",
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED",
         "do a batch in several parts, which does not change the numbers: retry with runtime.accum_steps=2; "
-        "or fewer runs_per_gpu in the profile",
+        "or fewer runs_per_gpu or replicas in the profile",
     ),
     _cause(
         "host out of memory",

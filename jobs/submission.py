@@ -4,6 +4,7 @@ intent.json    before anything is started: the runs wanted, each with the number
 launch.json    by the helper that starts the jobs, before it does; created exclusively: whoever finds the launcher dead and
                no such file abandons the submission by creating it
 receipt.json   after the jobs were started: their ids
+taken-N.json   on this machine: a worker has task N, a group of several runs
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a job on this machine does: works through the groups of claimed runs of its submission, one at a time.
 
-It takes the runs of a group by creating their start.json, trains them (jobs/training.py), and records how each ended. It
+It takes the runs of a group by creating their start.json, trains them (jobs/training.py), and records how each ended. That
+a group of several goes to one worker as a whole is settled before, by the exclusive creation of its taken-N.json. A worker
 never outlives its use: it ends when every claim of its submission has been started by somebody.
 """
 
@@ -34,9 +35,12 @@ def work(root: str, submission: str) -> None:
     slot = take_slot(Path(root), slots, useful)
     if slot is None:
         return
-    for group in waiting_groups(Path(root), intent):
+    for task, group in waiting_groups(Path(root), intent):
         if signals.received:
             return
+        taken = Path(root) / submission / f"taken-{task}.json"
+        if len(tasks_of(intent)[task]) > 1 and not create_exclusive(taken, to_json({"utc": utc_now()})):
+            continue
         start = {
             "process": ProcessId.mine().model_dump(),
             "host": os.uname().nodename,
@@ -52,12 +56,12 @@ def work(root: str, submission: str) -> None:
                 training.record(member, ended)
 
 
-def waiting_groups(root: Path, intent: dict[str, Any]) -> Iterator[list[Member]]:
-    """The groups of a submission, in order, as far as nobody has started or withdrawn their claims; none is empty."""
-    for task in tasks_of(intent):
-        group = [member for index in task if (member := _waiting(root, intent, index)) is not None]
+def waiting_groups(root: Path, intent: dict[str, Any]) -> Iterator[tuple[int, list[Member]]]:
+    """The tasks of a submission with their runs, as far as nobody has started or withdrawn the claims; none is empty."""
+    for task, indices in enumerate(tasks_of(intent)):
+        group = [member for index in indices if (member := _waiting(root, intent, index)) is not None]
         if group:
-            yield group
+            yield task, group
 
 
 def _waiting(root: Path, intent: dict[str, Any], index: int) -> Member | None:

@@ -262,6 +262,17 @@ def test_every_seed_has_its_records_and_one_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workers_at_once_take_whole_groups(tmp_path: Path) -> None:
+    group = Group(tmp_path, seeds=6, steps=2)
+    document = yaml.safe_load(group.profile.read_text())
+    group.profile.write_text(yaml.safe_dump({**document, "slots": 3, "replicas": 2}))
+    assert "submit would start 6 runs in 3 jobs, 3 at a time" in group.vitpa("plan")
+    group.vitpa("submit", "--wait")
+    printed = {group.directory(seed).attempts()[0].log.read_text() for seed in range(6)}
+    assert printed == {f"starts at 0 seed {seed} seed {seed + 1}\n" for seed in (0, 2, 4)}
+
+
+@pytest.mark.slow
 def test_one_fails_alone_and_is_retried_alone(long: Group) -> None:
     mark = long.mark("leave", 1)
     wait_for(lambda: long.states() == ["running", "failed", "running"])
