@@ -374,17 +374,19 @@ def test_leaving_the_loop_early_leaves_no_thread(train: Beton, val: Beton) -> No
 def test_leaving_the_loop_early_decodes_nothing_more(train: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Beton.read_image
     asked: list[int] = []
-    left = threading.Event()
+    begun, left = threading.Event(), threading.Event()
 
     def blocked_at_second(self: Beton, index: int, out: np.ndarray | None = None) -> np.ndarray:
         asked.append(index)
         if index == 1:
+            begun.set()
             assert left.wait(10)
         return read(self, index, out)
 
     monkeypatch.setattr(Beton, "read_image", blocked_at_second)
     iterator = stream(train, workers=1).train_batches(torch.arange(12).split(1), 0)
     next(iterator)
+    assert begun.wait(10)
     timer = threading.Timer(0.2, left.set)
     timer.start()
     close(iterator)
