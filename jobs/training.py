@@ -264,8 +264,9 @@ class Training:
         if killed_for:
             return Ended("failed", code, killed_for)
         stop = member.stop()
-        told = code == 0 or (code == 1 and any(ended.state == "failed" for ended in self.left))  # 1 because of that one
-        if stop is not None and (told or stop.get("now")):
+        dropped = member.attempt.left_json.exists()  # as it was told, a moment before the others
+        for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
+        if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
             return _stopped(stop, code)
         return Ended("failed", code, failure_of(code, self.log))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from jobs.grid import Run
 from jobs.state import Survey
-from jobs.training import TORCHRUN, Member, Training, last_error
-from tests.jobs_sweeps import STAND_IN, make_sweep
+from jobs.training import TORCHRUN, Member, Request, Training, last_error
+from tests.jobs_sweeps import STAND_IN, make_sweep, result_document
 from vitpa.config import ProcessId, RunDir, parse_config, read_json, record_config, write_json
 
 
@@ -65,6 +66,23 @@ def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
     state = Survey(tmp_path).state(run)
     assert (state.state, state.reason) == ("interrupted", "the file stop")
+
+
+def test_one_of_a_group_is_dropped_before_the_others_see_that_all_are_to_stop(tmp_path: Path) -> None:
+    """They are finished; the process says 1, for that one is not."""
+    runs = make_sweep(tmp_path, seeds=2).runs[::2]
+    first, second = (member(tmp_path, run) for run in runs)
+    left = json.dumps({"state": "stopped", "reason": "as stop asks", "utc": ""})
+    finish = f"pathlib.Path({str(first.run.result_json)!r}).write_text({json.dumps(result_document(runs[0]))!r})"
+    drop = f"pathlib.Path({str(second.attempt.left_json)!r}).write_text({left!r})"
+    program = f"import pathlib, sys, time; time.sleep(1); {drop}; time.sleep(1); {finish}; sys.exit(1)"
+    training = Training([first, second], [sys.executable, "-S", "-c", program], {})
+    ends = training.supervise(lambda: Request("signal SIGTERM"))
+    assert [(one, ended.state, ended.reason) for one, ended in ends] == [
+        (first, "done", ""),
+        (second, "interrupted", "signal SIGTERM"),
+    ]
+    assert not training.left
 
 
 @pytest.mark.parametrize(
