@@ -14,8 +14,8 @@ from vitpa.kernels.partials import sum_partials
 
 ROWS_FORWARD = 4  # tokens a program; with the warps, the best of a sweep on an H200 at 41,600 tokens of 384
 NUM_WARPS_FORWARD = 4
-ROWS_BACKWARD = 2  # tokens at a time; as above
-NUM_WARPS_BACKWARD = 2
+BACKWARD_MANY, BACKWARD_FEW = (1, 1), (4, 4)  # tokens at a time and warps; as above, the few at 8,320 tokens
+MANY_TOKENS = 2**15  # of all replicas
 TOKENS_BACKWARD = 32  # a program: each writes three partial sums of D numbers, less than a tenth of what it reads
 
 
@@ -123,12 +123,14 @@ def _backward(
     R, M, D = total.shape
     add = dtotal is not None
     dx = torch.empty_like(total)
+    rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
+    block = triton.next_power_of_2(D)
     programs = triton.cdiv(M, TOKENS_BACKWARD)
     parts = torch.empty((2 + add) * R, programs, D, dtype=torch.float32, device=total.device)
     kernel: Any = _backward_kernel
     kernel[(programs, R)](
         dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight.contiguous(), mean, rstd, dx, parts, M,
-        TOKENS_BACKWARD // ROWS_BACKWARD, D, triton.next_power_of_2(D), ROWS_BACKWARD, add, num_warps=NUM_WARPS_BACKWARD,
+        TOKENS_BACKWARD // rows, D, block, rows, add, num_warps=warps * max(1, block // 512),
     )  # fmt: skip
     return dx, sum_partials(parts).view(2 + add, R, D)
 
