@@ -66,7 +66,7 @@ def test_every_module_imports_only_what_it_may(package: str) -> None:
 
 
 def test_models_need_torch_and_timm_only() -> None:
-    allowed = ("__future__", "typing", "collections", "math", "torch", "timm", "vitpa.models")
+    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "vitpa.models")
     wrong = [
         (module, name) for module, path in modules("vitpa/models") for name in imported(path) if not within(name, allowed)
     ]

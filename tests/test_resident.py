@@ -15,7 +15,7 @@ from vitpa.data import augment
 from vitpa.data.batches import eval_batches
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
 from vitpa.data.counter_rng import Purpose, key
-from vitpa.data.resident import ResidentImages
+from vitpa.data.resident import ResidentImages, decoded
 from vitpa.datasets import facts_of
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ PLAIN = AugmentConfig(crop="none", hflip=False)
 
 
 def resident(beton: Beton, options: AugmentConfig = PLAIN, *, img_size: int = 8, seed: int = 0) -> ResidentImages:
-    return ResidentImages(beton, DIGITS, options, img_size=img_size, seed=seed, device=CPU)
+    return ResidentImages(*decoded(beton, img_size), DIGITS, options, seed=seed, device=CPU)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.resident import ResidentImages
 from vitpa.data.stream import StreamedImages
 from vitpa.distributed import Group
+from vitpa.optim import load_moments
 from vitpa.window import Window
 
 EVAL_BATCH_SIZE = 512
@@ -134,6 +135,14 @@ class ModuleSteps:
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # B, 5
             sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double(), real.sum().double()])
         return sums
+
+    def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
+        """The optimiser's state_dict()."""
+        return self.optimizer.state_dict()
+
+    def load_optimizer(self, replica: int, state: dict[str, Any]) -> None:
+        """Take over such a state."""
+        load_moments(self.optimizer, state)
 
     def freeze(self, replica: int) -> None:
         """Nothing: a run alone ends when it is not finite."""

@@ -18,19 +18,15 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     fused: bool,
-    capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names.
-
-    `fused` does a step in few kernels; a `capturable` one can be part of a CUDA graph.
-    """
+    """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names."""
     spared: Collection[str] = model.no_weight_decay()  # type: ignore[operator]  # timm's: pos_embed, cls_token, ...
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decay if parameter.ndim >= 2 and name not in spared else no_decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused, capturable=capturable)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def load_moments(optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:

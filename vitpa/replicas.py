@@ -10,6 +10,7 @@ Axes: R replicas, B batch, N tokens, K classes, P purposes of random numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from vitpa.config import RunConfig
 from vitpa.data import augment
 from vitpa.data.counter_rng import Purpose, key, permutation
 from vitpa.data.resident import ResidentImages
-from vitpa.models.stacked import PLAIN, Operations, StackedViT, stack
-from vitpa.window import NEVER, Window
+from vitpa.models.stacked import PLAIN, Operations, StackedViT
+from vitpa.replica_adamw import ReplicaAdamW
+from vitpa.window import Window
 
 EVAL_BATCH_SIZE = 1000
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms, the optimiser makes its state
@@ -43,10 +45,9 @@ class ReplicaSteps:
         learning_rates: Tensor,
     ) -> None:
         """`learning_rates` (steps of the whole run,) float64: that of each step."""
-        self.config, self.seeds, self.optimizers, self.images = config, seeds, optimizers, images
+        self.config, self.seeds, self.images = config, seeds, images
         self.device, self.R, self.B = images["train"].device, len(seeds), config.train.global_batch_size
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-        self.parameters = stack(models)
         self.network = StackedViT(
             config.model.attention,
             config.model.patch_size,
@@ -54,26 +55,17 @@ class ReplicaSteps:
             config.model.num_heads,
             fastest_operations(config, self.device, dtype),
         )
-        # what the forward pass takes: the parameters themselves, or for matrix products a copy in `dtype`
-        products = self.network.product_weights(list(self.parameters)) if dtype != torch.float32 else []
-        self.originals = [self.parameters[name] for name in products]
-        self.copies = [original.to(dtype) for original in self.originals]
-        copies = dict(zip(products, self.copies, strict=True))
-        self.weights = {name: copies.get(name, value).detach().requires_grad_() for name, value in self.parameters.items()}
-        self.gradients = [torch.zeros_like(value) for value in self.parameters.values()]  # float32, laid out as the parameters
-        self.slices = [gradient[replica] for replica in range(self.R) for gradient in self.gradients]  # replica by replica
-        parameters = [parameter for model in models for parameter in model.parameters()]
-        for parameter, gradient in zip(parameters, self.slices, strict=True):
-            parameter.grad = gradient
+        self.adamw = ReplicaAdamW(models, optimizers, dtype, config.optim.grad_clip_norm)
+        values = self.adamw.by_name(self.adamw.values)
+        self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
+        self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
 
         self.order = torch.zeros(self.R, len(images["train"].labels), dtype=torch.int64, device=self.device)
         self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.next = torch.zeros((), dtype=torch.int64, device=self.device)  # position in the order of the epoch
-        self.frozen = torch.zeros(self.R, device=self.device)  # 1: this replica is not updated any more
         self.learning_rate = learning_rates.tolist().__getitem__
         self.learning_rates = learning_rates.to(self.device)
-        self.lr = torch.zeros((), dtype=torch.float32 if self.device.type == "cuda" else torch.float64, device=self.device)
         self.window = Window(self.R, self.device)
         self.eval_next = torch.zeros((), dtype=torch.int64, device=self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
@@ -81,6 +73,7 @@ class ReplicaSteps:
         self._batch: Callable[..., Any] = self._make_batch
         self._loss: Callable[..., Any] = self._compute_loss
         self._score: Callable[..., Any] = self._compute_scores
+        self._update: Callable[..., Any] = self.adamw.update
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
 
     def prepare(self, step: int, epoch_steps: int) -> list[str]:
@@ -92,18 +85,18 @@ class ReplicaSteps:
         if wanted == "graph" and self.device.type != "cuda":
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
             wanted = "compile"
-        for param_group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            param_group["lr"] = self.lr
+        self.adamw.copy_values()
         self.begin_epoch(min(step, len(self.learning_rates) - 1) // epoch_steps, 0)
         if wanted != "eager":
-            for name in ("_batch", "_loss", "_score"):
-                setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
+            compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+            eager = self._batch, self._loss, self._score, self._update
+            self._batch, self._loss, self._score, self._update = map(compiled, eager)
             try:
                 self._leaving_no_trace(self._step)
                 self._leaving_no_trace(self._evaluate_batch)
             except TorchDynamoException as error:
                 notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
-                self._batch, self._loss, self._score = self._make_batch, self._compute_loss, self._compute_scores
+                self._batch, self._loss, self._score, self._update = eager
                 wanted = "compile"
         if wanted == "graph":
             try:
@@ -126,33 +119,37 @@ class ReplicaSteps:
         """One optimiser step of every replica; returns before the device has done it."""
         self._run_step()
 
+    def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
+        """The optimiser's state of a replica after `step` steps, as torch.optim.AdamW's state_dict()."""
+        return self.adamw.state_dict(replica, step)
+
+    def load_optimizer(self, replica: int, state: dict[str, Any]) -> None:
+        """Take over such a state."""
+        self.adamw.load_state_dict(replica, state)
+
     def freeze(self, replica: int) -> None:
         """Leave the weights and optimiser state of a replica as they are from now on."""
-        self.frozen[replica] = 1
+        self.adamw.frozen[replica] = True
 
     def evaluate(self) -> Tensor:
         """Sums over the val split, every image once: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
         self.eval_next.zero_()
         self.eval_sums.zero_()
-        self._copy_weights()
         for _ in range(0, len(self.images["val"].labels), self._eval_batch_size()):
             self._run_evaluation()
         return self.eval_sums
 
     def _step(self) -> None:
         images, labels = self._batch(self.order, self.next, self.keys)
-        self._copy_weights()
-        losses, correct = self._loss(self.weights, images, labels)
-        torch._foreach_copy_(self.gradients, torch.autograd.grad(losses.sum(), list(self.weights.values())))
+        losses, correct = self._loss(self.weights, self.copies, images, labels)
+        self.adamw.take_gradients(torch.autograd.grad(losses.sum(), list(self.weights.values())))
         losses = losses.detach()
-        self._update(losses)
-        self.window.add(losses, correct, self.B)
+        rate = self.learning_rates.index_select(0, self.done.view(1))[0]
         self.done += 1
+        norms = self._update(losses, self.done, rate)
+        self.window.check(self.done, losses, norms)
+        self.window.add(losses, correct, self.B)
         self.next += self.B
-
-    def _copy_weights(self) -> None:
-        if self.copies:
-            torch._foreach_copy_(self.copies, self.originals)
 
     def _make_batch(self, order: Tensor, first: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The next images (R, B, 3, H, W), augmented and normalised, and their labels (R, B)."""
@@ -162,44 +159,31 @@ class ReplicaSteps:
         batch = images.augmentation(images.images[samples], samples, keys.repeat_interleave(self.B, dim=0))
         return batch.view(self.R, self.B, *batch.shape[1:]), images.labels[samples].view(self.R, self.B)
 
-    def _compute_loss(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_loss(
+        self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Mean loss (R,) and number of correct predictions (R,)."""
-        logits = self.network(weights, images).to(weights["head.bias"].dtype)  # R, B, K
+        logits = self.network(weights, copies, images).float()  # R, B, K
         smoothing = self.config.optim.label_smoothing
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
         return losses.view(labels.shape).mean(1), (logits.detach().argmax(2) == labels).sum(1)
 
-    def _update(self, losses: Tensor) -> None:
-        """Clip the gradients, per replica, and step the optimisers; not of replicas that are not finite."""
-        norms = torch.stack(torch._foreach_norm(self.slices)).view(self.R, -1)
-        total = torch.linalg.vector_norm(norms, dim=1)  # R
-        self.window.check(self.done + 1, losses, total)
-        self.frozen.copy_(torch.maximum(self.frozen, (self.window.bad_step != NEVER).to(self.frozen.dtype)))
-        bound = self.config.optim.grad_clip_norm
-        divisors = torch.ones_like(total) if bound is None else ((total + 1e-6) / bound).clamp(min=1)
-        self.lr.copy_(self.learning_rates.index_select(0, self.done.view(1))[0])
-        for replica, optimizer in enumerate(self.optimizers):
-            # torch.amp's way to have the fused kernel divide the gradients, and skip the update
-            optimizer.grad_scale = divisors[replica]  # type: ignore[attr-defined]
-            optimizer.found_inf = self.frozen[replica]  # type: ignore[attr-defined]
-            optimizer.step()
-
     def _evaluate_batch(self) -> None:
         with torch.no_grad():
-            self.eval_sums += self._score(self.weights, self.eval_next)
+            self.eval_sums += self._score(self.weights, self.copies, self.eval_next)
             self.eval_next += self._eval_batch_size()
 
     def _eval_batch_size(self) -> int:
         return min(EVAL_BATCH_SIZE, len(self.images["val"].labels))
 
-    def _compute_scores(self, weights: Mapping[str, Tensor], first: Tensor) -> Tensor:
+    def _compute_scores(self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], first: Tensor) -> Tensor:
         """Sums over the val images from `first` on: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
         val = self.images["val"]
         samples = first + torch.arange(self._eval_batch_size(), device=self.device)
         real = samples < len(val.labels)  # the others fill up the last batch
         samples = torch.where(real, samples, 0)
         images = val.augmentation.normalize(val.images[samples])
-        logits = self.network(weights, images.expand(self.R, *images.shape)).to(weights["head.bias"].dtype)  # R, B, K
+        logits = self.network(weights, copies, images.expand(self.R, *images.shape)).float()  # R, B, K
         labels = val.labels[samples]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), reduction="none").view(self.R, -1)
         hits = (logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]) & real[:, None]  # R, B, 5
@@ -209,20 +193,14 @@ class ReplicaSteps:
 
     def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
-        changed = [*self.parameters.values(), self.done, self.next, self.frozen, self.eval_next, self.eval_sums]
+        changed = [*self.adamw.state_tensors(), self.done, self.next, self.eval_next, self.eval_sums]
         changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
-        changed += self._optimizer_state()
         kept = [tensor.clone() for tensor in changed]
         answer = function(*arguments)
-        torch._foreach_copy_(changed, kept)
-        before = {id(tensor) for tensor in changed}
-        for tensor in self._optimizer_state():
-            if id(tensor) not in before:  # AdamW makes its state, of zeros, in its first step
-                tensor.zero_()
+        for tensor, before in zip(changed, kept, strict=True):
+            tensor.copy_(before)
+        self.adamw.copy_values()
         return answer
-
-    def _optimizer_state(self) -> list[Tensor]:
-        return [value for optimizer in self.optimizers for state in optimizer.state.values() for value in state.values()]
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of `function`."""

@@ -34,7 +34,7 @@ from vitpa.data.augment import epoch_keys
 from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
-from vitpa.data.resident import ResidentImages
+from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
@@ -42,7 +42,7 @@ from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
 from vitpa.module_steps import ModuleSteps
-from vitpa.optim import adamw, learning_rate, load_moments
+from vitpa.optim import adamw, learning_rate
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, write_json
@@ -73,7 +73,6 @@ class Replica:
     config: RunConfig
     run: RunDir
     model: Any  # timm's VisionTransformer: the weights
-    optimizer: torch.optim.AdamW
     progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint
     logs: Logs | None = None  # in the main process
     left: str = ""  # why it is not trained any more, while the others are
@@ -170,8 +169,8 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
         raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
-    on_gpu, stacked, optim = group.device.type == "cuda", not why_not, config.optim
-    replicas = []
+    on_gpu, optim = group.device.type == "cuda", config.optim
+    replicas, optimizers = [], []
     for each in configs:
         seed = key(each.seed, Purpose.INIT)
         model = build_model(**dict(config.model), num_classes=len(classes), seed=seed).to(group.device)
@@ -181,10 +180,10 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
             weight_decay=optim.weight_decay,
             betas=optim.betas,
             eps=optim.eps,
-            fused=on_gpu or stacked,
-            capturable=on_gpu and stacked,
+            fused=on_gpu,
         )
-        replicas.append(Replica(each, each.run_dir, model, optimizer))
+        replicas.append(Replica(each, each.run_dir, model))
+        optimizers.append(optimizer)
 
     rate = partial(
         learning_rate,
@@ -194,13 +193,13 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         total_steps=config.train.epochs * epoch_steps,
     )
     steps: ReplicaSteps | ModuleSteps
-    if stacked:
+    if not why_not:
         rates = torch.tensor([rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64)
         steps = ReplicaSteps(
             config,
             seeds=[each.seed for each in configs],
             models=[replica.model for replica in replicas],
-            optimizers=[replica.optimizer for replica in replicas],
+            optimizers=optimizers,
             images={split: each for split, each in images.items() if isinstance(each, ResidentImages)},
             learning_rates=rates,
         )
@@ -209,7 +208,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
             config,
             group,
             model=replicas[0].model,
-            optimizer=replicas[0].optimizer,
+            optimizer=optimizers[0],
             images=images,
             num_samples=num_samples,
             learning_rate=rate,
@@ -253,7 +252,7 @@ def open_images(config: RunConfig, beton: Beton, group: Group, *, resident: bool
     """The images of a .beton, on the device or decoded when they are needed."""
     facts, size, seed, device = facts_of(config.dataset), config.model.img_size, config.seed, group.device
     if resident:
-        return ResidentImages(beton, facts, config.augment, img_size=size, seed=seed, device=device)
+        return ResidentImages(*decoded(beton, size), facts, config.augment, seed=seed, device=device)
     workers = config.runtime.workers or group.cpus
     return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers)
 
@@ -277,7 +276,7 @@ def resume(t: Training) -> None:
                 f"restore that data, or remove {replica.run.path} to start again"
             )
         replica.model.load_state_dict(state["model"])
-        load_moments(replica.optimizer, state["optimizer"])
+        t.steps.load_optimizer(number, state["optimizer"])
         replica.progress = Progress(**state["progress"])
         if t.group.is_main:  # the window's sums are those of all processes
             t.steps.window.sums[number] = state["window"].to(t.group.device)
@@ -517,11 +516,9 @@ def save(t: Training) -> None:
         progress.step, progress.val = t.step, t.val[number]
         if replica.logs is not None:
             replica.logs.flush()
-            optimizer = replica.optimizer.state_dict()
-            for param_group in optimizer["param_groups"]:
-                param_group["lr"] = float(param_group["lr"])  # on a GPU it is a tensor there
             state = {"signature": replica.config.signature, "beton_sha256": t.beton_sha256}
-            state |= {"progress": vars(progress), "window": sums[number].clone(), "optimizer": optimizer}
+            state |= {"progress": vars(progress), "window": sums[number].clone()}
+            state["optimizer"] = t.steps.optimizer_state(number, t.step)
             state["model"] = {name: value.clone() for name, value in replica.model.state_dict().items()}  # not the whole stack
             checkpoint.save(replica.run, t.step, state)
     t.saved_s = time.monotonic()

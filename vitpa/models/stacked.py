@@ -8,12 +8,11 @@ Axes: R replicas, B batch, P patches, N = 1 + P tokens (class token first), D em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,15 +22,21 @@ NORM_EPS = 1e-6  # timm's
 class Operations(NamedTuple):
     """The three operations of a block for which there are kernels; `PLAIN` says what they compute."""
 
-    attention: Callable[[Tensor], Tensor]
+    attention: Callable[[Tensor, Tensor], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def plain_attention(qkv: Tensor) -> Tensor:
-    """Queries, keys and values (M, N, 3, H, d) of M images -> softmax(q k^T / sqrt(d)) v, as (M, N, D)."""
+def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
+    """Queries, keys and values (M, N, 3, H, d) of M images and a bias (R, D) of the queries of each replica's M / R images.
+
+    Returns softmax(q k^T / sqrt(d)) v, as (M, N, D).
+    """
+    M, N, _, H, d = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each M, H, N, d
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    bias = q_bias.repeat_interleave(M // len(q_bias), dim=0).view(M, H, 1, d)
+    q = (q.to(bias.dtype) + bias).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(M, N, H * d)
 
 
 def plain_mix(attention: Tensor, v: Tensor) -> Tensor:
@@ -59,17 +64,6 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (normed * weight[:, None] + bias[:, None]).to(x.dtype)
 
 
-def stack(models: Sequence[VisionTransformer]) -> dict[str, Tensor]:
-    """The parameters of `models` by name, stacked (R, ...). From now on those of each model are views into them."""
-    stacked = {}
-    for name, _ in models[0].named_parameters():
-        parameters = [model.get_parameter(name) for model in models]
-        stacked[name] = torch.stack([parameter.detach() for parameter in parameters])
-        for parameter, view in zip(parameters, stacked[name], strict=True):
-            parameter.data = view
-    return stacked
-
-
 @dataclass(frozen=True)
 class StackedViT:
     """The forward pass of R networks of one architecture. Holds sizes only; the weights come with each call."""
@@ -80,119 +74,152 @@ class StackedViT:
     num_heads: int
     operations: Operations = PLAIN
 
-    def product_weights(self, names: Sequence[str]) -> list[str]:
-        """Those of the parameters `names` that enter matrix products: they are wanted in the type of the tokens."""
-        return [name for name in names if name.endswith(".weight") and "norm" not in name]
+    def __call__(self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Images (R, B, 3, H, W) -> logits (R, B, K).
 
-    def __call__(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Images (R, B, 3, H, W) -> logits (R, B, K), in the type of the product weights.
-
-        `weights` has timm's names; product weights may be bfloat16, everything else is float32.
+        `weights` has the parameters (R, ...) by timm's names, and `copies` the same in bfloat16, in which products are then
+        computed and tokens kept; without `copies` everything is of the type of the weights. Gradients are those of `weights`.
         """
-        tokens = self.embed(weights, images)  # R, B*N, D
         R, B = images.shape[:2]
-        first = "blocks.0.norm1."
-        normed = norm(tokens, weights[first + "weight"], weights[first + "bias"], NORM_EPS)
+        last = f"blocks.{self.depth - 1}."
+        w = _Weights(weights, copies)
+        matrices = self._positional(w) if self.attention == "positional" else None  # depth, R, H, N, N
+        tokens = self._embed(w, images)  # R, B*N, D
+        normed = norm(tokens, w["blocks.0.norm1.weight"], w["blocks.0.norm1.bias"], NORM_EPS)
         for index in range(self.depth - 1):
             block, following = f"blocks.{index}.", f"blocks.{index + 1}."
-            branch, bias = self._attend(weights, block + "attn.", normed, B)
-            tokens, normed = self._add_norm(weights, tokens, branch, bias, block + "norm2.")
-            branch = self._mlp(weights, block + "mlp.", normed)
-            tokens, normed = self._add_norm(weights, tokens, branch, weights[block + "mlp.fc2.bias"], following + "norm1.")
-        block = f"blocks.{self.depth - 1}."
-        branch, bias = self._attend_class(weights, block + "attn.", normed, B)
-        tokens = tokens.view(R, B, -1, tokens.shape[-1])[:, :, 0]  # R, B, D: the class tokens
-        tokens, normed = plain_add_norm(tokens, branch, bias, *self._norm(weights, block + "norm2."), NORM_EPS)
-        branch = self._mlp(weights, block + "mlp.", normed)
-        _, normed = plain_add_norm(tokens, branch, weights[block + "mlp.fc2.bias"], *self._norm(weights, "norm."), NORM_EPS)
-        return linear(weights, "head.", normed)
+            if matrices is None:
+                qkv = w.product(block + "attn.qkv", normed).view(R * B, -1, 3, self.num_heads, self._head_dim(tokens))
+                mixed = self.operations.attention(qkv, self._query_bias(w, block))
+            else:
+                v = w.product(block + "attn.v", normed).view(R, B, -1, self.num_heads, self._head_dim(tokens))
+                mixed = self.operations.mix(matrices[index], v)
+            branch = w.product(block + "attn.proj", mixed.view(tokens.shape))
+            tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2")
+            branch = w.product(block + "mlp.fc2", F.gelu(w.linear(block + "mlp.fc1", normed)))
+            tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1")
+        mixed = self._attend_class(w, last, normed.view(R, B, -1, normed.shape[2]), None if matrices is None else matrices[-1])
+        branch = w.product(last + "attn.proj", mixed)
+        tokens = tokens.view(R, B, -1, tokens.shape[2])[:, :, 0]  # R, B, D: the class tokens
+        bias = self._projection_bias(w, last)
+        tokens, normed = plain_add_norm(tokens, branch, bias, w[last + "norm2.weight"], w[last + "norm2.bias"], NORM_EPS)
+        branch = w.product(last + "mlp.fc2", F.gelu(w.linear(last + "mlp.fc1", normed)))
+        _, normed = plain_add_norm(tokens, branch, w[last + "mlp.fc2.bias"], w["norm.weight"], w["norm.bias"], NORM_EPS)
+        return w.linear("head", normed)
 
-    def embed(self, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    def _embed(self, w: _Weights, images: Tensor) -> Tensor:
         """Images (R, B, 3, H, W) -> tokens (R, B*N, D)."""
         R, B, C, height, width = images.shape
-        kernel, p = weights["patch_embed.proj.weight"], self.patch_size  # R, D, 3, p, p
-        patches = images.to(kernel.dtype).view(R, B, C, height // p, p, width // p, p).permute(0, 1, 3, 5, 2, 4, 6)
+        p = self.patch_size
+        patches = images.to(w.dtype).view(R, B, C, height // p, p, width // p, p).permute(0, 1, 3, 5, 2, 4, 6)
         patches = patches.reshape(R, -1, C * p * p)  # R, B*P, 3*p*p
-        embedded = product(patches, kernel.flatten(2)).view(R, B, -1, kernel.shape[1])  # R, B, P, D
-        embedded = embedded + weights["patch_embed.proj.bias"][:, None, None]
-        classes = weights["cls_token"].expand(-1, B, -1, -1)  # R, B, 1, D
+        bias = w["patch_embed.proj.bias"]
+        embedded = w.product("patch_embed.proj", patches).view(R, B, -1, bias.shape[1]) + bias[:, None, None]  # R, B, P, D
+        classes = w["cls_token"].expand(-1, B, -1, -1)  # R, B, 1, D
         tokens = torch.cat([classes, embedded], dim=2)
         if self.attention == "content":
-            tokens = tokens + weights["pos_embed"]
-        return tokens.to(kernel.dtype).flatten(1, 2)
+            tokens = tokens + w["pos_embed"]
+        return tokens.to(w.dtype).flatten(1, 2)
 
-    def _attend(self, weights: Mapping[str, Tensor], name: str, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """The attention of a block without its last bias: x (R, B*N, D) -> (R, B*N, D), and that bias (R, D)."""
-        R, M, D = x.shape
-        B, N = batch, M // batch
-        if self.attention == "content":
-            qkv = linear(weights, name + "qkv.", x).view(R * B, N, 3, self.num_heads, -1)
-            mixed = self.operations.attention(qkv).view(R, M, D)
+    def _attend_class(self, w: _Weights, block: str, x: Tensor, matrix: Tensor | None) -> Tensor:
+        """What the class token alone gets from all tokens x (R, B, N, D): (R, B, D). `matrix` as in `_positional`."""
+        R, B, N, D = x.shape
+        H = self.num_heads
+        if matrix is None:
+            weight, copy = w.pair(block + "attn.qkv")
+            q = product(x[:, :, 0], weight[:, :D], copy[:, :D]) + self._query_bias(w, block)[:, None]  # R, B, D: float32
+            kv = product(x.flatten(1, 2), weight[:, D:], copy[:, D:]).view(R, B, N, 2, H, -1)
+            scores = (q.view(R, B, 1, H, -1) * kv[:, :, :, 0]).sum(-1) * (D // H) ** -0.5  # R, B, N, H
+            shares, v = torch.softmax(scores, dim=2), kv[:, :, :, 1]
         else:
-            v = linear(weights, name + "v.", x).view(R, B, N, self.num_heads, -1)
-            mixed = self.operations.mix(self.positional(weights, name), v).view(R, M, D)
-        return product(mixed, weights[name + "proj.weight"]), weights[name + "proj.bias"]
+            shares = matrix[:, :, 0].transpose(1, 2)[:, None]  # R, 1, N, H
+            v = w.product(block + "attn.v", x.flatten(1, 2)).view(R, B, N, H, -1)
+        return (shares[..., None] * v).sum(2).to(x.dtype).flatten(2)
 
-    def _attend_class(self, weights: Mapping[str, Tensor], name: str, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """The same for the class token alone, which attends to all: x (R, B*N, D) -> (R, B, D), and the last bias (R, D)."""
-        R, M, D = x.shape
-        B, H = batch, self.num_heads
-        if self.attention == "content":
-            weight, bias = weights[name + "qkv.weight"], weights[name + "qkv.bias"]
-            class_tokens = x.view(R, B, -1, D)[:, :, 0]
-            q = (product(class_tokens, weight[:, :D]) + bias[:, None, :D].to(x.dtype)).view(R, B, 1, H, -1)
-            k, v = (product(x, weight[:, D:]) + bias[:, None, D:].to(x.dtype)).view(R, B, M // B, 2, H, -1).unbind(3)
-            scores = (q.to(bias.dtype) * k.to(bias.dtype)).sum(-1) * (D // H) ** -0.5  # R, B, N, H
-            shares = torch.softmax(scores, dim=2)
-        else:
-            v = linear(weights, name + "v.", x).view(R, B, M // B, H, -1)
-            shares = self.positional(weights, name)[:, :, 0].transpose(1, 2)[:, None]  # R, 1, N, H
-        mixed = (shares[..., None] * v.to(shares.dtype)).sum(2).to(x.dtype).flatten(2)
-        return product(mixed, weights[name + "proj.weight"]), weights[name + "proj.bias"]
-
-    def positional(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
-        """The attention matrices (R, H, N, N) of the block called `name`, float32, from its positional encoding alone."""
-        weight, pos_embed = weights[name + "qk.weight"], weights["pos_embed"]
-        qk = linear(weights, name + "qk.", pos_embed[:, 0].to(weight.dtype))  # pos_embed is R, 1, N, D
-        R, N, D2 = qk.shape
-        q, k = qk.view(R, N, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each R, H, N, d
-        scores = (q @ k.transpose(-2, -1)).to(pos_embed.dtype) * (D2 // 2 // self.num_heads) ** -0.5
+    def _positional(self, w: _Weights) -> Tensor:
+        """The attention matrices (depth, R, H, N, N) of all blocks, float32, from the positional encoding alone."""
+        names = [f"blocks.{index}.attn.qk" for index in range(self.depth)]
+        pairs = [w.pair(name) for name in names]
+        weight, copy = (torch.cat(each, dim=1) for each in zip(*pairs, strict=True))  # R, depth*2*D, D
+        pos_embed = w["pos_embed"][:, 0]  # R, N, D
+        R, N, D = pos_embed.shape
+        qk = product(pos_embed.to(w.dtype), weight, copy).view(R, N, self.depth, 2, self.num_heads, -1)
+        q, k = qk.permute(3, 2, 0, 4, 1, 5)  # each depth, R, H, N, d
+        bias = torch.stack([w[name + ".bias"][:, :D] for name in names])  # depth, R, D; the bias of the keys cancels
+        q = (q + bias.view(self.depth, R, self.num_heads, 1, -1)).to(w.dtype)
+        scores = (q @ k.transpose(-2, -1)).to(bias.dtype) * (D // self.num_heads) ** -0.5
         return torch.softmax(scores, dim=-1)
 
-    def _mlp(self, weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-        """The MLP of a block without its last bias: x (R, M, D) -> (R, M, D)."""
-        return product(F.gelu(linear(weights, name + "fc1.", x)), weights[name + "fc2.weight"])
-
-    def _add_norm(
-        self, weights: Mapping[str, Tensor], tokens: Tensor, branch: Tensor, bias: Tensor, following: str
-    ) -> tuple[Tensor, Tensor]:
-        return self.operations.add_norm(tokens, branch, bias, *self._norm(weights, following), NORM_EPS)
-
     @staticmethod
-    def _norm(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
-        return weights[name + "weight"], weights[name + "bias"]
+    def _query_bias(w: _Weights, block: str) -> Tensor:
+        """The bias (R, D) of a block's queries. That of the keys adds the same to all scores of a row: softmax cancels it."""
+        bias = w[block + "attn.qkv.bias"]
+        return bias[:, : bias.shape[1] // 3]
+
+    def _projection_bias(self, w: _Weights, block: str) -> Tensor:
+        """The last bias (R, D) of a block's attention, with that of the values, which rows that sum to 1 hand through."""
+        name = block + ("attn.qkv.bias" if self.attention == "content" else "attn.v.bias")
+        weight = w[block + "attn.proj.weight"]  # R, D, D
+        values = w[name][:, -weight.shape[2] :]
+        return w[block + "attn.proj.bias"] + (weight * values[:, None]).sum(2)
+
+    def _head_dim(self, tokens: Tensor) -> int:
+        return tokens.shape[-1] // self.num_heads
+
+    def _add_norm(self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str) -> tuple[Tensor, Tensor]:
+        return self.operations.add_norm(tokens, branch, bias, w[following + ".weight"], w[following + ".bias"], NORM_EPS)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Parameters by name, and their copies for products."""
+
+    values: Mapping[str, Tensor]
+    copies: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the tokens and of products."""
+        return self.pair("head")[1].dtype
+
+    def pair(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The weight (R, out, in) of a layer, and the copy of it that enters products."""
+        weight = self.values[layer + ".weight"]
+        return weight.flatten(2), self.copies.get(layer + ".weight", weight).flatten(2)
+
+    def product(self, layer: str, x: Tensor) -> Tensor:
+        """A layer without its bias: x (R, M, in) -> (R, M, out)."""
+        return product(x, *self.pair(layer))
+
+    def linear(self, layer: str, x: Tensor) -> Tensor:
+        """A layer: x (R, M, in) -> (R, M, out)."""
+        return self.product(layer, x) + self.values[layer + ".bias"][:, None].to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with the gradient of W laid out as W is: autograd's own is transposed, which costs a copy of each."""
+    """x W^T with a copy of W in the type of x, and the gradient of W itself: of its type, and laid out as W is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.transpose(1, 2))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.save_for_backward(x, copy)
+        ctx.out_dtype = weight.dtype
+        return torch.bmm(x, copy.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (dy,), (x, weight) = gradients, ctx.saved_tensors
-        return torch.bmm(dy, weight), torch.bmm(dy.transpose(1, 2), x)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dy,), (x, copy) = gradients, ctx.saved_tensors
+        transposed = dy.transpose(1, 2)
+        if x.dtype == ctx.out_dtype:
+            return torch.bmm(dy, copy), torch.bmm(transposed, x), None
+        if x.device.type == "cuda":  # the sum over all tokens is not rounded to x's type
+            return torch.bmm(dy, copy), torch.bmm(transposed, x, out_dtype=ctx.out_dtype), None
+        return torch.bmm(dy, copy), torch.bmm(transposed, x).to(ctx.out_dtype), None
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (R, M, in) times the transposed weight (R, out, in) of a linear layer -> (R, M, out)."""
-    result: Tensor = _Product.apply(x, weight)
+def product(x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
+    """x (R, M, in) times the transposed weight (R, out, in) of a linear layer -> (R, M, out), in the type of x and `copy`."""
+    result: Tensor = _Product.apply(x, weight, copy)
     return result
-
-
-def linear(weights: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """The linear layer called `name` of every replica: x (R, M, in) -> (R, M, out)."""
-    return product(x, weights[name + "weight"]) + weights[name + "bias"][:, None].to(x.dtype)
