@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     data_prep.command.add_parser(commands)
-    commands.add_parser("train", help="train one run", add_help=False)
+    commands.add_parser("train", help="train one run, or several seeds of it together", add_help=False)
+    commands.add_parser("bench", help="how fast the pieces are on this machine", add_help=False)
     jobs.command.add_parser(commands)
     jobs.doctor_command.add_parser(commands)
     slurm.command.add_parser(commands)
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from vitpa.train import main as train
 
             return train(words[1:])
+        if words[:1] == ["bench"]:  # likewise
+            from vitpa.bench import main as bench
+
+            return bench(words[1:])
         options = parser().parse_args(words)
         return int(options.run(options))
     except KeyboardInterrupt:

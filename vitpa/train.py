@@ -48,6 +48,7 @@ from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, write_json
 from vitpa.window import NEVER, Row
 
+ALL_STOPS_S = 0.3
 RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
 
 
@@ -76,6 +77,7 @@ class Replica:
     progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint
     logs: Logs | None = None  # in the main process
     left: str = ""  # why it is not trained any more, while the others are
+    failed: bool = False  # whether that is a failure
 
 
 @dataclass
@@ -132,9 +134,9 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
             if not train_epoch(t, epoch):
                 return False
         finish(t)
-    failed = [replica.left for replica in t.replicas if replica.left]
+    failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
-        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs were not finished: " + "; ".join(failed))
+        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
     return True
 
 
@@ -457,13 +459,13 @@ def drop_non_finite(t: Training, bad_steps: Sequence[int]) -> None:
                 raise TrainError(reason)
             drop(t, number, "failed", reason)
     if not t.active:
-        raise TrainError("; ".join(replica.left for replica in t.replicas))
+        raise TrainError("; ".join(replica.left for replica in t.replicas if replica.failed))
 
 
 def drop(t: Training, number: int, state: str, reason: str) -> None:
     """Train a replica no longer, and say so in its attempt; the others go on."""
     replica = t.replicas[number]
-    replica.left = reason
+    replica.left, replica.failed = reason, state == "failed"
     t.steps.freeze(number)
     say(t, f"seed {replica.config.seed} is not trained any more, the others go on: {reason}")
     if t.group.is_main:
@@ -488,8 +490,7 @@ def save_or_stop(t: Training) -> bool:
     stopped: list[int] = []
     if step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0:
         late = time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
-        stopped = [number for number, replica in t.active if t.group.is_main and replica.run.stop.exists()]
-        stopped, late = t.group.from_main((stopped, late))
+        stopped, late = t.group.from_main((told_to_stop(t) if t.group.is_main else [], late))
         due = due or late or bool(stopped)
     if due:
         save(t)
@@ -502,6 +503,15 @@ def save_or_stop(t: Training) -> bool:
         else:
             drop(t, number, "stopped", asked)
     return not everyone
+
+
+def told_to_stop(t: Training) -> list[int]:
+    """The numbers of the replicas that have a file `stop`. Those of a group that is stopped as a whole come within moments."""
+    stopped = [number for number, replica in t.active if replica.run.stop.exists()]
+    if 0 < len(stopped) < len(t.active):
+        time.sleep(ALL_STOPS_S)
+        stopped = [number for number, replica in t.active if replica.run.stop.exists()]
+    return stopped
 
 
 def save(t: Training) -> None:

@@ -1,1 +1,27 @@
-"""How fast the pieces are, on this machine: each benchmark runs the old way and the new one in one process."""
+"""`vitpa bench NAME`: how fast the pieces are on this machine, the usual way beside ours, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vitpa.bench import small
+from vitpa.config import ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
+    parser = argparse.ArgumentParser(
+        prog="vitpa bench",
+        description="Measure, print a table, write JSON.",
+        epilog="example: vitpa bench small --replicas 1,5 --json small.json",
+    )
+    benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    small.add_parser(benchmarks)
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.measure(options))
+    except (ConfigError, OSError) as error:
+        print(f"vitpa bench: {error}", file=sys.stderr)
+        return 1

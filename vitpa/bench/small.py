@@ -198,14 +198,29 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_parser(benchmarks: Any) -> None:
     """The options of `vitpa bench small`."""
+    parser = benchmarks.add_parser(
+        "small",
+        help="training steps of the small ViT: timm's module, compiled, and several seeds in one CUDA graph",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: vitpa bench small --attention positional --replicas 1,5 --json small.json",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the cifar10 recipe")
     parser.add_argument("--attention", choices=("content", "positional"), action="append", help="only this one")
-    parser.add_argument("--replicas", default="1,5,10", metavar="R,R,...", help="seeds in a step (default 1,5,10)")
+    parser.add_argument("--replicas", type=_counts, default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10")
     parser.add_argument("--no-ablation", action="store_true", help="leave out the lines without augmentation")
     parser.add_argument("--only-graph", action="store_true", help="leave out timm's module")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.set_defaults(measure=run)
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(word) for word in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return counts
 
 
 def random_images() -> Images:
@@ -223,13 +238,12 @@ def random_images() -> Images:
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
     attentions = options.attention or ["content", "positional"]
-    replicas = [int(word) for word in options.replicas.split(",")]
     group, images = join("auto"), random_images()
     limit = product_limit_tflops(group.device)
     print(f"products of bfloat16 matrices: {limit:,.0f} TFLOP/s", file=sys.stderr, flush=True)
     lines: list[dict[str, Any]] = []
     eager: dict[str, float] = {}
-    for case in cases(attentions, replicas, not options.no_ablation):
+    for case in cases(attentions, options.replicas, not options.no_ablation):
         if options.only_graph and case.step != "graph":
             continue
         config = config_of(case, options.overrides)
@@ -254,14 +268,3 @@ def run(options: argparse.Namespace) -> int:
         facts.pop("host")
         write_json(options.json, {**facts, "batch_size": 128, "results": lines})
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m vitpa.bench.small`."""
-    parser = argparse.ArgumentParser(prog="vitpa bench small")
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
