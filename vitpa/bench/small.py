@@ -258,6 +258,7 @@ def run(options: argparse.Namespace) -> int:
                 **asdict(case),
                 **asdict(rate),
                 "times_eager": rate.images_per_s / eager[case.attention] if case.attention in eager else None,
+                "batch_size": config.train.global_batch_size,
                 "of_limit": rate.images_per_s * gflop_per_image(config) / 1000 / limit,
             }
         )
@@ -266,5 +267,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         facts = {**environment(group.device), "product_limit_tflops": limit}
         facts.pop("host")
-        write_json(options.json, {**facts, "batch_size": 128, "results": lines})
+        write_json(options.json, {**facts, "results": lines})
     return 0
