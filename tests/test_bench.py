@@ -1,0 +1,90 @@
+"""`vitpa bench small` on the CPU with a tiny model: the table, the file, and the arithmetic it counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitpa.bench import main, small
+from vitpa.config import load_config, shipped_configs
+
+TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make a step of this size take a hundred times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
+def test_it_prints_a_table_and_writes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(small, "NUM_IMAGES", {"train": 40, "val": 8})
+    monkeypatch.setattr(small, "MIN_WINDOW_S", 0.01)
+    monkeypatch.setattr(small, "WINDOWS", 2)
+    file = tmp_path / "figures.json"
+    assert main(["small", *TINY, "--replicas", "1,2", "--json", str(file)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    document = json.loads(file.read_text())
+    assert {"versions", "code_version", "gpu", "product_limit_tflops", "results"} <= set(document)
+    assert "host" not in document
+    limit = document["product_limit_tflops"]
+    assert limit > 0
+    lines = document["results"]
+    expected = [(attention, step, count, augmentation) for attention in ("content", "positional")
+                for step, count, augmentation in (("eager", 1, True), ("compile", 1, True), ("graph", 1, True),
+                                                  ("graph", 2, True), ("graph", 1, False), ("graph", 2, False))]  # fmt: skip
+    assert [(line["attention"], line["step"], line["replicas"], line["augmentation"]) for line in lines] == expected
+    eager = {line["attention"]: line["images_per_s"] for line in lines if line["step"] == "eager"}
+    for line in lines:
+        assert line["images_per_s"] > 0
+        assert line["spread"] >= 0
+        assert line["start_s"] > 0
+        assert line["peak_memory_gib"] is None  # not on a GPU
+        assert line["notes"] == []
+        assert line["times_eager"] == line["images_per_s"] / eager[line["attention"]]
+        assert line["batch_size"] == 4
+        gflop = small.gflop_per_image(
+            load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line['attention']}"])
+        )
+        assert line["of_limit"] == pytest.approx(line["images_per_s"] * gflop / 1000 / limit)
+    assert head.split()[:2] == ["case", "images/s"]
+    assert [row[:52].strip() for row in rows] == [line["case"] for line in lines]
+    assert [row[52:].split()[0] for row in rows] == [f"{line['images_per_s']:,.0f}" for line in lines]
+
+
+def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "product_limit_tflops", lambda device: 1.0)
+    monkeypatch.setattr(small, "random_images", dict)
+    assert main(["small", "model.dept=1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vitpa bench: ")
+    assert "did you mean model.depth?" in error
+
+
+def test_fewer_lines_on_request() -> None:
+    assert [str(case) for case in small.cases(["positional"], [5], ablation=False)] == [
+        "positional eager R=1", "positional compile R=1", "positional graph R=5",
+    ]  # fmt: skip
+
+
+def test_arithmetic_of_the_papers_small_vit() -> None:
+    """A step per image, 10^9 operations, summed layer by layer for 65 tokens of 384 in 7 blocks, MLP as wide as they are."""
+    recipe = shipped_configs()["cifar10"]
+    content = small.gflop_per_image(load_config(recipe))
+    assert content == pytest.approx(2.55, rel=0.01)
+    qkv, scores, mixing, projection, mlp = 65 * 384 * 1152, 65 * 65 * 384, 65 * 65 * 384, 65 * 384 * 384, 2 * 65 * 384 * 384
+    patches = 64 * 48 * 384
+    assert content == pytest.approx(6 * (7 * (qkv + scores + mixing + projection + mlp) + patches) / 1e9)
+    positional = small.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
+    assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)

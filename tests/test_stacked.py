@@ -1,0 +1,166 @@
+"""Stacked networks against timm's modules, one replica after the other, in float64; then the same with bfloat16 copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from vitpa.models import build_model
+from vitpa.models.stacked import StackedViT, _Weights, product
+
+R, B = 3, 4
+SMALL: dict[str, Any] = {
+    "num_classes": 10,
+    "img_size": 8,
+    "patch_size": 2,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_ratio": 1.5,
+    "drop_path_rate": 0.0,
+    "pos_embed_std": 0.5,
+}
+D = SMALL["embed_dim"]
+
+
+def networks(attention: str, dtype: torch.dtype = torch.float64, **changes: Any) -> tuple[list[VisionTransformer], StackedViT]:
+    """R modules of which every parameter is random (not 0 or 1, as biases and norms are at first), and their stack."""
+    sizes = {**SMALL, **changes}
+    models = [build_model(attention=attention, seed=seed, **sizes).to(dtype) for seed in range(R)]  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype), alpha=0.2)
+    return models, StackedViT(attention, sizes["patch_size"], sizes["depth"], sizes["num_heads"])  # type: ignore[arg-type]
+
+
+def stacked(models: list[VisionTransformer]) -> dict[str, Tensor]:
+    names = [name for name, _ in models[0].named_parameters()]
+    return {name: torch.stack([model.get_parameter(name).detach() for model in models]).requires_grad_() for name in names}
+
+
+def random_images(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Other images for each replica: (R, B, 3, H, W)."""
+    return torch.randn(R, B, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def gradients_of(logits: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a sum in which every logit (R, B, K) has a factor of its own."""
+    factors = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = torch.autograd.grad((logits * factors).sum(), list(weights.values()))
+    return dict(zip(weights, gradients, strict=True))
+
+
+def key_bias(name: str) -> slice:
+    """Where a bias is that of the keys: it changes nothing, softmax cancels it."""
+    return slice(D, 2 * D) if name.endswith((".qkv.bias", ".qk.bias")) else slice(0, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_logits_and_every_gradient_are_those_of_timms_module(attention: str, depth: int) -> None:
+    models, network = networks(attention, depth=depth)
+    weights, images = stacked(models), random_images()
+    logits = network(weights, {}, images)
+    expected = torch.stack([model(batch) for model, batch in zip(models, images, strict=True)])
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+    gradients = gradients_of(logits, weights)
+    factors = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (expected * factors).sum().backward()
+    for name, gradient in gradients.items():
+        for replica, model in enumerate(models):
+            reference = model.get_parameter(name).grad
+            scale = float(reference.abs().max())
+            assert scale > 1e-3, f"{name} has no gradient that could be compared"
+            torch.testing.assert_close(gradient[replica], reference, rtol=1e-10, atol=1e-10 * scale, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_the_bias_of_the_keys_has_no_gradient_at_all(attention: str) -> None:
+    models, network = networks(attention, torch.float32)
+    weights = stacked(models)
+    gradients = gradients_of(network(weights, {}, random_images(torch.float32)), weights)
+    biases = [name for name in gradients if key_bias(name) != slice(0, 0)]
+    assert len(biases) == SMALL["depth"]
+    for name in biases:
+        assert torch.count_nonzero(gradients[name][:, key_bias(name)]) == 0
+        assert torch.count_nonzero(gradients[name][:, :D]) > 0  # that of the queries
+
+
+def test_replicas_do_not_touch_each_other() -> None:
+    models, network = networks("content")
+    weights, images = stacked(models), random_images()
+    logits = network(weights, {}, images)
+    gradients = torch.autograd.grad(logits[1].sum(), list(weights.values()))
+    assert all(torch.count_nonzero(gradient[[0, 2]]) == 0 for gradient in gradients)
+
+
+def test_patches_come_row_by_row_and_the_class_token_first() -> None:
+    models, network = networks("content")
+    weights, images = stacked(models), random_images()
+    tokens = network._embed(_Weights(weights, {}), images).view(R, B, 17, D)
+    for replica, model in enumerate(models):
+        for image in range(B):
+            expected = [model.cls_token[0, 0]]
+            for y in range(0, 8, 2):
+                for x in range(0, 8, 2):
+                    patch = images[replica, image, :, y : y + 2, x : x + 2]
+                    expected.append((model.patch_embed.proj.weight * patch).sum((1, 2, 3)) + model.patch_embed.proj.bias)
+            torch.testing.assert_close(tokens[replica, image], torch.stack(expected) + model.pos_embed[0])
+
+
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_with_bfloat16_copies_it_computes_the_same_to_their_rounding(attention: str) -> None:
+    models, network = networks(attention, torch.float32)
+    weights, images = stacked(models), random_images(torch.float32)
+    copies = {name: weight.detach().bfloat16() for name, weight in weights.items()}
+    exact, rounded = network(weights, {}, images), network(weights, copies, images)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    error = (rounded.float() - exact).abs().max() / exact.abs().max()
+    assert 0 < error < 0.03  # bfloat16 has 8 bits: 0.4 % in every rounding
+    wanted, got = gradients_of(exact, weights), gradients_of(rounded, weights)
+    for name, gradient in got.items():
+        assert gradient.dtype == torch.float32  # the gradient of the weights, not of the copies
+        assert (gradient - wanted[name]).norm() < 0.08 * wanted[name].norm(), name
+
+
+def test_what_is_computed_with_is_the_copy() -> None:
+    models, network = networks("content", torch.float32)
+    weights, images = stacked(models), random_images(torch.float32)
+    copies = {name: weight.detach().bfloat16() for name, weight in weights.items()}
+    before = network(weights, copies, images)
+    copies["blocks.1.mlp.fc1.weight"] = torch.zeros_like(copies["blocks.1.mlp.fc1.weight"])
+    assert not torch.equal(network(weights, copies, images), before)
+
+
+def test_product_is_a_linear_layer_per_replica_with_the_gradient_of_the_weight_itself() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(R, 5, 7, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(R, 6, 7, generator=generator).requires_grad_()
+    copy = weight.detach().bfloat16().requires_grad_()
+    y = product(x, weight, copy)
+    assert (y.dtype, y.shape) == (torch.bfloat16, (R, 5, 6))
+    for replica in range(R):
+        expected = torch.nn.functional.linear(x[replica].float(), copy[replica].float())
+        torch.testing.assert_close(y[replica].float(), expected, rtol=0.01, atol=0.01)
+    dy = torch.randn(y.shape, generator=generator).bfloat16()
+    y.backward(dy)
+    assert x.grad is not None and weight.grad is not None
+    assert copy.grad is None
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert weight.grad.stride() == weight.stride()
+    torch.testing.assert_close(weight.grad, torch.einsum("rmo,rmi->roi", dy.float(), x.detach().float()), rtol=0.01, atol=0.03)
+    torch.testing.assert_close(x.grad.float(), torch.einsum("rmo,roi->rmi", dy, copy).float(), rtol=0.01, atol=0.03)
+
+
+def test_products_gradient_is_exact() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 5), (2, 4, 5)))
+    assert torch.autograd.gradcheck(lambda x, w: product(x, w, w.detach()), (x.requires_grad_(), weight.requires_grad_()))
