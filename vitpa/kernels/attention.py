@@ -20,12 +20,14 @@ from vitpa.kernels.partials import sum_partials
 NUM_WARPS_FORWARD = 4  # four warps of 16 rows each: what a Hopper matrix instruction of 64 rows wants
 CHUNK_FORWARD = 1  # images a program
 NUM_STAGES_FORWARD = 2  # images whose loads are under way at a time
+MAX_REGISTERS_FORWARD: int | None = None
 _CLASS_TILES_FORWARD = False  # the class token as a tile of 16 rows, or as vectors
 NUM_WARPS_BACKWARD = 4
 CHUNK_BACKWARD = 1
 NUM_STAGES_BACKWARD = 2
 MAX_REGISTERS_BACKWARD: int | None = 128  # a thread's: four programs a multiprocessor instead of the three of 142
 _CLASS_TILES_BACKWARD = True
+_TRANSPOSED_BACKWARD = False  # scores with a row for each key: one tile is transposed instead of two, but `out` is read
 LOG2_E = 1.4426950408889634
 
 
@@ -259,6 +261,96 @@ def _backward_kernel(
     tl.store(parts + tl.program_id(1).to(tl.int64) * D + h * d + padded + column, dbias, mask=first)
 
 
+@triton.jit
+def _backward_transposed_kernel(
+    qkv, q_bias, out, dout, lse, dqkv, parts, B, scale, scale_log2,
+    H: tl.constexpr, P: tl.constexpr, d: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    chunks = tl.cdiv(B, CHUNK)
+    r = tl.program_id(1) // chunks
+    first_image = tl.program_id(1) % chunks * CHUNK
+    images = 1 if CHUNK == 1 else tl.minimum(CHUNK, B - first_image)
+    D: tl.constexpr = H * d
+    kind: tl.constexpr = qkv.dtype.element_ty
+    patch = 1 + tl.arange(0, P)
+    token = patch[:, None]
+    one = tl.arange(0, 16) == 0
+    padded = tl.arange(0, 16)[:, None]
+    line = tl.arange(0, d)
+    column = line[None, :]
+    first = (padded == 0) & (column >= 0)
+    bias = tl.load(q_bias + r * D + h * d + line)
+    m = (r * B + first_image).to(tl.int64)
+    q_at = qkv + m * ((1 + P) * 3 * D) + h * d
+    dq_at = dqkv + m * ((1 + P) * 3 * D) + h * d
+    o_at = out + m * ((1 + P) * D) + h * d
+    do_at = dout + m * ((1 + P) * D) + h * d
+    lse_at = lse + (m * H + h) * (1 + P)
+    ones = tl.full((16, P), 1.0, tl.float32).to(kind)
+    dbias = tl.zeros((16, d), tl.float32)  # of which the first row counts
+    for _ in range(images):
+        k = tl.load(q_at + D + token * (3 * D) + column)
+        q = _biased(tl.load(q_at + token * (3 * D) + column), bias[None, :], B)
+        v = tl.load(q_at + 2 * D + token * (3 * D) + column)
+        do = tl.load(do_at + token * D + column)
+        o = tl.load(o_at + token * D + column)
+        lse_p = tl.load(lse_at + patch)
+        q_c = _biased(tl.load(q_at + padded * (3 * D) + column, mask=first, other=0.0), bias[None, :], B)
+        k_c = tl.load(q_at + D + padded * (3 * D) + column, mask=first, other=0.0)
+        v_c = tl.load(q_at + 2 * D + padded * (3 * D) + column, mask=first, other=0.0)
+        do_c = tl.load(do_at + padded * D + column, mask=first, other=0.0)
+        q_1 = _biased(tl.load(q_at + line), bias, B).to(tl.float32)
+        k_1 = tl.load(q_at + D + line).to(tl.float32)
+        v_1 = tl.load(q_at + 2 * D + line).to(tl.float32)
+        do_1 = tl.load(do_at + line).to(tl.float32)
+        o_1 = tl.load(o_at + line).to(tl.float32)
+        lse_1 = tl.load(lse_at)
+
+        # Scores are transposed: a row for each key.
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        delta_1 = tl.sum(do_1 * o_1, 0)
+        p_11 = tl.exp2(tl.sum(q_1 * k_1, 0) * scale_log2 - lse_1)
+        ds_11 = p_11 * (tl.sum(do_1 * v_1, 0) - delta_1)
+        # The class token's query.
+        lse_c = tl.where(one, lse_1, float("inf"))  # p of the other columns: 0
+        p_pc = tl.exp2(tl.dot(k, tl.trans(q_c), input_precision="ieee") * scale_log2 - lse_c[None, :])
+        ds_pc = (p_pc * (tl.dot(v, tl.trans(do_c), input_precision="ieee") - delta_1)).to(kind)
+        p_pc = p_pc.to(kind)
+        # The class token's key.
+        p_cp = tl.exp2(tl.dot(k_c, tl.trans(q), input_precision="ieee") * scale_log2 - lse_p[None, :])
+        p_cp = tl.where(one[:, None], p_cp, 0.0)
+        ds_cp = (p_cp * (tl.dot(v_c, tl.trans(do), input_precision="ieee") - delta[None, :])).to(kind)
+        p_cp = p_cp.to(kind)
+
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse_p[None, :])
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+        ds = (p * (dp - delta[None, :])).to(kind)
+        dv = tl.dot(p.to(kind), do, input_precision="ieee")
+        dv = tl.dot(p_pc, do_c, acc=dv, input_precision="ieee")
+        tl.store(dq_at + 2 * D + token * (3 * D) + column, dv.to(kind))
+        dv_c = tl.dot(p_cp, do, input_precision="ieee") + (p_11 * do_1)[None, :]
+        tl.store(dq_at + 2 * D + padded * (3 * D) + column, dv_c.to(kind), mask=first)
+        dk = tl.dot(ds, q, input_precision="ieee")
+        dk = tl.dot(ds_pc, q_c, acc=dk, input_precision="ieee") * scale
+        tl.store(dq_at + D + token * (3 * D) + column, dk.to(kind))
+        dk_c = (tl.dot(ds_cp, q, input_precision="ieee") + (ds_11 * q_1)[None, :]) * scale
+        tl.store(dq_at + D + padded * (3 * D) + column, dk_c.to(kind), mask=first)
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee")
+        dq = tl.dot(tl.trans(ds_cp), k_c, acc=dq, input_precision="ieee") * scale
+        dq = dq.to(kind)
+        tl.store(dq_at + token * (3 * D) + column, dq)
+        dq_c = (tl.dot(tl.trans(ds_pc), k, input_precision="ieee") + (ds_11 * k_1)[None, :]) * scale
+        tl.store(dq_at + padded * (3 * D) + column, dq_c.to(kind), mask=first)
+        dbias = tl.dot(ones, dq, acc=dbias + dq_c, input_precision="ieee")
+        q_at += (1 + P) * 3 * D
+        dq_at += (1 + P) * 3 * D
+        o_at += (1 + P) * D
+        do_at += (1 + P) * D
+        lse_at += H * (1 + P)
+    tl.store(parts + tl.program_id(1).to(tl.int64) * D + h * d + padded + column, dbias, mask=first)
+
+
 @torch.library.custom_op("vitpa::attention", mutates_args=())
 def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     M, N, _, H, d = qkv.shape
@@ -267,10 +359,11 @@ def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(M, N, H * d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(M, H, N, dtype=torch.float32, device=qkv.device)
     kernel: Any = _forward_kernel
+    small = d <= 32 and qkv.dtype == torch.bfloat16  # what is larger would only spill
     grid = (H, R * triton.cdiv(M // R, CHUNK_FORWARD))
     kernel[grid](
         qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, H, N - 1, d, CHUNK_FORWARD, _CLASS_TILES_FORWARD,
-        num_warps=NUM_WARPS_FORWARD, num_stages=NUM_STAGES_FORWARD,
+        num_warps=NUM_WARPS_FORWARD, num_stages=NUM_STAGES_FORWARD, maxnreg=MAX_REGISTERS_FORWARD if small else None,
     )  # fmt: skip
     return out, lse
 
@@ -282,37 +375,41 @@ def _(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("vitpa::attention_backward", mutates_args=())
-def _backward(qkv: Tensor, q_bias: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     M, N, _, H, d = qkv.shape
     R = q_bias.shape[0]
     qkv, q_bias, dout = qkv.contiguous(), q_bias.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     chunks = triton.cdiv(M // R, CHUNK_BACKWARD)
     parts = torch.empty(R, chunks, H * d, dtype=torch.float32, device=qkv.device)
-    kernel: Any = _backward_kernel
+    kernel: Any
     scale = d**-0.5
     small = d <= 32 and qkv.dtype == torch.bfloat16  # what is larger would only spill
-    kernel[(H, R * chunks)](
-        qkv, q_bias, dout, lse, dqkv, parts, M // R, scale, scale * LOG2_E,
-        H, N - 1, d, CHUNK_BACKWARD, _CLASS_TILES_BACKWARD,
-        num_warps=NUM_WARPS_BACKWARD, num_stages=NUM_STAGES_BACKWARD, maxnreg=MAX_REGISTERS_BACKWARD if small else None,
-    )  # fmt: skip
+    sizes = (M // R, scale, scale * LOG2_E, H, N - 1, d, CHUNK_BACKWARD)
+    options: dict[str, int | None] = {"num_warps": NUM_WARPS_BACKWARD, "num_stages": NUM_STAGES_BACKWARD}
+    options["maxnreg"] = MAX_REGISTERS_BACKWARD if small else None
+    if _TRANSPOSED_BACKWARD:
+        kernel = _backward_transposed_kernel
+        kernel[(H, R * chunks)](qkv, q_bias, out, dout, lse, dqkv, parts, *sizes, **options)
+    else:
+        kernel = _backward_kernel
+        kernel[(H, R * chunks)](qkv, q_bias, dout, lse, dqkv, parts, *sizes, _CLASS_TILES_BACKWARD, **options)
     return dqkv, sum_partials(parts)
 
 
 @_backward.register_fake
-def _(qkv: Tensor, q_bias: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), q_bias.new_empty(q_bias.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, Tensor]:
-    qkv, q_bias, lse = ctx.saved_tensors
-    gradients: tuple[Tensor, Tensor] = _backward(qkv, q_bias, dout, lse)
+    qkv, q_bias, out, lse = ctx.saved_tensors
+    gradients: tuple[Tensor, Tensor] = _backward(qkv, q_bias, out, dout, lse)
     return gradients
 
 
