@@ -188,7 +188,8 @@ class _Weights:
     def pair(self, layer: str) -> tuple[Tensor, Tensor]:
         """The weight (R, out, in) of a layer, and the copy of it that enters products."""
         weight = self.values[layer + ".weight"]
-        return weight.flatten(2), self.copies.get(layer + ".weight", weight).flatten(2)
+        copy = self.copies.get(layer + ".weight", weight.detach())  # the compiler refuses a tensor that is given twice
+        return weight.flatten(2), copy.flatten(2)
 
     def product(self, layer: str, x: Tensor) -> Tensor:
         """A layer without its bias: x (R, M, in) -> (R, M, out)."""
