@@ -164,3 +164,18 @@ def test_products_gradient_is_exact() -> None:
     generator = torch.Generator().manual_seed(4)
     x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 5), (2, 4, 5)))
     assert torch.autograd.gradcheck(lambda x, w: product(x, w, w.detach()), (x.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_the_compiler_takes_it_as_one_graph(attention: str, precision: torch.dtype) -> None:
+    models, network = networks(attention, torch.float32)
+    weights, images = stacked(models), random_images(torch.float32)
+    copies = {} if precision == torch.float32 else {name: weight.detach().bfloat16() for name, weight in weights.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", dynamic=False, fullgraph=True)
+    logits, expected = compiled(weights, copies, images), network(weights, copies, images)
+    torch.testing.assert_close(logits, expected)
+    ours, theirs = gradients_of(logits, weights), gradients_of(expected, weights)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-3 * float(theirs[name].abs().max()), msg=name)
