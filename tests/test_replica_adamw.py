@@ -65,7 +65,8 @@ def update(replicas: ReplicaAdamW, step: int, gradients: Sequence[Gradients], lo
     """Step number `step` (0 is the first); the norms."""
     replicas.take_gradients(torch.stack([each[name] for each in gradients]) for name in replicas.spans)
     loss = torch.ones(len(gradients)) if losses is None else torch.tensor(losses)
-    return replicas.update(loss, torch.tensor(step + 1), torch.tensor(rate(step), dtype=torch.float64))
+    rates = torch.tensor([rate(each) for each in range(step + 1)], dtype=torch.float64)
+    return replicas.update(loss, replicas.factors(rates)[step])
 
 
 def torch_update(model: nn.Module, own: torch.optim.AdamW, step: int, gradients: Gradients, bound: float | None) -> Tensor:

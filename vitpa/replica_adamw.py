@@ -75,22 +75,30 @@ class ReplicaAdamW:
         if self.copies is not None:
             self.copies.copy_(self.values)
 
-    def update(self, losses: Tensor, step: Tensor, lr: Tensor) -> Tensor:
-        """Clip and apply the gradients, as optimiser step number `step` () (1 is the first) with the learning rate `lr` ().
+    def factors(self, learning_rates: Tensor) -> Tensor:
+        """What an update needs of its step: for `learning_rates` (steps,) float64 of the whole run a table (steps, 3).
+
+        Columns: the factor of decayed parameters, the learning rate by the bias correction of the first moment, the root of
+        that of the second (Kingma & Ba 2015, section 3; Loshchilov & Hutter 2019, algorithm 2).
+        """
+        (beta1, beta2), numbers = self.options["betas"], torch.arange(1, len(learning_rates) + 1, dtype=torch.float64)
+        decay = 1 - learning_rates * self.options["weight_decay"]
+        return torch.stack([decay, learning_rates / (1 - beta1**numbers), (1 - beta2**numbers).sqrt()], dim=1).to(self.values)
+
+    def update(self, losses: Tensor, factors: Tensor) -> Tensor:
+        """Clip and apply the gradients, with the row of `factors` that belongs to the step.
 
         Replicas whose loss (R,) or gradient is not finite are frozen. Returns the gradients' norms (R,), before clipping.
         """
-        (beta1, beta2), eps = self.options["betas"], self.options["eps"]
+        (beta1, beta2), eps, (decay, rate, root) = self.options["betas"], self.options["eps"], factors.unbind()
         norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
         self.frozen |= ~(norms.isfinite() & losses.isfinite())
         scale = torch.ones_like(norms) if self.bound is None else (self.bound / (norms + 1e-6)).clamp(max=1)
         gradients = self.gradients * scale[:, None]
         first = torch.lerp(self.exp_avg, gradients, 1 - beta1)
         second = self.exp_avg_sq * beta2 + gradients * gradients * (1 - beta2)
-        correction1, correction2 = 1 - beta1 ** step.double(), 1 - beta2 ** step.double()
-        rate, root = (lr / correction1).to(first.dtype), correction2.sqrt().to(first.dtype)
         columns = torch.arange(self.values.shape[1], device=self.values.device)
-        kept = torch.where(columns < self.decayed, (1 - lr * self.options["weight_decay"]).to(first.dtype), 1.0)
+        kept = torch.where(columns < self.decayed, decay, 1.0)
         values = self.values * kept - rate * first / (second.sqrt() / root + eps)
         frozen = self.frozen[:, None]
         self.values.copy_(torch.where(frozen, self.values, values))

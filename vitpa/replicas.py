@@ -65,7 +65,7 @@ class ReplicaSteps:
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.next = torch.zeros((), dtype=torch.int64, device=self.device)  # position in the order of the epoch
         self.learning_rate = learning_rates.tolist().__getitem__
-        self.learning_rates = learning_rates.to(self.device)
+        self.factors = self.adamw.factors(learning_rates)
         self.window = Window(self.R, self.device)
         self.eval_next = torch.zeros((), dtype=torch.int64, device=self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
@@ -86,7 +86,7 @@ class ReplicaSteps:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
             wanted = "compile"
         self.adamw.copy_values()
-        self.begin_epoch(min(step, len(self.learning_rates) - 1) // epoch_steps, 0)
+        self.begin_epoch(min(step, len(self.factors) - 1) // epoch_steps, 0)
         if wanted != "eager":
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             eager = self._batch, self._loss, self._score, self._update
@@ -144,9 +144,8 @@ class ReplicaSteps:
         losses, correct = self._loss(self.weights, self.copies, images, labels)
         self.adamw.take_gradients(torch.autograd.grad(losses.sum(), list(self.weights.values())))
         losses = losses.detach()
-        rate = self.learning_rates.index_select(0, self.done.view(1))[0]
+        norms = self._update(losses, self.factors.index_select(0, self.done.view(1))[0])
         self.done += 1
-        norms = self._update(losses, self.done, rate)
         self.window.check(self.done, losses, norms)
         self.window.add(losses, correct, self.B)
         self.next += self.B

@@ -27,7 +27,7 @@ CHUNK_BACKWARD = 1
 NUM_STAGES_BACKWARD = 2
 MAX_REGISTERS_BACKWARD: int | None = 128  # a thread's: four programs a multiprocessor instead of the three of 142
 _CLASS_TILES_BACKWARD = True
-_TRANSPOSED_BACKWARD = False  # scores with a row for each key: one tile is transposed instead of two, but `out` is read
+_TRANSPOSED_BACKWARD = True  # scores with a row for each key: one tile is transposed instead of two, but `out` is read
 LOG2_E = 1.4426950408889634
 
 

@@ -28,7 +28,7 @@ def unfit(embed_dim: int) -> str:
 
 @triton.jit
 def _forward_kernel(
-    residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
+    residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps, bias_stride, weight_stride, norm_bias_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
@@ -40,15 +40,15 @@ def _forward_kernel(
     x = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(bias + r * D + column, mask=inside, other=0.0)[None, :]
+        x += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
         rounded = x.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=mask)
         x = rounded.to(tl.float32)  # the norm is of what is stored: the backward pass sees no more
     mu = tl.sum(x, 1) / D
     centred = tl.where(inside[None, :], x - mu[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
-    w = tl.load(weight + r * D + column, mask=inside, other=0.0)
-    b = tl.load(norm_bias + r * D + column, mask=inside, other=0.0)
+    w = tl.load(weight + r * weight_stride + column, mask=inside, other=0.0)
+    b = tl.load(norm_bias + r * norm_bias_stride + column, mask=inside, other=0.0)
     y = centred * scale[:, None] * w[None, :] + b[None, :]
     tl.store(normed + at, y.to(normed.dtype.element_ty), mask=mask)
     tl.store(mean + r * M + token, mu, mask=token < M)
@@ -57,13 +57,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps,
+    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps, weight_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    w = tl.load(weight + r * D + column, mask=inside, other=0.0)
+    w = tl.load(weight + r * weight_stride + column, mask=inside, other=0.0)
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)  # one sum per row of the tile: added up once, at the end
     sum_norm_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -94,6 +94,11 @@ def _backward_kernel(
         tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
 
 
+def _rows(vectors: Tensor) -> Tensor:
+    """A vector for each replica (R, D), which may lie apart, as views into a larger buffer do."""
+    return vectors if vectors.stride(1) == 1 else vectors.contiguous()
+
+
 def _forward(
     residual: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,10 +111,11 @@ def _forward(
     rstd = torch.empty_like(mean)
     if branch is None or bias is None:
         branch, bias = residual, weight  # not read
+    bias, weight, norm_bias = _rows(bias), _rows(weight), _rows(norm_bias)
     kernel: Any = _forward_kernel
     kernel[(triton.cdiv(M, ROWS_FORWARD), R)](
-        residual, branch.contiguous(), bias.contiguous(), weight.contiguous(), norm_bias.contiguous(),
-        total, normed, mean, rstd, M, eps,
+        residual, branch.contiguous(), bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
+        bias.stride(0), weight.stride(0), norm_bias.stride(0),
         D, triton.next_power_of_2(D), ROWS_FORWARD, add, num_warps=NUM_WARPS_FORWARD,
     )  # fmt: skip
     return total, normed, mean, rstd
@@ -127,10 +133,11 @@ def _backward(
     block = triton.next_power_of_2(D)
     programs = triton.cdiv(M, TOKENS_BACKWARD)
     parts = torch.empty((2 + add) * R, programs, D, dtype=torch.float32, device=total.device)
+    weight = _rows(weight)
     kernel: Any = _backward_kernel
     kernel[(programs, R)](
-        dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight.contiguous(), mean, rstd, dx, parts, M,
-        TOKENS_BACKWARD // rows, D, block, rows, add, num_warps=warps * max(1, block // 512),
+        dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight, mean, rstd, dx, parts, M,
+        TOKENS_BACKWARD // rows, weight.stride(0), D, block, rows, add, num_warps=warps * max(1, block // 512),
     )  # fmt: skip
     return dx, sum_partials(parts).view(2 + add, R, D)
 
