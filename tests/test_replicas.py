@@ -37,6 +37,7 @@ OPTIONS = [
 ]
 HALFWAY = 46  # a step in the middle of an epoch
 AUGMENTED = ["augment.policy=autoaugment_cifar10", "augment.crop=padded", "augment.crop_padding_px=1", "augment.hflip=true"]
+FAST = ["train.epochs=3", "optim.lr=1e-2"]  # the weights go far from where they were
 
 
 def together(words: list[str], seeds: Sequence[int] = SEEDS) -> int:
@@ -131,7 +132,7 @@ def halfway(digits: Path, tmp_path: Path, stopped: Path) -> list[str]:
 def test_each_seed_is_trained_as_if_it_were_alone(
     digits: Path, tmp_path: Path, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [f"model.attention={attention}", *AUGMENTED, "train.epochs=3", "runtime.log_every_steps=1"]
+    options = [f"model.attention={attention}", *AUGMENTED, *FAST, "runtime.log_every_steps=1"]
     options += ["runtime.cpu_threads=1", "runtime.tensorboard=true"]
     words, alone = (arguments(digits, tmp_path / name, *options) for name in ("together", "alone"))
     assert together(words) == 0
@@ -178,7 +179,7 @@ def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
     The bias of the keys is left out: its gradient is 0, and what rounding makes of that AdamW scales to a step of full size.
     """
     used = [spy(monkeypatch, ReplicaSteps), spy(monkeypatch, ModuleSteps)]
-    options = [f"model.attention={attention}", *AUGMENTED, "train.epochs=3", "runtime.cpu_threads=1"]
+    options = [f"model.attention={attention}", *AUGMENTED, *FAST, "runtime.cpu_threads=1"]
     words, module = (arguments(digits, tmp_path / name, *options) for name in ("together", "module"))
     assert together(words) == 0
     for seed in SEEDS:
@@ -191,7 +192,7 @@ def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
             if name.endswith((".qkv.bias", ".qk.bias")):
                 assert torch.count_nonzero(value[key_bias]) == 0  # as they were
                 value[key_bias] = theirs[name][key_bias]
-            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4, msg=name)
         result, other = (result_of([*each, f"seed={seed}"]) for each in (words, module))
         assert (result.val_top1, result.val_top5) == (other.val_top1, other.val_top5)
         assert result.val_loss == pytest.approx(other.val_loss, rel=1e-5)
