@@ -102,6 +102,8 @@ class ReplicaSteps:
             try:
                 self._run_step = self._leaving_no_trace(self._captured, self._step)
                 self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 notes.append(f"no CUDA graph of the step could be made ({_first_line(error)}); it runs without")
                 self._run_step, self._run_evaluation = self._step, self._evaluate_batch
@@ -195,11 +197,12 @@ class ReplicaSteps:
         changed = [*self.adamw.state_tensors(), self.done, self.next, self.eval_next, self.eval_sums]
         changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
         kept = [tensor.clone() for tensor in changed]
-        answer = function(*arguments)
-        for tensor, before in zip(changed, kept, strict=True):
-            tensor.copy_(before)
-        self.adamw.copy_values()
-        return answer
+        try:
+            return function(*arguments)
+        finally:
+            for tensor, before in zip(changed, kept, strict=True):
+                tensor.copy_(before)
+            self.adamw.copy_values()
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of `function`."""

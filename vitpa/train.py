@@ -171,45 +171,35 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
         raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
-    on_gpu, optim = group.device.type == "cuda", config.optim
-    replicas, optimizers = [], []
-    for each in configs:
-        seed = key(each.seed, Purpose.INIT)
-        model = build_model(**dict(config.model), num_classes=len(classes), seed=seed).to(group.device)
-        optimizer = adamw(
-            model,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=on_gpu,
-        )
-        replicas.append(Replica(each, each.run_dir, model))
-        optimizers.append(optimizer)
-
+    models = [
+        build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
+        for each in configs
+    ]
+    optimizers = [make_optimizer(config, model) for model in models]
     rate = partial(
         learning_rate,
-        peak=optim.lr,
-        minimum=optim.min_lr,
-        warmup_steps=round(optim.warmup_epochs * epoch_steps),
+        peak=config.optim.lr,
+        minimum=config.optim.min_lr,
+        warmup_steps=round(config.optim.warmup_epochs * epoch_steps),
         total_steps=config.train.epochs * epoch_steps,
     )
     steps: ReplicaSteps | ModuleSteps
     if not why_not:
-        rates = torch.tensor([rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64)
         steps = ReplicaSteps(
             config,
             seeds=[each.seed for each in configs],
-            models=[replica.model for replica in replicas],
+            models=models,
             optimizers=optimizers,
             images={split: each for split, each in images.items() if isinstance(each, ResidentImages)},
-            learning_rates=rates,
+            learning_rates=torch.tensor(
+                [rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64
+            ),
         )
     else:
         steps = ModuleSteps(
             config,
             group,
-            model=replicas[0].model,
+            model=models[0],
             optimizer=optimizers[0],
             images=images,
             num_samples=num_samples,
@@ -221,10 +211,16 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         images=images,
         num_samples=num_samples,
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
-        replicas=replicas,
+        replicas=[Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)],
         steps=steps,
         epoch_steps=epoch_steps,
     )
+
+
+def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
+    """The optimiser of a configuration."""
+    optim, fused = config.optim, model.pos_embed.device.type == "cuda"
+    return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:
@@ -383,7 +379,7 @@ def train_epoch(t: Training, epoch: int) -> bool:
         for number, replica in t.active:
             if replica.logs is not None:
                 replica.logs.row(t.step, epoch + 1, t.val[number])
-        show(t, t.val)
+        show(t, [t.val[number] for number, _ in t.active])
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
@@ -578,6 +574,13 @@ def finish(t: Training) -> None:
         say(t, f"seed {config.seed} finished: {accuracy}; {replica.run.result_json}")
 
 
+def out_of_memory(configs: Sequence[RunConfig]) -> str:
+    """What to do about it."""
+    if len(configs) > 1:
+        return f"the GPU's memory is too small for {len(configs)} seeds together; train fewer (in a sweep: replicas)"
+    return "the GPU's memory is too small; raise runtime.accum_steps"
+
+
 def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
     """The runs that a command asks for: that of the configuration, or one for each of `seeds`."""
     if seeds is None:
@@ -638,6 +641,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     train([configs[number] for number in unfinished], group)
         finally:
             distributed.leave()
+    except torch.OutOfMemoryError as error:
+        print(f"vitpa train: {out_of_memory(configs)} ({str(error).partition('. ')[0]})", file=sys.stderr)
+        return 1
     except (ConfigError, RunError, BetonError, TrainError, OSError) as error:  # OSError: a full disk, a missing right
         print(f"vitpa train: {error}", file=sys.stderr)
         return 1
