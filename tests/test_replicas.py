@@ -282,6 +282,16 @@ def test_all_told_to_stop_go_on_alone(halfway: list[str], undisturbed: list[str]
     check_same(halfway, undisturbed, [2, 0])
 
 
+def test_a_row_that_was_begun_before_the_stop_is_that_of_all_its_steps(digits: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, "runtime.log_every_steps=9"]
+    words, reference = (arguments(digits, tmp_path / name, *options) for name in ("stopped", "reference"))
+    with stops({run.stop: "{}" for run in runs_of(words)}, 28):  # the row of step 36 is one step old
+        assert together(words) == 0
+    assert [run.newest_step() for run in runs_of(words)] == [28] * 3
+    assert together(words) == together(reference) == 0
+    check_same(words, reference)
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_they_go_on_from_the_newest_step_that_all_have(
     halfway: list[str], undisturbed: list[str], damage: str, capfd: pytest.CaptureFixture[str]
@@ -396,6 +406,24 @@ def test_a_seed_that_is_told_to_stop_leaves_and_is_finished_alone(  # noqa: PLR0
     check_same(words, undisturbed)
     assert result_of([*words, "seed=1"]).attempts == 2
     assert exit_of(words, 1)["state"] == "done"
+
+
+def test_a_seed_that_has_left_is_not_trained_any_more(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, seen = arguments(digits, tmp_path, *OPTIONS, "train.epochs=2"), []
+    freeze = ReplicaSteps.freeze
+
+    def seen_freezing(steps: ReplicaSteps, replica: int) -> None:
+        seen.append(steps)
+        freeze(steps, replica)
+
+    monkeypatch.setattr(ReplicaSteps, "freeze", seen_freezing)
+    with stops({run_of(words, 1).stop: "{}"}, 15):
+        assert together(words) == 0
+    (steps,) = seen
+    for seed in SEEDS:  # as they were in the newest checkpoint
+        last = steps.adamw.of_replica(steps.adamw.values, seed)
+        saved = weights_of(run_of(words, seed))
+        assert all(torch.equal(value, saved[name]) for name, value in last.items())
 
 
 def test_seeds_that_leave_one_after_the_other(digits: Path, tmp_path: Path, undisturbed: list[str]) -> None:
