@@ -1,6 +1,6 @@
-"""Layer norm of the residual stream, with the addition before it in the same pass.
+"""The residual stream's addition and the layer norm after it, in one pass.
 
-Axes: R replicas (each with parameters of its own), M tokens of a replica, D embed_dim.
+Axes: R replicas (each with parameters of its own, which may lie apart), M tokens of a replica, D embed_dim.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def unfit(embed_dim: int) -> str:
 @triton.jit
 def _forward_kernel(
     residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps, bias_stride, weight_stride, norm_bias_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -38,12 +38,11 @@ def _forward_kernel(
     mask = (token < M)[:, None] & inside[None, :]
     at = (r * M + token)[:, None] * D + column[None, :]
     x = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        x += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
-        rounded = x.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # the norm is of what is stored: the backward pass sees no more
+    x += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
+    rounded = x.to(total.dtype.element_ty)
+    tl.store(total + at, rounded, mask=mask)
+    x = rounded.to(tl.float32)  # the norm is of what is stored: the backward pass sees no more
     mu = tl.sum(x, 1) / D
     centred = tl.where(inside[None, :], x - mu[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / D + eps)
@@ -58,7 +57,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps, weight_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -81,17 +80,15 @@ def _backward_kernel(
         g *= w[None, :]
         along = tl.sum(g * x, 1) / D
         g = (g - (tl.sum(g, 1) / D)[:, None] - x * along[:, None]) * scale[:, None]
-        if ADD:
-            g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
-            sum_bias += g
+        g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
+        sum_bias += g
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
     programs = tl.num_programs(0)
     to = parts + (r * programs + tl.program_id(0)) * D + column
     kind = tl.num_programs(1) * programs * D  # distance between the sums of two parameters
     tl.store(to, tl.sum(sum_weight, 0), mask=inside)
     tl.store(to + kind, tl.sum(sum_norm_bias, 0), mask=inside)
-    if ADD:
-        tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
+    tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
 
 
 def _rows(vectors: Tensor) -> Tensor:
@@ -99,139 +96,77 @@ def _rows(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
+@torch.library.custom_op("vitpa::add_norm", mutates_args=())
 def _forward(
-    residual: Tensor, branch: Tensor | None, bias: Tensor | None, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    residual = residual.contiguous()
+    residual, branch = residual.contiguous(), branch.contiguous()
+    bias, weight, norm_bias = _rows(bias), _rows(weight), _rows(norm_bias)
     R, M, D = residual.shape
-    add = branch is not None and bias is not None
-    total = torch.empty_like(residual) if add else residual
-    normed = torch.empty_like(residual)
+    total, normed = torch.empty_like(residual), torch.empty_like(residual)
     mean = torch.empty(R, M, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
-    if branch is None or bias is None:
-        branch, bias = residual, weight  # not read
-    bias, weight, norm_bias = _rows(bias), _rows(weight), _rows(norm_bias)
     kernel: Any = _forward_kernel
     kernel[(triton.cdiv(M, ROWS_FORWARD), R)](
-        residual, branch.contiguous(), bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
+        residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
         bias.stride(0), weight.stride(0), norm_bias.stride(0),
-        D, triton.next_power_of_2(D), ROWS_FORWARD, add, num_warps=NUM_WARPS_FORWARD,
+        D, triton.next_power_of_2(D), ROWS_FORWARD, num_warps=NUM_WARPS_FORWARD,
     )  # fmt: skip
     return total, normed, mean, rstd
 
 
-def _backward(
-    dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the norm's input (R, M, D), and those of weight, norm bias and, if added, bias (2 or 3, R, D)."""
-    total, dnormed = total.contiguous(), dnormed.contiguous()
-    R, M, D = total.shape
-    add = dtotal is not None
-    dx = torch.empty_like(total)
-    rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
-    block = triton.next_power_of_2(D)
-    programs = triton.cdiv(M, TOKENS_BACKWARD)
-    parts = torch.empty((2 + add) * R, programs, D, dtype=torch.float32, device=total.device)
-    weight = _rows(weight)
-    kernel: Any = _backward_kernel
-    kernel[(programs, R)](
-        dnormed, dnormed if dtotal is None else dtotal.contiguous(), total, weight, mean, rstd, dx, parts, M,
-        TOKENS_BACKWARD // rows, weight.stride(0), D, block, rows, add, num_warps=warps * max(1, block // 512),
-    )  # fmt: skip
-    return dx, sum_partials(parts).view(2 + add, R, D)
-
-
-@torch.library.custom_op("vitpa::add_norm", mutates_args=())
-def _add_norm(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(residual, branch, bias, weight, norm_bias, eps)
-
-
-@_add_norm.register_fake
+@_forward.register_fake
 def _(
     residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     R, M, D = residual.shape
-    statistic = (R, M)
     return (
         residual.new_empty(R, M, D),
         residual.new_empty(R, M, D),
-        residual.new_empty(statistic, dtype=torch.float32),
-        residual.new_empty(statistic, dtype=torch.float32),
+        residual.new_empty(R, M, dtype=torch.float32),
+        residual.new_empty(R, M, dtype=torch.float32),
     )
 
 
 @torch.library.custom_op("vitpa::add_norm_backward", mutates_args=())
-def _add_norm_backward(
+def _backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _backward(dnormed, dtotal, total, weight, mean, rstd)
+    """The gradient of the sum (R, M, D), and those of weight, norm bias and bias (3, R, D)."""
+    dnormed, dtotal, weight = dnormed.contiguous(), dtotal.contiguous(), _rows(weight)
+    R, M, D = total.shape
+    dx = torch.empty_like(total)
+    rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
+    block = triton.next_power_of_2(D)
+    programs = triton.cdiv(M, TOKENS_BACKWARD)
+    parts = torch.empty(3 * R, programs, D, dtype=torch.float32, device=total.device)
+    kernel: Any = _backward_kernel
+    kernel[(programs, R)](
+        dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, TOKENS_BACKWARD // rows, weight.stride(0),
+        D, block, rows, num_warps=warps * max(1, block // 512),
+    )  # fmt: skip
+    return dx, sum_partials(parts).view(3, R, D)
 
 
-@_add_norm_backward.register_fake
+@_backward.register_fake
 def _(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     R, M, D = total.shape
     return total.new_empty(R, M, D), weight.new_empty(3, R, D, dtype=torch.float32)
 
 
-def _save_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     total, _normed, mean, rstd = output
     ctx.save_for_backward(total, inputs[3], mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate_add_norm(
-    ctx: Any, dtotal: Tensor, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dtotal: Tensor, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
     total, weight, mean, rstd = ctx.saved_tensors
-    dx, sums = _add_norm_backward(dnormed, dtotal, total, weight, mean, rstd)
+    dx, sums = _backward(dnormed, dtotal, total, weight, mean, rstd)
     return dx, dx, sums[2], sums[0], sums[1], None
 
 
-_add_norm.register_autograd(_differentiate_add_norm, setup_context=_save_add_norm)
-
-
-@torch.library.custom_op("vitpa::norm", mutates_args=())
-def _norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(x, None, None, weight, norm_bias, eps)[1:]
-
-
-@_norm.register_fake
-def _(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    R, M, D = x.shape
-    statistic = (R, M)
-    return (
-        x.new_empty(R, M, D),
-        x.new_empty(statistic, dtype=torch.float32),
-        x.new_empty(statistic, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("vitpa::norm_backward", mutates_args=())
-def _norm_backward(dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return _backward(dnormed, None, x, weight, mean, rstd)
-
-
-@_norm_backward.register_fake
-def _(dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    R, M, D = x.shape
-    return x.new_empty(R, M, D), weight.new_empty(2, R, D, dtype=torch.float32)
-
-
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _normed, mean, rstd = output
-    ctx.save_for_backward(inputs[0], inputs[1], mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-
-
-def _differentiate_norm(ctx: Any, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
-    dx, sums = _norm_backward(dnormed, *ctx.saved_tensors)
-    return dx, sums[0], sums[1], None
-
-
-_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_norm(
@@ -250,11 +185,5 @@ def add_norm(
     Returns:
         residual + branch + bias, and its layer norm, both (R, M, D) in the residual's type; added and normed in float32.
     """
-    total, normed, _, _ = _add_norm(residual, branch, bias, weight, norm_bias, eps)
+    total, normed, _, _ = _forward(residual, branch, bias, weight, norm_bias, eps)
     return total, normed
-
-
-def norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
-    """Norm x (R, M, D) over the last axis, in float32, with weight and bias (R, D) of each replica -> (R, M, D)."""
-    normed: Tensor = _norm(x, weight, norm_bias, eps)[0]
-    return normed

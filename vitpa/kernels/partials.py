@@ -1,4 +1,4 @@
-"""The sum of partial results: the second half of every reduction over images, in a fixed order."""
+"""The sum of partial results: the second half of every reduction over images or tokens, in a fixed order."""
 
 from typing import Any
 
