@@ -48,8 +48,8 @@ class ModuleSteps:
         """`learning_rate` is that of a step, from its number on; `images` and `num_samples` are by split."""
         self.config, self.group, self.model, self.optimizer = config, group, model, optimizer
         self.images, self.num_samples, self.learning_rate = images, num_samples, learning_rate
-        compiled = config.runtime.step != "eager" and (config.runtime.step != "auto" or group.device.type == "cuda")
-        self.forward: Any = torch.compile(model, dynamic=False) if compiled else model
+        self.compiles = config.runtime.step != "eager" and (config.runtime.step != "auto" or group.device.type == "cuda")
+        self.forward: Any = torch.compile(model, dynamic=False) if self.compiles else model
         self.network: Any = DistributedDataParallel(self.forward) if group.world_size > 1 else self.forward
         self.window = Window(1, group.device)
         self.done = 0

@@ -76,18 +76,21 @@ class ReplicaSteps:
         self._update: Callable[..., Any] = self.adamw.update
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
 
+    @property
+    def compiles(self) -> bool:
+        """Whether `prepare` compiles the step."""
+        step = self.config.runtime.step
+        return step != "eager" and (step != "auto" or self.device.type == "cuda")
+
     def prepare(self, step: int, epoch_steps: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
         notes: list[str] = []
-        wanted = self.config.runtime.step
-        if wanted == "auto":
-            wanted = "graph" if self.device.type == "cuda" else "eager"
-        if wanted == "graph" and self.device.type != "cuda":
+        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
+        if self.config.runtime.step == "graph" and not captured:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
-            wanted = "compile"
         self.adamw.copy_values()
         self.begin_epoch(min(step, len(self.factors) - 1) // epoch_steps, 0)
-        if wanted != "eager":
+        if self.compiles:
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             eager = self._batch, self._loss, self._score, self._update
             self._batch, self._loss, self._score, self._update = map(compiled, eager)
@@ -97,8 +100,8 @@ class ReplicaSteps:
             except TorchDynamoException as error:
                 notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
                 self._batch, self._loss, self._score, self._update = eager
-                wanted = "compile"
-        if wanted == "graph":
+                captured = False
+        if captured:
             try:
                 self._run_step = self._leaving_no_trace(self._captured, self._step)
                 self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)

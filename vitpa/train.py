@@ -127,17 +127,18 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     with ExitStack() as stack:
         open_logs(t, stack)
         if t.step < t.total_steps:
+            if t.steps.compiles:
+                say(t, "compiling the step, which takes about a minute")
             for note in t.steps.prepare(t.step, t.epoch_steps):
                 say(t, note)
         t.counted_s = t.saved_s = time.monotonic()
-        for epoch in range(t.step // t.epoch_steps, t.config.train.epochs):
-            if not train_epoch(t, epoch):
-                return False
-        finish(t)
+        finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
+        if finished:
+            finish(t)
     failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
         raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
-    return True
+    return finished
 
 
 def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
