@@ -41,18 +41,21 @@ def test_it_prints_a_table_and_writes_the_same(
     limit = document["product_limit_tflops"]
     assert limit > 0
     lines = document["results"]
-    expected = [(attention, step, count, augmentation) for attention in ("content", "positional")
-                for step, count, augmentation in (("eager", 1, True), ("compile", 1, True), ("graph", 1, True),
-                                                  ("graph", 2, True), ("graph", 1, False), ("graph", 2, False))]  # fmt: skip
+    expected = [
+        (attention, step, count, augmentation)
+        for attention in ("content", "positional")
+        for augmentation in (True, False)
+        for step, count in (("eager", 1), ("compile", 1), ("graph", 1), ("graph", 2))
+    ]
     assert [(line["attention"], line["step"], line["replicas"], line["augmentation"]) for line in lines] == expected
-    eager = {line["attention"]: line["images_per_s"] for line in lines if line["step"] == "eager"}
+    eager = {(line["attention"], line["augmentation"]): line["images_per_s"] for line in lines if line["step"] == "eager"}
     for line in lines:
         assert line["images_per_s"] > 0
         assert line["spread"] >= 0
         assert line["start_s"] > 0
         assert line["peak_memory_gib"] is None  # not on a GPU
         assert line["notes"] == []
-        assert line["times_eager"] == line["images_per_s"] / eager[line["attention"]]
+        assert line["times_eager"] == line["images_per_s"] / eager[line["attention"], line["augmentation"]]
         assert line["batch_size"] == 4
         gflop = small.gflop_per_image(
             load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line['attention']}"])

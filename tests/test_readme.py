@@ -15,7 +15,7 @@ from jobs.grid import load_sweep
 from jobs.profile import load_profile
 from slurm.devcluster import default_root
 from slurm.devcluster_config import Layout
-from vitpa.config import load_config
+from vitpa.train import command_parser, configs_of
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,8 +45,8 @@ def test_make_targets_exist(command: str) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("vitpa train") or "vitpa.train" in c])
 def test_training_commands_load(command: str) -> None:
     words = shlex.split(command)
-    config, *overrides = words[words.index("train" if words[0] == "vitpa" else "vitpa.train") + 1 :]
-    assert load_config(Path(config), overrides).signature
+    options = command_parser().parse_args(words[words.index("train" if words[0] == "vitpa" else "vitpa.train") + 1 :])
+    assert all(config.signature for config in configs_of(options.config, options.overrides, options.seeds))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("vitpa (prep|sweep|devcluster)", c)])

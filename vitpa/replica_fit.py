@@ -35,7 +35,11 @@ def why_not_together(config: RunConfig) -> str:
 
 
 def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float:
-    """Memory of a GPU, in GiB, on which so many replicas of this configuration train; an estimate on the safe side."""
+    """Memory of a GPU, in GiB, on which so many replicas of this configuration train; an estimate on the safe side.
+
+    On an H200 the cifar10 recipe, 1, 5 and 10 replicas, had 0.95, 3.3 and 6.3 GiB in use at the most, without CUDA's own;
+    the estimates are 2.8, 5.6 and 9.2 (vitpa/bench/results/small_h200.json).
+    """
     model = config.model
     image_bytes = 3 * model.img_size**2
     tokens = (model.img_size // model.patch_size) ** 2 + 1

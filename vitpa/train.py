@@ -607,8 +607,8 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     return True
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if the run is finished or was stopped on request, 1 with one line for an error of the user's."""
+def command_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="vitpa train",
         description="Train one run, or several seeds of it together, from the newest checkpoints if there are any.",
@@ -621,7 +621,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
+    options = command_parser().parse_args(arguments)
     try:
         configs = configs_of(options.config, options.overrides, options.seeds)
         group = distributed.join(configs[0].runtime.device)

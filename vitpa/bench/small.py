@@ -30,6 +30,7 @@ from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import write_json
 
 Attention = Literal["content", "positional"]
+Step = Literal["eager", "compile", "graph"]
 
 NUM_IMAGES, NUM_CLASSES = {"train": 50_000, "val": 10_000}, 10
 WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
@@ -40,7 +41,7 @@ class Case:
     """One line of the table."""
 
     attention: Attention
-    step: Literal["eager", "compile", "graph"]
+    step: Step
     replicas: int
     augmentation: bool
 
@@ -59,15 +60,15 @@ class Rate:
     notes: tuple[str, ...]
 
 
-def cases(attentions: Sequence[Attention], replicas: Sequence[int], ablation: bool) -> list[Case]:
+def cases(attentions: Sequence[Attention], replicas: Sequence[int], *, ablation: bool) -> list[Case]:
     """The lines of the table, in their order; with `ablation` also those without augmentation."""
-    lines = []
-    for attention in attentions:
-        lines += [Case(attention, "eager", 1, True), Case(attention, "compile", 1, True)]
-        lines += [Case(attention, "graph", count, True) for count in replicas]
-        if ablation:
-            lines += [Case(attention, "graph", count, False) for count in replicas]
-    return lines
+    ways: list[tuple[Step, int]] = [("eager", 1), ("compile", 1), *(("graph", count) for count in replicas)]
+    return [
+        Case(attention, step, count, augmentation)
+        for attention in attentions
+        for augmentation in ((True, False) if ablation else (True,))
+        for step, count in ways
+    ]
 
 
 def gflop_per_image(config: RunConfig) -> float:
@@ -242,22 +243,23 @@ def run(options: argparse.Namespace) -> int:
     limit = product_limit_tflops(group.device)
     print(f"products of bfloat16 matrices: {limit:,.0f} TFLOP/s", file=sys.stderr, flush=True)
     lines: list[dict[str, Any]] = []
-    eager: dict[str, float] = {}
-    for case in cases(attentions, options.replicas, not options.no_ablation):
+    eager: dict[tuple[Attention, bool], float] = {}
+    for case in cases(attentions, options.replicas, ablation=not options.no_ablation):
         if options.only_graph and case.step != "graph":
             continue
         config = config_of(case, options.overrides)
         rate = measure(case, config, group, images)
         for note in rate.notes:
             print(f"{case}: {note}", file=sys.stderr)
+        key = case.attention, case.augmentation
         if case.step == "eager":
-            eager[case.attention] = rate.images_per_s
+            eager[key] = rate.images_per_s
         lines.append(
             {
                 "case": str(case),
                 **asdict(case),
                 **asdict(rate),
-                "times_eager": rate.images_per_s / eager[case.attention] if case.attention in eager else None,
+                "times_eager": rate.images_per_s / eager[key] if key in eager else None,
                 "batch_size": config.train.global_batch_size,
                 "of_limit": rate.images_per_s * gflop_per_image(config) / 1000 / limit,
             }
