@@ -28,7 +28,7 @@ from vitpa.replica_adamw import ReplicaAdamW
 from vitpa.window import Window
 
 EVAL_BATCH_SIZE = 1000
-WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms, the optimiser makes its state
+WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
 
 
 class ReplicaSteps:
@@ -222,8 +222,8 @@ class ReplicaSteps:
 
 
 def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Our kernels for a GPU where they take the sizes of `config`, else plain PyTorch."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    """Our kernels for a GPU (from Ampere on) where they take the sizes of `config`, else plain PyTorch."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return PLAIN
     from vitpa.kernels import attention, mixing, norm  # noqa: PLC0415 - Triton is needed on a GPU only
 

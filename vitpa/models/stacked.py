@@ -1,7 +1,10 @@
 """Several seeds of one network as one: the parameters of R models stacked along a first axis, every product batched over it.
 
-The same functions as timm's VisionTransformer and PositionalVisionTransformer of each replica, with two differences that
-change no result: of the last block only what reaches the class token is computed, and the patch embedding is a product.
+The same functions as timm's VisionTransformer and PositionalVisionTransformer of each replica, with less work:
+- of the last block only what reaches the class token is computed;
+- the patch embedding is a product;
+- the bias of the keys, which adds the same to all scores of a row and so cancels in the softmax, is left out;
+- the bias of the values, which rows that sum to 1 hand through, becomes part of the bias of the projection after them.
 
 Axes: R replicas, B batch, P patches, N = 1 + P tokens (class token first), D embed_dim, H heads, d = D / H, K classes.
 """
