@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from jobs.grid import SweepError
 from vitpa.config import ConfigError, Float, Section, load_model, parse_model, read_yaml
@@ -15,16 +15,25 @@ from vitpa.config import ConfigError, Float, Section, load_model, parse_model, r
 SHIPPED = Path(__file__).parent.parent / "slurm"
 
 
+def _count(value: object, field: ValidationInfo) -> object:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{field.field_name}={value}: expected a whole number, at least 1, or auto")
+    return value
+
+
+Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
+
+
 class LocalProfile(Section):
     """This machine: `slurm/local.yaml` explains each key."""
 
     executor: Literal["local"] = Field("local", description="what starts the jobs")
-    slots: int | Literal["auto"] = Field("auto", description="runs, or groups, at a time; auto: as the GPUs or CPUs allow")
+    slots: Count = Field("auto", description="runs, or groups, at a time; auto: as the GPUs or CPUs allow")
     gpus_per_run: int = Field(1, ge=1, description="GPUs of one run")
     runs_per_gpu: int = Field(
         1, ge=1, description="processes that share one GPU, each with a run, or a group of replicas, of any cell of the grid"
     )
-    replicas: int | Literal["auto"] = Field(
+    replicas: Count = Field(
         "auto",
         description="seeds of one configuration trained together in one step; auto: as many as fit the GPU's memory (up to "
         "16), but so that no slot is idle; 1 without a GPU",
@@ -34,9 +43,6 @@ class LocalProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.slots, int) and self.slots < 1:
-            raise ValueError(f"slots={self.slots}: at least 1, or auto")
-        _check_replicas(self.replicas)
         if self.gpus_per_run > 1 and self.runs_per_gpu > 1:
             raise ValueError(f"gpus_per_run={self.gpus_per_run} and runs_per_gpu={self.runs_per_gpu}: one of them must be 1")
         return self
@@ -75,7 +81,7 @@ class SlurmProfile(Section):
     array_parallelism: int | None = Field(
         None, ge=1, description="jobs of a submission at a time, at least one per array; null: as many as SLURM gives"
     )
-    replicas: int | Literal["auto"] = Field(
+    replicas: Count = Field(
         "auto",
         description="seeds of one configuration trained together in one step, by one job; auto: as many as fit the GPU's "
         "memory (up to 16), since GPU-hours count; 1 without a GPU",
@@ -120,7 +126,6 @@ class SlurmProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_replicas(self.replicas)
         if self.gres is not None and "gpu" in self.gres and not self.gpus_per_node:
             raise ValueError(f"gres={self.gres} with gpus_per_node=0: say in gpus_per_node how many GPUs a node then has")
         if self.time_s < 60:
@@ -166,11 +171,6 @@ class SlurmProfile(Section):
 
 
 Profile = LocalProfile | SlurmProfile
-
-
-def _check_replicas(replicas: int | str) -> None:
-    if isinstance(replicas, int) and replicas < 1:
-        raise ValueError(f"replicas={replicas}: at least 1, or auto")
 
 
 def parse_time_s(text: str) -> int:

@@ -245,6 +245,8 @@ class Training:
                     continue
                 if left.get("state") == "failed":
                     self._leave(member, Ended("failed", None, str(left.get("reason"))))
+                elif left.get("state") == "apart":
+                    self._leave(member, Ended("interrupted", None, str(left.get("reason"))))
                 elif (stop := member.stop()) is not None and stop.get("reason") != self._asked:
                     self._leave(member, _stopped(stop, None))
 
@@ -268,6 +270,8 @@ class Training:
         for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
         if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
             return _stopped(stop, code)
+        if (left := read_json(member.attempt.left_json) or {}).get("state") == "apart":
+            return Ended("interrupted", code, str(left.get("reason")))
         return Ended("failed", code, failure_of(code, self.log))
 
 

@@ -77,7 +77,7 @@ def test_a_damaged_newest_is_warned_about_and_passed_over(run: RunDir, damage: s
         path.write_bytes(path.read_bytes().replace(b"PK", b"KP"))
     else:
         path.write_text("" if damage == "empty" else "no checkpoint")
-    with pytest.warns(RuntimeWarning, match=r"step_000000002\.pt: cannot be read \(\w+\); going back to the one before$"):
+    with pytest.warns(RuntimeWarning, match=r"step_000000002\.pt: cannot be read \(\w+\); it is passed over$"):
         assert newest_step(run) == 1
 
 

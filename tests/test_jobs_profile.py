@@ -42,7 +42,9 @@ def test_the_cluster_profile_names_every_key() -> None:
     ("text", "message"),
     [
         ("slot: 2", "unknown key slot; did you mean slots?"),
-        ("slots: 0", "slots=0: at least 1, or auto"),
+        ("slots: 0", "slots=0: expected a whole number, at least 1, or auto"),
+        ("replicas: many", "replicas=many: expected a whole number, at least 1, or auto"),
+        (f"{SLURM}time: '1:00:00'\nreplicas: 2.5", "replicas=2.5: expected a whole number, at least 1, or auto"),
         ("{gpus_per_run: 2, runs_per_gpu: 2}", "one of them must be 1"),
         (f"{SLURM}partitoin: gpu\ntime: '1:00:00'", "unknown key partitoin; did you mean partition?"),
         (f"{SLURM}time: 24:00:00", "time=86400: a number; put SLURM's time in quotes, such as time: '24:00:00'"),

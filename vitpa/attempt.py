@@ -68,9 +68,10 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
 
 def _state_left(run: RunDir, left: dict[str, Any]) -> tuple[str, str]:
     """State and reason of an attempt whose run has left those it was trained with."""
-    if left.get("state") == "failed":
-        return "failed", str(left.get("reason"))
-    return "cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}"
+    state = left.get("state")
+    if state == "stopped" and was_cancelled(run):
+        state = "cancelled"
+    return (state if state in ("failed", "cancelled") else "interrupted"), str(left.get("reason"))
 
 
 def was_cancelled(run: RunDir) -> bool:

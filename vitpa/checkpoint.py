@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import warnings
@@ -39,31 +40,40 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_newest(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, with its path; None if there is none. A damaged one is warned about."""
-    newest = load_newest_common([run])
-    return None if newest is None else newest[0]
+    path = in_step([run])[0]
+    return None if path is None else (path, load(path))
 
 
-def load_newest_common(runs: Sequence[RunDir]) -> list[tuple[Path, dict[str, Any]]] | None:
-    """The checkpoints of the newest step at which all of `runs` have one that can be read, with their paths.
+def in_step(runs: Sequence[RunDir]) -> dict[int, Path | None]:
+    """Those of `runs`, by number, that can go on together, each with its checkpoint of one step (None: from the start).
 
-    None if there is no such step. A damaged one is warned about.
+    As many as possible, at the newest step for which that holds. A checkpoint that cannot be read is warned about.
     """
-    names = [{path.name for path in _newest_first(run)} for run in runs]
-    for name in sorted(set.intersection(*names), reverse=True):
-        loaded = [(run.checkpoints / name, _load_or_warn(run.checkpoints / name)) for run in runs]
-        found = [(path, state) for path, state in loaded if state is not None]
-        if len(found) == len(runs):
-            return found
-    return None
+    readable = functools.cache(_is_readable)
+    found = [{path.name: path for path in _newest_first(run)} for run in runs]
+    best: dict[int, Path | None] = {}
+    for name in sorted(set().union(*found), reverse=True):
+        together: dict[int, Path | None] = {
+            number: paths[name] for number, paths in enumerate(found) if name in paths and readable(paths[name])
+        }
+        if len(together) == len(runs):
+            return together
+        if len(together) > len(best):
+            best = together
+    fresh: dict[int, Path | None] = {
+        number: None for number, paths in enumerate(found) if not any(readable(path) for path in paths.values())
+    }
+    return fresh if len(fresh) > len(best) else best
 
 
-def _load_or_warn(path: Path) -> dict[str, Any] | None:
+def _is_readable(path: Path) -> bool:
     try:
-        return load(path)
+        load(path)
     except Exception as error:  # torch.load raises many types on damaged files
         name = type(error).__name__  # torch's text has many lines and advises to run code from the file
-        warnings.warn(f"{path}: cannot be read ({name}); going back to the one before", RuntimeWarning, stacklevel=4)
-        return None
+        warnings.warn(f"{path}: cannot be read ({name}); it is passed over", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def _newest_first(run: RunDir) -> list[Path]:

@@ -146,6 +146,8 @@ class ProgressLine:
             parts.append(f"val top-1 {100 * shown['val/top1']:.2f} %")
         if "perf/images_per_s" in shown:
             parts.append(f"{shown['perf/images_per_s']:,.0f} images/s")
+        if "perf/images_per_s_together" in shown:
+            parts.append(f"{shown['perf/images_per_s_together']:,.0f} images/s together")
         return "  ".join(parts)
 
     def say(self, text: str) -> None:

@@ -213,6 +213,8 @@ class ReplicaSteps:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
+                for position in (self.done, self.next, self.eval_next):  # an epoch may have fewer steps
+                    position.zero_()
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -122,8 +123,9 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
     """
-    t = set_up(configs, group)
-    resume(t)
+    paths = group.from_main(resume_points(configs) if group.is_main else {})
+    t = set_up([configs[number] for number in paths], group)
+    resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
         if t.step < t.total_steps:
@@ -135,6 +137,9 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
         if finished:
             finish(t)
+    for replica in t.replicas:
+        if replica.left and not replica.failed and group.is_main:
+            print(f"seed {replica.config.seed} is not finished: {replica.left}", file=sys.stderr)
     failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
         raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
@@ -167,7 +172,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     images = {split: open_images(config, beton, group, resident=resident) for split, beton in betons.items()}
     why_not = why_not_together(config)
     if group.world_size > 1:
-        why_not = f"there are {group.world_size} processes"
+        why_not = f"{group.world_size} processes"
     elif not resident:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
@@ -262,9 +267,30 @@ def available_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def resume(t: Training) -> None:
-    """Continue from the newest checkpoints, if there are any, and record what this attempt runs with."""
-    paths = t.group.from_main(newest_checkpoints(t) if t.group.is_main else [])
+def resume_points(configs: Sequence[RunConfig]) -> dict[int, Path | None]:
+    """Those of the runs, by number, that are trained now, each with the checkpoint it goes on from (None: from the start).
+
+    They must be at the same step. The others leave: they go on apart, when they are started again.
+    """
+    paths = checkpoint.in_step([config.run_dir for config in configs])
+    at = next(iter(paths.values()))
+    step = "the start" if at is None else f"step {int(at.stem.removeprefix('step_'))}"
+    for number, config in enumerate(configs):
+        if number not in paths:
+            reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
+            print(f"seed {config.seed} is left out: {reason}", file=sys.stderr)
+            record_left(config.run_dir, "apart", reason)
+    return paths
+
+
+def record_left(run: RunDir, state: str, reason: str) -> None:
+    """Say in a run's attempt that those it was to be trained with go on without it."""
+    for attempt in run.attempts()[-1:]:
+        write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
+
+
+def resume(t: Training, paths: Sequence[Path]) -> None:
+    """Continue from the checkpoints, if there are any, and record what this attempt runs with."""
     for number, path in enumerate(paths):
         replica, state = t.replicas[number], checkpoint.load(path)
         if state.get("signature") != replica.config.signature:
@@ -292,19 +318,6 @@ def resume(t: Training) -> None:
             write_json(replica.run.env_json, document)
             for attempt in replica.run.attempts()[-1:]:
                 write_json(attempt.env_json, document)
-
-
-def newest_checkpoints(t: Training) -> list[Path]:
-    """The checkpoints from which all replicas go on, of one step; none if they are at their start."""
-    runs = [replica.run for replica in t.replicas]
-    newest = checkpoint.load_newest_common(runs)
-    if newest is not None:
-        return [path for path, _ in newest]
-    steps = {replica.config.seed: replica.run.newest_step() for replica in t.replicas}
-    if len(runs) > 1 and any(steps.values()):
-        where = ", ".join(f"seed {seed} at step {step}" for seed, step in steps.items())
-        raise TrainError(f"these runs have no checkpoint of the same step ({where}): train them one by one, without --seeds")
-    return []
 
 
 def open_logs(t: Training, stack: ExitStack) -> None:
@@ -428,8 +441,8 @@ def show(t: Training, metrics: Sequence[dict[str, float]]) -> None:
     """Put the mean of the replicas' metrics on the live line, and the images per second of all."""
     if t.line is not None and metrics:
         means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
-        if "perf/images_per_s" in means:
-            means["perf/images_per_s"] *= len(metrics)
+        if "perf/images_per_s" in means and len(metrics) > 1:
+            means["perf/images_per_s_together"] = means.pop("perf/images_per_s") * len(metrics)
         t.line.metrics(means)
 
 
@@ -444,19 +457,23 @@ def drop_non_finite(t: Training, bad_steps: Sequence[int]) -> None:
     Raises:
         TrainError: no replica is left.
     """
-    for number, replica in t.active:
-        bad_step = bad_steps[number]
-        if bad_step < NEVER:
-            reason = (
-                f"{replica.run.path}: the loss or its gradient became non-finite at step {bad_step} "
-                f"(epoch {bad_step / t.epoch_steps:.2f}); lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs, "
-                "or set train.precision=float32"
-            )
-            if len(t.replicas) == 1:
-                raise TrainError(reason)
-            drop(t, number, "failed", reason)
-    if not t.active:
-        raise TrainError("; ".join(replica.left for replica in t.replicas if replica.failed))
+    bad = [(number, bad_steps[number]) for number, _ in t.active if bad_steps[number] < NEVER]
+    mend = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
+    if t.config.train.precision != "float32":
+        mend += ", or set train.precision=float32"
+    reasons = {
+        number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {bad_step} "
+        f"(epoch {bad_step / t.epoch_steps:.2f}); {mend}"
+        for number, bad_step in bad
+    }
+    if bad and len(bad) == len(t.active):
+        if t.group.is_main and len(t.replicas) > 1:
+            for number, reason in reasons.items():
+                record_left(t.replicas[number].run, "failed", reason)
+        more = f"; so did {len(bad) - 1} more of the runs trained together" if bad[1:] else ""
+        raise TrainError(reasons[bad[0][0]] + more)
+    for number, reason in reasons.items():
+        drop(t, number, "failed", reason)
 
 
 def drop(t: Training, number: int, state: str, reason: str) -> None:
@@ -466,8 +483,7 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
     t.steps.freeze(number)
     say(t, f"seed {replica.config.seed} is not trained any more, the others go on: {reason}")
     if t.group.is_main:
-        for attempt in replica.run.attempts()[-1:]:
-            write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
+        record_left(replica.run, state, reason)
 
 
 def evaluate(t: Training) -> list[dict[str, float]]:
@@ -583,17 +599,27 @@ def out_of_memory(configs: Sequence[RunConfig]) -> str:
 
 
 def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
-    """The runs that a command asks for: that of the configuration, or one for each of `seeds`."""
+    """The runs that a command asks for: that of the configuration, or one for each of `seeds`.
+
+    Raises:
+        ConfigError: the configuration cannot be used, or asks for a seed itself.
+    """
     if seeds is None:
         return [load_config(path, overrides)]
+    for override in overrides:
+        if override.startswith("seed="):
+            raise ConfigError(f"{override} and --seeds: say one of the two")
     return [load_config(path, [*overrides, f"seed={seed}"]) for seed in seeds]
 
 
 def seed_list(text: str) -> list[int]:
     """The seeds in a text such as 0,1,2."""
-    seeds = [int(word) for word in text.split(",")]
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seeds with commas between, such as 0,1,2") from error
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{text}: a seed comes up twice")
+        raise argparse.ArgumentTypeError(f"{text}: a seed comes up twice")
     return seeds
 
 
@@ -626,7 +652,8 @@ def command_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
-    options = command_parser().parse_args(arguments)
+    options = command_parser().parse_intermixed_args(arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
     try:
         configs = configs_of(options.config, options.overrides, options.seeds)
         group = distributed.join(configs[0].runtime.device)
@@ -635,6 +662,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 unfinished, refused = [], None
                 if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
                     try:
+                        if len(configs) > 1 and group.world_size > 1:
+                            raise ConfigError("--seeds: several seeds are trained by one process, without torchrun")
                         unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
                     except (ConfigError, RunError, OSError) as error:
                         refused = error
