@@ -618,6 +618,14 @@ class TestOnGpu:
         assert together(words) == 0
         check_same(words, undisturbed)
 
+    def test_an_epoch_may_have_fewer_steps_than_it_takes_to_warm_up(
+        self, digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        words = arguments(digits, tmp_path, *GPU, "train.global_batch_size=1000", "train.epochs=2", "runtime.step=graph")
+        assert together(words) == 0
+        assert "no CUDA graph of the step could be made" not in capfd.readouterr().err
+        assert [result_of([*words, f"seed={seed}"]).steps for seed in SEEDS] == [2] * 3
+
     def test_a_group_is_trained_as_each_alone(self, digits: Path, tmp_path: Path) -> None:
         options = [*GPU, *AUGMENTED, "train.precision=bfloat16", "train.epochs=2"]
         words, alone = (arguments(digits, tmp_path / name, *options) for name in ("together", "alone"))
