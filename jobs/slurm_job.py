@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -404,7 +406,8 @@ class _Job:
             if self._told_to_end():  # also while the controller did not answer
                 return "cancelled"
             try:
-                self.scheduler.requeue(self.place.job)
+                with _shielded():
+                    self.scheduler.requeue(self.place.job)
             except SchedulerError as error:
                 refusal = str(error)
                 time.sleep(REQUEUE_WAIT_S)
@@ -419,7 +422,8 @@ class _Job:
             return
         others = [self.profile["exclude"], *nodes.failed(self.root)]  # the list that SLURM has is replaced
         try:
-            self.scheduler.leave_out(self.place.job, dict.fromkeys(filter(None, [*others, without_node])))
+            with _shielded():
+                self.scheduler.leave_out(self.place.job, dict.fromkeys(filter(None, [*others, without_node])))
         except SchedulerError as error:
             _say(f"cannot keep the job off {without_node}: {error}")
 
@@ -459,6 +463,16 @@ def _verdict(detail: str, blames: str) -> dict[str, Any]:
 
 def _following(attempt: AttemptDir) -> Path:
     return attempt.path.with_name(f"{attempt.number + 1:04d}")
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Keep SIGTERM from what is started in the body: SLURM sends it to every process of a job as soon as that is requeued."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_port() -> int:
