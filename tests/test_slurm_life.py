@@ -36,7 +36,7 @@ DIGITS = {
     "dataset": "digits",
     "model": MODEL,
     "augment": {"crop": "none", "hflip": False},
-    "train": {**TRAIN, "epochs": 25},
+    "train": {**TRAIN, "epochs": 50},  # long enough to be caught in the middle on a busy machine
     "optim": {"warmup_epochs": 0},
 }
 PHOTOS = {
