@@ -270,8 +270,6 @@ class Training:
         for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
         if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
             return _stopped(stop, code)
-        if (left := read_json(member.attempt.left_json) or {}).get("state") == "apart":
-            return Ended("interrupted", code, str(left.get("reason")))
         return Ended("failed", code, failure_of(code, self.log))
 
 
