@@ -38,28 +38,33 @@ class Window:
         """Close the window and open the next one; the host does not wait for the device."""
         values = torch.cat([self.sums, self.grad_norm.double()[:, None], self.bad_step.double()[:, None]], dim=1)
         self.sums.zero_()
-        if values.device.type == "cpu":
-            return Row(values, None)
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return Row(on_host, copied)
+        return Row.sent(values)
 
 
 @dataclass(frozen=True)
 class Row:
-    """The sums of a closed window, on their way to the host."""
+    """Values of R runs, such as the sums of a closed window, on their way to the host."""
 
     values: Tensor
     copied: torch.cuda.Event | None
+
+    @classmethod
+    def sent(cls, values: Tensor) -> Row:
+        """Send `values` (R, ...), a tensor that is not written to any more; the host does not wait for the device."""
+        if values.device.type == "cpu":
+            return cls(values, None)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return cls(on_host, copied)
 
     def arrived(self) -> bool:
         """Whether `read` would not wait."""
         return self.copied is None or self.copied.query()
 
     def read(self) -> Tensor:
-        """The sums, the gradient's norm and the bad step, as a float64 tensor (R, 5) on the host. Waits for it."""
+        """The values, on the host. Waits for them. Those of a window: its sums, the gradient's norm, the bad step (R, 5)."""
         while not self.arrived():  # not Event.synchronize, which takes a whole core
             time.sleep(0.0002)
         return self.values
