@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitpa.config import AugmentConfig
 from vitpa.data import augment
+from vitpa.data.augment import epoch_keys
 from vitpa.data.batches import eval_batches
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
 from vitpa.data.counter_rng import Purpose, key
@@ -50,7 +51,9 @@ def test_pixels_and_labels_are_those_of_the_file(val: Beton, stored: Tensor) -> 
 def test_training_without_augmentation_is_normalisation_alone(val: Beton, stored: Tensor) -> None:
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
     seen = []
-    for samples, (images, labels) in zip(order.split(100), resident(val).train_batches(order.split(100), 3), strict=True):
+    data = resident(val)
+    for samples, batch in zip(order.split(100), data.train_batches(order.split(100), 3), strict=True):
+        images, labels = data.augmentation(batch.images, batch.samples, epoch_keys([0], 3)), batch.labels
         expected = (stored[samples].double() / 255 - DIGITS.mean[0]) / DIGITS.std[0]
         assert images.dtype == torch.float32
         torch.testing.assert_close(images.double(), expected, atol=1e-5, rtol=1e-5)
@@ -71,7 +74,8 @@ def test_augmentation_is_that_of_the_functions(val: Beton, stored: Tensor, crop:
         expected = augment.horizontal_flip(expected, samples, stream=key(5, Purpose.FLIP, 9))
     images = resident(val, options, seed=5)
     assert torch.equal(images.augmented(samples, 9), expected)
-    ((got, _labels),) = images.train_batches([samples], 9)
+    (batch,) = images.train_batches([samples], 9)
+    got = images.augmentation(batch.images, batch.samples, epoch_keys([5], 9))
     assert torch.equal(got, images.augmentation.normalize(expected))
     assert torch.equal(images.images, stored)  # the originals stay as they are
 
@@ -89,12 +93,13 @@ def test_epochs_and_seeds_differ_and_the_batch_does_not_matter(val: Beton) -> No
 def test_evaluation_takes_every_image_once_and_none_of_the_padding(val: Beton, stored: Tensor) -> None:
     images = resident(val, AugmentConfig(crop="padded", hflip=True))  # neither is for evaluation
     batches = list(eval_batches(num_samples=len(val), batch_size=100, rank=0, world_size=1))
-    found = [(batch, labels) for batch, labels in images.eval_batches(batches)]
-    labels = torch.cat([labels for _, labels in found])
+    found = list(images.eval_batches(batches))
+    labels = torch.cat([batch.labels for batch in found])
+    assert torch.equal(torch.cat([batch.samples for batch in found]), torch.cat(batches))
     real = labels >= 0
     assert labels[~real].tolist() == [-1] * 40
     assert labels[real].tolist() == val.labels.tolist()
-    assert torch.equal(torch.cat([batch for batch, _ in found])[real], images.augmentation.normalize(stored))
+    assert torch.equal(torch.cat([batch.images for batch in found])[real], stored)
 
 
 def test_content_that_is_not_what_the_manifest_says_is_refused(val: Beton, tmp_path: Path) -> None:

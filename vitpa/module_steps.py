@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from vitpa.config import RunConfig
-from vitpa.data.batches import eval_batches, train_batches
+from vitpa.data.augment import epoch_keys
+from vitpa.data.batches import Batch, eval_batches, train_batches
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.resident import ResidentImages
 from vitpa.data.stream import StreamedImages
@@ -27,8 +28,6 @@ from vitpa.optim import load_moments
 from vitpa.window import Window
 
 EVAL_BATCH_SIZE = 512
-
-MicroBatches = Iterator[tuple[Tensor, Tensor]]
 
 
 class ModuleSteps:
@@ -53,7 +52,8 @@ class ModuleSteps:
         self.network: Any = DistributedDataParallel(self.forward) if group.world_size > 1 else self.forward
         self.window = Window(1, group.device)
         self.done = 0
-        self.batches: MicroBatches = iter(())
+        self.batches: Iterator[Batch] = iter(())
+        self.keys = torch.zeros(1, max(Purpose) + 1, dtype=torch.int64, device=group.device)
 
     def prepare(self, step: int, epoch_steps: int) -> list[str]:
         """Be ready for the step after `step` steps; what could not be had as `runtime.step` asks."""
@@ -92,6 +92,7 @@ class ModuleSteps:
             world_size=group.world_size,
             start_step=step,
         )
+        self.keys.copy_(epoch_keys([config.seed], epoch))
         self.batches = self.images["train"].train_batches((micro for step in indices for micro in step), epoch)
         self.model.train()
 
@@ -101,7 +102,8 @@ class ModuleSteps:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = self.learning_rate(self.done)
         for micro in range(accum_steps):
-            images, labels = next(self.batches)
+            batch = next(self.batches)
+            images, labels = self.images["train"].augmentation(batch.images, batch.samples, self.keys), batch.labels
             if config.model.drop_path_rate:
                 torch.manual_seed(key(config.seed, Purpose.DROP_PATH, self.done, micro, self.group.rank))
             more = isinstance(self.network, DistributedDataParallel) and micro + 1 < accum_steps
@@ -127,9 +129,11 @@ class ModuleSteps:
         indices = eval_batches(num_samples=num_samples, batch_size=batch_size, rank=group.rank, world_size=group.world_size)
         sums = torch.zeros(1, 4, dtype=torch.float64, device=group.device)
         self.model.eval()
-        for images, labels in self.images["val"].eval_batches(indices):
+        val = self.images["val"]
+        for batch in val.eval_batches(indices):
+            labels = batch.labels
             with self._autocast():
-                logits = self.forward(images)
+                logits = self.forward(val.augmentation.normalize(batch.images))
             real = labels >= 0  # the others fill up the last batch
             loss = F.cross_entropy(logits.float(), labels, ignore_index=-1, reduction="sum")
             hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # B, 5

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from vitpa.data.augment import epoch_keys
 from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
+from vitpa.data.gpu_decoder import why_not_gpu
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
@@ -169,7 +170,8 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
 
     resident = images_are_resident(config, betons, group)
-    images = {split: open_images(config, beton, group, resident=resident) for split, beton in betons.items()}
+    decoder = None if resident else choose_decoder(config, betons["train"], group)
+    images = {split: open_images(config, beton, group, decoder=decoder) for split, beton in betons.items()}
     why_not = why_not_together(config)
     if group.world_size > 1:
         why_not = f"{group.world_size} processes"
@@ -252,13 +254,34 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     return fits
 
 
-def open_images(config: RunConfig, beton: Beton, group: Group, *, resident: bool) -> ResidentImages | StreamedImages:
-    """The images of a .beton, on the device or decoded when they are needed."""
+def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cpu", "gpu"]:
+    """What decodes images that are streamed: as the user says, else the GPU if it decodes one of `beton`.
+
+    Raises:
+        TrainError: the GPU is asked for and cannot do it.
+    """
+    asked = config.runtime.decoder
+    if asked == "cpu" or (asked == "auto" and group.device.type == "cpu"):
+        return "cpu"
+    reason = why_not_gpu(beton, img_size=config.model.img_size, device=group.device)
+    if reason and asked == "gpu":
+        raise TrainError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
+    if reason and group.is_main:
+        print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
+    return "cpu" if reason else "gpu"
+
+
+def open_images(
+    config: RunConfig, beton: Beton, group: Group, *, decoder: Literal["cpu", "gpu"] | None
+) -> ResidentImages | StreamedImages:
+    """The images of a .beton, on the device (`decoder` None) or decoded when they are needed."""
     facts, size, seed, device = facts_of(config.dataset), config.model.img_size, config.seed, group.device
-    if resident:
+    if decoder is None:
         return ResidentImages(*decoded(beton, size), facts, config.augment, seed=seed, device=device)
     workers = config.runtime.workers or group.cpus
-    return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers)
+    return StreamedImages(
+        beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers, decoder=decoder
+    )
 
 
 def available_memory() -> int:

@@ -1,4 +1,4 @@
-"""Small data sets: all images as one uint8 tensor on the device, batches cut and augmented there."""
+"""Small data sets: all images as one uint8 tensor on the device, batches cut there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitpa.config import AugmentConfig
 from vitpa.data import augment
+from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, BetonError
 from vitpa.datasets import DatasetFacts
 
@@ -55,23 +56,21 @@ class ResidentImages:
         """Bytes of device memory that the decoded images of `beton` take."""
         return int((beton.heights.astype(np.int64) * beton.widths).sum()) * 3
 
-    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each int64 tensor of sample indices (B,): augmented images (B, 3, H, W) float32 and labels (B,)."""
-        keys = self._keys(epoch)
+    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
+        """A batch for each int64 tensor of sample indices (B,); whole images look the same in every epoch."""
         for samples in indices:
             on_device = samples.to(self.device, non_blocking=True)
-            yield self.augmentation(self.images[on_device], on_device, keys), self.labels[on_device]
+            yield Batch(self.images[on_device], on_device, self.labels[on_device])
 
     def augmented(self, samples: Tensor, epoch: int) -> Tensor:
         """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
         samples = samples.to(self.device)
-        return self.augmentation.uint8(self.images[samples], samples, self._keys(epoch))
+        keys = augment.epoch_keys([self.seed], epoch).to(self.device)
+        return self.augmentation.uint8(self.images[samples], samples, keys)
 
-    def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same without augmentation; index -1 gives some image with the label -1."""
+    def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """The same for an evaluation; index -1 gives some image with the label -1."""
         for samples in indices:
             on_device = samples.to(self.device, non_blocking=True)
-            yield self.augmentation.normalize(self.images[on_device]), torch.where(on_device < 0, -1, self.labels[on_device])
-
-    def _keys(self, epoch: int) -> Tensor:
-        return augment.epoch_keys([self.seed], epoch).to(self.device)
+            labels = torch.where(on_device < 0, -1, self.labels[on_device])
+            yield Batch(self.images[on_device], on_device, labels)
