@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,8 +53,8 @@ class Slot:
     images: Tensor  # (room for B, 3, S, S) uint8
     numbers: Tensor  # (2, room for B) int64: samples and labels
     batch_size: int = 0
-    ready: torch.cuda.Event = field(default_factory=partial(torch.cuda.Event, blocking=True))
-    used: torch.cuda.Event = field(default_factory=partial(torch.cuda.Event, blocking=True))
+    ready: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
+    used: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
 
 
 class GpuDecoder:
