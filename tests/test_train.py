@@ -280,6 +280,7 @@ def test_a_run_that_another_process_trains_is_refused(
         ("dataset=digit", r"digits"),
         ("runtime.loader=resident augment.crop=random_resized", r"runtime.loader=resident takes whole images"),
         ("runtime.loader=resident model.img_size=16", r"runtime.loader=stream"),
+        ("runtime.loader=stream runtime.decoder=gpu", r"runtime.decoder=gpu: there is no GPU; set runtime.decoder=cpu$"),
     ],
 )
 def test_errors_are_one_line(
