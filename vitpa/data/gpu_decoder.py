@@ -44,6 +44,7 @@ class Stored:
     ends: Ints  # (B + 1,): image i has the bytes ends[i] to ends[i + 1] of `bytes`
     skipped: Ints  # (B,): bytes of the image that are left out at its beginning
     bytes: Tensor  # uint8
+    parts: tuple[Tensor, ...]  # B views of them
 
 
 @dataclass
@@ -142,7 +143,7 @@ class GpuDecoder:
         ends = np.concatenate([[0], np.cumsum(sizes)])
         with torch.cuda.device(self.device):
             memory = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=True)
-        return Stored(samples, crops, is_jpeg, ends, skipped, memory)
+        return Stored(samples, crops, is_jpeg, ends, skipped, memory, memory.split(sizes.tolist()))
 
     def _read(self, located: Future[Stored], rows: Ints) -> None:
         stored = located.result()
@@ -180,19 +181,18 @@ class GpuDecoder:
             self.held.popleft()[0].synchronize()
         ours = rows[stored.is_jpeg[rows]]
         decoded = self._decode_jpegs(stored, ours)
-        addresses = dict(zip(ours.tolist(), (image.data_ptr() for image in decoded), strict=True))
         first, last = int(stored.ends[rows[0]]), int(stored.ends[rows[-1] + 1])
         if len(ours) < len(rows):
             if self.pixels.numel() < last - first:
                 self.stream.synchronize()
                 self.pixels = self.pixels.new_empty((last - first) * 5 // 4)
             self.pixels[: last - first].copy_(stored.bytes[first:last], non_blocking=True)
-        raw = self.pixels.data_ptr() - first + stored.ends[rows]
-        bases = np.array([addresses.get(row, 0) for row in rows.tolist()], np.int64)
+        bases = self.pixels.data_ptr() - first + stored.ends[rows]
+        bases[stored.is_jpeg[rows]] = [image.data_ptr() for image in decoded]
         samples = stored.samples.numpy()[rows]
         plan = plan_of(
             Crops(*(each[rows] for each in stored.crops)),
-            np.where(stored.is_jpeg[rows], bases, raw),
+            bases,
             stored.is_jpeg[rows],
             self.beton.heights[samples],
             self.beton.widths[samples],
@@ -207,9 +207,8 @@ class GpuDecoder:
         """The decoded images `rows` (n,) of a batch, (3, H, W) uint8 each, of their own sizes."""
         if not len(rows):
             return []
-        begins, ends = stored.ends[rows].tolist(), stored.ends[rows + 1].tolist()
-        jpegs = [stored.bytes[begin:end] for begin, end in zip(begins, ends, strict=True)]
         samples = stored.samples.numpy()[rows]
+        jpegs = [stored.parts[row] for row in rows.tolist()]
         try:
             decoded: list[Tensor] = torch.ops.image.decode_jpegs_cuda(jpegs, RGB, self.device)
         except torch.OutOfMemoryError:
@@ -222,8 +221,9 @@ class GpuDecoder:
                 f"{self.beton.path}: nvJPEG cannot decode one of the samples {', '.join(map(str, samples.tolist()))} "
                 f"({reason}); set runtime.decoder=cpu"
             ) from error
-        for image, sample in zip(decoded, samples.tolist(), strict=True):
-            if image.shape != (3, self.beton.heights[sample], self.beton.widths[sample]):
+        sizes = self.beton.heights[samples].tolist(), self.beton.widths[samples].tolist()
+        for image, sample, *size in zip(decoded, samples.tolist(), *sizes, strict=True):
+            if image.shape != (3, *size):
                 raise self.beton.undecodable(sample)
         return decoded
 
