@@ -135,16 +135,18 @@ class CpuDecoder:
         for row, (index, left, top, width, height, to_width, to_height, window_left, window_top) in enumerate(rows):
             if index < 0:
                 continue
-            pixels = self.beton.read_image(index, self._room(index))[top : top + height, left : left + width]
-            image = Image.fromarray(pixels).resize((to_width, to_height), Image.Resampling.BILINEAR)
+            region = self._pixels(index)[top : top + height, left : left + width]
+            image = Image.fromarray(region).resize((to_width, to_height), Image.Resampling.BILINEAR)
             window = (window_left, window_top, window_left + self.img_size, window_top + self.img_size)
             out[row] = np.asarray(image if image.size == out.shape[1:3] else image.crop(window))
 
-    def _room(self, index: int) -> Pixels:
-        """(H, W, 3) uint8 for an image, in memory of this thread: fresh memory for each would cost a page fault per 4 kB."""
+    def _pixels(self, index: int) -> Pixels:
+        """An image (H, W, 3); a JPEG is decoded to memory of this thread, since fresh memory costs a page fault per 4 kB."""
         shape = int(self.beton.heights[index]), int(self.beton.widths[index]), 3
+        if not self.beton.is_jpeg[index]:
+            return self.beton.stored(index).reshape(shape)
         size = shape[0] * shape[1] * shape[2]
-        pixels: Pixels = getattr(self.buffers, "pixels", np.empty(0, np.uint8))
-        if pixels.size < size:
-            self.buffers.pixels = pixels = np.empty(size, np.uint8)
-        return pixels[:size].reshape(shape)
+        memory: Pixels = getattr(self.buffers, "pixels", np.empty(0, np.uint8))
+        if memory.size < size:
+            self.buffers.pixels = memory = np.empty(size, np.uint8)
+        return self.beton.read_image(index, memory[:size].reshape(shape))
