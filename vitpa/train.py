@@ -96,7 +96,9 @@ class Training:
     step: int = 0  # done, by all
     val: list[dict[str, float]] = field(default_factory=list)  # the newest evaluation, per replica
     line: ProgressLine | None = None  # in the main process
+    checkpoints: checkpoint.Writer | None = None  # in the main process
     open_row: tuple[int, int, Row] | None = None  # step, steps and sums of a closed window that is not written yet
+    open_evaluation: tuple[int, int, Row] | None = None  # step, epoch and sums of an evaluation that is not written yet
     row_s: float = 0.0  # time.monotonic() of the last row
     counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
@@ -128,12 +130,13 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
+        t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         if t.step < t.total_steps:
             if t.steps.compiles:
                 say(t, "compiling the step, which takes about a minute")
             for note in t.steps.prepare(t.step, t.epoch_steps):
                 say(t, note)
-        t.counted_s = t.saved_s = time.monotonic()
+        t.row_s = t.counted_s = t.saved_s = time.monotonic()
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
         if finished:
             finish(t)
@@ -373,12 +376,11 @@ def train_epoch(t: Training, epoch: int) -> bool:
     """Train from the present step to the end of `epoch`, with the evaluation if one is due; False if told to stop."""
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
-    row_step, t.row_s = t.step, time.monotonic()
+    row_step = t.step
     while t.step < last_step:
         t.steps.step()
         t.step += 1
-        if t.open_row is not None and t.open_row[2].arrived():
-            write_row(t)
+        write_arrived(t)
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
             close_window(t, steps=t.step - row_step)
             row_step = t.step
@@ -386,14 +388,9 @@ def train_epoch(t: Training, epoch: int) -> bool:
             t.line.move(t.step)
         if t.step < last_step and not save_or_stop(t):
             return False
-    write_row(t)
     last_epoch = epoch + 1 == t.config.train.epochs
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
-        t.val = evaluate(t)
-        for number, replica in t.active:
-            if replica.logs is not None:
-                replica.logs.row(t.step, epoch + 1, t.val[number])
-        show(t, [t.val[number] for number, _ in t.active])
+        t.open_evaluation = (t.step, epoch + 1, Row.sent(t.group.sum(t.steps.evaluate()).clone()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
@@ -402,13 +399,35 @@ def train_epoch(t: Training, epoch: int) -> bool:
 def close_window(t: Training, steps: int) -> None:
     """End the window of training metrics, of `steps` steps in this process; its row is written when the device is there.
 
-    The device goes on meanwhile, by no more than one window.
+    The device goes on meanwhile, by no more than one window and an evaluation.
     """
-    write_row(t)
+    write_rows(t)
     window = t.steps.window
     t.group.sum(window.sums)
     t.group.minimum(window.bad_step)
     t.open_row = (t.step, steps, window.take())
+
+
+def write_arrived(t: Training) -> None:
+    """Write the rows that are open and need not be waited for."""
+    if t.open_row is not None and t.open_row[2].arrived():
+        write_row(t)
+    if t.open_evaluation is not None and t.open_evaluation[2].arrived():
+        write_rows(t)
+
+
+def write_rows(t: Training) -> None:
+    """Write the rows that are open: of the window that was closed last, then of the evaluation after it."""
+    write_row(t)
+    if t.open_evaluation is None:
+        return
+    (step, epoch, row), t.open_evaluation = t.open_evaluation, None
+    t.val = evaluation_metrics(row.read(), num_samples=t.num_samples["val"])
+    t.row_s = time.monotonic()
+    for number, replica in t.active:
+        if replica.logs is not None:
+            replica.logs.row(step, epoch, t.val[number])
+    show(t, [t.val[number] for number, _ in t.active])
 
 
 def write_row(t: Training) -> None:
@@ -486,12 +505,11 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
         record_left(replica.run, state, reason)
 
 
-def evaluate(t: Training) -> list[dict[str, float]]:
-    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, every image of the val split counted once."""
-    sums = t.group.sum(t.steps.evaluate())
+def evaluation_metrics(sums: Tensor, *, num_samples: int) -> list[dict[str, float]]:
+    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes (R, 4)."""
     metrics = []
     for loss_sum, top1, top5, count in sums.tolist():
-        assert count == t.num_samples["val"], f"evaluated {count} of {t.num_samples['val']} images"
+        assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
         metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
     return metrics
 
@@ -507,6 +525,8 @@ def save_or_stop(t: Training) -> bool:
         due = due or late or bool(stopped)
     if due:
         save(t)
+    if stopped and t.checkpoints is not None:
+        t.checkpoints.wait()
     stopped = [number for number, _ in t.active if number in stopped]
     everyone = bool(stopped) and len(stopped) == len(t.active)
     for number in stopped:
@@ -528,8 +548,10 @@ def told_to_stop(t: Training) -> list[int]:
 
 
 def save(t: Training) -> None:
-    """Write checkpoints of the present step."""
-    write_row(t)
+    """Write checkpoints of the present step: begin to, the thread of `t.checkpoints` does it."""
+    write_rows(t)
+    if t.checkpoints is not None:
+        t.checkpoints.wait()
     window = t.steps.window
     drop_non_finite(t, t.group.minimum(window.bad_step.clone()).tolist())  # broken weights would make a run unrepairable
     sums = t.group.sum(window.sums.clone())
@@ -542,8 +564,9 @@ def save(t: Training) -> None:
             state = {"signature": replica.config.signature, "beton_sha256": t.beton_sha256}
             state |= {"progress": vars(progress), "window": sums[number].clone()}
             state["optimizer"] = t.steps.optimizer_state(number, t.step)
-            state["model"] = {name: value.clone() for name, value in replica.model.state_dict().items()}  # not the whole stack
-            checkpoint.save(replica.run, t.step, state)
+            state["model"] = replica.model.state_dict()
+            assert t.checkpoints is not None
+            t.checkpoints.save(replica.run, t.step, state)
     t.saved_s = time.monotonic()
 
 
@@ -561,8 +584,9 @@ def count_time(t: Training) -> None:
 def finish(t: Training) -> None:
     """Write the last checkpoints and, last of all, each result.json."""
     save(t)
-    if not t.group.is_main:
+    if t.checkpoints is None:
         return
+    t.checkpoints.wait()
     for _, replica in t.active:
         config, progress = replica.config, replica.progress
         result = Result(
