@@ -172,7 +172,6 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
         f"augment.crop={crop}",
         "augment.crop_padding_px=1",
         "runtime.cpu_threads=1",
-        "runtime.accum_steps=2",  # so that both take their steps in the same way
     ]
     resident = trained(arguments(digits, tmp_path / "resident", *options, "runtime.loader=resident"))
     streamed = trained(arguments(digits, tmp_path / "streamed", *options, "runtime.loader=stream"))

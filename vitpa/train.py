@@ -7,7 +7,7 @@ A run killed at any moment and started again continues from its newest checkpoin
 bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
 Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone. The
-steps themselves are in vitpa/replicas.py, and for what those cannot do (several processes, ...) in vitpa/module_steps.py.
+steps themselves are in vitpa/replicas.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,11 @@ from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import claimed_attempt
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
-from vitpa.data.augment import epoch_keys
+from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
+from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
@@ -42,7 +43,6 @@ from vitpa.distributed import Group
 from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
-from vitpa.module_steps import ModuleSteps
 from vitpa.optim import adamw, learning_rate
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
@@ -87,11 +87,10 @@ class Training:
 
     config: RunConfig  # of the first; the others differ in the seed
     group: Group
-    images: dict[str, ResidentImages | StreamedImages]  # by split
     num_samples: dict[str, int]
     beton_sha256: dict[str, str]
     replicas: list[Replica]
-    steps: ReplicaSteps | ModuleSteps
+    steps: ReplicaSteps
     epoch_steps: int
     step: int = 0  # done, by all
     val: list[dict[str, float]] = field(default_factory=list)  # the newest evaluation, per replica
@@ -130,11 +129,12 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
+        stack.callback(t.steps.feed.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         if t.step < t.total_steps:
             if t.steps.compiles:
                 say(t, "compiling the step, which takes about a minute")
-            for note in t.steps.prepare(t.step, t.epoch_steps):
+            for note in t.steps.prepare(t.step):
                 say(t, note)
         t.row_s = t.counted_s = t.saved_s = time.monotonic()
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
@@ -172,58 +172,48 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
 
     resident = images_are_resident(config, betons, group)
-    images = {split: open_images(config, beton, group, resident=resident) for split, beton in betons.items()}
     why_not = why_not_together(config)
-    if group.world_size > 1:
-        why_not = f"{group.world_size} processes"
-    elif not resident:
+    if not resident:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
         raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
+    feed, augmentation = open_feed(configs, betons, group, resident=resident)
     models = [
         build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
         for each in configs
     ]
-    optimizers = [make_optimizer(config, model) for model in models]
-    rate = partial(
-        learning_rate,
-        peak=config.optim.lr,
-        minimum=config.optim.min_lr,
-        warmup_steps=round(config.optim.warmup_epochs * epoch_steps),
-        total_steps=config.train.epochs * epoch_steps,
+    steps = ReplicaSteps(
+        config,
+        group,
+        seeds=[each.seed for each in configs],
+        models=models,
+        optimizers=[make_optimizer(config, model) for model in models],
+        feed=feed,
+        augmentation=augmentation,
+        learning_rates=learning_rates(config, epoch_steps),
     )
-    steps: ReplicaSteps | ModuleSteps
-    if not why_not:
-        steps = ReplicaSteps(
-            config,
-            seeds=[each.seed for each in configs],
-            models=models,
-            optimizers=optimizers,
-            images={split: each for split, each in images.items() if isinstance(each, ResidentImages)},
-            learning_rates=torch.tensor(
-                [rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64
-            ),
-        )
-    else:
-        steps = ModuleSteps(
-            config,
-            group,
-            model=models[0],
-            optimizer=optimizers[0],
-            images=images,
-            num_samples=num_samples,
-            learning_rate=rate,
-        )
     return Training(
         config=config,
         group=group,
-        images=images,
         num_samples=num_samples,
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
         replicas=[Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)],
         steps=steps,
         epoch_steps=epoch_steps,
     )
+
+
+def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
+    """The learning rate of each step of the whole run: (steps,) float64."""
+    optim, total_steps = config.optim, config.train.epochs * epoch_steps
+    rate = partial(
+        learning_rate,
+        peak=optim.lr,
+        minimum=optim.min_lr,
+        warmup_steps=round(optim.warmup_epochs * epoch_steps),
+        total_steps=total_steps,
+    )
+    return torch.tensor([rate(step) for step in range(total_steps)], dtype=torch.float64)
 
 
 def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
@@ -255,13 +245,29 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     return fits
 
 
-def open_images(config: RunConfig, beton: Beton, group: Group, *, resident: bool) -> ResidentImages | StreamedImages:
-    """The images of a .beton, on the device or decoded when they are needed."""
-    facts, size, seed, device = facts_of(config.dataset), config.model.img_size, config.seed, group.device
+def open_feed(
+    configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, resident: bool
+) -> tuple[ResidentFeed | StreamedFeed, Augmentation]:
+    """The source of the batches, its images on the device or decoded when they are needed, and their augmentation."""
+    config = configs[0]
+    facts, size, options, accum_steps = (
+        facts_of(config.dataset),
+        config.model.img_size,
+        config.augment,
+        config.runtime.accum_steps,
+    )
+    augmentation = Augmentation(options, facts, img_size=size, device=group.device)
+    batch_size = config.train.global_batch_size // (group.world_size * accum_steps)
     if resident:
-        return ResidentImages(*decoded(beton, size), facts, config.augment, seed=seed, device=device)
+        seeds = [each.seed for each in configs]
+        images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
+        return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps), augmentation
     workers = config.runtime.workers or group.cpus
-    return StreamedImages(beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers)
+    streamed = {
+        split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=group.device, workers=workers)
+        for split, beton in betons.items()
+    }
+    return StreamedFeed(streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps), augmentation
 
 
 def available_memory() -> int:
@@ -332,7 +338,8 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     name = f"{config.dataset}-{config.model.attention}-s{seeds}"
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
-    place = f"on {t.group.device} ({type(t.images['train']).__name__}) in {where}"
+    images = "resident" if isinstance(t.steps.feed, ResidentFeed) else "streamed"
+    place = f"on {t.group.device} ({images} images) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     for replica in t.replicas:
         logs = Logs(replica.run, restored_step=step, tensorboard=config.runtime.tensorboard)
@@ -350,12 +357,14 @@ def open_logs(t: Training, stack: ExitStack) -> None:
 
 def augmented(t: Training, replica: Replica) -> Tensor:
     """The first images of the training set as the first epoch of a replica sees them: (B, 3, H, W) uint8."""
-    images, samples = t.images["train"], torch.arange(min(64, t.num_samples["train"]))
-    if isinstance(images, StreamedImages):
-        return images.augmented(samples, epoch=0)
-    keys = epoch_keys([replica.config.seed], 0).to(images.device)
-    samples = samples.to(images.device)
-    return images.augmentation.uint8(images.images[samples], samples, keys)
+    feed, samples = t.steps.feed, torch.arange(min(64, t.num_samples["train"]))
+    if isinstance(feed, ResidentFeed):
+        samples = samples.to(t.group.device)
+        images = feed.images["train"].images[samples]
+    else:
+        with closing(feed.images["train"].train_batches([samples], epoch=0)) as batches:
+            images, samples, _ = next(batches)
+    return t.steps.augmentation.uint8(images, samples, epoch_keys([replica.config.seed], 0).to(t.group.device))
 
 
 def show_positions(t: Training) -> None:

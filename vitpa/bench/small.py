@@ -18,13 +18,15 @@ from typing import Any, Literal
 
 import torch
 
+from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
+from vitpa.data.augment import Augmentation
+from vitpa.data.feed import ResidentFeed
 from vitpa.data.resident import ResidentImages
 from vitpa.datasets import facts_of
 from vitpa.distributed import Group, join
 from vitpa.environment import environment
 from vitpa.models import build_model
-from vitpa.module_steps import ModuleSteps
 from vitpa.optim import adamw
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import write_json
@@ -33,6 +35,7 @@ Attention = Literal["content", "positional"]
 Step = Literal["eager", "compile", "graph"]
 
 NUM_IMAGES, NUM_CLASSES = {"train": 50_000, "val": 10_000}, 10
+LEARNING_RATE = 1e-4
 WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
 
 
@@ -93,28 +96,33 @@ def config_of(case: Case, overrides: Sequence[str]) -> RunConfig:
 Images = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by split: images and labels
 
 
-def build(case: Case, config: RunConfig, group: Group, images: Images) -> ReplicaSteps | ModuleSteps:
+def build(case: Case, config: RunConfig, group: Group, images: Images) -> ReplicaSteps | TimmSteps:
     """The steps of `case`, not yet compiled."""
-    device, on_gpu, facts = group.device, group.device.type == "cuda", facts_of("cifar10")
-    resident = {
-        split: ResidentImages(*tensors, facts, config.augment, seed=0, device=device) for split, tensors in images.items()
-    }
+    device, on_gpu = group.device, group.device.type == "cuda"
     seeds = list(range(case.replicas))
-    models = [build_model(**dict(config.model), num_classes=NUM_CLASSES, seed=seed).to(device) for seed in seeds]
-    make = partial(adamw, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
-    if case.step == "graph":
-        optimizers = [make(model, fused=on_gpu) for model in models]
-        rates = torch.full((1_000_000,), 1e-4, dtype=torch.float64)
-        return ReplicaSteps(config, seeds=seeds, models=models, optimizers=optimizers, images=resident, learning_rates=rates)
-    return ModuleSteps(
-        config,
+    feed = ResidentFeed(
+        {split: ResidentImages(*tensors, device=device) for split, tensors in images.items()},
         group,
-        model=models[0],
-        optimizer=make(models[0], fused=on_gpu),
-        images=resident,
-        num_samples={split: len(labels) for split, (_, labels) in images.items()},
-        learning_rate=lambda step: 1e-4,
+        seeds=seeds,
+        batch_size=config.train.global_batch_size,
+        accum_steps=1,
     )
+    augmentation = Augmentation(config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=device)
+    models = [build_model(**dict(config.model), num_classes=NUM_CLASSES, seed=seed).to(device) for seed in seeds]
+    make = partial(adamw, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=on_gpu)
+    optimizers = [make(model) for model in models]
+    if case.step == "graph":
+        return ReplicaSteps(
+            config,
+            group,
+            seeds=seeds,
+            models=models,
+            optimizers=optimizers,
+            feed=feed,
+            augmentation=augmentation,
+            learning_rates=torch.full((1_000_000,), LEARNING_RATE, dtype=torch.float64),
+        )
+    return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
 
 
 def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate:
@@ -127,7 +135,7 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     began_s = time.monotonic()
     steps = build(case, config, group, images)
     epoch_steps = len(images["train"][1]) // config.train.global_batch_size
-    notes = steps.prepare(0, epoch_steps)
+    notes = steps.prepare(0)
     run = partial(_run_steps, steps, epoch_steps)
     run(3)
     _wait(device)
@@ -143,7 +151,7 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     )
 
 
-def _run_steps(steps: ReplicaSteps | ModuleSteps, epoch_steps: int, count: int) -> None:
+def _run_steps(steps: ReplicaSteps | TimmSteps, epoch_steps: int, count: int) -> None:
     """`count` steps of an epoch as train.py does them, with a closed window every 50."""
     for step in range(count):
         if step % epoch_steps == 0:

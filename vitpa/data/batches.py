@@ -1,13 +1,22 @@
-"""Which sample goes into which batch of which process: pure functions of (seed, epoch, step), no images."""
+"""What a batch is, and which sample goes into which batch of which process: pure functions of (seed, epoch, step)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitpa.data.counter_rng import Purpose, key, permutation
+
+
+class Batch(NamedTuple):
+    """Images as they come before augmentation, cropped to the model's size, with their numbers in the data set and labels."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    samples: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64; -1: there is no image, its place is filled up
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
@@ -19,10 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data import augment
+from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton
 from vitpa.data.counter_rng import Purpose, key, uniform
-from vitpa.datasets import DatasetFacts
 
 BATCHES_AHEAD = 3
 _CROP_TRIES = 10
@@ -37,7 +36,6 @@ class StreamedImages:
     def __init__(
         self,
         beton: Beton,
-        facts: DatasetFacts,
         options: AugmentConfig,
         *,
         img_size: int,
@@ -46,31 +44,24 @@ class StreamedImages:
         workers: int,
     ):
         self.beton, self.options = beton, options
-        self.augmentation = augment.Augmentation(options, facts, img_size=img_size, device=device)
         self.img_size, self.seed, self.device, self.workers = img_size, seed, device, workers
 
-    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each int64 tensor of sample indices (B,): augmented images (B, 3, H, W) float32 and labels (B,).
+    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Generator[Batch, None, None]:
+        """The batches of int64 tensors of sample indices (B,), as epoch `epoch` crops them: on the device.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
-        keys = self._keys(epoch)
         with closing(self._decoded(indices, lambda index: self._train_image(index, epoch))) as decoded:
             for samples, images in decoded:
-                yield self.augmentation(images, samples.to(self.device), keys), self._labels(samples)
+                yield Batch(images, samples.to(self.device), self._labels(samples))
 
-    def augmented(self, samples: Tensor, epoch: int) -> Tensor:
-        """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
-        with closing(self._decoded([samples], lambda index: self._train_image(index, epoch))) as decoded:
-            return self.augmentation.uint8(next(decoded)[1], samples.to(self.device), self._keys(epoch))
-
-    def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same without augmentation; index -1 gives a black image with the label -1."""
+    def eval_batches(self, indices: Iterable[Tensor]) -> Generator[Batch, None, None]:
+        """The same with the crop of evaluation; index -1 gives a black image with the label -1."""
         with closing(self._decoded(indices, self._eval_image)) as decoded:  # Python 3.12 leaves it open otherwise
             for samples, images in decoded:
                 labels = torch.where(samples.to(self.device) < 0, -1, self._labels(samples.clamp(min=0)))
-                yield self.augmentation.normalize(images), labels
+                yield Batch(images, samples.to(self.device), labels)
 
     def _decoded(self, indices: Iterable[Tensor], decode: Decode) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Sample indices and decoded images (B, 3, H, W) uint8 on the device, in order, BATCHES_AHEAD batches ahead."""
@@ -134,9 +125,6 @@ class StreamedImages:
         h = min(height, max(1, round(width / ratio_low)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
-
-    def _keys(self, epoch: int) -> Tensor:
-        return augment.epoch_keys([self.seed], epoch).to(self.device)
 
     def _labels(self, samples: Tensor) -> Tensor:
         return torch.from_numpy(self.beton.labels[samples.numpy()]).to(self.device)

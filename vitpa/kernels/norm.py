@@ -170,7 +170,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_norm(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch and its bias to the residual stream, and norm the sum over the last axis.
 
@@ -181,9 +181,11 @@ def add_norm(
         weight: The norm's weight (R, D) float32.
         norm_bias: The norm's bias (R, D) float32.
         eps: Added to the variance, as in `torch.nn.LayerNorm`.
+        scale: (R, B) float32, what the branch and bias of each image of M / B tokens are multiplied by; None for 1.
 
     Returns:
         residual + branch + bias, and its layer norm, both (R, M, D) in the residual's type; added and normed in float32.
     """
+    assert scale is None
     total, normed, _, _ = _forward(residual, branch, bias, weight, norm_bias, eps)
     return total, normed
