@@ -152,12 +152,13 @@ def test_each_seed_is_trained_as_if_it_were_alone(
         ours, theirs = weights_of(run), weights_of(reference)
         assert set(ours) == set(theirs)
         for name, value in ours.items():
-            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)  # what is promised
-            assert torch.equal(value, theirs[name]), name  # what is true on this CPU
+            # not bit for bit: on some CPUs the order of a sum depends on how many replicas there are
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6, msg=name)
         result, other = (result_of([*each, f"seed={seed}"]) for each in (words, alone))
-        assert scores(result) == scores(other)
+        assert scores(result) == pytest.approx(scores(other), rel=1e-5)
         assert (result.steps, result.attempts, result.signature) == (3 * EPOCH_STEPS, 1, run.signature)
-        assert metrics(run) == metrics(reference)
+        for ours_row, their_row in zip(metrics(run), metrics(reference), strict=True):
+            assert ours_row == pytest.approx(their_row, rel=1e-5)
         different.add(result.weights_sha256)
 
         recorded = load_config(run.config_yaml)
@@ -171,10 +172,11 @@ def test_each_seed_is_trained_as_if_it_were_alone(
         boards = [EventAccumulator(str(each.tensorboard)).Reload() for each in (run, reference)]
         curves = [[(event.step, event.value) for event in board.Scalars("train/loss")] for board in boards]
         assert [step for step, _ in curves[0]] == list(range(1, 3 * EPOCH_STEPS + 1))
-        assert curves[0] == curves[1]
-        for tag in ("augmented", "positional_similarity"):
-            images = [[event.encoded_image_string for event in board.Images(tag)] for board in boards]
-            assert images[0] == images[1]
+        for ours_point, their_point in zip(*curves, strict=True):
+            assert ours_point == pytest.approx(their_point, rel=1e-5)
+        images = [[event.encoded_image_string for event in board.Images("augmented")] for board in boards]
+        assert images[0] == images[1]
+        assert len(boards[0].Images("positional_similarity")) == len(boards[1].Images("positional_similarity")) > 0
     assert len(different) == len(SEEDS)
 
 

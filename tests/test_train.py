@@ -188,13 +188,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(digits: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_run_and_resume(digits: Path, tmp_path: Path) -> None:
-    options = ["runtime.cpu_threads=1", "runtime.log_every_steps=1", "model.drop_path_rate=0.0", "runtime.poll_every_steps=1"]
-    alone = arguments(digits, tmp_path / "alone", *options, "runtime.checkpoint_every_steps=10")
+@pytest.mark.parametrize(("processes", "accum_steps", "loader"), [(2, 2, "resident"), (4, 1, "stream")])
+def test_several_processes_train_the_same_run_and_resume(
+    digits: Path, tmp_path: Path, processes: int, accum_steps: int, loader: str
+) -> None:
+    options = ["runtime.cpu_threads=1", "runtime.log_every_steps=1", "model.drop_path_rate=0.2", "runtime.poll_every_steps=1"]
+    options += ["augment.hflip=true", "runtime.checkpoint_every_steps=10"]
+    alone = arguments(digits, tmp_path / "alone", *options)
     trained(alone)
-    words = arguments(digits, tmp_path / "two", *options, "runtime.accum_steps=2", "runtime.checkpoint_every_steps=10")
+    more = [f"runtime.accum_steps={accum_steps}", f"runtime.loader={loader}"]
+    words = arguments(digits, tmp_path / "several", *options, *more)
     run = config_of(words).run_dir
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vitpa.train")
     process = start(words, *launcher)
     wait_until(lambda: rows(run) >= 30, process)
     run.stop.write_text('{"reason": "test"}\n')

@@ -68,7 +68,7 @@ class ReplicaSteps:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
 
         self.accum_steps = config.runtime.accum_steps
-        self.share = torch.full((self.R,), 1 / (self.accum_steps * group.world_size), device=self.device)  # of a micro-batch
+        self.share = torch.tensor(1 / (self.accum_steps * group.world_size)).to(self.device).expand(self.R)  # of a micro-batch
         self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.learning_rate = learning_rates.tolist().__getitem__

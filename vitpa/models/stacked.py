@@ -57,10 +57,12 @@ def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
 
     `scale` (R, B), B images of M / B tokens each, multiplies an image's branch with its bias; None stands for 1.
     """
-    added = branch.to(bias.dtype) + bias[:, None]
-    if scale is not None:
-        added = added * scale.repeat_interleave(branch.shape[1] // scale.shape[1], dim=1)[:, :, None]
-    total = (residual.to(bias.dtype) + added).to(residual.dtype)
+    total, added = residual.to(bias.dtype), branch.to(bias.dtype)
+    if scale is None:
+        total = total + added + bias[:, None]
+    else:
+        total = total + (added + bias[:, None]) * scale.repeat_interleave(branch.shape[1] // scale.shape[1], dim=1)[..., None]
+    total = total.to(residual.dtype)
     return total, norm(total, weight, norm_bias, eps)
 
 
