@@ -227,7 +227,7 @@ class _Staging:
             if self._content_sha256(partial, split) != manifest.beton_sha256:
                 raise self.refusal(
                     f"the copy of {source} is not what its manifest says; `vitpa prep {self.dataset} --verify` tells "
-                    f"whether it is the original that is damaged"
+                    "whether it is the original that is damaged"
                 )
             partial.replace(target)
         finally:
@@ -266,7 +266,7 @@ class _Progress:
         now_s = time.monotonic()
         if now_s - self._printed_s >= LINE_EVERY_S:
             self._printed_s = now_s
-            rate = self._done / (now_s - self._began_s)
+            rate = max(1.0, self._done) / (now_s - self._began_s)
             left_s = (self._total - self._done) / rate
             far = f"{self._done / GIB:.1f} of {_gib(self._total)}"
             _say(f"{self._what}: {far}, {rate / 2**20:,.0f} MiB/s, {left_s:.0f} s left")
