@@ -74,6 +74,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
 OTHER_RUNTIME = {
     "runtime.root": "elsewhere",
     "runtime.data_dir": "elsewhere",
+    "runtime.stage_dir": "/tmp",
     "runtime.device": "cpu",
     "runtime.accum_steps": "2",
     "runtime.step": "eager",

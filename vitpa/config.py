@@ -189,6 +189,9 @@ class RuntimeConfig(Section):
 
     root: str = Field("outputs", description="folder of runs/ and sweeps/")
     data_dir: str = Field("data", description="folder with <dataset>/train.beton and val.beton")
+    stage_dir: str | None = Field(
+        None, description="folder on the node's own disk, such as $TMPDIR, to which they are copied first; null: not at all"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU")
     accum_steps: int = Field(1, ge=1, description="gradient accumulation steps per optimiser step")
     step: Literal["auto", "graph", "compile", "eager"] = Field(
@@ -205,6 +208,15 @@ class RuntimeConfig(Section):
     poll_every_steps: int = Field(10, ge=1, description="steps between looks at the clock and at the file `stop`")
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stage_dir is not None and not self.stage_dir.startswith(("/", "~", "$")):
+            raise ValueError(
+                f"runtime.stage_dir={self.stage_dir}: expected an absolute path, or one that begins with ~ or a variable "
+                "such as $TMPDIR; null for none"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -37,6 +37,7 @@ from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.resident import ResidentImages, decoded
+from vitpa.data.staging import staged
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
@@ -159,10 +160,10 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
             f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
             f"runtime.accum_steps={config.runtime.accum_steps}"
         )
-    betons = {
-        split: Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split)
-        for split in SPLITS
-    }
+    data_dir = Path(config.runtime.data_dir)
+    if config.runtime.stage_dir is not None:
+        data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
+    betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
     num_samples = {split: len(beton) for split, beton in betons.items()}
     epoch_steps = steps_per_epoch(num_samples["train"], batch_size)
     if not epoch_steps:
@@ -239,7 +240,7 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     if not fits and group.is_main:
         print(
             f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
-            f"that are free on {group.device}: they are streamed from {config.runtime.data_dir}",
+            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}",
             file=sys.stderr,
         )
     return fits
