@@ -22,16 +22,25 @@ import vitpa.kernels.attention
 import vitpa.kernels.mixing
 import vitpa.kernels.norm
 from vitpa.kernels.attention import attention
+from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix
 from vitpa.kernels.norm import add_norm
-from vitpa.kernels.partials import sum_partials
+from vitpa.kernels.partials import ONE_PASS, sum_partials
 
 Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64)]
 EPS = 1e-6
-RESULTS = {"attention": 3, "attention, apart": 3, "mix": 3, "add_norm": 7, "add_norm, apart": 7}  # outputs and gradients
+RESULTS = {  # how many outputs and gradients
+    "attention": 3,
+    "attention, apart": 3,
+    "mix": 3,
+    "add_norm": 7,
+    "add_norm, apart": 7,
+    "bias_gelu": 3,
+    "bias_gelu, apart": 3,
+}
 
 
 def slow_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -50,6 +59,10 @@ def slow_mix(matrix: Tensor, v: Tensor) -> Tensor:
 def slow_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
     total = x + branch + bias[:, None]
     return total, F.layer_norm(total, total.shape[-1:], eps=EPS) * weight[:, None] + norm_bias[:, None]
+
+
+def slow_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias[:, None])
 
 
 def fast_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +90,8 @@ def cases(device: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, 
     stream = [random(R, B * N, H * d) for _ in range(2)]
     yield "add_norm", fast_add_norm, slow_add_norm, [*stream, *rows(3, apart=False)]
     yield "add_norm, apart", fast_add_norm, slow_add_norm, [*stream, *rows(3, apart=True)]
+    yield "bias_gelu", bias_gelu, slow_bias_gelu, [stream[0], *rows(1, apart=False)]
+    yield "bias_gelu, apart", bias_gelu, slow_bias_gelu, [stream[0], *rows(1, apart=True)]
 
 
 def results(function: Function, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -104,6 +119,7 @@ def chain(leaves: list[Tensor], sizes: Sizes) -> Tensor:
     R, B, N, H, d = sizes
     matrix, x, branch, bias, weight, norm_bias = leaves
     total, normed = add_norm(x, branch, bias, weight, norm_bias, EPS)
+    branch = bias_gelu(branch, bias)
     qkv = torch.cat([normed, total, branch], -1)
     mixed = mix(matrix, attention(qkv.view(R * B, N, 3, H, d), bias).view(R, B, N, H, d))
     return (mixed.float() ** 2).mean()
@@ -156,9 +172,11 @@ def main() -> None:
         for sizes in INTERPRETED:
             for name, kernel, reference, inputs in cases("cpu", dtype, sizes):
                 report[f"{name} {dtype} {sizes}"] = errors(kernel, reference, inputs)
-    parts = torch.randn(2, 70, 40)
-    total = parts.double().sum(1)
-    report["sum_partials"] = [float((sum_partials(parts) - total).norm() / total.norm())]
+    report["sum_partials"] = []
+    for count in (1, 70, ONE_PASS + 1, 3000):
+        parts = torch.randn(2, count, 40)
+        total = parts.double().sum(1)
+        report["sum_partials"].append(float((sum_partials(parts) - total).norm() / total.norm()))
     sizes, dtype = (1, 1, 17, 1, 16), torch.float32
     leaves = chain_leaves("cpu", dtype, sizes)
     compiled = torch.compile(chain, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -201,7 +219,8 @@ def test_kernels_compile_whole_and_give_the_same(interpreted: dict[str, list[flo
 
 
 def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str, list[float]]) -> None:
-    assert interpreted["sum_partials"][0] < 1e-6
+    assert len(interpreted["sum_partials"]) == 4
+    assert max(interpreted["sum_partials"]) < 1e-6
 
 
 @pytest.mark.parametrize("kernel", [vitpa.kernels.attention, vitpa.kernels.mixing])

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitpa.kernels.partials import sum_partials
+from vitpa.kernels.partials import rows_apart, sum_partials, tokens_a_program
 
 ROWS_FORWARD = 4  # tokens a program; with the warps, the best of a sweep on an H200 at 41,600 tokens of 384
 NUM_WARPS_FORWARD = 4
 BACKWARD_MANY, BACKWARD_FEW = (1, 1), (4, 4)  # tokens at a time and warps; as above, the few at 8,320 tokens
 MANY_TOKENS = 2**15  # of all replicas
-TOKENS_BACKWARD = 32  # a program: each writes three partial sums of D numbers, less than a tenth of what it reads
 
 
 def unfit(embed_dim: int) -> str:
@@ -91,17 +90,12 @@ def _backward_kernel(
     tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
 
 
-def _rows(vectors: Tensor) -> Tensor:
-    """A vector for each replica (R, D), which may lie apart, as views into a larger buffer do."""
-    return vectors if vectors.stride(1) == 1 else vectors.contiguous()
-
-
 @torch.library.custom_op("vitpa::add_norm", mutates_args=())
 def _forward(
     residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual, branch = residual.contiguous(), branch.contiguous()
-    bias, weight, norm_bias = _rows(bias), _rows(weight), _rows(norm_bias)
+    bias, weight, norm_bias = rows_apart(bias), rows_apart(weight), rows_apart(norm_bias)
     R, M, D = residual.shape
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     mean = torch.empty(R, M, dtype=torch.float32, device=residual.device)
@@ -133,16 +127,17 @@ def _backward(
     dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradient of the sum (R, M, D), and those of weight, norm bias and bias (3, R, D)."""
-    dnormed, dtotal, weight = dnormed.contiguous(), dtotal.contiguous(), _rows(weight)
+    dnormed, dtotal, weight = dnormed.contiguous(), dtotal.contiguous(), rows_apart(weight)
     R, M, D = total.shape
     dx = torch.empty_like(total)
     rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
     block = triton.next_power_of_2(D)
-    programs = triton.cdiv(M, TOKENS_BACKWARD)
+    steps = triton.cdiv(tokens_a_program(R * M), rows)
+    programs = triton.cdiv(M, steps * rows)
     parts = torch.empty(3 * R, programs, D, dtype=torch.float32, device=total.device)
     kernel: Any = _backward_kernel
     kernel[(programs, R)](
-        dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, TOKENS_BACKWARD // rows, weight.stride(0),
+        dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps, weight.stride(0),
         D, block, rows, num_warps=warps * max(1, block // 512),
     )  # fmt: skip
     return dx, sum_partials(parts).view(3, R, D)

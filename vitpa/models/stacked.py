@@ -23,11 +23,12 @@ NORM_EPS = 1e-6  # timm's
 
 
 class Operations(NamedTuple):
-    """The three operations of a block for which there are kernels; `PLAIN` says what they compute."""
+    """The four operations of a block for which there are kernels; `PLAIN` says what they compute."""
 
     attention: Callable[[Tensor, Tensor], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    bias_gelu: Callable[[Tensor, Tensor], Tensor]
 
 
 def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -58,7 +59,12 @@ def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
     return total, norm(total, weight, norm_bias, eps)
 
 
-PLAIN = Operations(plain_attention, plain_mix, plain_add_norm)
+def plain_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x (R, M, D) and a bias (R, D), computed in the type of the bias; of x's type."""
+    return F.gelu(x.to(bias.dtype) + bias[:, None]).to(x.dtype)
+
+
+PLAIN = Operations(plain_attention, plain_mix, plain_add_norm, plain_bias_gelu)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -99,14 +105,16 @@ class StackedViT:
                 mixed = self.operations.mix(matrices[index], v)
             branch = w.product(block + "attn.proj", mixed.view(tokens.shape))
             tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2")
-            branch = w.product(block + "mlp.fc2", F.gelu(w.linear(block + "mlp.fc1", normed)))
+            hidden = self.operations.bias_gelu(w.product(block + "mlp.fc1", normed), w[block + "mlp.fc1.bias"])
+            branch = w.product(block + "mlp.fc2", hidden)
             tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1")
         mixed = self._attend_class(w, last, normed.view(R, B, -1, normed.shape[2]), None if matrices is None else matrices[-1])
         branch = w.product(last + "attn.proj", mixed)
         tokens = tokens.view(R, B, -1, tokens.shape[2])[:, :, 0]  # R, B, D: the class tokens
         bias = self._projection_bias(w, last)
         tokens, normed = plain_add_norm(tokens, branch, bias, w[last + "norm2.weight"], w[last + "norm2.bias"], NORM_EPS)
-        branch = w.product(last + "mlp.fc2", F.gelu(w.linear(last + "mlp.fc1", normed)))
+        hidden = plain_bias_gelu(w.product(last + "mlp.fc1", normed), w[last + "mlp.fc1.bias"])
+        branch = w.product(last + "mlp.fc2", hidden)
         _, normed = plain_add_norm(tokens, branch, w[last + "mlp.fc2.bias"], w["norm.weight"], w["norm.bias"], NORM_EPS)
         return w.linear("head", normed)
 
