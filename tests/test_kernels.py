@@ -21,12 +21,14 @@ from torch.nn import functional as F
 import vitpa.kernels.attention
 import vitpa.kernels.mixing
 import vitpa.kernels.norm
+import vitpa.kernels.tiled_attention
 import vitpa.kernels.tiled_mixing
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix
 from vitpa.kernels.norm import add_norm
 from vitpa.kernels.partials import ONE_PASS, sum_partials
+from vitpa.kernels.tiled_attention import tiled_attention
 from vitpa.kernels.tiled_mixing import tiled_mix
 
 Function = Callable[..., Any]
@@ -37,6 +39,8 @@ EPS = 1e-6
 RESULTS = {  # how many outputs and gradients
     "attention": 3,
     "attention, apart": 3,
+    "tiled_attention": 3,
+    "tiled_attention, apart": 3,
     "mix": 3,
     "tiled_mix": 3,
     "add_norm": 7,
@@ -96,6 +100,8 @@ def cases(device: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, 
     if takes("attention", sizes):
         yield "attention", attention, slow_attention, [qkv, *rows(1, apart=False)]
         yield "attention, apart", attention, slow_attention, [qkv, *rows(1, apart=True)]
+    yield "tiled_attention", tiled_attention, slow_attention, [qkv, *rows(1, apart=False)]
+    yield "tiled_attention, apart", tiled_attention, slow_attention, [qkv, *rows(1, apart=True)]
     matrix = torch.softmax(2 * torch.randn(R, H, N, N, device=device), -1).requires_grad_()
     values = random(R, B, N, H, d)
     if takes("mix", sizes):

@@ -104,6 +104,19 @@ def _product(padded: Tensor, v: Tensor, *, transposed: bool) -> Tensor:
     return out
 
 
+def _gradient(v: Tensor, dout: Tensor) -> Tensor:
+    """The matrices' gradient (R, H, N, N)."""
+    R, B, N, H, d = v.shape
+    rows, warps, stages = GRADIENT
+    tiles = triton.cdiv(N, rows) ** 2
+    chunk = min(B, triton.cdiv(B * tiles * R * H, GRADIENT_PROGRAMS))
+    chunks = triton.cdiv(B, chunk)
+    parts = torch.empty(R * H, chunks, N * N, dtype=torch.float32, device=v.device)
+    kernel: Any = _gradient_kernel
+    kernel[(tiles, chunks, R * H)](v, dout, parts, B, chunk, N, H, d, rows, num_warps=warps, num_stages=stages)
+    return sum_partials(parts).view(R, H, N, N)
+
+
 @torch.library.custom_op("vitpa::tiled_mix", mutates_args=())
 def _forward(attention: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     R, B, N, H, d = v.shape
@@ -124,17 +137,8 @@ def _(attention: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("vitpa::tiled_mix_backward", mutates_args=())
 def _backward(padded: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-    R, B, N, H, d = v.shape
     v, dout = v.contiguous(), dout.contiguous()
-    dv = _product(padded, dout.view(v.shape), transposed=True)
-    rows, warps, stages = GRADIENT
-    tiles = triton.cdiv(N, rows) ** 2
-    chunk = min(B, triton.cdiv(B * tiles * R * H, GRADIENT_PROGRAMS))
-    chunks = triton.cdiv(B, chunk)
-    parts = torch.empty(R * H, chunks, N * N, dtype=torch.float32, device=v.device)
-    kernel: Any = _gradient_kernel
-    kernel[(tiles, chunks, R * H)](v, dout, parts, B, chunk, N, H, d, rows, num_warps=warps, num_stages=stages)
-    return sum_partials(parts).view(R, H, N, N), dv
+    return _gradient(v, dout), _product(padded, dout.view(v.shape), transposed=True)
 
 
 @_backward.register_fake
