@@ -23,6 +23,7 @@ import vitpa.kernels.mixing
 import vitpa.kernels.norm
 import vitpa.kernels.tiled_attention
 import vitpa.kernels.tiled_mixing
+from vitpa.config import load_config, shipped_configs
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix
@@ -30,6 +31,8 @@ from vitpa.kernels.norm import add_norm
 from vitpa.kernels.partials import ONE_PASS, sum_partials
 from vitpa.kernels.tiled_attention import tiled_attention
 from vitpa.kernels.tiled_mixing import tiled_mix
+from vitpa.models.stacked import PLAIN
+from vitpa.replicas import fastest_operations
 
 Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
@@ -251,6 +254,34 @@ def test_sizes_that_do_not_fit_are_named(kernel: Any) -> None:
     assert "head_dim 8" in kernel.unfit(65, 8)
 
 
+def test_sizes_that_do_not_fit_tiles_are_named() -> None:
+    attends, mixes = vitpa.kernels.tiled_attention.unfit, vitpa.kernels.tiled_mixing.unfit
+    assert [attends(tokens, d) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [""] * 12
+    assert [mixes(d) for d in (16, 32, 64)] == [""] * 3
+    assert "257 tokens" in attends(257, 64)
+    assert "head_dim 48" in attends(197, 48)
+    assert "head_dim 48" in mixes(48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ([], (attention, mix, add_norm)),
+        (["model.img_size=224", "model.patch_size=16"], (tiled_attention, tiled_mix, add_norm)),
+        (["model.img_size=256", "model.patch_size=8"], (PLAIN.attention, tiled_mix, add_norm)),
+        (["model.num_heads=8"], (PLAIN.attention, PLAIN.mix, add_norm)),
+        (["model.embed_dim=4096", "model.num_heads=64"], (attention, mix, PLAIN.add_norm)),
+    ],
+)
+def test_the_fastest_operations_are_those_that_take_the_sizes(
+    changes: list[str], chosen: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(shipped_configs()["cifar10"], changes)
+    for capability, expected in (((9, 0), (*chosen, bias_gelu)), ((7, 5), PLAIN)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert fastest_operations(config, torch.device("cuda"), torch.bfloat16) == expected
+
+
 def test_rows_that_do_not_fit_the_norm_are_named() -> None:
     assert [vitpa.kernels.norm.unfit(D) for D in (16, 192, 384, 2048)] == [""] * 4
     assert "embed_dim 4096" in vitpa.kernels.norm.unfit(4096)
@@ -264,11 +295,22 @@ def test_shapes_are_known_without_running() -> None:
         matrix, v = torch.empty(2, 12, 65, 65), torch.empty(2, 3, 65, 12, 32, dtype=torch.bfloat16)
     assert (attention(qkv, row).shape, attention(qkv, row).dtype) == ((6, 65, 384), torch.bfloat16)
     assert (mix(matrix, v).shape, mix(matrix, v).dtype) == ((2, 3, 65, 384), torch.bfloat16)
+    assert (tiled_attention(qkv, row).shape, tiled_attention(qkv, row).dtype) == ((6, 65, 384), torch.bfloat16)
+    assert (tiled_mix(matrix, v).shape, tiled_mix(matrix, v).dtype) == ((2, 3, 65, 384), torch.bfloat16)
+    assert (bias_gelu(stream, row).shape, bias_gelu(stream, row).dtype) == (stream.shape, torch.bfloat16)
     assert [x.shape for x in add_norm(stream, stream, row, row, row, eps=EPS)] == [stream.shape] * 2
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-GPU_SIZES: list[Sizes] = [(2, 3, 65, 12, 32), (1, 37, 17, 3, 16), (3, 5, 33, 2, 64), (1, 7, 65, 6, 64), (2, 260, 65, 4, 32)]
+GPU_SIZES: list[Sizes] = [
+    (2, 3, 65, 12, 32),
+    (1, 37, 17, 3, 16),
+    (3, 5, 33, 2, 64),
+    (1, 7, 65, 6, 64),
+    (2, 260, 65, 4, 32),
+    (1, 40, 197, 3, 64),
+    (3, 5, 70, 1, 16),
+]
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The sum of partial results: the second half of every reduction over images or tokens, in a fixed order."""
 
-from math import isqrt
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ MIN_TOKENS, PROGRAMS = 32, 4096  # a program's partial sums are less than a tent
 
 def tokens_a_program(tokens: int) -> int:
     """How many of all `tokens` a program sums: few enough to fill a GPU, and no fewer than pays."""
-    return max(MIN_TOKENS, triton.cdiv(tokens, PROGRAMS))
+    return max(MIN_TOKENS, (tokens + PROGRAMS - 1) // PROGRAMS)
 
 
 def rows_apart(vectors: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def _sum_kernel(parts, total, S, L, share, ROWS: tl.constexpr, COLUMNS: tl.const
 def sum_partials(parts: Tensor) -> Tensor:
     """Sum partial results (groups, S, L) float32 over S -> (groups, L)."""
     groups, S, L = parts.shape
-    share = S if S <= ONE_PASS else triton.next_power_of_2(isqrt(S))
+    share = S if S <= ONE_PASS else triton.next_power_of_2(int(S**0.5))
     rows = min(MAX_ROWS, triton.next_power_of_2(share))
     shares = triton.cdiv(S, share)
     total = torch.empty(groups, shares, L, dtype=torch.float32, device=parts.device)
