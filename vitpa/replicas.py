@@ -246,17 +246,21 @@ class ReplicaSteps:
 
 
 def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Our kernels for a GPU (from Ampere on) where they take the sizes of `config`, else plain PyTorch."""
+    """Our kernels for a GPU (from Ampere on) that take the sizes of `config`, first those for few tokens, else plain."""
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return PLAIN
-    from vitpa.kernels import attention, mixing, norm  # noqa: PLC0415 - Triton is needed on a GPU only
+    # Here, as Triton is needed on a GPU only.
+    from vitpa.kernels import attention, gelu, mixing, norm, tiled_attention, tiled_mixing  # noqa: PLC0415
 
     model = config.model
     tokens, head_dim = (model.img_size // model.patch_size) ** 2 + 1, model.embed_dim // model.num_heads
+    attend = PLAIN.attention if tiled_attention.unfit(tokens, head_dim) else tiled_attention.tiled_attention
+    mix = PLAIN.mix if tiled_mixing.unfit(head_dim) else tiled_mixing.tiled_mix
     return Operations(
-        attention=PLAIN.attention if attention.unfit(tokens, head_dim) else attention.attention,
-        mix=PLAIN.mix if mixing.unfit(tokens, head_dim) else mixing.mix,
+        attention=attend if attention.unfit(tokens, head_dim) else attention.attention,
+        mix=mix if mixing.unfit(tokens, head_dim) else mixing.mix,
         add_norm=PLAIN.add_norm if norm.unfit(model.embed_dim) else norm.add_norm,
+        bias_gelu=gelu.bias_gelu,
     )
 
 

@@ -23,11 +23,12 @@ NORM_EPS = 1e-6  # timm's
 
 
 class Operations(NamedTuple):
-    """The three operations of a block for which there are kernels; `PLAIN` says what they compute."""
+    """The four operations of a block for which there are kernels; `PLAIN` says what they compute."""
 
     attention: Callable[[Tensor, Tensor], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
+    bias_gelu: Callable[[Tensor, Tensor], Tensor]
 
 
 def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -66,7 +67,12 @@ def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
     return total, norm(total, weight, norm_bias, eps)
 
 
-PLAIN = Operations(plain_attention, plain_mix, plain_add_norm)
+def plain_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x (R, M, D) and a bias (R, D), computed in the type of the bias; of x's type."""
+    return F.gelu(x.to(bias.dtype) + bias[:, None]).to(x.dtype)
+
+
+PLAIN = Operations(plain_attention, plain_mix, plain_add_norm, plain_bias_gelu)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -115,7 +121,7 @@ class StackedViT:
             branch = w.product(block + "attn.proj", mixed.view(tokens.shape))
             scale, mlp_scale = (None, None) if scales is None else scales[index]
             tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2", scale)
-            branch = w.product(block + "mlp.fc2", F.gelu(w.linear(block + "mlp.fc1", normed)))
+            branch = self._mlp(w, block + "mlp", normed)
             tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1", mlp_scale)
         mixed = self._attend_class(w, last, normed.view(R, B, -1, normed.shape[2]), None if matrices is None else matrices[-1])
         branch = w.product(last + "attn.proj", mixed)
@@ -123,7 +129,7 @@ class StackedViT:
         plain = replace(self, operations=PLAIN)  # a token per image is no work for a kernel
         scale, mlp_scale = (None, None) if scales is None else scales[self.depth - 1]
         tokens, normed = plain._add_norm(w, tokens, branch, self._projection_bias(w, last), last + "norm2", scale)
-        branch = w.product(last + "mlp.fc2", F.gelu(w.linear(last + "mlp.fc1", normed)))
+        branch = plain._mlp(w, last + "mlp", normed)
         _, normed = plain._add_norm(w, tokens, branch, w[last + "mlp.fc2.bias"], "norm", mlp_scale)
         return w.linear("head", normed)
 
@@ -185,6 +191,11 @@ class StackedViT:
 
     def _head_dim(self, tokens: Tensor) -> int:
         return tokens.shape[-1] // self.num_heads
+
+    def _mlp(self, w: _Weights, name: str, normed: Tensor) -> Tensor:
+        """A block's MLP without its last bias: tokens (R, M, D) -> (R, M, D)."""
+        hidden = self.operations.bias_gelu(w.product(name + ".fc1", normed), w[name + ".fc1.bias"])
+        return w.product(name + ".fc2", hidden)
 
     def _add_norm(  # noqa: PLR0917
         self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str, scale: Tensor | None
