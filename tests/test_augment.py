@@ -42,7 +42,8 @@ def test_the_keys_of_an_epoch_are_those_of_each_seed_and_purpose() -> None:
 def test_no_purpose_takes_the_number_of_another() -> None:
     # the streams of runs that are done already depend on these
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
-        "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8,
+        "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8, "MIX": 9,
+        "ERASE_NOISE": 10,
     }  # fmt: skip
 
 
