@@ -226,15 +226,18 @@ def _moved(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
     x, y = a * column + b * row + c, d * column + e * row + f  # B, H, W
     filled = (x < 0) | (x >> 32 >= W) | (y < 0) | (y >> 32 >= H)
-    x, y = x - 2**31, y - 2**31
+    x, y = kept(x - 2**31), kept(y - 2**31)
+    x_weights, y_weights = ([kept(weight)[:, None] for weight in _cubic(place)] for place in (x, y))  # 4 of B, 1, H, W
+    columns, rows = (
+        [kept(((place >> 32) + step).clamp(0, size - 1)) for step in (-1, 0, 1, 2)] for place, size in ((x, W), (y, H))
+    )
     pixels, total = images.reshape(B, C, H * W), torch.zeros(B, C, H, W, dtype=torch.int32, device=images.device)
-    for dy, y_weight in enumerate(_cubic(y)):
+    for i in range(4):
         line = torch.zeros_like(total)
-        above = ((y >> 32) + (dy - 1)).clamp(0, H - 1) * W
-        for dx, x_weight in enumerate(_cubic(x)):
-            there = (above + ((x >> 32) + (dx - 1)).clamp(0, W - 1)).view(B, 1, H * W).expand(B, C, H * W)
-            line = line + pixels.gather(2, there).view_as(images).int() * x_weight[:, None]
-        total = total + ((line + 128) >> 8) * y_weight[:, None]
+        for j in range(4):
+            there = (rows[i] * W + columns[j]).view(B, 1, H * W).expand(B, C, H * W)
+            line = line + pixels.gather(2, there).view_as(images).int() * x_weights[j]
+        total = total + ((line + 128) >> 8) * y_weights[i]
     return torch.where(filled[:, None], fill[:, None, None], (total >> 22).clamp(0, 255).to(torch.uint8))
 
 
