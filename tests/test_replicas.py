@@ -26,6 +26,7 @@ from vitpa.config import RunConfig, load_config
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.counter_rng import Purpose, key, permutation
+from vitpa.data.mixup import Mixup, mixes
 from vitpa.data.resident import decoded
 from vitpa.datasets import facts_of
 from vitpa.logs import Logs
@@ -180,13 +181,18 @@ def test_each_seed_is_trained_as_if_it_were_alone(
     assert len(different) == len(SEEDS)
 
 
-@pytest.mark.parametrize("attention", ["content", "positional"])
-def test_a_group_computes_what_timms_module_and_torchs_adamw_do(digits: Path, tmp_path: Path, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("attention", "mixing"),
+    [("content", []), ("positional", []), ("positional", ["augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"])],
+)
+def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
+    digits: Path, tmp_path: Path, attention: str, mixing: list[str]
+) -> None:
     """Against a training written out here: the module, autograd, clipping and optimiser that everybody uses.
 
     The bias of the keys is left out: its gradient is 0, and what rounding makes of that AdamW scales to a step of full size.
     """
-    options = [f"model.attention={attention}", *AUGMENTED, *FAST, "runtime.cpu_threads=1"]
+    options = [f"model.attention={attention}", *AUGMENTED, *mixing, *FAST, "runtime.cpu_threads=1"]
     words = arguments(digits, tmp_path, *options)
     assert together(words) == 0
     key_bias = slice(16, 32)
@@ -215,9 +221,13 @@ def trained_in_the_usual_way(config: RunConfig, data: Path) -> VisionTransformer
         samples = order[number * batch_size : (number + 1) * batch_size]
         for group in optimizer.param_groups:
             group["lr"] = rates[step]
-        logits = model(augmentation(images[samples], samples, epoch_keys([config.seed], epoch)))
+        keys = epoch_keys([config.seed], epoch)
+        batch, targets = augmentation(images[samples], samples, keys), F.one_hot(labels[samples], 10).float()
+        if mixes(config.augment):
+            batch, partners, share = Mixup(config.augment, device=batch.device)(batch, labels[samples], samples, keys)
+            targets = share[:, None] * targets + (1 - share[:, None]) * F.one_hot(partners, 10).float()
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[samples], label_smoothing=optim.label_smoothing).backward()
+        F.cross_entropy(model(batch), targets, label_smoothing=optim.label_smoothing).backward()
         assert optim.grad_clip_norm is not None
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip_norm)
         optimizer.step()

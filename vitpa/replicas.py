@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -24,6 +24,7 @@ from vitpa.config import RunConfig
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.counter_rng import Purpose
 from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.mixup import Mixup, mixes
 from vitpa.distributed import Group
 from vitpa.drop_path import branch_scales, keep_probabilities
 from vitpa.models.stacked import PLAIN, Operations, StackedViT
@@ -31,6 +32,14 @@ from vitpa.replica_adamw import ReplicaAdamW
 from vitpa.window import Window
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
+
+
+class Targets(NamedTuple):
+    """What images show, each (R, B): a label, and where images are mixed another one, and the share of the first."""
+
+    labels: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
 
 
 class ReplicaSteps:
@@ -63,6 +72,7 @@ class ReplicaSteps:
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
+        self.mixup = Mixup(config.augment, device=self.device) if mixes(config.augment) else None
         self.keep = None
         if config.model.drop_path_rate:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
@@ -160,8 +170,8 @@ class ReplicaSteps:
     def _step(self) -> None:
         losses = torch.zeros(self.R, device=self.device)
         for micro in range(self.accum_steps):
-            images, labels, scales = self._batch(self.feed.inputs(micro), self.keys)
-            micro_losses, correct = self._loss(self.weights, self.copies, images, labels, scales)
+            images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
+            micro_losses, correct = self._loss(self.weights, self.copies, images, targets, scales)
             gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
             self.adamw.take_gradients(gradients, add=micro > 0)
             losses += micro_losses.detach()
@@ -173,30 +183,43 @@ class ReplicaSteps:
         self.done += 1
         self.window.check(self.done, losses, norms)
 
-    def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The next images (R, B, 3, H, W), augmented and normalised, their labels (R, B), and the scales of their branches."""
+    def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
+        """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
         images, samples, labels = self.feed.cut(*inputs)
         own_keys = keys.repeat_interleave(self.B, dim=0)
         batch = self.augmentation(images, samples, own_keys)
+        targets = Targets(labels.view(self.R, self.B))
+        if self.mixup is not None:
+            batch, *mixed = self.mixup(batch, labels, samples, own_keys)
+            targets = Targets(targets.labels, *(each.view(self.R, self.B) for each in mixed))
         scales = None
         if self.keep is not None:
             scales = branch_scales(samples, own_keys[:, Purpose.DROP_PATH], self.keep)
             scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
-        return batch.view(self.R, self.B, *batch.shape[1:]), labels.view(self.R, self.B), scales
+        return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
 
     def _compute_loss(
         self,
         weights: Mapping[str, Tensor],
         copies: Mapping[str, Tensor],
         images: Tensor,
-        labels: Tensor,
+        targets: Targets,
         scales: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss (R,) and number of correct predictions (R,)."""
+        """Mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
         logits = self.network(weights, copies, images, scales).float()  # R, B, K
+        labels, partners, share = targets
+        losses = self._cross_entropy(logits, labels)
+        if partners is not None and share is not None:
+            losses = share * losses + (1 - share) * self._cross_entropy(logits, partners)
+            labels = torch.where(share < 0.5, partners, labels)
+        return losses.mean(1), (logits.detach().argmax(2) == labels).sum(1)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (R, B, K) and labels (R, B) -> the loss of each image (R, B), with smoothed labels."""
         smoothing = self.config.optim.label_smoothing
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
-        return losses.view(labels.shape).mean(1), (logits.detach().argmax(2) == labels).sum(1)
+        return losses.view(labels.shape)
 
     def _evaluate_batch(self) -> None:
         with torch.no_grad():

@@ -36,6 +36,7 @@ from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.mixup import mixes
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import staged
 from vitpa.data.stream import StreamedImages
@@ -154,20 +155,17 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     """Open the data and build the models and optimisers, as they are before the first step."""
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
-    batch_size, shares = config.train.global_batch_size, group.world_size * config.runtime.accum_steps
-    if batch_size % shares:
-        raise TrainError(
-            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
-            f"runtime.accum_steps={config.runtime.accum_steps}"
-        )
+    batch_size = local_batch_size(config, group)
     data_dir = Path(config.runtime.data_dir)
     if config.runtime.stage_dir is not None:
         data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
     betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
     num_samples = {split: len(beton) for split, beton in betons.items()}
-    epoch_steps = steps_per_epoch(num_samples["train"], batch_size)
+    epoch_steps = steps_per_epoch(num_samples["train"], config.train.global_batch_size)
     if not epoch_steps:
-        raise TrainError(f"train.global_batch_size={batch_size} is more than the {num_samples['train']} training images")
+        raise TrainError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the {num_samples['train']} training images"
+        )
     classes = betons["train"].manifest.class_names
     if betons["val"].manifest.class_names != classes:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
@@ -178,7 +176,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
         raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
-    feed, augmentation = open_feed(configs, betons, group, resident=resident)
+    feed, augmentation = open_feed(configs, betons, group, batch_size=batch_size, resident=resident)
     models = [
         build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
         for each in configs
@@ -202,6 +200,27 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         steps=steps,
         epoch_steps=epoch_steps,
     )
+
+
+def local_batch_size(config: RunConfig, group: Group) -> int:
+    """Images of a micro-batch of this process.
+
+    Raises:
+        TrainError: the batch cannot be divided among the processes and accumulation steps.
+    """
+    batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
+    if batch_size % (group.world_size * accum_steps):
+        raise TrainError(
+            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
+            f"runtime.accum_steps={accum_steps}"
+        )
+    local = batch_size // (group.world_size * accum_steps)
+    if mixes(config.augment) and local % 2:
+        raise TrainError(
+            f"augment.mixup_alpha, augment.cutmix_alpha: images are mixed in pairs, and a process has {local} at a time; "
+            "change train.global_batch_size, runtime.accum_steps or the number of processes"
+        )
+    return local
 
 
 def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
@@ -247,7 +266,7 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
 
 
 def open_feed(
-    configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, resident: bool
+    configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int, resident: bool
 ) -> tuple[ResidentFeed | StreamedFeed, Augmentation]:
     """The source of the batches, its images on the device or decoded when they are needed, and their augmentation."""
     config = configs[0]
@@ -258,7 +277,6 @@ def open_feed(
         config.runtime.accum_steps,
     )
     augmentation = Augmentation(options, facts, img_size=size, device=group.device)
-    batch_size = config.train.global_batch_size // (group.world_size * accum_steps)
     if resident:
         seeds = [each.seed for each in configs]
         images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
