@@ -84,6 +84,7 @@ OTHER_RUNTIME = {
     "runtime.accum_steps": "2",
     "runtime.step": "eager",
     "runtime.loader": "stream",
+    "runtime.decoder": "cpu",
     "runtime.tensorboard": "false",
     "runtime.takeover": "true",
 }

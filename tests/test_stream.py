@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from vitpa.config import AugmentConfig
-from vitpa.data import augment
-from vitpa.data.batches import eval_batches, train_batches
-from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
-from vitpa.data.counter_rng import Purpose, key
+from vitpa.data import crops
+from vitpa.data.batches import Batch, eval_batches, train_batches
+from vitpa.data.beton import Beton, BetonError, Ints, beton_path, manifest_path
+from vitpa.data.counter_rng import Purpose, key, uniform
+from vitpa.data.crops import Crops
 from vitpa.data.stream import StreamedImages
-from vitpa.datasets import facts_of
 
 CPU = torch.device("cpu")
 CROPS = AugmentConfig(crop="random_resized", hflip=False)
@@ -35,7 +36,13 @@ IMG_SIZE = 32
 def stream(
     beton: Beton, options: AugmentConfig = CROPS, *, img_size: int = IMG_SIZE, seed: int = 0, workers: int = 2
 ) -> StreamedImages:
-    return StreamedImages(beton, facts_of("photos"), options, img_size=img_size, seed=seed, device=CPU, workers=workers)
+    return StreamedImages(beton, options, img_size=img_size, seed=seed, device=CPU, workers=workers)
+
+
+def cropped(images: StreamedImages, samples: Tensor, epoch: int) -> Tensor:
+    """What epoch `epoch` sees of `samples` (B,), before augmentation: (B, 3, H, W) uint8."""
+    with closing(images.train_batches([samples], epoch)) as batches:
+        return next(batches).images.clone()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def decoders() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-def close(iterator: Iterator[tuple[Tensor, Tensor]]) -> None:
+def close(iterator: Iterator[Batch]) -> None:
     """What happens when the loop over `iterator` is left."""
     assert isinstance(iterator, Generator)
     iterator.close()
@@ -74,12 +81,41 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def seen(photo: Image.Image, crop: Crops, row: int, img_size: int) -> Image.Image:
+    """What row `row` of some crops shows of a photo."""
+    left, top, width, height, to_width, to_height, x, y = (int(each[row]) for each in crop)
+    region = photo.crop((left, top, left + width, top + height))
+    return region.resize((to_width, to_height), Image.Resampling.BILINEAR).crop((x, y, x + img_size, y + img_size))
+
+
+def boxes(options: AugmentConfig, heights: Ints, widths: Ints, epoch: int = 0) -> Tensor:
+    """Left, top, width and height (N, 4) of the crops of images number 0 to N - 1 of these sizes, seed 0."""
+    streams = torch.tensor([key(0, Purpose.CROP, epoch, index) for index in range(len(heights))])
+    return torch.from_numpy(np.stack(crops.random_resized(streams, heights, widths, options, IMG_SIZE)[:4], axis=1))
+
+
+def slow_crop_box(options: AugmentConfig, index: int, epoch: int, height: int, width: int) -> list[int]:
+    """Left, top, width and height of one image's crop with seed 0, as torchvision's RandomResizedCrop is written."""
+    (scale_low, scale_high), (ratio_low, ratio_high) = options.crop_scale, options.crop_ratio
+    stream = key(0, Purpose.CROP, epoch, index)
+    for area_draw, ratio_draw, top_draw, left_draw in uniform(stream, torch.arange(40)).view(10, 4).tolist():
+        area = height * width * (scale_low + area_draw * (scale_high - scale_low))
+        ratio = math.exp(math.log(ratio_low) + ratio_draw * (math.log(ratio_high) - math.log(ratio_low)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return [int(left_draw * (width - w + 1)), int(top_draw * (height - h + 1)), w, h]
+    w = min(width, max(1, round(height * ratio_high)))
+    h = min(height, max(1, round(width / ratio_low)))
+    return [(width - w) // 2, (height - h) // 2, w, h]
+
+
 def by_sample(images: StreamedImages, batches: list[Tensor], epoch: int) -> dict[int, Tensor]:
     """What the training sees of each sample."""
     found: dict[int, Tensor] = {}
-    for samples, (batch, labels) in zip(batches, images.train_batches(batches, epoch), strict=True):
-        assert labels.tolist() == images.beton.labels[samples.numpy()].tolist()
-        found |= dict(zip(samples.tolist(), batch, strict=True))
+    for samples, batch in zip(batches, images.train_batches(batches, epoch), strict=True):
+        assert batch.samples.tolist() == samples.tolist()
+        assert batch.labels.tolist() == images.beton.labels[samples.numpy()].tolist()
+        found |= dict(zip(samples.tolist(), batch.images, strict=True))
     return found
 
 
@@ -92,14 +128,12 @@ def assert_equal(got: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
 def test_training_crops_equal_torchvisions(train: Beton, img_size: int) -> None:
     images = stream(train, img_size=img_size)
     for epoch in range(3):
-        got = images.augmented(torch.arange(len(train)), epoch)
+        got = cropped(images, torch.arange(len(train)), epoch)
         assert (got.dtype, got.shape) == (torch.uint8, (len(train), 3, img_size, img_size))
         for index in range(len(train)):
             photo = pil(train, index)
-            left, top, right, bottom = images.crop_box(index, epoch, photo.height, photo.width)
-            expected = tvf.resized_crop(
-                photo, top, left, bottom - top, right - left, [img_size] * 2, InterpolationMode.BILINEAR, antialias=True
-            )
+            left, top, w, h = slow_crop_box(CROPS, index, epoch, photo.height, photo.width)
+            expected = tvf.resized_crop(photo, top, left, h, w, [img_size] * 2, InterpolationMode.BILINEAR, antialias=True)
             assert torch.equal(got[index], pixels(expected))
 
 
@@ -110,43 +144,37 @@ def test_evaluation_equals_torchvisions_resize_and_centre_crop(val: Beton, img_s
     reference = transforms.Compose(
         [transforms.Resize(int(img_size / eval_crop_pct), antialias=True), transforms.CenterCrop(img_size)]
     )
-    (got, labels), *more = images.eval_batches([torch.arange(len(val))])
+    got, *more = images.eval_batches([torch.arange(len(val))])
     assert not more
-    assert labels.tolist() == val.labels.tolist()
+    assert got.labels.tolist() == val.labels.tolist()
+    assert got.samples.tolist() == list(range(len(val)))
     expected = torch.stack([pixels(reference(pil(val, index))) for index in range(len(val))])
-    assert torch.equal(got, images.augmentation.normalize(expected))
+    assert torch.equal(got.images, expected)
 
 
 @pytest.mark.parametrize(
     ("width", "height"), [(48, 48), (49, 48), (48, 101), (101, 48), (333, 37), (37, 333), (5, 4), (31, 33)]
 )
-def test_centre_crops_of_all_shapes_equal_torchvisions(train: Beton, width: int, height: int) -> None:
+def test_centre_crops_of_all_shapes_equal_torchvisions(width: int, height: int) -> None:
     rng = np.random.default_rng(width)
     photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
     for img_size, eval_crop_pct in ((32, 0.875), (33, 0.875), (31, 0.95), (7, 0.3)):
-        images = stream(train, AugmentConfig(eval_crop_pct=eval_crop_pct), img_size=img_size)
+        crop = crops.central(np.array([height]), np.array([width]), AugmentConfig(eval_crop_pct=eval_crop_pct), img_size)
         reference = transforms.Resize(int(img_size / eval_crop_pct), antialias=True)
         expected = transforms.CenterCrop(img_size)(reference(photo))
-        assert torch.equal(pixels(images._centre(photo)), pixels(expected))
+        assert torch.equal(pixels(seen(photo, crop, 0, img_size)), pixels(expected))
 
 
-def test_without_random_crops_training_sees_the_centre_and_flips(train: Beton) -> None:
+def test_without_random_crops_training_sees_the_centre(train: Beton) -> None:
     samples = torch.arange(len(train))
-    plain, flipping = AugmentConfig(crop="none", hflip=False), AugmentConfig(crop="none", hflip=True)
-    centre = stream(train, plain).augmented(samples, 0)
-    assert torch.equal(centre, torch.stack([pixels(stream(train)._centre(pil(train, index))) for index in samples.tolist()]))
-    got = stream(train, flipping, seed=3).augmented(samples, 5)
-    assert torch.equal(got, augment.horizontal_flip(centre, samples, stream=key(3, Purpose.FLIP, 5)))
-    assert not torch.equal(got, centre)
+    centre = cropped(stream(train, AugmentConfig(crop="none")), samples, 0)
+    assert torch.equal(centre, torch.cat([batch.images for batch in stream(train).eval_batches([samples])]))
 
 
-def test_crop_boxes_are_spread_as_torchvisions(train: Beton) -> None:
+def test_crop_boxes_are_spread_as_torchvisions() -> None:
     height, width, n = 300, 400, 2000
-    images = stream(train)
-    boxes = torch.tensor([images.crop_box(index, 0, height, width) for index in range(n)]).double()
-    left, top, right, bottom = boxes.unbind(1)
-    w, h = right - left, bottom - top
-    assert left.min() >= 0 and top.min() >= 0 and right.max() <= width and bottom.max() <= height
+    left, top, w, h = boxes(CROPS, np.full(n, height), np.full(n, width)).double().unbind(1)
+    assert left.min() >= 0 and top.min() >= 0 and (left + w).max() <= width and (top + h).max() <= height
     area, ratio = w * h / (height * width), w / h
     assert 0.079 < area.min() < 0.1 and 0.9 < area.max() <= 1
     assert 0.74 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.35  # to within the rounding to pixels
@@ -168,13 +196,11 @@ def ks(a: Tensor, b: Tensor) -> float:
     return float((below[0] - below[1]).abs().max())
 
 
-def test_scale_and_ratio_are_those_asked_for(train: Beton) -> None:
-    images = stream(train, AugmentConfig(crop="random_resized", crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0)))
-    for index in range(50):
-        left, top, right, bottom = images.crop_box(index, 0, 100, 100)
-        assert (right - left, bottom - top) == (50, 50)
-    whole = stream(train, AugmentConfig(crop="random_resized", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)))
-    assert whole.crop_box(0, 0, 64, 64) == (0, 0, 64, 64)
+def test_scale_and_ratio_are_those_asked_for() -> None:
+    quarter = AugmentConfig(crop="random_resized", crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))
+    assert (boxes(quarter, np.full(50, 100), np.full(50, 100))[:, 2:] == 50).all()
+    whole = AugmentConfig(crop="random_resized", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    assert boxes(whole, np.array([64]), np.array([64])).tolist() == [[0, 0, 64, 64]]
 
 
 @pytest.mark.parametrize(
@@ -191,33 +217,43 @@ def test_scale_and_ratio_are_those_asked_for(train: Beton) -> None:
     ],
 )
 def test_where_no_box_fits_it_is_torchvisions_central_one(
-    train: Beton, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
-    images = stream(train, AugmentConfig(crop="random_resized", crop_scale=scale, crop_ratio=ratio))
+    options = AugmentConfig(crop="random_resized", crop_scale=scale, crop_ratio=ratio)
     top, left, h, w = transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(ratio))
-    for index in range(5):
-        assert images.crop_box(index, 0, height, width) == (left, top, left + w, top + h)
+    assert boxes(options, np.full(5, height), np.full(5, width)).tolist() == [[left, top, w, h]] * 5
 
 
-def test_an_extreme_image_within_extreme_ratios_has_a_crop(train: Beton) -> None:
-    images = stream(train, AugmentConfig(crop="random_resized", crop_scale=(1.0, 1.0), crop_ratio=(0.05, 0.1)))
-    for height, width in ((3, 1000), (1, 1)):
-        left, top, right, bottom = images.crop_box(0, 0, height, width)
-        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+def test_an_extreme_image_within_extreme_ratios_has_a_crop() -> None:
+    options = AugmentConfig(crop="random_resized", crop_scale=(1.0, 1.0), crop_ratio=(0.05, 0.1))
+    found = boxes(options, np.array([3, 1]), np.array([1000, 1])).tolist()
+    for (left, top, w, h), (height, width) in zip(found, ((3, 1000), (1, 1)), strict=True):
+        assert 0 <= left < left + w <= width and 0 <= top < top + h <= height
+
+
+@pytest.mark.parametrize("options", [CROPS, CROPS.model_copy(update={"crop_scale": (0.6, 1.0), "crop_ratio": (0.2, 3.0)})])
+def test_boxes_of_a_batch_are_those_of_its_images_one_by_one(train: Beton, options: AugmentConfig) -> None:
+    rng = np.random.default_rng()
+    heights, widths = rng.integers(1, 700, (2, 3000))
+    found = boxes(options, heights, widths, epoch=7).tolist()
+    sides = zip(heights.tolist(), widths.tolist(), strict=True)
+    assert found == [slow_crop_box(options, index, 7, *size) for index, size in enumerate(sides)]
+    crop = stream(train, options).train_crops(torch.arange(len(train)).flip(0), 7)
+    sizes = zip(train.heights.tolist(), train.widths.tolist(), strict=True)
+    slow = [slow_crop_box(options, index, 7, *size) for index, size in enumerate(sizes)]
+    assert np.stack(crop[:4], axis=1).tolist() == slow[::-1]
 
 
 def test_the_batches_are_the_same_for_one_thread_and_four(train: Beton, val: Beton) -> None:
     options = AugmentConfig(crop="random_resized")
     batches = list(torch.arange(len(train)).flip(0).split(5))
     one, four = (list(stream(train, options, workers=workers).train_batches(batches, 2)) for workers in (1, 4))
-    for (images, labels), (others, other_labels) in zip(one, four, strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, other_labels)
+    for batch, other in zip(one, four, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
     padded = list(eval_batches(num_samples=len(val), batch_size=3, rank=0, world_size=1))
     one, four = (list(stream(val, options, workers=workers).eval_batches(padded)) for workers in (1, 4))
-    for (images, labels), (others, other_labels) in zip(one, four, strict=True):
-        assert torch.equal(images, others)
-        assert torch.equal(labels, other_labels)
+    for batch, other in zip(one, four, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, other, strict=True))
 
 
 def indices(*, start_step: int = 0, rank: int = 0, world_size: int = 1, accum_steps: int = 1) -> list[Tensor]:
@@ -251,8 +287,8 @@ def test_a_sample_looks_the_same_whatever_the_split_and_after_a_resume(train: Be
 def test_epochs_and_seeds_differ(train: Beton) -> None:
     options = AugmentConfig(crop="random_resized")
     samples = torch.arange(len(train))
-    views = [stream(train, options, seed=seed).augmented(samples, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    again = stream(train, options, seed=1).augmented(samples, 0)
+    views = [cropped(stream(train, options, seed=seed), samples, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    again = cropped(stream(train, options, seed=1), samples, 0)
     assert torch.equal(again, views[2])
     for index in range(len(train)):
         assert len({view[index].numpy().tobytes() for view in views}) == 4
@@ -272,7 +308,7 @@ def test_results_come_in_order_though_the_first_image_is_slow(train: Beton, monk
 
     monkeypatch.setattr(Beton, "read_image", slow_at_first)
     samples = [torch.tensor([index]) for index in (11, *range(8))]
-    got = [labels.tolist() for _, labels in stream(train, workers=3).train_batches(samples, 0)]
+    got = [batch.labels.tolist() for batch in stream(train, workers=3).train_batches(samples, 0)]
     assert got == [[int(train.labels[index])] for index in (11, *range(8))]
     assert order[0] != 11
     assert Counter(order) == Counter((11, *range(8)))
@@ -294,19 +330,19 @@ def test_batches_are_decoded_ahead_but_not_all_at_once(train: Beton) -> None:
 
 
 def test_no_image_is_black_with_the_label_minus_one(val: Beton) -> None:
-    black = stream(val).augmentation.normalize(torch.zeros(1, 3, IMG_SIZE, IMG_SIZE, dtype=torch.uint8))[0]
-    ((images, labels),) = stream(val).eval_batches([torch.tensor([6, -1, 0, -1])])
-    assert labels.tolist() == [val.labels[6], -1, val.labels[0], -1]
-    assert torch.equal(images[1], black) and torch.equal(images[3], black)
-    assert not torch.equal(images[0], black)
-    ((images, labels),) = stream(val).eval_batches([torch.tensor([-1, -1])])  # a process may have nothing to do
-    assert labels.tolist() == [-1, -1]
+    (batch,) = stream(val).eval_batches([torch.tensor([6, -1, 0, -1])])
+    assert batch.labels.tolist() == [val.labels[6], -1, val.labels[0], -1]
+    assert batch.samples.tolist() == [6, -1, 0, -1]
+    assert not batch.images[1].any() and not batch.images[3].any()
+    assert batch.images[0].any() and batch.images[2].any()
+    (batch,) = stream(val).eval_batches([torch.tensor([-1, -1])])  # a process may have nothing to do
+    assert batch.labels.tolist() == [-1, -1] and not batch.images.any()
 
 
 def test_no_batches_and_an_empty_one(val: Beton) -> None:
     assert list(stream(val).eval_batches([])) == []
-    ((images, labels),) = stream(val).eval_batches([torch.empty(0, dtype=torch.int64)])
-    assert (images.shape, labels.shape) == ((0, 3, IMG_SIZE, IMG_SIZE), (0,))
+    (batch,) = stream(val).eval_batches([torch.empty(0, dtype=torch.int64)])
+    assert (batch.images.shape, batch.samples.shape, batch.labels.shape) == ((0, 3, IMG_SIZE, IMG_SIZE), (0,), (0,))
 
 
 @pytest.fixture
@@ -336,11 +372,11 @@ def test_an_undecodable_image_ends_the_loop_promptly(damaged: Beton, workers: in
 
 
 def test_whole_batches_before_an_undecodable_image_are_used(damaged: Beton) -> None:
-    seen = []
+    found = []
     with pytest.raises(BetonError, match="sample 5"):
-        for _, labels in stream(damaged).train_batches(torch.arange(12).split(2), 0):
-            seen.append(labels.tolist())
-    assert seen == [damaged.labels[:2].tolist(), damaged.labels[2:4].tolist()]
+        for batch in stream(damaged).train_batches(torch.arange(12).split(2), 0):
+            found.append(batch.labels.tolist())
+    assert found == [damaged.labels[:2].tolist(), damaged.labels[2:4].tolist()]
     assert not decoders()
 
 

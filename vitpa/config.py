@@ -212,6 +212,9 @@ class RuntimeConfig(Section):
     workers: int | None = Field(None, ge=1, description="decoding threads per process; null: the CPUs allowed / processes")
     runs_per_gpu: int = Field(1, ge=1, description="runs that share each GPU; gpu_hours counts this run's share")
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
+    decoder: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="what decodes streamed images; gpu: nvJPEG, JPEGs differ by a few grey levels; auto: gpu if it can"
+    )
     eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")
     checkpoint_every_s: Float = Field(60.0, ge=0, description="seconds between checkpoints")

@@ -21,7 +21,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.gpu_decoder import why_not_gpu
 from vitpa.data.mixup import mixes
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import staged
@@ -265,25 +266,37 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     return fits
 
 
+def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cpu", "gpu"]:
+    """What decodes images that are streamed: as the user says, else the GPU if it decodes one of `beton`.
+
+    Raises:
+        TrainError: the GPU is asked for and cannot do it.
+    """
+    asked = config.runtime.decoder
+    if asked == "cpu" or (asked == "auto" and group.device.type == "cpu"):
+        return "cpu"
+    reason = why_not_gpu(beton, img_size=config.model.img_size, device=group.device)
+    if reason and asked == "gpu":
+        raise TrainError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
+    if reason and group.is_main:
+        print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
+    return "cpu" if reason else "gpu"
+
+
 def open_feed(
     configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int, resident: bool
 ) -> tuple[ResidentFeed | StreamedFeed, Augmentation]:
     """The source of the batches, its images on the device or decoded when they are needed, and their augmentation."""
-    config = configs[0]
-    facts, size, options, accum_steps = (
-        facts_of(config.dataset),
-        config.model.img_size,
-        config.augment,
-        config.runtime.accum_steps,
-    )
-    augmentation = Augmentation(options, facts, img_size=size, device=group.device)
+    config, device = configs[0], group.device
+    size, options, accum_steps = config.model.img_size, config.augment, config.runtime.accum_steps
+    augmentation = Augmentation(options, facts_of(config.dataset), img_size=size, device=device)
     if resident:
         seeds = [each.seed for each in configs]
-        images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
+        images = {split: ResidentImages(*decoded(beton, size), device=device) for split, beton in betons.items()}
         return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps), augmentation
-    workers = config.runtime.workers or group.cpus
+    workers, decoder = config.runtime.workers or group.cpus, choose_decoder(config, betons["train"], group)
     streamed = {
-        split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=group.device, workers=workers)
+        split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=device, workers=workers, decoder=decoder)
         for split, beton in betons.items()
     }
     return StreamedFeed(streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps), augmentation
@@ -377,13 +390,13 @@ def open_logs(t: Training, stack: ExitStack) -> None:
 def augmented(t: Training, replica: Replica) -> Tensor:
     """The first images of the training set as the first epoch of a replica sees them: (B, 3, H, W) uint8."""
     feed, samples = t.steps.feed, torch.arange(min(64, t.num_samples["train"]))
+    keys = epoch_keys([replica.config.seed], 0).to(t.group.device)
     if isinstance(feed, ResidentFeed):
         samples = samples.to(t.group.device)
-        images = feed.images["train"].images[samples]
-    else:
-        with closing(feed.images["train"].train_batches([samples], epoch=0)) as batches:
-            images, samples, _ = next(batches)
-    return t.steps.augmentation.uint8(images, samples, epoch_keys([replica.config.seed], 0).to(t.group.device))
+        return t.steps.augmentation.uint8(feed.images["train"].images[samples], samples, keys)
+    with closing(feed.images["train"].train_batches([samples], epoch=0)) as batches:
+        batch = next(batches)
+        return t.steps.augmentation.uint8(batch.images.clone(), batch.samples, keys)
 
 
 def show_positions(t: Training) -> None:

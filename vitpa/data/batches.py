@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,11 +14,22 @@ from vitpa.data.counter_rng import Purpose, key, permutation
 
 
 class Batch(NamedTuple):
-    """Images as they come before augmentation, cropped to the model's size, with their numbers in the data set and labels."""
+    """Images of one size with what belongs to them, on the device that trains; not augmented, not normalised.
 
-    images: Tensor  # (B, 3, H, W) uint8
-    samples: Tensor  # (B,) int64
-    labels: Tensor  # (B,) int64; -1: there is no image, its place is filled up
+    Attributes:
+        images: (B, 3, H, W) uint8.
+        samples: (B,) int64, their numbers in the data set; -1 for no image, which fills up a batch of an evaluation.
+        labels: (B,) int64; -1 for no image.
+    """
+
+    images: Tensor
+    samples: Tensor
+    labels: Tensor
+
+
+def labels_of(labels: npt.NDArray[np.int64], samples: Tensor) -> Tensor:
+    """Of all `labels` (N,) those of `samples` (B,) on the CPU: (B,) int64, -1 for the sample -1."""
+    return torch.where(samples < 0, -1, torch.from_numpy(labels[samples.numpy()]))
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

@@ -203,7 +203,7 @@ class BetonFile:
             BetonError: no such sample, the file is closed, or the stored JPEG cannot be decoded.
             ValueError: `out` is of another shape, type or layout.
         """
-        stored = self._stored(index)
+        stored = self.stored(index)
         shape = (int(self.heights[index]), int(self.widths[index]), 3)
         if out is None:
             out = np.empty(shape, np.uint8)
@@ -212,8 +212,24 @@ class BetonFile:
         if not self.is_jpeg[index]:
             out[...] = stored.reshape(shape)
         elif not decode_jpeg(stored, out):
-            raise BetonError(f"{self.path}: the JPEG of sample {index} cannot be decoded; {_mend(self.path, '--force')}")
+            raise self.undecodable(index)
         return out
+
+    def undecodable(self, index: int) -> BetonError:
+        """What to raise if the JPEG of a sample is damaged."""
+        return BetonError(f"{self.path}: the JPEG of sample {index} cannot be decoded; {_mend(self.path, '--force')}")
+
+    def stored(self, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one sample as they lie in the file, read-only and not copied: a JPEG, or (H, W, 3) RGB, flat.
+
+        Raises:
+            BetonError: no such sample, or the file is closed.
+        """
+        if self._bytes is None:
+            raise BetonError(f"{self.path}: read after it was closed")
+        if not 0 <= index < len(self):
+            raise BetonError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
+        return self._bytes[self._offsets[index] : self._offsets[index] + self.sizes[index]]
 
     def content_sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """SHA-256 over the samples in order: label, storage mode, height, width, number of bytes, stored bytes.
@@ -223,7 +239,7 @@ class BetonFile:
         """
         digest = hashlib.sha256()
         for index in range(len(self)):
-            stored = self._stored(index)
+            stored = self.stored(index)
             mode = JPEG if self.is_jpeg[index] else RAW
             digest.update(
                 struct.pack("<qBHHQ", self.labels[index], mode, self.heights[index], self.widths[index], stored.size)
@@ -234,13 +250,6 @@ class BetonFile:
         if progress:
             progress(len(self) % 1000)
         return digest.hexdigest()
-
-    def _stored(self, index: int) -> npt.NDArray[np.uint8]:
-        if self._bytes is None:
-            raise BetonError(f"{self.path}: read after it was closed")
-        if not 0 <= index < len(self):
-            raise BetonError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
-        return self._bytes[self._offsets[index] : self._offsets[index] + self.sizes[index]]
 
     def _read_tables(self, data: npt.NDArray[np.uint8]) -> None:
         header = data[: HEADER.itemsize].view(HEADER)[0]
