@@ -37,6 +37,11 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
         "ask for more memory (`mem` in a SLURM profile), or retry with a smaller runtime.workers",
     ),
     _cause(
+        "staging",
+        r"runtime\.stage_dir=",
+        "read from the shared disk: retry with runtime.stage_dir=null; or name a larger folder of the nodes in the profile",
+    ),
+    _cause(
         "disk full",
         r"No space left on device|\[Errno 28\]|Disk quota exceeded|PytorchStreamWriter failed writing",
         "free space or quota where --root is, then retry: the run goes on from its newest checkpoint",

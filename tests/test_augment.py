@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tvf
 
@@ -14,7 +15,7 @@ from tests.test_auto_augment import pictures
 from vitpa.config import AugmentConfig
 from vitpa.data import augment
 from vitpa.data.augment import Augmentation, epoch_keys
-from vitpa.data.counter_rng import Purpose, key, randint, uniform
+from vitpa.data.counter_rng import Purpose, key, randint, random_bits, uniform
 from vitpa.datasets import facts_of
 
 CPU = torch.device("cpu")
@@ -42,11 +43,12 @@ def test_the_keys_of_an_epoch_are_those_of_each_seed_and_purpose() -> None:
 def test_no_purpose_takes_the_number_of_another() -> None:
     # the streams of runs that are done already depend on these
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
-        "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8,
+        "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8, "MIX": 9,
+        "ERASE_NOISE": 10,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["none", "autoaugment_svhn", "randaugment"])
+@pytest.mark.parametrize("policy", ["none", "autoaugment_svhn", "randaugment", "randaugment_timm"])
 def test_crop_then_flip_then_policy(policy: str) -> None:
     images, samples, keys = random_images(50), torch.arange(900, 950), epoch_keys([4], 2)
     whole = augmentation(policy=policy, crop_padding_px=3)
@@ -217,8 +219,42 @@ def test_erasing_and_cutout_leave_the_mean_colour_in_the_normalised_image() -> N
     assert torch.equal(whole.uint8(images, samples, keys), images)
 
 
+def test_noise_is_in_the_erased_rectangles_alone_and_the_same_in_any_batch() -> None:
+    images, samples, keys = random_images(200), torch.arange(200), epoch_keys([2], 3)
+    const, pixel = (augmentation(**BARE, erase_prob=0.5, erase_mode=mode) for mode in ("const", "pixel"))
+    got, normalised = pixel(images, samples, keys), pixel.normalize(images)
+    top, left, height, width = augment.erased_boxes(samples, const.options, size=(32, 32), stream=key(2, Purpose.ERASE, 3))
+    for i in range(200):
+        box = torch.zeros(32, 32, dtype=torch.bool)
+        box[top[i] : top[i] + height[i], left[i] : left[i] + width[i]] = True
+        assert torch.equal(got[i, :, ~box], normalised[i, :, ~box])
+        assert (got[i, :, box] != normalised[i, :, box]).all()
+    assert torch.equal(pixel(images[50:], samples[50:], keys), got[50:])
+    erased = height > 0
+    assert not (pixel(images, samples, epoch_keys([2], 4)) == got)[erased].flatten(1).all(1).any()
+
+
+def test_noise_is_standard_normal_and_independent() -> None:
+    normals = augmentation().normals
+    words = random_bits(key(0, Purpose.ERASE_NOISE, 0), torch.arange(100))
+    got = augment.noise(words, normals, (100, 3, 40, 50)).double()
+    assert got.shape == (100, 3, 40, 50)
+    assert stats.kstest(got.flatten().numpy(), "norm").statistic < 2 / math.sqrt(got.numel())
+    shifted = [got.roll(1, dim) for dim in range(4)] + [got.roll(1, 0).roll(-1, 3)]
+    assert all(abs((got * other).mean().item()) < 5 / math.sqrt(got.numel()) for other in shifted)
+    slow = int(random_bits(int(words[7]), torch.tensor(3 * 50 + 11))) >> 32 & 0xFFFF
+    assert got[7, 2, 3, 11] == stats.norm.ppf((slow + 0.5) / 2**16).astype("float32")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{**EVERYTHING, "policy": "none"}, {"policy": "autoaugment_svhn"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**EVERYTHING, "policy": "none"},
+        {**EVERYTHING, "policy": "none", "erase_mode": "pixel"},
+        {"policy": "autoaugment_svhn"},
+    ],
+)
 def test_compiled_equals_eager(options: dict[str, Any]) -> None:
     images, samples = pictures(16).repeat(4, 1, 1, 1), torch.arange(44)
     keys, whole = epoch_keys([5, 6], 1).repeat_interleave(22, 0), augmentation(img_size=16, **options)
@@ -232,7 +268,7 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("policy", ["none", "autoaugment_cifar10", "randaugment"])
+@pytest.mark.parametrize("policy", ["none", "autoaugment_cifar10", "randaugment", "randaugment_timm"])
 def test_a_gpu_augments_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None:
     images, samples = random_images(640), torch.arange(640)
     keys = epoch_keys([5, 6], 1).repeat_interleave(320, 0)

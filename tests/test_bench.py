@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitpa.bench import main, small
+from vitpa.bench import main, measure, small
 from vitpa.config import load_config, shipped_configs
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
@@ -30,8 +30,8 @@ def test_it_prints_a_table_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(small, "NUM_IMAGES", {"train": 40, "val": 8})
-    monkeypatch.setattr(small, "MIN_WINDOW_S", 0.01)
-    monkeypatch.setattr(small, "WINDOWS", 2)
+    monkeypatch.setattr(measure, "MIN_WINDOW_S", 0.01)
+    monkeypatch.setattr(measure, "WINDOWS", 2)
     file = tmp_path / "figures.json"
     assert main(["small", *TINY, "--replicas", "1,2", "--json", str(file)]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
@@ -57,7 +57,7 @@ def test_it_prints_a_table_and_writes_the_same(
         assert line["notes"] == []
         assert line["times_eager"] == line["images_per_s"] / eager[line["attention"], line["augmentation"]]
         assert line["batch_size"] == 4
-        gflop = small.gflop_per_image(
+        gflop = measure.gflop_per_image(
             load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line['attention']}"])
         )
         assert line["of_limit"] == pytest.approx(line["images_per_s"] * gflop / 1000 / limit)
@@ -84,10 +84,10 @@ def test_fewer_lines_on_request() -> None:
 def test_arithmetic_of_the_papers_small_vit() -> None:
     """A step per image, 10^9 operations, summed layer by layer for 65 tokens of 384 in 7 blocks, MLP as wide as they are."""
     recipe = shipped_configs()["cifar10"]
-    content = small.gflop_per_image(load_config(recipe))
+    content = measure.gflop_per_image(load_config(recipe))
     assert content == pytest.approx(2.55, rel=0.01)
     qkv, scores, mixing, projection, mlp = 65 * 384 * 1152, 65 * 65 * 384, 65 * 65 * 384, 65 * 384 * 384, 2 * 65 * 384 * 384
     patches = 64 * 48 * 384
     assert content == pytest.approx(6 * (7 * (qkv + scores + mixing + projection + mlp) + patches) / 1e9)
-    positional = small.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
+    positional = measure.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
     assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)

@@ -153,3 +153,36 @@ def test_the_hash_is_of_the_values_alone() -> None:
     strided = WEIGHTS["head.weight"].T.contiguous().T
     assert not strided.is_contiguous()
     assert weights_sha256(changed("head.weight", strided)) == expected
+
+
+def test_the_writer_takes_the_state_as_it_is_at_the_call(run: RunDir) -> None:
+    changing: dict[str, Any] = {"model": {"weight": torch.zeros(1000)}, "progress": {"step": 0, "code_versions": ["a"]}}
+    with checkpoint.Writer() as writer:
+        for step in (1, 2, 3):
+            changing["model"]["weight"].fill_(step)
+            changing["progress"]["step"] = step
+            writer.save(run, step, changing)
+            changing["model"]["weight"].fill_(-1)
+            changing["progress"]["step"] = -1
+            writer.wait()
+            found = checkpoint.load_newest(run)
+            assert found is not None
+            assert found[1]["progress"] == {"step": step, "code_versions": ["a"]}
+            assert torch.equal(found[1]["model"]["weight"], torch.full((1000,), float(step)))
+
+
+def test_leaving_the_writer_waits_for_what_is_under_way(run: RunDir) -> None:
+    with checkpoint.Writer() as writer:
+        for step in range(1, 9):
+            writer.save(run, step, state(step))
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000007.pt", "step_000000008.pt"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_writer(run: RunDir) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.checkpoints.write_text("a file where the folder should be")
+    with checkpoint.Writer() as writer:
+        writer.save(run, 1, state(1))
+        with pytest.raises(OSError, match="checkpoints"):
+            writer.wait()
+        writer.wait()  # it has been said

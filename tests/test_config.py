@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
     "optim": {"lr": 3e-4, "warmup_epochs": 1},
     "train": {"epochs": 3, "global_batch_size": 32},
 }
-SMALL_SIGNATURE = "95d1841f95464e1e"  # what was computed under it is found by it: a change gives up every older run
+SMALL_SIGNATURE = "b45ea57bf99f4a85"  # what was computed under it is found by it: a change gives up every older run
 
 OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "dataset": "cifar100",
@@ -53,10 +53,15 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "augment.policy": "autoaugment_svhn",
     "augment.randaugment_num_ops": "1",
     "augment.randaugment_magnitude": "10",
+    "augment.randaugment_magnitude_std": "1",
     "augment.erase_prob": "0.25",
+    "augment.erase_mode": "pixel",
     "augment.erase_scale": "[0.02, 0.4]",
     "augment.erase_ratio": "[0.3, 4]",
     "augment.cutout_px": "16",
+    "augment.mixup_alpha": "0.8",
+    "augment.cutmix_alpha": "1",
+    "augment.mixup_switch_prob": "0.4",
     "augment.eval_crop_pct": "0.9",
     "optim.lr": "2e-4",
     "optim.min_lr": "0",
@@ -74,6 +79,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
 OTHER_RUNTIME = {
     "runtime.root": "elsewhere",
     "runtime.data_dir": "elsewhere",
+    "runtime.stage_dir": "/tmp",
     "runtime.device": "cpu",
     "runtime.accum_steps": "2",
     "runtime.step": "eager",
@@ -200,11 +206,17 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("seed=2147483648", r"seed=2147483648: .*less than 2147483648"),
         ("augment.hflip=1", r"augment\.hflip=1: .*valid boolean"),
         ("augment.hflip='true'", r"augment\.hflip=true: .*valid boolean"),
-        ("augment.policy=autoaugment", r"augment\.policy=autoaugment: .*'autoaugment_cifar10'.* or 'randaugment'"),
+        (
+            "augment.policy=autoaugment",
+            r"augment\.policy=autoaugment: .*'autoaugment_cifar10'.*'randaugment' or 'randaugment_timm'",
+        ),
         ("augment.randaugment_num_ops=0", r"augment\.randaugment_num_ops=0: .*greater than or equal to 1"),
         ("augment.randaugment_magnitude=31", r"augment\.randaugment_magnitude=31: .*less than or equal to 30"),
         ("augment.erase_prob=1.5", r"augment\.erase_prob=1\.5: .*less than or equal to 1"),
         ("augment.erase_scale=[0.1]", r"augment\.erase_scale\.1 is missing"),
+        ("augment.erase_mode=rand", r"augment\.erase_mode=rand: .*'const' or 'pixel'"),
+        ("augment.mixup_alpha=-1", r"augment\.mixup_alpha=-1: .*greater than or equal to 0"),
+        ("augment.mixup_switch_prob=2", r"augment\.mixup_switch_prob=2: .*less than or equal to 1"),
         ("augment.cutout_px=-1", r"augment\.cutout_px=-1: .*greater than or equal to 0"),
         ("optim.lr=true", r"optim\.lr=True: .*valid number"),
         ("optim.lr=fast", r"optim\.lr=fast: .*valid number"),
@@ -234,6 +246,14 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
     [
         ("model.embed_dim=65", r"model\.embed_dim=65 is not a multiple of model\.num_heads=4"),
         ("model.patch_size=5", r"model\.img_size=32 is not a multiple of model\.patch_size=5"),
+        (
+            "augment.policy=randaugment_timm augment.randaugment_magnitude=11",
+            r"augment\.randaugment_magnitude=11: augment\.policy=randaugment_timm takes 0 to 10",
+        ),
+        (
+            "augment.cutmix_alpha=1 runtime.accum_steps=32",
+            r"augment\.mixup_alpha and augment\.cutmix_alpha .*train\.global_batch_size / runtime\.accum_steps=1 even",
+        ),
         ("augment.crop_scale=[0.5,0.2]", r"augment\.crop_scale=\[0\.5, 0\.2\] is not a range"),
         ("augment.crop_ratio=[0,1]", r"augment\.crop_ratio=\[0\.0, 1\.0\] is not a range"),
         ("augment.crop_scale=[0.5,1.5]", r"augment\.crop_scale=\[0\.5, 1\.5\] goes beyond the whole image"),

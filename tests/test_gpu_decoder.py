@@ -23,7 +23,6 @@ from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
 from vitpa.data.gpu_decoder import GpuDecoder, why_not_gpu
 from vitpa.data.stream import StreamedImages
-from vitpa.datasets import facts_of
 
 CPU = torch.device("cpu")
 OPTIONS = AugmentConfig(crop="random_resized", eval_crop_pct=0.875)
@@ -78,7 +77,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
 
 def stream(beton: Beton, device: torch.device = CPU) -> StreamedImages:
-    images = StreamedImages(beton, facts_of("photos"), OPTIONS, img_size=32, seed=0, device=CPU, workers=2)
+    images = StreamedImages(beton, OPTIONS, img_size=32, seed=0, device=CPU, workers=2)
     if device != CPU:
         images.device, images.decoder = device, GpuDecoder(beton, img_size=32, device=device, workers=3)
     return images
@@ -150,7 +149,6 @@ def test_an_evaluation_within_an_epoch_disturbs_nothing(pretended: Decoder, beto
         if len(found) == 2:
             assert len(kept(images.eval_batches(EVAL))) == len(EVAL)
     assert_same(found, kept(stream(beton).train_batches(BATCHES, 3)), raw=not beton.is_jpeg.any())
-    assert torch.equal(images.augmented(torch.arange(5), 1), images.augmented(torch.arange(5), 1))
 
 
 def test_memory_is_used_again_and_work_goes_ahead_but_not_far(pretended: Decoder, beton: Beton) -> None:

@@ -48,6 +48,10 @@ PREFLIGHT_DATA = "failed its pre-flight: data: /data/digits/train.beton: no such
 WRITER = (
     "RuntimeError: [enforce fail at inline_container.cc:626] . PytorchStreamWriter failed writing file data/12: file write"
 )
+STAGING = (
+    "vitpa train: runtime.stage_dir=$TMPDIR: the copy of /data/digits to /tmp/vitpa-0/digits-1 on n1 failed: No space left on "
+    "device; it needs 0.01 GiB; set runtime.stage_dir=null to read from /data, or name a folder on another disk"
+)
 SLURM_MEMORY = "host out of memory: SLURM ended job 12_3 (OUT_OF_MEMORY); ask for more with `mem`"
 
 
@@ -65,6 +69,7 @@ SLURM_MEMORY = "host out of memory: SLURM ended job 12_3 (OUT_OF_MEMORY); ask fo
         ("node", PREFLIGHT, ""),
         ("missing data", PREFLIGHT_DATA, ""),
         ("disk full", WRITER, ""),
+        ("staging", "", STAGING),
         ("host out of memory", SLURM_MEMORY, "step 1"),
         ("killed by a signal", "killed by SIGKILL (out of memory?)", f"step 1\n{NCCL_WARNING}"),
         ("other", "ValueError: no", f"{GLOO_LOST}\n{FRAMES}[rank1]: ValueError: no"),

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,44 @@ from torch.nn import functional as F
 import vitpa.kernels.attention
 import vitpa.kernels.mixing
 import vitpa.kernels.norm
+import vitpa.kernels.tiled_attention
+import vitpa.kernels.tiled_mixing
+from vitpa.config import load_config, shipped_configs
 from vitpa.kernels.attention import attention
+from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix
 from vitpa.kernels.norm import add_norm
-from vitpa.kernels.partials import sum_partials
+from vitpa.kernels.partials import ONE_PASS, sum_partials
+from vitpa.kernels.tiled_attention import tiled_attention
+from vitpa.kernels.tiled_mixing import tiled_mix
+from vitpa.models.stacked import PLAIN
+from vitpa.replicas import fastest_operations
 
 Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64)]
+INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64), (1, 2, 197, 3, 64), (2, 5, 70, 1, 32)]
 EPS = 1e-6
-RESULTS = {"attention": 3, "attention, apart": 3, "mix": 3, "add_norm": 7, "add_norm, apart": 7}  # outputs and gradients
+RESULTS = {  # how many outputs and gradients
+    "attention": 3,
+    "attention, apart": 3,
+    "tiled_attention": 3,
+    "tiled_attention, apart": 3,
+    "mix": 3,
+    "tiled_mix": 3,
+    "add_norm": 7,
+    "add_norm, apart": 7,
+    "add_norm, scaled": 7,
+    "bias_gelu": 3,
+    "bias_gelu, apart": 3,
+}
+
+
+def takes(name: str, sizes: Sizes) -> bool:
+    """Whether the kernel of this name takes so many tokens; head_dim is one that all take."""
+    modules = {"attention": vitpa.kernels.attention, "attention, apart": vitpa.kernels.attention, "mix": vitpa.kernels.mixing}
+    _, _, N, _, d = sizes
+    return name not in modules or not modules[name].unfit(N, d)
 
 
 def slow_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -52,8 +80,29 @@ def slow_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_
     return total, F.layer_norm(total, total.shape[-1:], eps=EPS) * weight[:, None] + norm_bias[:, None]
 
 
+def slow_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias[:, None])
+
+
 def fast_add_norm(x: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor]:
     return add_norm(x, branch, bias, weight, norm_bias, EPS)
+
+
+def dropped(x: Tensor, sizes: Sizes) -> Tensor:
+    """What stochastic depth multiplies the branches of images by: (R, B), some are left out."""
+    R, B, *_ = sizes
+    return torch.where(torch.arange(R * B, device=x.device).view(R, B) % 3 == 1, 0.0, 1.25)
+
+
+def slow_scaled_add_norm(sizes: Sizes, x: Tensor, branch: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    bias, *others = rows
+    scale = dropped(x, sizes).to(x.dtype).repeat_interleave(sizes[2], 1)[:, :, None]
+    return slow_add_norm(x, scale * (branch + bias[:, None]), torch.zeros_like(bias), *others)
+
+
+def fast_scaled_add_norm(sizes: Sizes, x: Tensor, branch: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
+    bias, weight, norm_bias = rows
+    return add_norm(x, branch, bias, weight, norm_bias, EPS, dropped(x, sizes))
 
 
 def cases(device: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, Function, Function, list[Tensor]]]:
@@ -70,13 +119,23 @@ def cases(device: str, dtype: torch.dtype, sizes: Sizes) -> Iterator[tuple[str, 
         return [view.normal_().requires_grad_() for view in views]
 
     qkv = random(R * B, N, 3, H, d)
-    yield "attention", attention, slow_attention, [qkv, *rows(1, apart=False)]
-    yield "attention, apart", attention, slow_attention, [qkv, *rows(1, apart=True)]
+    if takes("attention", sizes):
+        yield "attention", attention, slow_attention, [qkv, *rows(1, apart=False)]
+        yield "attention, apart", attention, slow_attention, [qkv, *rows(1, apart=True)]
+    yield "tiled_attention", tiled_attention, slow_attention, [qkv, *rows(1, apart=False)]
+    yield "tiled_attention, apart", tiled_attention, slow_attention, [qkv, *rows(1, apart=True)]
     matrix = torch.softmax(2 * torch.randn(R, H, N, N, device=device), -1).requires_grad_()
-    yield "mix", mix, slow_mix, [matrix, random(R, B, N, H, d)]
+    values = random(R, B, N, H, d)
+    if takes("mix", sizes):
+        yield "mix", mix, slow_mix, [matrix, values]
+    yield "tiled_mix", tiled_mix, slow_mix, [matrix, values]
     stream = [random(R, B * N, H * d) for _ in range(2)]
     yield "add_norm", fast_add_norm, slow_add_norm, [*stream, *rows(3, apart=False)]
     yield "add_norm, apart", fast_add_norm, slow_add_norm, [*stream, *rows(3, apart=True)]
+    scaled = partial(fast_scaled_add_norm, sizes), partial(slow_scaled_add_norm, sizes)
+    yield "add_norm, scaled", *scaled, [*stream, *rows(3, apart=True)]
+    yield "bias_gelu", bias_gelu, slow_bias_gelu, [stream[0], *rows(1, apart=False)]
+    yield "bias_gelu, apart", bias_gelu, slow_bias_gelu, [stream[0], *rows(1, apart=True)]
 
 
 def results(function: Function, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
@@ -92,7 +151,7 @@ def errors(kernel: Function, reference: Function, inputs: list[Tensor]) -> list[
     exact = [x.detach().double().requires_grad_() for x in inputs]
     with torch.no_grad():
         out = reference(*exact)
-    dtype = inputs[1 if kernel is mix else 0].dtype
+    dtype = inputs[1 if kernel in {mix, tiled_mix} else 0].dtype
     gradients = [torch.randn(x.shape, device=x.device).to(dtype) for x in ([out] if isinstance(out, Tensor) else out)]
     got = results(kernel, inputs, gradients)
     assert [x.dtype for x in got[-len(inputs) :]] == [x.dtype for x in inputs]
@@ -104,6 +163,7 @@ def chain(leaves: list[Tensor], sizes: Sizes) -> Tensor:
     R, B, N, H, d = sizes
     matrix, x, branch, bias, weight, norm_bias = leaves
     total, normed = add_norm(x, branch, bias, weight, norm_bias, EPS)
+    branch = bias_gelu(branch, bias)
     qkv = torch.cat([normed, total, branch], -1)
     mixed = mix(matrix, attention(qkv.view(R * B, N, 3, H, d), bias).view(R, B, N, H, d))
     return (mixed.float() ** 2).mean()
@@ -156,17 +216,20 @@ def main() -> None:
         for sizes in INTERPRETED:
             for name, kernel, reference, inputs in cases("cpu", dtype, sizes):
                 report[f"{name} {dtype} {sizes}"] = errors(kernel, reference, inputs)
-    parts = torch.randn(2, 70, 40)
-    total = parts.double().sum(1)
-    report["sum_partials"] = [float((sum_partials(parts) - total).norm() / total.norm())]
+    report["sum_partials"] = []
+    for count in (1, 70, ONE_PASS + 1, 3000):
+        parts = torch.randn(2, count, 40)
+        total = parts.double().sum(1)
+        report["sum_partials"].append(float((sum_partials(parts) - total).norm() / total.norm()))
     sizes, dtype = (1, 1, 17, 1, 16), torch.float32
     leaves = chain_leaves("cpu", dtype, sizes)
     compiled = torch.compile(chain, fullgraph=True, dynamic=False, backend="aot_eager")
     both = zip(chain_step(compiled, leaves, sizes), chain_step(chain, leaves, sizes), strict=True)
     report["compiled"] = [float((a - b).norm() / b.norm()) for a, b in both]
     for name, _, _, inputs in cases("cpu", dtype, sizes):  # raises what is wrong with schema, fake tensors or autograd
-        operation = getattr(torch.ops.vitpa, name.removesuffix(", apart")).default
-        torch.library.opcheck(operation, (*inputs, EPS) if "norm" in name else tuple(inputs))
+        operation = getattr(torch.ops.vitpa, name.partition(",")[0]).default
+        scale = dropped(inputs[0], sizes) if "scaled" in name else None
+        torch.library.opcheck(operation, (*inputs, EPS, scale) if "norm" in name else tuple(inputs))
     json.dump(report, sys.stdout)
 
 
@@ -186,13 +249,12 @@ def interpreted() -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize(("name", "results"), RESULTS.items())
-@pytest.mark.parametrize("sizes", INTERPRETED)
+@pytest.mark.parametrize(("name", "sizes"), [(name, sizes) for sizes in INTERPRETED for name in RESULTS if takes(name, sizes)])
 def test_kernels_and_their_gradients_are_those_of_the_reference(
-    interpreted: dict[str, list[float]], name: str, results: int, dtype: torch.dtype, sizes: Sizes
+    interpreted: dict[str, list[float]], name: str, dtype: torch.dtype, sizes: Sizes
 ) -> None:
     found = interpreted[f"{name} {dtype} {sizes}"]
-    assert len(found) == results
+    assert len(found) == RESULTS[name]
     assert all(error < LIMITS[dtype] for error in found), found  # NaN is not below
 
 
@@ -201,7 +263,8 @@ def test_kernels_compile_whole_and_give_the_same(interpreted: dict[str, list[flo
 
 
 def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str, list[float]]) -> None:
-    assert interpreted["sum_partials"][0] < 1e-6
+    assert len(interpreted["sum_partials"]) == 4
+    assert max(interpreted["sum_partials"]) < 1e-6
 
 
 @pytest.mark.parametrize("kernel", [vitpa.kernels.attention, vitpa.kernels.mixing])
@@ -211,6 +274,34 @@ def test_sizes_that_do_not_fit_are_named(kernel: Any) -> None:
     assert "8 patches" in kernel.unfit(9, 64)
     assert "head_dim 48" in kernel.unfit(65, 48)
     assert "head_dim 8" in kernel.unfit(65, 8)
+
+
+def test_sizes_that_do_not_fit_tiles_are_named() -> None:
+    attends, mixes = vitpa.kernels.tiled_attention.unfit, vitpa.kernels.tiled_mixing.unfit
+    assert [attends(tokens, d) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [""] * 12
+    assert [mixes(d) for d in (16, 32, 64)] == [""] * 3
+    assert "257 tokens" in attends(257, 64)
+    assert "head_dim 48" in attends(197, 48)
+    assert "head_dim 48" in mixes(48)
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ([], (attention, mix, add_norm)),
+        (["model.img_size=224", "model.patch_size=16"], (tiled_attention, tiled_mix, add_norm)),
+        (["model.img_size=256", "model.patch_size=8"], (PLAIN.attention, tiled_mix, add_norm)),
+        (["model.num_heads=8"], (PLAIN.attention, PLAIN.mix, add_norm)),
+        (["model.embed_dim=4096", "model.num_heads=64"], (attention, mix, PLAIN.add_norm)),
+    ],
+)
+def test_the_fastest_operations_are_those_that_take_the_sizes(
+    changes: list[str], chosen: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(shipped_configs()["cifar10"], changes)
+    for capability, expected in (((9, 0), (*chosen, bias_gelu)), ((7, 5), PLAIN)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
+        assert fastest_operations(config, torch.device("cuda"), torch.bfloat16) == expected
 
 
 def test_rows_that_do_not_fit_the_norm_are_named() -> None:
@@ -226,11 +317,22 @@ def test_shapes_are_known_without_running() -> None:
         matrix, v = torch.empty(2, 12, 65, 65), torch.empty(2, 3, 65, 12, 32, dtype=torch.bfloat16)
     assert (attention(qkv, row).shape, attention(qkv, row).dtype) == ((6, 65, 384), torch.bfloat16)
     assert (mix(matrix, v).shape, mix(matrix, v).dtype) == ((2, 3, 65, 384), torch.bfloat16)
+    assert (tiled_attention(qkv, row).shape, tiled_attention(qkv, row).dtype) == ((6, 65, 384), torch.bfloat16)
+    assert (tiled_mix(matrix, v).shape, tiled_mix(matrix, v).dtype) == ((2, 3, 65, 384), torch.bfloat16)
+    assert (bias_gelu(stream, row).shape, bias_gelu(stream, row).dtype) == (stream.shape, torch.bfloat16)
     assert [x.shape for x in add_norm(stream, stream, row, row, row, eps=EPS)] == [stream.shape] * 2
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-GPU_SIZES: list[Sizes] = [(2, 3, 65, 12, 32), (1, 37, 17, 3, 16), (3, 5, 33, 2, 64), (1, 7, 65, 6, 64), (2, 260, 65, 4, 32)]
+GPU_SIZES: list[Sizes] = [
+    (2, 3, 65, 12, 32),
+    (1, 37, 17, 3, 16),
+    (3, 5, 33, 2, 64),
+    (1, 7, 65, 6, 64),
+    (2, 260, 65, 4, 32),
+    (1, 40, 197, 3, 64),
+    (3, 5, 70, 1, 16),
+]
 
 
 @pytest.mark.gpu

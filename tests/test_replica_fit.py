@@ -20,11 +20,9 @@ def test_the_small_recipes_can(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("runtime.accum_steps=2", "runtime.accum_steps=2"),
         ("augment.crop=random_resized", "augment.crop=random_resized"),
         ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
         ("runtime.loader=stream", "runtime.loader=stream"),
-        ("model.drop_path_rate=0.1", "model.drop_path_rate=0.1"),
     ],
 )
 def test_what_cannot_is_named(override: str, key: str) -> None:

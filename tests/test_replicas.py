@@ -16,16 +16,25 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.test_train import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
 from vitpa import checkpoint
-from vitpa.config import load_config
+from vitpa.config import RunConfig, load_config
+from vitpa.data.augment import Augmentation, epoch_keys
+from vitpa.data.beton import Beton, beton_path
+from vitpa.data.counter_rng import Purpose, key, permutation
+from vitpa.data.mixup import Mixup, mixes
+from vitpa.data.resident import decoded
+from vitpa.datasets import facts_of
 from vitpa.logs import Logs
-from vitpa.module_steps import ModuleSteps
+from vitpa.models import build_model
+from vitpa.optim import adamw
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import AttemptDir, Result, RunDir
-from vitpa.train import main
+from vitpa.train import learning_rates, main
 
 SEEDS = [0, 1, 2]
 STEPS = EPOCHS * EPOCH_STEPS
@@ -144,12 +153,13 @@ def test_each_seed_is_trained_as_if_it_were_alone(
         ours, theirs = weights_of(run), weights_of(reference)
         assert set(ours) == set(theirs)
         for name, value in ours.items():
-            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)  # what is promised
-            assert torch.equal(value, theirs[name]), name  # what is true on this CPU
+            # not bit for bit: on some CPUs the order of a sum depends on how many replicas there are
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6, msg=name)
         result, other = (result_of([*each, f"seed={seed}"]) for each in (words, alone))
-        assert scores(result) == scores(other)
+        assert scores(result) == pytest.approx(scores(other), rel=1e-5)
         assert (result.steps, result.attempts, result.signature) == (3 * EPOCH_STEPS, 1, run.signature)
-        assert metrics(run) == metrics(reference)
+        for ours_row, their_row in zip(metrics(run), metrics(reference), strict=True):
+            assert ours_row == pytest.approx(their_row, rel=1e-5)
         different.add(result.weights_sha256)
 
         recorded = load_config(run.config_yaml)
@@ -163,57 +173,65 @@ def test_each_seed_is_trained_as_if_it_were_alone(
         boards = [EventAccumulator(str(each.tensorboard)).Reload() for each in (run, reference)]
         curves = [[(event.step, event.value) for event in board.Scalars("train/loss")] for board in boards]
         assert [step for step, _ in curves[0]] == list(range(1, 3 * EPOCH_STEPS + 1))
-        assert curves[0] == curves[1]
-        for tag in ("augmented", "positional_similarity"):
-            images = [[event.encoded_image_string for event in board.Images(tag)] for board in boards]
-            assert images[0] == images[1]
+        for ours_point, their_point in zip(*curves, strict=True):
+            assert ours_point == pytest.approx(their_point, rel=1e-5)
+        images = [[event.encoded_image_string for event in board.Images("augmented")] for board in boards]
+        assert images[0] == images[1]
+        assert len(boards[0].Images("positional_similarity")) == len(boards[1].Images("positional_similarity")) > 0
     assert len(different) == len(SEEDS)
 
 
-@pytest.mark.parametrize("attention", ["content", "positional"])
+@pytest.mark.parametrize(
+    ("attention", "mixing"),
+    [("content", []), ("positional", []), ("positional", ["augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"])],
+)
 def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
-    digits: Path, tmp_path: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+    digits: Path, tmp_path: Path, attention: str, mixing: list[str]
 ) -> None:
-    """Streamed images are trained by ModuleSteps: the module, autograd and optimiser that everybody uses.
+    """Against a training written out here: the module, autograd, clipping and optimiser that everybody uses.
 
     The bias of the keys is left out: its gradient is 0, and what rounding makes of that AdamW scales to a step of full size.
     """
-    used = [spy(monkeypatch, ReplicaSteps), spy(monkeypatch, ModuleSteps)]
-    options = [f"model.attention={attention}", *AUGMENTED, *FAST, "runtime.cpu_threads=1"]
-    words, module = (arguments(digits, tmp_path / name, *options) for name in ("together", "module"))
+    options = [f"model.attention={attention}", *AUGMENTED, *mixing, *FAST, "runtime.cpu_threads=1"]
+    words = arguments(digits, tmp_path, *options)
     assert together(words) == 0
-    for seed in SEEDS:
-        assert main([*module, f"seed={seed}", "runtime.loader=stream"]) == 0
-    assert used == [[STEPS * 3 // EPOCHS], [STEPS * 3 // EPOCHS] * 3]
     key_bias = slice(16, 32)
     for seed in SEEDS:
-        ours, theirs = (weights_of(run_of(each, seed)) for each in (words, module))
+        config = config_of([*words, f"seed={seed}"])
+        ours, model = weights_of(config.run_dir), trained_in_the_usual_way(config, digits)
+        theirs = model.state_dict()
         for name, value in ours.items():
             if name.endswith((".qkv.bias", ".qk.bias")):
                 assert torch.count_nonzero(value[key_bias]) == 0  # as they were
                 value[key_bias] = theirs[name][key_bias]
             torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-4, msg=name)
-        result, other = (result_of([*each, f"seed={seed}"]) for each in (words, module))
-        assert (result.val_top1, result.val_top5) == (other.val_top1, other.val_top5)
-        assert result.val_loss == pytest.approx(other.val_loss, rel=1e-5)
 
 
-def spy(monkeypatch: pytest.MonkeyPatch, steps: type[ReplicaSteps] | type[ModuleSteps]) -> list[int]:
-    """A list that will have the number of steps of every object of the class that is made from now on."""
-    counts: list[int] = []
-    begin, step = steps.prepare, steps.step
-
-    def prepare(self: Any, *arguments: Any) -> list[str]:
-        counts.append(0)
-        return begin(self, *arguments)
-
-    def counted(self: Any) -> None:
-        counts[-1] += 1
-        step(self)
-
-    monkeypatch.setattr(steps, "prepare", prepare)
-    monkeypatch.setattr(steps, "step", counted)
-    return counts
+def trained_in_the_usual_way(config: RunConfig, data: Path) -> VisionTransformer:
+    beton = Beton.open(beton_path(data, "digits", "train"))
+    images, labels = decoded(beton, 8)
+    augmentation = Augmentation(config.augment, facts_of("digits"), img_size=8, device=torch.device("cpu"))
+    model = build_model(**dict(config.model), num_classes=10, seed=key(config.seed, Purpose.INIT))
+    optim, batch_size = config.optim, config.train.global_batch_size
+    optimizer = adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=False)
+    rates = learning_rates(config, EPOCH_STEPS).tolist()
+    for step in range(config.train.epochs * EPOCH_STEPS):
+        epoch, number = divmod(step, EPOCH_STEPS)
+        order = permutation(key(config.seed, Purpose.ORDER, epoch), len(labels))
+        samples = order[number * batch_size : (number + 1) * batch_size]
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        keys = epoch_keys([config.seed], epoch)
+        batch, targets = augmentation(images[samples], samples, keys), F.one_hot(labels[samples], 10).float()
+        if mixes(config.augment):
+            batch, partners, share = Mixup(config.augment, device=batch.device)(batch, labels[samples], samples, keys)
+            targets = share[:, None] * targets + (1 - share[:, None]) * F.one_hot(partners, 10).float()
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch), targets, label_smoothing=optim.label_smoothing).backward()
+        assert optim.grad_clip_norm is not None
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip_norm)
+        optimizer.step()
+    return model
 
 
 KILLED = """
@@ -490,8 +508,6 @@ def test_a_seed_and_seeds_contradict_each_other(digits: Path, tmp_path: Path, ca
     ("overrides", "reason"),
     [
         (["runtime.loader=stream"], "runtime.loader=stream: "),
-        (["runtime.accum_steps=2"], "runtime.accum_steps=2: "),
-        (["model.drop_path_rate=0.1"], "model.drop_path_rate=0.1: "),
         (["augment.crop=random_resized"], "augment.crop=random_resized: "),
         (["model.img_size=16"], "their images do not lie on the device"),
     ],
@@ -530,7 +546,7 @@ def test_images_that_do_not_fit_are_streamed(
     error = capfd.readouterr().err
     assert f"that are free on cpu: they are streamed from {digits}" in error
     assert error.count("the images take 0.00 GiB, more than 0 % of the ") == 1
-    assert "(StreamedImages)" in error
+    assert "(streamed images)" in error
     assert together(words, [1, 2]) == 1
     assert "2 seeds cannot be trained together: their images do not lie on the device" in capfd.readouterr().err
 

@@ -172,7 +172,6 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
         f"augment.crop={crop}",
         "augment.crop_padding_px=1",
         "runtime.cpu_threads=1",
-        "runtime.accum_steps=2",  # so that both take their steps in the same way
     ]
     resident = trained(arguments(digits, tmp_path / "resident", *options, "runtime.loader=resident"))
     streamed = trained(arguments(digits, tmp_path / "streamed", *options, "runtime.loader=stream"))
@@ -189,13 +188,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(digits: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_run_and_resume(digits: Path, tmp_path: Path) -> None:
-    options = ["runtime.cpu_threads=1", "runtime.log_every_steps=1", "model.drop_path_rate=0.0", "runtime.poll_every_steps=1"]
-    alone = arguments(digits, tmp_path / "alone", *options, "runtime.checkpoint_every_steps=10")
+@pytest.mark.parametrize(("processes", "accum_steps", "loader"), [(2, 2, "resident"), (4, 1, "stream")])
+def test_several_processes_train_the_same_run_and_resume(
+    digits: Path, tmp_path: Path, processes: int, accum_steps: int, loader: str
+) -> None:
+    options = ["runtime.cpu_threads=1", "runtime.log_every_steps=1", "model.drop_path_rate=0.2", "runtime.poll_every_steps=1"]
+    options += ["augment.hflip=true", "runtime.checkpoint_every_steps=10"]
+    alone = arguments(digits, tmp_path / "alone", *options)
     trained(alone)
-    words = arguments(digits, tmp_path / "two", *options, "runtime.accum_steps=2", "runtime.checkpoint_every_steps=10")
+    more = [f"runtime.accum_steps={accum_steps}", f"runtime.loader={loader}"]
+    words = arguments(digits, tmp_path / "several", *options, *more)
     run = config_of(words).run_dir
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vitpa.train")
     process = start(words, *launcher)
     wait_until(lambda: rows(run) >= 30, process)
     run.stop.write_text('{"reason": "test"}\n')
@@ -276,6 +280,7 @@ def test_a_run_that_another_process_trains_is_refused(
     ("override", "message"),
     [
         ("train.global_batch_size=1500", r"train.global_batch_size=1500 is more than the 1437 training images"),
+        ("augment.mixup_alpha=1 train.global_batch_size=33", r"mixed in pairs, and a process has 33 at a time; change train"),
         ("optim.lrr=1", r"unknown key optim.lrr; did you mean optim.lr\?"),
         ("dataset=digit", r"digits"),
         ("runtime.loader=resident augment.crop=random_resized", r"runtime.loader=resident takes whole images"),

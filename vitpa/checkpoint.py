@@ -1,4 +1,7 @@
-"""Checkpoints: a file appears whole or not at all, the two newest are kept, a damaged one is passed over."""
+"""Checkpoints: a file appears whole or not at all, the two newest are kept, a damaged one is passed over.
+
+They are written by a thread, so that the training goes on meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +21,45 @@ from torch import Tensor
 from vitpa.rundir import RunDir, write_atomic
 
 KEEP = 2
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, in the order of the calls; those of one step at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: list[Future[Path]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown()  # what is under way is written to its end
+
+    def save(self, run: RunDir, step: int, state: dict[str, Any]) -> None:
+        """As the function `save`, but return at once. `state` may change afterwards: it is copied."""
+        self._under_way.append(self._pool.submit(save, run, step, _on_host(state)))
+
+    def wait(self) -> None:
+        """Wait until all of them are written.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        under_way, self._under_way = self._under_way, []
+        for future in under_way:
+            future.result()
+
+
+def _on_host(state: Any) -> Any:
+    """A copy of `state` with its tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _on_host(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_on_host(value) for value in state]
+    return state
 
 
 def save(run: RunDir, step: int, state: dict[str, Any]) -> Path:

@@ -131,15 +131,22 @@ class AugmentConfig(Section):
     crop_scale: tuple[Float, Float] = Field((0.08, 1.0), description="random_resized: range of the crop's share of area")
     crop_ratio: tuple[Float, Float] = Field((0.75, 4 / 3), description="random_resized: range of its width / height")
     hflip: bool = Field(True, description="mirror half of the images left to right")
-    policy: Literal["none", "autoaugment_cifar10", "autoaugment_svhn", "autoaugment_imagenet", "randaugment"] = Field(
-        "none", description="random operations after crop and flip, as in torchvision"
+    policy: Literal[
+        "none", "autoaugment_cifar10", "autoaugment_svhn", "autoaugment_imagenet", "randaugment", "randaugment_timm"
+    ] = Field("none", description="random operations after crop and flip, as in torchvision, or RandAugment as in timm")
+    randaugment_num_ops: int = Field(2, ge=1, description="randaugment(_timm): operations per image")
+    randaugment_magnitude: int = Field(
+        9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30; _timm: its mean, 0 to 10"
     )
-    randaugment_num_ops: int = Field(2, ge=1, description="randaugment: operations per image")
-    randaugment_magnitude: int = Field(9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30")
+    randaugment_magnitude_std: Float = Field(0.5, ge=0, description="randaugment_timm: standard deviation of the strength")
     erase_prob: Float = Field(0.0, ge=0, le=1, description="share of the images of which a random rectangle is erased")
+    erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
     erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
     erase_ratio: tuple[Float, Float] = Field((0.3, 3.3), description="erased: range of its height / width")
     cutout_px: int = Field(0, ge=0, description="side of a square erased around a random pixel, pixels; 0 for none")
+    mixup_alpha: Float = Field(0.0, ge=0, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
+    cutmix_alpha: Float = Field(0.0, ge=0, description="cutmix of pairs, with shares of Beta(alpha, alpha); 0 for none")
+    mixup_switch_prob: Float = Field(0.5, ge=0, le=1, description="share of the pairs for cutmix where mixup is on, too")
     eval_crop_pct: Float = Field(1.0, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
 
     @model_validator(mode="after")
@@ -150,6 +157,10 @@ class AugmentConfig(Section):
                 raise ValueError(f"augment.{name}=[{low}, {high}] is not a range of positive numbers")
             if name.endswith("_scale") and high > 1:
                 raise ValueError(f"augment.{name}=[{low}, {high}] goes beyond the whole image (1.0)")
+        if self.policy == "randaugment_timm" and self.randaugment_magnitude > 10:
+            raise ValueError(
+                f"augment.randaugment_magnitude={self.randaugment_magnitude}: augment.policy=randaugment_timm takes 0 to 10"
+            )
         return self
 
 
@@ -189,6 +200,9 @@ class RuntimeConfig(Section):
 
     root: str = Field("outputs", description="folder of runs/ and sweeps/")
     data_dir: str = Field("data", description="folder with <dataset>/train.beton and val.beton")
+    stage_dir: str | None = Field(
+        None, description="folder on the node's own disk, such as $TMPDIR, to which they are copied first; null: not at all"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU")
     accum_steps: int = Field(1, ge=1, description="gradient accumulation steps per optimiser step")
     step: Literal["auto", "graph", "compile", "eager"] = Field(
@@ -208,6 +222,15 @@ class RuntimeConfig(Section):
     poll_every_steps: int = Field(10, ge=1, description="steps between looks at the clock and at the file `stop`")
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stage_dir is not None and not self.stage_dir.startswith(("/", "~", "$")):
+            raise ValueError(
+                f"runtime.stage_dir={self.stage_dir}: expected an absolute path, or one that begins with ~ or a variable "
+                "such as $TMPDIR; null for none"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -232,6 +255,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
                 f"runtime.accum_steps={self.runtime.accum_steps}"
+            )
+        if self.train.global_batch_size // self.runtime.accum_steps % 2 and (
+            self.augment.mixup_alpha or self.augment.cutmix_alpha
+        ):
+            raise ValueError(
+                "augment.mixup_alpha and augment.cutmix_alpha mix images in pairs: make train.global_batch_size / "
+                f"runtime.accum_steps={self.train.global_batch_size // self.runtime.accum_steps} even, or both 0"
             )
         return self
 

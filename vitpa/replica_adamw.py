@@ -64,11 +64,14 @@ class ReplicaAdamW:
         """What `buffer` (R, P) holds of each parameter, by name: views (R, ...)."""
         return {name: buffer[:, at : at + shape.numel()].unflatten(1, shape) for name, (at, shape) in self.spans.items()}
 
-    def take_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Copy the gradients (R, ...) of all parameters, in the order of `spans`, into the buffer."""
+    def take_gradients(self, gradients: Iterable[Tensor], *, add: bool = False) -> None:
+        """Copy the gradients (R, ...) of all parameters, in the order of `spans`, into the buffer, or add them to it."""
         by_parameter = list(gradients)
         by_replica = [gradient[replica] for replica in range(self.R) for gradient in by_parameter]
-        torch._foreach_copy_(self._gradients_by_replica, by_replica)
+        if add:
+            torch._foreach_add_(self._gradients_by_replica, by_replica)
+        else:
+            torch._foreach_copy_(self._gradients_by_replica, by_replica)
 
     def copy_values(self) -> None:
         """Bring the copies for products up to date."""

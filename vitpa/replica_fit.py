@@ -21,16 +21,12 @@ MARGIN = 1.25  # for what is not counted: batches on their way, the val split, f
 
 def why_not_together(config: RunConfig) -> str:
     """Why seeds of this configuration cannot train in one step; empty if they can."""
-    if config.runtime.accum_steps != 1:
-        return f"runtime.accum_steps={config.runtime.accum_steps}: replicas take whole batches"
     if config.augment.crop == "random_resized":
         return "augment.crop=random_resized: replicas take whole images that lie on the device"
     if config.augment.eval_crop_pct != 1:
         return f"augment.eval_crop_pct={config.augment.eval_crop_pct}: replicas take whole images that lie on the device"
     if config.runtime.loader == "stream":
         return "runtime.loader=stream: replicas take images that lie on the device"
-    if config.model.drop_path_rate:
-        return f"model.drop_path_rate={config.model.drop_path_rate}: replicas have no stochastic depth"
     return ""
 
 
@@ -45,7 +41,8 @@ def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float
     tokens = (model.img_size // model.patch_size) ** 2 + 1
     kept = KEPT_PER_TOKEN + KEPT_PER_HIDDEN * model.mlp_ratio
     bytes_per_value = 2 if config.train.precision == "bfloat16" else 4
-    activations = model.depth * tokens * model.embed_dim * kept * bytes_per_value * config.train.global_batch_size
+    batch_size = config.train.global_batch_size // config.runtime.accum_steps
+    activations = model.depth * tokens * model.embed_dim * kept * bytes_per_value * batch_size
     per_replica = num_parameters(config) * BYTES_PER_PARAMETER + activations
     return MARGIN * ((replicas * per_replica + num_train_images * image_bytes) / GIB + FIXED_GIB)
 

@@ -1,17 +1,18 @@
-"""The step of several seeds at once: R replicas of one configuration on one device, each as if it were alone.
+"""The training step and the evaluation: of one run on one or several processes, or of several seeds on one device.
 
-Each replica has its own weights, order of images, augmentation, gradient clipping and optimiser state; only the arithmetic
-is shared, as products batched over the replicas. On a GPU everything between two steps, from choosing the images to the
-optimiser, is one CUDA graph, so that the host only says "again". A run alone is a group of one.
+R replicas of one configuration are trained as if each were alone: with its own weights, order of images, augmentation,
+gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On a GPU
+everything between two steps, from choosing or augmenting the images to the optimiser, is one CUDA graph, so that the host
+only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer.
 
-Axes: R replicas, B batch, N tokens, K classes, P purposes of random numbers.
+Axes: R replicas, B images of a replica in a micro-batch of this process, N tokens, K classes, P purposes of random numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -20,33 +21,45 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
 from vitpa.config import RunConfig
-from vitpa.data import augment
-from vitpa.data.counter_rng import Purpose, key, permutation
-from vitpa.data.resident import ResidentImages
+from vitpa.data.augment import Augmentation, epoch_keys
+from vitpa.data.counter_rng import Purpose
+from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.mixup import Mixup, mixes
+from vitpa.distributed import Group
+from vitpa.drop_path import branch_scales, keep_probabilities
 from vitpa.models.stacked import PLAIN, Operations, StackedViT
 from vitpa.replica_adamw import ReplicaAdamW
 from vitpa.window import Window
 
-EVAL_BATCH_SIZE = 1000
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
 
 
+class Targets(NamedTuple):
+    """What images show, each (R, B): a label, and where images are mixed another one, and the share of the first."""
+
+    labels: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
+
+
 class ReplicaSteps:
-    """Training steps and evaluation of R models over resident images. The models' parameters become views of one stack."""
+    """Training steps and evaluation of R models. The models' parameters become views of one stack."""
 
     def __init__(
         self,
         config: RunConfig,
+        group: Group,
         *,
         seeds: Sequence[int],
         models: Sequence[VisionTransformer],
         optimizers: Sequence[torch.optim.AdamW],
-        images: Mapping[str, ResidentImages],
+        feed: ResidentFeed | StreamedFeed,
+        augmentation: Augmentation,
         learning_rates: Tensor,
     ) -> None:
         """`learning_rates` (steps of the whole run,) float64: that of each step."""
-        self.config, self.seeds, self.images = config, seeds, images
-        self.device, self.R, self.B = images["train"].device, len(seeds), config.train.global_batch_size
+        self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
+        self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
         self.network = StackedViT(
             config.model.attention,
@@ -59,15 +72,18 @@ class ReplicaSteps:
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
+        self.mixup = Mixup(config.augment, device=self.device) if mixes(config.augment) else None
+        self.keep = None
+        if config.model.drop_path_rate:
+            self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
 
-        self.order = torch.zeros(self.R, len(images["train"].labels), dtype=torch.int64, device=self.device)
+        self.accum_steps = config.runtime.accum_steps
+        self.share = torch.tensor(1 / (self.accum_steps * group.world_size)).to(self.device).expand(self.R)  # of a micro-batch
         self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
-        self.next = torch.zeros((), dtype=torch.int64, device=self.device)  # position in the order of the epoch
         self.learning_rate = learning_rates.tolist().__getitem__
         self.factors = self.adamw.factors(learning_rates)
         self.window = Window(self.R, self.device)
-        self.eval_next = torch.zeros((), dtype=torch.int64, device=self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
 
         self._batch: Callable[..., Any] = self._make_batch
@@ -82,14 +98,13 @@ class ReplicaSteps:
         step = self.config.runtime.step
         return step != "eager" and (step != "auto" or self.device.type == "cuda")
 
-    def prepare(self, step: int, epoch_steps: int) -> list[str]:
+    def prepare(self, step: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
         notes: list[str] = []
         captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
         if self.config.runtime.step == "graph" and not captured:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
         self.adamw.copy_values()
-        self.begin_epoch(min(step, len(self.factors) - 1) // epoch_steps, 0)
         if self.compiles:
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
             eager = self._batch, self._loss, self._score, self._update
@@ -115,13 +130,16 @@ class ReplicaSteps:
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Take the order and the random numbers of `epoch`, from its step `step` on."""
-        for replica, seed in enumerate(self.seeds):
-            self.order[replica] = permutation(key(seed, Purpose.ORDER, epoch), self.order.shape[1], self.device)
-        self.keys.copy_(augment.epoch_keys(self.seeds, epoch))
-        self.next.fill_(step * self.B)
+        self.keys.copy_(epoch_keys(self.seeds, epoch))
+        self.feed.begin_epoch(epoch, step)
 
     def step(self) -> None:
-        """One optimiser step of every replica; returns before the device has done it."""
+        """One optimiser step of every replica; returns before the device has done it.
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
+        self.feed.fill()
         self._run_step()
 
     def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
@@ -137,74 +155,101 @@ class ReplicaSteps:
         self.adamw.frozen[replica] = True
 
     def evaluate(self) -> Tensor:
-        """Sums over the val split, every image once: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
-        self.eval_next.zero_()
+        """Sums over this process's share of the val split: cross-entropy, top-1, top-5, images; float64 (R, 4).
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
         self.eval_sums.zero_()
-        for _ in range(0, len(self.images["val"].labels), self._eval_batch_size()):
+        self.feed.begin_evaluation()
+        for _ in range(self.feed.num_eval_batches):
+            self.feed.fill_eval()
             self._run_evaluation()
         return self.eval_sums
 
     def _step(self) -> None:
-        images, labels = self._batch(self.order, self.next, self.keys)
-        losses, correct = self._loss(self.weights, self.copies, images, labels)
-        self.adamw.take_gradients(torch.autograd.grad(losses.sum(), list(self.weights.values())))
-        losses = losses.detach()
+        losses = torch.zeros(self.R, device=self.device)
+        for micro in range(self.accum_steps):
+            images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
+            micro_losses, correct = self._loss(self.weights, self.copies, images, targets, scales)
+            gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
+            self.adamw.take_gradients(gradients, add=micro > 0)
+            losses += micro_losses.detach()
+            self.window.add(micro_losses.detach(), correct, self.B)
+            self.feed.advance()
+        self.group.sum(self.adamw.gradients)
+        losses = self.group.sum(losses)  # so that all processes agree on what is finite
         norms = self._update(losses, self.factors.index_select(0, self.done.view(1))[0])
         self.done += 1
         self.window.check(self.done, losses, norms)
-        self.window.add(losses, correct, self.B)
-        self.next += self.B
 
-    def _make_batch(self, order: Tensor, first: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The next images (R, B, 3, H, W), augmented and normalised, and their labels (R, B)."""
-        images = self.images["train"]
-        columns = first + torch.arange(self.B, device=self.device)
-        samples = order.index_select(1, columns).flatten()  # R*B
-        batch = images.augmentation(images.images[samples], samples, keys.repeat_interleave(self.B, dim=0))
-        return batch.view(self.R, self.B, *batch.shape[1:]), images.labels[samples].view(self.R, self.B)
+    def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
+        """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
+        images, samples, labels = self.feed.cut(*inputs)
+        own_keys = keys.repeat_interleave(self.B, dim=0)
+        batch = self.augmentation(images, samples, own_keys)
+        targets = Targets(labels.view(self.R, self.B))
+        if self.mixup is not None:
+            batch, *mixed = self.mixup(batch, labels, samples, own_keys)
+            targets = Targets(targets.labels, *(each.view(self.R, self.B) for each in mixed))
+        scales = None
+        if self.keep is not None:
+            scales = branch_scales(samples, own_keys[:, Purpose.DROP_PATH], self.keep)
+            scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
+        return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
 
     def _compute_loss(
-        self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], images: Tensor, labels: Tensor
+        self,
+        weights: Mapping[str, Tensor],
+        copies: Mapping[str, Tensor],
+        images: Tensor,
+        targets: Targets,
+        scales: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean loss (R,) and number of correct predictions (R,)."""
-        logits = self.network(weights, copies, images).float()  # R, B, K
+        """Mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
+        logits = self.network(weights, copies, images, scales).float()  # R, B, K
+        labels, partners, share = targets
+        losses = self._cross_entropy(logits, labels)
+        if partners is not None and share is not None:
+            losses = share * losses + (1 - share) * self._cross_entropy(logits, partners)
+            labels = torch.where(share < 0.5, partners, labels)
+        return losses.mean(1), (logits.detach().argmax(2) == labels).sum(1)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (R, B, K) and labels (R, B) -> the loss of each image (R, B), with smoothed labels."""
         smoothing = self.config.optim.label_smoothing
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
-        return losses.view(labels.shape).mean(1), (logits.detach().argmax(2) == labels).sum(1)
+        return losses.view(labels.shape)
 
     def _evaluate_batch(self) -> None:
         with torch.no_grad():
-            self.eval_sums += self._score(self.weights, self.copies, self.eval_next)
-            self.eval_next += self._eval_batch_size()
+            self.eval_sums += self._score(self.weights, self.copies, self.feed.eval_inputs())
+            self.feed.advance_eval()
 
-    def _eval_batch_size(self) -> int:
-        return min(EVAL_BATCH_SIZE, len(self.images["val"].labels))
-
-    def _compute_scores(self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], first: Tensor) -> Tensor:
-        """Sums over the val images from `first` on: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
-        val = self.images["val"]
-        samples = first + torch.arange(self._eval_batch_size(), device=self.device)
-        real = samples < len(val.labels)  # the others fill up the last batch
-        samples = torch.where(real, samples, 0)
-        images = val.augmentation.normalize(val.images[samples])
-        logits = self.network(weights, copies, images.expand(self.R, *images.shape)).float()  # R, B, K
-        labels = val.labels[samples]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), reduction="none").view(self.R, -1)
-        hits = (logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]) & real[:, None]  # R, B, 5
+    def _compute_scores(
+        self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Sums over the next val images: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+        images, _, labels = self.feed.cut_eval(*inputs)
+        real = labels >= 0  # the others fill up the last batch
+        images = self.augmentation.normalize(images)
+        logits = self.network(weights, copies, images.expand(self.R, *images.shape)).float()  # R, E, K
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), ignore_index=-1, reduction="none")
+        hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]  # R, E, 5
+        loss = losses.view(self.R, -1).double().sum(1)
         images_counted = real.double().sum().expand(self.R)
-        loss = torch.where(real, losses, 0).double().sum(1)
         return torch.stack([loss, hits[:, :, 0].sum(1).double(), hits.sum((1, 2)).double(), images_counted], dim=1)
 
     def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
-        changed = [*self.adamw.state_tensors(), self.done, self.next, self.eval_next, self.eval_sums]
+        changed = [*self.adamw.state_tensors(), *self.feed.positions(), self.done, self.eval_sums]
         changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
-        kept = [tensor.clone() for tensor in changed]
+        before = [tensor.clone() for tensor in changed]
         try:
             return function(*arguments)
         finally:
-            for tensor, before in zip(changed, kept, strict=True):
-                tensor.copy_(before)
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
             self.adamw.copy_values()
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -213,7 +258,7 @@ class ReplicaSteps:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                for position in (self.done, self.next, self.eval_next):  # an epoch may have fewer steps
+                for position in (self.done, *self.feed.positions()):  # an epoch may have fewer steps
                     position.zero_()
                 function()
         torch.cuda.current_stream().wait_stream(stream)
@@ -224,17 +269,21 @@ class ReplicaSteps:
 
 
 def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Our kernels for a GPU (from Ampere on) where they take the sizes of `config`, else plain PyTorch."""
+    """Our kernels for a GPU (from Ampere on) that take the sizes of `config`, first those for few tokens, else plain."""
     if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
         return PLAIN
-    from vitpa.kernels import attention, mixing, norm  # noqa: PLC0415 - Triton is needed on a GPU only
+    # Here, as Triton is needed on a GPU only.
+    from vitpa.kernels import attention, gelu, mixing, norm, tiled_attention, tiled_mixing  # noqa: PLC0415
 
     model = config.model
     tokens, head_dim = (model.img_size // model.patch_size) ** 2 + 1, model.embed_dim // model.num_heads
+    attend = PLAIN.attention if tiled_attention.unfit(tokens, head_dim) else tiled_attention.tiled_attention
+    mix = PLAIN.mix if tiled_mixing.unfit(head_dim) else tiled_mixing.tiled_mix
     return Operations(
-        attention=PLAIN.attention if attention.unfit(tokens, head_dim) else attention.attention,
-        mix=PLAIN.mix if mixing.unfit(tokens, head_dim) else mixing.mix,
+        attention=attend if attention.unfit(tokens, head_dim) else attention.attention,
+        mix=mix if mixing.unfit(tokens, head_dim) else mixing.mix,
         add_norm=PLAIN.add_norm if norm.unfit(model.embed_dim) else norm.add_norm,
+        bias_gelu=gelu.bias_gelu,
     )
 
 

@@ -7,7 +7,7 @@ A run killed at any moment and started again continues from its newest checkpoin
 bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
 Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone. The
-steps themselves are in vitpa/replicas.py, and for what those cannot do (several processes, ...) in vitpa/module_steps.py.
+steps themselves are in vitpa/replicas.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,19 +31,21 @@ from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import claimed_attempt
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
-from vitpa.data.augment import epoch_keys
+from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
+from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.gpu_decoder import why_not_gpu
+from vitpa.data.mixup import mixes
 from vitpa.data.resident import ResidentImages, decoded
+from vitpa.data.staging import staged
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
 from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
-from vitpa.module_steps import ModuleSteps
 from vitpa.optim import adamw, learning_rate
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
@@ -88,16 +90,17 @@ class Training:
 
     config: RunConfig  # of the first; the others differ in the seed
     group: Group
-    images: dict[str, ResidentImages | StreamedImages]  # by split
     num_samples: dict[str, int]
     beton_sha256: dict[str, str]
     replicas: list[Replica]
-    steps: ReplicaSteps | ModuleSteps
+    steps: ReplicaSteps
     epoch_steps: int
     step: int = 0  # done, by all
     val: list[dict[str, float]] = field(default_factory=list)  # the newest evaluation, per replica
     line: ProgressLine | None = None  # in the main process
+    checkpoints: checkpoint.Writer | None = None  # in the main process
     open_row: tuple[int, int, Row] | None = None  # step, steps and sums of a closed window that is not written yet
+    open_evaluation: tuple[int, int, Row] | None = None  # step, epoch and sums of an evaluation that is not written yet
     row_s: float = 0.0  # time.monotonic() of the last row
     counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
@@ -129,12 +132,14 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
+        stack.callback(t.steps.feed.close)
+        t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         if t.step < t.total_steps:
             if t.steps.compiles:
                 say(t, "compiling the step, which takes about a minute")
-            for note in t.steps.prepare(t.step, t.epoch_steps):
+            for note in t.steps.prepare(t.step):
                 say(t, note)
-        t.counted_s = t.saved_s = time.monotonic()
+        t.row_s = t.counted_s = t.saved_s = time.monotonic()
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
         if finished:
             finish(t)
@@ -151,78 +156,85 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     """Open the data and build the models and optimisers, as they are before the first step."""
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
-    batch_size, shares = config.train.global_batch_size, group.world_size * config.runtime.accum_steps
-    if batch_size % shares:
-        raise TrainError(
-            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
-            f"runtime.accum_steps={config.runtime.accum_steps}"
-        )
-    betons = {
-        split: Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split)
-        for split in SPLITS
-    }
+    batch_size = local_batch_size(config, group)
+    data_dir = Path(config.runtime.data_dir)
+    if config.runtime.stage_dir is not None:
+        data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
+    betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
     num_samples = {split: len(beton) for split, beton in betons.items()}
-    epoch_steps = steps_per_epoch(num_samples["train"], batch_size)
+    epoch_steps = steps_per_epoch(num_samples["train"], config.train.global_batch_size)
     if not epoch_steps:
-        raise TrainError(f"train.global_batch_size={batch_size} is more than the {num_samples['train']} training images")
+        raise TrainError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the {num_samples['train']} training images"
+        )
     classes = betons["train"].manifest.class_names
     if betons["val"].manifest.class_names != classes:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
 
     resident = images_are_resident(config, betons, group)
-    decoder = None if resident else choose_decoder(config, betons["train"], group)
-    images = {split: open_images(config, beton, group, decoder=decoder) for split, beton in betons.items()}
     why_not = why_not_together(config)
-    if group.world_size > 1:
-        why_not = f"{group.world_size} processes"
-    elif not resident:
+    if not resident:
         why_not = why_not or "their images do not lie on the device"
     if why_not and len(configs) > 1:
         raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
+    feed, augmentation = open_feed(configs, betons, group, batch_size=batch_size, resident=resident)
     models = [
         build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
         for each in configs
     ]
-    optimizers = [make_optimizer(config, model) for model in models]
-    rate = partial(
-        learning_rate,
-        peak=config.optim.lr,
-        minimum=config.optim.min_lr,
-        warmup_steps=round(config.optim.warmup_epochs * epoch_steps),
-        total_steps=config.train.epochs * epoch_steps,
+    steps = ReplicaSteps(
+        config,
+        group,
+        seeds=[each.seed for each in configs],
+        models=models,
+        optimizers=[make_optimizer(config, model) for model in models],
+        feed=feed,
+        augmentation=augmentation,
+        learning_rates=learning_rates(config, epoch_steps),
     )
-    steps: ReplicaSteps | ModuleSteps
-    if not why_not:
-        steps = ReplicaSteps(
-            config,
-            seeds=[each.seed for each in configs],
-            models=models,
-            optimizers=optimizers,
-            images={split: each for split, each in images.items() if isinstance(each, ResidentImages)},
-            learning_rates=torch.tensor(
-                [rate(step) for step in range(config.train.epochs * epoch_steps)], dtype=torch.float64
-            ),
-        )
-    else:
-        steps = ModuleSteps(
-            config,
-            group,
-            model=models[0],
-            optimizer=optimizers[0],
-            images=images,
-            num_samples=num_samples,
-            learning_rate=rate,
-        )
     return Training(
         config=config,
         group=group,
-        images=images,
         num_samples=num_samples,
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
         replicas=[Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)],
         steps=steps,
         epoch_steps=epoch_steps,
     )
+
+
+def local_batch_size(config: RunConfig, group: Group) -> int:
+    """Images of a micro-batch of this process.
+
+    Raises:
+        TrainError: the batch cannot be divided among the processes and accumulation steps.
+    """
+    batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
+    if batch_size % (group.world_size * accum_steps):
+        raise TrainError(
+            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
+            f"runtime.accum_steps={accum_steps}"
+        )
+    local = batch_size // (group.world_size * accum_steps)
+    if mixes(config.augment) and local % 2:
+        raise TrainError(
+            f"augment.mixup_alpha, augment.cutmix_alpha: images are mixed in pairs, and a process has {local} at a time; "
+            "change train.global_batch_size, runtime.accum_steps or the number of processes"
+        )
+    return local
+
+
+def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
+    """The learning rate of each step of the whole run: (steps,) float64."""
+    optim, total_steps = config.optim, config.train.epochs * epoch_steps
+    rate = partial(
+        learning_rate,
+        peak=optim.lr,
+        minimum=optim.min_lr,
+        warmup_steps=round(optim.warmup_epochs * epoch_steps),
+        total_steps=total_steps,
+    )
+    return torch.tensor([rate(step) for step in range(total_steps)], dtype=torch.float64)
 
 
 def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
@@ -248,7 +260,7 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     if not fits and group.is_main:
         print(
             f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
-            f"that are free on {group.device}: they are streamed from {config.runtime.data_dir}",
+            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}",
             file=sys.stderr,
         )
     return fits
@@ -271,17 +283,23 @@ def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cp
     return "cpu" if reason else "gpu"
 
 
-def open_images(
-    config: RunConfig, beton: Beton, group: Group, *, decoder: Literal["cpu", "gpu"] | None
-) -> ResidentImages | StreamedImages:
-    """The images of a .beton, on the device (`decoder` None) or decoded when they are needed."""
-    facts, size, seed, device = facts_of(config.dataset), config.model.img_size, config.seed, group.device
-    if decoder is None:
-        return ResidentImages(*decoded(beton, size), facts, config.augment, seed=seed, device=device)
-    workers = config.runtime.workers or group.cpus
-    return StreamedImages(
-        beton, facts, config.augment, img_size=size, seed=seed, device=device, workers=workers, decoder=decoder
-    )
+def open_feed(
+    configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int, resident: bool
+) -> tuple[ResidentFeed | StreamedFeed, Augmentation]:
+    """The source of the batches, its images on the device or decoded when they are needed, and their augmentation."""
+    config, device = configs[0], group.device
+    size, options, accum_steps = config.model.img_size, config.augment, config.runtime.accum_steps
+    augmentation = Augmentation(options, facts_of(config.dataset), img_size=size, device=device)
+    if resident:
+        seeds = [each.seed for each in configs]
+        images = {split: ResidentImages(*decoded(beton, size), device=device) for split, beton in betons.items()}
+        return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps), augmentation
+    workers, decoder = config.runtime.workers or group.cpus, choose_decoder(config, betons["train"], group)
+    streamed = {
+        split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=device, workers=workers, decoder=decoder)
+        for split, beton in betons.items()
+    }
+    return StreamedFeed(streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps), augmentation
 
 
 def available_memory() -> int:
@@ -352,7 +370,8 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     name = f"{config.dataset}-{config.model.attention}-s{seeds}"
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
-    place = f"on {t.group.device} ({type(t.images['train']).__name__}) in {where}"
+    images = "resident" if isinstance(t.steps.feed, ResidentFeed) else "streamed"
+    place = f"on {t.group.device} ({images} images) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     for replica in t.replicas:
         logs = Logs(replica.run, restored_step=step, tensorboard=config.runtime.tensorboard)
@@ -370,12 +389,14 @@ def open_logs(t: Training, stack: ExitStack) -> None:
 
 def augmented(t: Training, replica: Replica) -> Tensor:
     """The first images of the training set as the first epoch of a replica sees them: (B, 3, H, W) uint8."""
-    images, samples = t.images["train"], torch.arange(min(64, t.num_samples["train"]))
-    if isinstance(images, StreamedImages):
-        return images.augmented(samples, epoch=0)
-    keys = epoch_keys([replica.config.seed], 0).to(images.device)
-    samples = samples.to(images.device)
-    return images.augmentation.uint8(images.images[samples], samples, keys)
+    feed, samples = t.steps.feed, torch.arange(min(64, t.num_samples["train"]))
+    keys = epoch_keys([replica.config.seed], 0).to(t.group.device)
+    if isinstance(feed, ResidentFeed):
+        samples = samples.to(t.group.device)
+        return t.steps.augmentation.uint8(feed.images["train"].images[samples], samples, keys)
+    with closing(feed.images["train"].train_batches([samples], epoch=0)) as batches:
+        batch = next(batches)
+        return t.steps.augmentation.uint8(batch.images.clone(), batch.samples, keys)
 
 
 def show_positions(t: Training) -> None:
@@ -396,12 +417,11 @@ def train_epoch(t: Training, epoch: int) -> bool:
     """Train from the present step to the end of `epoch`, with the evaluation if one is due; False if told to stop."""
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
-    row_step, t.row_s = t.step, time.monotonic()
+    row_step = t.step
     while t.step < last_step:
         t.steps.step()
         t.step += 1
-        if t.open_row is not None and t.open_row[2].arrived():
-            write_row(t)
+        write_arrived(t)
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
             close_window(t, steps=t.step - row_step)
             row_step = t.step
@@ -409,14 +429,9 @@ def train_epoch(t: Training, epoch: int) -> bool:
             t.line.move(t.step)
         if t.step < last_step and not save_or_stop(t):
             return False
-    write_row(t)
     last_epoch = epoch + 1 == t.config.train.epochs
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
-        t.val = evaluate(t)
-        for number, replica in t.active:
-            if replica.logs is not None:
-                replica.logs.row(t.step, epoch + 1, t.val[number])
-        show(t, [t.val[number] for number, _ in t.active])
+        t.open_evaluation = (t.step, epoch + 1, Row.sent(t.group.sum(t.steps.evaluate()).clone()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
@@ -425,13 +440,35 @@ def train_epoch(t: Training, epoch: int) -> bool:
 def close_window(t: Training, steps: int) -> None:
     """End the window of training metrics, of `steps` steps in this process; its row is written when the device is there.
 
-    The device goes on meanwhile, by no more than one window.
+    The device goes on meanwhile, by no more than one window and an evaluation.
     """
-    write_row(t)
+    write_rows(t)
     window = t.steps.window
     t.group.sum(window.sums)
     t.group.minimum(window.bad_step)
     t.open_row = (t.step, steps, window.take())
+
+
+def write_arrived(t: Training) -> None:
+    """Write the rows that are open and need not be waited for."""
+    if t.open_row is not None and t.open_row[2].arrived():
+        write_row(t)
+    if t.open_evaluation is not None and t.open_evaluation[2].arrived():
+        write_rows(t)
+
+
+def write_rows(t: Training) -> None:
+    """Write the rows that are open: of the window that was closed last, then of the evaluation after it."""
+    write_row(t)
+    if t.open_evaluation is None:
+        return
+    (step, epoch, row), t.open_evaluation = t.open_evaluation, None
+    t.val = evaluation_metrics(row.read(), num_samples=t.num_samples["val"])
+    t.row_s = time.monotonic()
+    for number, replica in t.active:
+        if replica.logs is not None:
+            replica.logs.row(step, epoch, t.val[number])
+    show(t, [t.val[number] for number, _ in t.active])
 
 
 def write_row(t: Training) -> None:
@@ -509,12 +546,11 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
         record_left(replica.run, state, reason)
 
 
-def evaluate(t: Training) -> list[dict[str, float]]:
-    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, every image of the val split counted once."""
-    sums = t.group.sum(t.steps.evaluate())
+def evaluation_metrics(sums: Tensor, *, num_samples: int) -> list[dict[str, float]]:
+    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes (R, 4)."""
     metrics = []
     for loss_sum, top1, top5, count in sums.tolist():
-        assert count == t.num_samples["val"], f"evaluated {count} of {t.num_samples['val']} images"
+        assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
         metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
     return metrics
 
@@ -530,6 +566,8 @@ def save_or_stop(t: Training) -> bool:
         due = due or late or bool(stopped)
     if due:
         save(t)
+    if stopped and t.checkpoints is not None:
+        t.checkpoints.wait()
     stopped = [number for number, _ in t.active if number in stopped]
     everyone = bool(stopped) and len(stopped) == len(t.active)
     for number in stopped:
@@ -551,8 +589,10 @@ def told_to_stop(t: Training) -> list[int]:
 
 
 def save(t: Training) -> None:
-    """Write checkpoints of the present step."""
-    write_row(t)
+    """Write checkpoints of the present step: begin to, the thread of `t.checkpoints` does it."""
+    write_rows(t)
+    if t.checkpoints is not None:
+        t.checkpoints.wait()
     window = t.steps.window
     drop_non_finite(t, t.group.minimum(window.bad_step.clone()).tolist())  # broken weights would make a run unrepairable
     sums = t.group.sum(window.sums.clone())
@@ -565,8 +605,9 @@ def save(t: Training) -> None:
             state = {"signature": replica.config.signature, "beton_sha256": t.beton_sha256}
             state |= {"progress": vars(progress), "window": sums[number].clone()}
             state["optimizer"] = t.steps.optimizer_state(number, t.step)
-            state["model"] = {name: value.clone() for name, value in replica.model.state_dict().items()}  # not the whole stack
-            checkpoint.save(replica.run, t.step, state)
+            state["model"] = replica.model.state_dict()
+            assert t.checkpoints is not None
+            t.checkpoints.save(replica.run, t.step, state)
     t.saved_s = time.monotonic()
 
 
@@ -584,8 +625,9 @@ def count_time(t: Training) -> None:
 def finish(t: Training) -> None:
     """Write the last checkpoints and, last of all, each result.json."""
     save(t)
-    if not t.group.is_main:
+    if t.checkpoints is None:
         return
+    t.checkpoints.wait()
     for _, replica in t.active:
         config, progress = replica.config, replica.progress
         result = Result(

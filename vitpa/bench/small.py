@@ -10,7 +10,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,13 @@ from typing import Any, Literal
 
 import torch
 
+from vitpa.bench.measure import gflop_per_image, make_steps, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
+from vitpa.data.feed import ResidentFeed
 from vitpa.data.resident import ResidentImages
-from vitpa.datasets import facts_of
 from vitpa.distributed import Group, join
 from vitpa.environment import environment
-from vitpa.models import build_model
-from vitpa.module_steps import ModuleSteps
-from vitpa.optim import adamw
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import write_json
 
@@ -33,7 +32,6 @@ Attention = Literal["content", "positional"]
 Step = Literal["eager", "compile", "graph"]
 
 NUM_IMAGES, NUM_CLASSES = {"train": 50_000, "val": 10_000}, 10
-WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,6 @@ def cases(attentions: Sequence[Attention], replicas: Sequence[int], *, ablation:
     ]
 
 
-def gflop_per_image(config: RunConfig) -> float:
-    """Arithmetic of a training step per image, 10^9 operations: products of matrices only, backward twice the forward pass."""
-    model = config.model
-    D, tokens = model.embed_dim, (model.img_size // model.patch_size) ** 2 + 1
-    per_token = (4 + 2 * model.mlp_ratio) * D * D + 2 * tokens * D  # multiply-adds of a block
-    if model.attention == "positional":
-        per_token -= 2 * D * D + tokens * D  # queries, keys and scores are computed once per step, not per image
-    patches = (tokens - 1) * 3 * model.patch_size**2 * D
-    return 3 * 2 * (tokens * model.depth * per_token + patches) / 1e9
-
-
 def config_of(case: Case, overrides: Sequence[str]) -> RunConfig:
     """The cifar10 recipe as `case` runs it."""
     changes = [f"model.attention={case.attention}", f"runtime.step={case.step}", *overrides]
@@ -93,28 +80,12 @@ def config_of(case: Case, overrides: Sequence[str]) -> RunConfig:
 Images = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by split: images and labels
 
 
-def build(case: Case, config: RunConfig, group: Group, images: Images) -> ReplicaSteps | ModuleSteps:
+def build(case: Case, config: RunConfig, group: Group, images: Images) -> ReplicaSteps | TimmSteps:
     """The steps of `case`, not yet compiled."""
-    device, on_gpu, facts = group.device, group.device.type == "cuda", facts_of("cifar10")
-    resident = {
-        split: ResidentImages(*tensors, facts, config.augment, seed=0, device=device) for split, tensors in images.items()
-    }
     seeds = list(range(case.replicas))
-    models = [build_model(**dict(config.model), num_classes=NUM_CLASSES, seed=seed).to(device) for seed in seeds]
-    make = partial(adamw, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
-    if case.step == "graph":
-        optimizers = [make(model, fused=on_gpu) for model in models]
-        rates = torch.full((1_000_000,), 1e-4, dtype=torch.float64)
-        return ReplicaSteps(config, seeds=seeds, models=models, optimizers=optimizers, images=resident, learning_rates=rates)
-    return ModuleSteps(
-        config,
-        group,
-        model=models[0],
-        optimizer=make(models[0], fused=on_gpu),
-        images=resident,
-        num_samples={split: len(labels) for split, (_, labels) in images.items()},
-        learning_rate=lambda step: 1e-4,
-    )
+    resident = {split: ResidentImages(*tensors, device=group.device) for split, tensors in images.items()}
+    feed = ResidentFeed(resident, group, seeds=seeds, batch_size=config.train.global_batch_size, accum_steps=1)
+    return make_steps(config, group, feed, seeds=seeds, num_classes=NUM_CLASSES, timm=case.step != "graph")
 
 
 def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate:
@@ -127,62 +98,20 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     began_s = time.monotonic()
     steps = build(case, config, group, images)
     epoch_steps = len(images["train"][1]) // config.train.global_batch_size
-    notes = steps.prepare(0, epoch_steps)
-    run = partial(_run_steps, steps, epoch_steps)
+    notes = steps.prepare(0)
+    run = partial(run_steps, steps, epoch_steps)
     run(3)
-    _wait(device)
+    wait(device)
     start_s = time.monotonic() - began_s
-    rates = _rates(run, case.replicas * config.train.global_batch_size, device)
-    median = statistics.median(rates)
+    found = rates(run, case.replicas * config.train.global_batch_size, device)
+    median = statistics.median(found)
     return Rate(
         images_per_s=median,
-        spread=(max(rates) - min(rates)) / median,
+        spread=(max(found) - min(found)) / median,
         peak_memory_gib=torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
         start_s=start_s,
         notes=tuple(notes),
     )
-
-
-def _run_steps(steps: ReplicaSteps | ModuleSteps, epoch_steps: int, count: int) -> None:
-    """`count` steps of an epoch as train.py does them, with a closed window every 50."""
-    for step in range(count):
-        if step % epoch_steps == 0:
-            steps.begin_epoch(0, 0)
-        steps.step()
-        if step % 50 == 49:
-            steps.window.take()
-
-
-def _rates(run: Callable[[int], None], images: int, device: torch.device) -> list[float]:
-    """Images per second in each of WINDOWS windows of steps, each step of so many `images`."""
-    began_s = time.monotonic()
-    run(3)
-    _wait(device)
-    count = max(3, round(3 * MIN_WINDOW_S / (time.monotonic() - began_s)))
-    rates = []
-    for _ in range(WINDOWS):
-        began_s = time.monotonic()
-        run(count)
-        _wait(device)
-        rates.append(count * images / (time.monotonic() - began_s))
-    return rates
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def product_limit_tflops(device: torch.device) -> float:
-    """Operations per second of a large product of bfloat16 matrices on this device, in 10^12: what products alone could do."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            torch.mm(a, b)
-
-    return max(_rates(run, 1, device)) * 2 * size**3 / 1e12
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from vitpa.config import AugmentConfig
 from vitpa.data.auto_augment import Policy
 from vitpa.data.counter_rng import Purpose, kept, key, randint, random_bits, uniform
+from vitpa.data.rand_augment import RandAugment
 from vitpa.datasets import DatasetFacts
 
 _ERASE_TRIES = 10
+_NORMALS = 2**16  # equally likely values in place of the normal distribution's
 
 
 def epoch_keys(seeds: Sequence[int], epoch: int) -> Tensor:
@@ -41,8 +43,18 @@ class Augmentation:
         shift = [mean / std for mean, std in zip(facts.mean, facts.std, strict=True)]
         self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
         self.shift = torch.tensor(shift)[:, None, None].to(device)
-        self.policy: Policy | None = None
-        if options.policy != "none":
+        self.normals = torch.special.ndtri((torch.arange(_NORMALS).double() + 0.5) / _NORMALS).float().to(device)
+        self.policy: Policy | RandAugment | None = None
+        if options.policy == "randaugment_timm":
+            self.policy = RandAugment(
+                num_ops=options.randaugment_num_ops,
+                magnitude=options.randaugment_magnitude,
+                std=options.randaugment_magnitude_std,
+                fill=[round(255 * mean) for mean in facts.mean],
+                img_size=img_size,
+                device=device,
+            )
+        elif options.policy != "none":
             self.policy = Policy(
                 options.policy,
                 num_ops=options.randaugment_num_ops,
@@ -54,11 +66,15 @@ class Augmentation:
     def __call__(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
         """uint8 images -> float32 of the same shape as the model takes them: augmented and normalised.
 
-        Erased pixels are 0, the mean colour of the data set.
+        Erased pixels are 0, the mean colour of the data set, or noise.
         """
-        out, options = self.normalize(self.uint8(images, samples, keys)), self.options
-        if options.erase_prob:
-            out = random_erase(out, samples, options, stream=keys[:, Purpose.ERASE])
+        images, options = self.uint8(images, samples, keys), self.options
+        if options.erase_prob and options.erase_mode == "pixel":
+            out = self._normalize_and_erase(images, samples, keys)
+        else:
+            out = self.normalize(images)
+            if options.erase_prob:
+                out = random_erase(out, samples, options, stream=keys[:, Purpose.ERASE])
         if options.cutout_px:
             out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
         return out
@@ -77,6 +93,17 @@ class Augmentation:
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images -> float32, per channel (x / 255 - mean) / std."""
         return images.to(torch.float32) * self.scale - self.shift
+
+    def _normalize_and_erase(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """Normalised images with standard normal noise in random rectangles (timm's RandomErasing, mode pixel)."""
+        size = (images.shape[2], images.shape[3])
+        boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
+        words = kept(random_bits(keys[:, Purpose.ERASE_NOISE], samples))
+        if images.is_cuda:
+            from vitpa.kernels.erase import normalize_and_erase  # noqa: PLC0415 - Triton is needed on a GPU only
+
+            return normalize_and_erase(images, self.scale, self.shift, torch.stack(boxes, 1), words, self.normals)
+        return torch.where(_inside(images, *boxes), noise(words, self.normals, images.shape), self.normalize(images))
 
 
 def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:
@@ -144,9 +171,25 @@ def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) 
     return _blank(images, top, left, length, length)
 
 
+def noise(words: Tensor, normals: Tensor, shape: Sequence[int]) -> Tensor:
+    """Numbers of `shape` (B, 3, H, W), each one of `normals` (65536,): 16 bits of a hash of the image's word and the pixel.
+
+    `words` (B,) are int64; a pixel's three channels share its hash.
+    """
+    _, C, H, W = shape
+    pixels = kept(torch.arange(H * W, device=words.device))  # else the compiler multiplies it by a constant beforehand
+    bits = kept(random_bits(words[:, None], pixels))[:, None]  # B, 1, P
+    return normals[bits >> 16 * torch.arange(C, device=words.device)[:, None] & 0xFFFF].view(*shape)
+
+
 def _blank(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
     """The images (B, C, H, W) with 0 in a box (B,) of each."""
+    return images.masked_fill(_inside(images, top, left, height, width), 0)
+
+
+def _inside(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Which pixels of images (B, C, H, W) are in the box (B,) of their image: (B, 1, H, W) bool."""
     y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
     rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # B, H
     columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # B, W
-    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
+    return rows[:, None, :, None] & columns[:, None, None, :]

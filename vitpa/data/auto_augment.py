@@ -3,7 +3,7 @@
 Each operation is, bit for bit, the one of the same name in torchvision.transforms.autoaugment on uint8 tensors (nearest
 neighbour, zeros outside), on every device, eager or compiled. Geometry and the pixel maps that do not depend on the image
 are tables that torchvision's own functions fill. The rest is computed for the whole batch and each image takes its own:
-no shape depends on the data.
+no shape depends on the data. For large images on a GPU that is too much: there a kernel does to each what it needs.
 
 Sources: Cubuk et al. 2019 (AutoAugment, arXiv 1805.09501); Cubuk et al. 2020 (RandAugment, arXiv 1909.13719).
 Axes: B batch, C channels, H W pixels, P = H * W, K operations, V = 256 pixel values.
@@ -27,6 +27,8 @@ Operation = tuple[str, float]  # a name and a magnitude in torchvision's units
 IDENTITY: Operation = ("Identity", 0.0)
 SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
 COMPUTED = ("Color", "Sharpness", "Contrast", "AutoContrast", "Equalize")  # what no table made beforehand can hold
+KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")  # in vitpa/kernels/policy.py
+KERNEL_PIXELS = 64 * 64  # from here on; below, the whole batch is little, and fused with the crop and the flip before it
 AUTOAUGMENT_BINS, RANDAUGMENT_BINS = 10, 31
 
 _GREY = [torch.tensor(weight, dtype=torch.float32).item() for weight in (0.2989, 0.587, 0.114)]  # ITU-R BT.601
@@ -113,7 +115,7 @@ class Operations:
 
     def __init__(self, operations: Sequence[Operation], *, height: int, width: int, device: torch.device):
         self.names = operations
-        sources: dict[tuple[int, ...], int] = {}
+        sources = {tuple(range(height * width)): 0}  # row 0: every pixel in its place
         geometry = [sources.setdefault(tuple(_source(op, height, width)), len(sources)) for op in operations]
         self.geometry = torch.tensor(geometry).to(device)  # K, a row of source
         self.source = torch.tensor(list(sources), dtype=torch.int32).to(device)  # rows, P: where a pixel comes from, or -1
@@ -123,48 +125,75 @@ class Operations:
         self.ratios = ratios.float().double().to(device)  # K, 2: weights of the image and of what it is blended with
         self.stretch = (255 / torch.arange(256).clamp(min=1)).to(device)  # V: AutoContrast's factor for each range
         self.stretch[0] = 1.0
-        self.num_pixels = torch.tensor(height * width, dtype=torch.float64).to(device)
+        self.num_pixels = height * width
+        self.divisor = torch.tensor(height * width, dtype=torch.float64).to(device)
+        kinds = [_kernel_kind(op, moves=bool(row)) for op, row in zip(operations, geometry, strict=True)]
+        self.kernel_kind = torch.tensor(kinds, dtype=torch.int32).to(device)  # K, indices of KINDS
 
     def __call__(self, images: Tensor, choice: Tensor) -> Tensor:
         """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
         B, C, H, W = images.shape
+        if images.is_cuda and H * W >= KERNEL_PIXELS:
+            return self.by_kernel(images, choice)
         pixels, kind, ratios = images.reshape(B, C, H * W), self.kind[choice], self.ratios[choice]
         grey = _grey(pixels)  # B, 1, P
-        tables = self._tables(pixels, grey, choice)  # B, C, V
+        whole = pixels.int()  # torch 2.14's compiled minimum of uint8 on the CPU is 0
+        histogram = torch.zeros(B, C, 256, dtype=torch.int32, device=pixels.device)
+        histogram = histogram.scatter_add(2, pixels.long(), torch.ones_like(pixels, dtype=torch.int32))
+        low, high = whole.amin(2, keepdim=True), whole.amax(2, keepdim=True)
+        tables = self._tables(choice, histogram, low=low, high=high, grey_total=grey.sum((1, 2)))  # B, C, V
         source = self.source[self.geometry[choice]][:, None]  # B, 1, P
         moved = pixels.gather(2, source.clamp(min=0).long().expand(B, C, H * W))
         out = tables.gather(2, moved.long()).masked_fill(source < 0, 0)
         color, sharpness = (_is(kind, name) for name in ("Color", "Sharpness"))
-        other = torch.where(color, grey, _blurred(images.int()).reshape(B, C, H * W))
-        out = torch.where(color | sharpness, _blend(pixels, other, ratios), out)
+        other = torch.where(color, grey, blurred(images.int()).reshape(B, C, H * W))
+        out = torch.where(color | sharpness, blend(pixels, other, ratios), out)
         return out.view(B, C, H, W)
 
-    def _tables(self, pixels: Tensor, grey: Tensor, choice: Tensor) -> Tensor:
+    def by_kernel(self, images: Tensor, choice: Tensor) -> Tensor:
+        """The same by kernels, each image's operation alone."""
+        from vitpa.kernels import policy  # noqa: PLC0415 - Triton is needed on a GPU only
+
+        kind, images = self.kernel_kind[choice], images.contiguous()
+        histogram, grey_total = policy.statistics(images, kind, pillow=False)
+        low, high = extremes(histogram)
+        tables = self._tables(choice, histogram, low=low, high=high, grey_total=grey_total)
+        return policy.apply_torchvisions(images, kind, tables, self.ratios[choice], self.geometry[choice], self.source)
+
+    def _tables(self, choice: Tensor, histogram: Tensor, *, low: Tensor, high: Tensor, grey_total: Tensor) -> Tensor:
         """What each pixel value becomes under operations that look at no other pixel of it: (B, C, V) uint8.
 
-        `pixels` (B, C, P) are uint8, `grey` (B, 1, P) int32.
+        Of images with pixel values `histogram` (B, C, V), of which the lowest and the highest are `low` and `high` (B, C, 1),
+        and a sum of brightness `grey_total` (B,).
         """
-        B, C, P = pixels.shape
         kind, ratios = self.kind[choice], self.ratios[choice]
-        value = torch.arange(256, dtype=torch.int32, device=pixels.device)  # V
-        whole = pixels.int()  # torch 2.14's compiled minimum of uint8 on the CPU is 0
-        low, high = whole.amin(2, keepdim=True), whole.amax(2, keepdim=True)  # B, C, 1
+        value = torch.arange(256, dtype=torch.int32, device=choice.device)  # V
 
         stretched = (value - low * (low != high)) * self.stretch[(high - low).long()]
 
-        histogram = torch.zeros(B, C, 256, dtype=torch.int32, device=pixels.device)
-        histogram = histogram.scatter_add(2, pixels.long(), torch.ones_like(pixels, dtype=torch.int32))
         below = histogram.cumsum(2, dtype=torch.int32) - histogram
-        step = (P - histogram.gather(2, high.long())) // 255
+        step = (self.num_pixels - histogram.gather(2, high.long())) // 255
         equalized = torch.where(step == 0, value, (below + step // 2) // step.clamp(min=1))  # with Pillow's whole numbers
 
-        mean = (grey.sum(2, keepdim=True).double() / self.num_pixels).float()
-        contrasted = _blend(value, mean, ratios)
+        mean = (grey_total.double() / self.divisor).float()
+        contrasted = blend(value, mean[:, None, None], ratios)
 
-        tables = self.values[choice][:, None].expand(B, C, 256)
+        tables = self.values[choice][:, None].expand_as(histogram)
         tables = torch.where(_is(kind, "AutoContrast"), stretched.clamp(0, 255).to(torch.uint8), tables)
         tables = torch.where(_is(kind, "Equalize"), equalized.clamp(0, 255).to(torch.uint8), tables)
         return torch.where(_is(kind, "Contrast"), contrasted, tables)
+
+
+def extremes(histogram: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest pixel value of each `histogram` (B, C, V): (B, C, 1) int32 each, alike if it is empty."""
+    value = torch.arange(256, dtype=torch.int32, device=histogram.device)
+    high = torch.where(histogram > 0, value, 0).amax(2, keepdim=True)
+    return torch.minimum(torch.where(histogram > 0, value, 255).amin(2, keepdim=True), high), high
+
+
+def _kernel_kind(operation: Operation, *, moves: bool) -> int:
+    name = operation[0]
+    return KINDS.index(name if name in COMPUTED else "Copy" if operation == IDENTITY else "Move" if moves else "Table")
 
 
 def _is(kind: Tensor, name: str) -> Tensor:
@@ -212,7 +241,7 @@ def _values(operation: Operation) -> Tensor:
     return values.flatten()
 
 
-def _blend(image: Tensor, other: Tensor, ratios: Tensor) -> Tensor:
+def blend(image: Tensor, other: Tensor, ratios: Tensor) -> Tensor:
     """ratio * image + (1 - ratio) * other, cut to uint8, with the two weights `ratios` (B, 2) of each image.
 
     As torchvision does in float32. The products are taken in float64, where they are exact, and rounded to float32: so
@@ -223,12 +252,12 @@ def _blend(image: Tensor, other: Tensor, ratios: Tensor) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """The brightness of each of the pixels (B, 3, P) uint8, cut to whole numbers: (B, 1, P) int32. For rounding see _blend."""
+    """The brightness of each of the pixels (B, 3, P) uint8, cut to whole numbers: (B, 1, P) int32. For rounding see blend."""
     red, green, blue = ((weight * pixels[:, c].double()).float() for c, weight in enumerate(_GREY))
     return (red + green + blue).int()[:, None]
 
 
-def _blurred(images: Tensor) -> Tensor:
+def blurred(images: Tensor) -> Tensor:
     """int32 images (B, C, H, W) smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13 and rounded; the border as it is."""
     H, W = images.shape[-2:]
     total = 4 * images[..., 1:-1, 1:-1]

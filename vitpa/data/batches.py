@@ -1,4 +1,4 @@
-"""Which sample goes into which batch of which process: pure functions of (seed, epoch, step). And what a batch is."""
+"""What a batch is, and which sample goes into which batch of which process: pure functions of (seed, epoch, step)."""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     POLICY = 6
     ERASE = 7
     CUTOUT = 8
+    MIX = 9
+    ERASE_NOISE = 10
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -1,18 +1,12 @@
-"""Small data sets: all images as one uint8 tensor on the device, batches cut there."""
+"""Small data sets: all images as one uint8 tensor on the device."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitpa.config import AugmentConfig
-from vitpa.data import augment
-from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, BetonError
-from vitpa.datasets import DatasetFacts
 
 
 def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:
@@ -35,42 +29,12 @@ def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:
 
 
 class ResidentImages:
-    """Images (N, 3, H, W) uint8, all of one size, with their labels (N,), on a device."""
+    """Images (N, 3, H, W) uint8, all of one size, with their labels (N,) int64, on a device."""
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        facts: DatasetFacts,
-        options: AugmentConfig,
-        *,
-        seed: int,
-        device: torch.device,
-    ):
+    def __init__(self, images: Tensor, labels: Tensor, *, device: torch.device):
         self.images, self.labels = images.to(device), labels.to(device)
-        self.augmentation = augment.Augmentation(options, facts, img_size=images.shape[-1], device=device)
-        self.device, self.seed = device, seed
 
     @staticmethod
     def bytes_needed(beton: Beton) -> int:
         """Bytes of device memory that the decoded images of `beton` take."""
         return int((beton.heights.astype(np.int64) * beton.widths).sum()) * 3
-
-    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
-        """A batch for each int64 tensor of sample indices (B,); whole images look the same in every epoch."""
-        for samples in indices:
-            on_device = samples.to(self.device, non_blocking=True)
-            yield Batch(self.images[on_device], on_device, self.labels[on_device])
-
-    def augmented(self, samples: Tensor, epoch: int) -> Tensor:
-        """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
-        samples = samples.to(self.device)
-        keys = augment.epoch_keys([self.seed], epoch).to(self.device)
-        return self.augmentation.uint8(self.images[samples], samples, keys)
-
-    def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        """The same for an evaluation; index -1 gives some image with the label -1."""
-        for samples in indices:
-            on_device = samples.to(self.device, non_blocking=True)
-            labels = torch.where(on_device < 0, -1, self.labels[on_device])
-            yield Batch(self.images[on_device], on_device, labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -22,13 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data import augment, crops
+from vitpa.data import crops
 from vitpa.data.batches import Batch, labels_of
 from vitpa.data.beton import Beton, Pixels
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.crops import Crops
 from vitpa.data.gpu_decoder import GpuDecoder
-from vitpa.datasets import DatasetFacts
 
 BATCHES_AHEAD = 3
 
@@ -39,7 +38,6 @@ class StreamedImages:
     def __init__(
         self,
         beton: Beton,
-        facts: DatasetFacts,
         options: AugmentConfig,
         *,
         img_size: int,
@@ -50,12 +48,11 @@ class StreamedImages:
     ):
         """`workers` is the number of threads that decode, or for a GPU read; `decoder` "gpu" needs a CUDA `device`."""
         self.beton, self.options = beton, options
-        self.augmentation = augment.Augmentation(options, facts, img_size=img_size, device=device)
         self.img_size, self.seed, self.device = img_size, seed, device
         make = GpuDecoder if decoder == "gpu" else CpuDecoder
         self.decoder = make(beton, img_size=img_size, device=device, workers=workers)
 
-    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
+    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Generator[Batch, None, None]:
         """A batch for each int64 tensor of sample indices (B,) on the CPU, as `epoch` crops them.
 
         A batch is to be used before the next one is asked for: its memory is used again.
@@ -66,17 +63,10 @@ class StreamedImages:
         with closing(self.decoder.batches(indices, partial(self.train_crops, epoch=epoch))) as batches:
             yield from batches  # Python 3.12 leaves it open otherwise
 
-    def eval_batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+    def eval_batches(self, indices: Iterable[Tensor]) -> Generator[Batch, None, None]:
         """The same for an evaluation; index -1 gives a black image with the label -1."""
         with closing(self.decoder.batches(indices, self.eval_crops)) as batches:
             yield from batches
-
-    def augmented(self, samples: Tensor, epoch: int) -> Tensor:
-        """The images of `samples` (B,) as epoch `epoch` sees them before normalisation and erasing: (B, 3, H, W) uint8."""
-        keys = augment.epoch_keys([self.seed], epoch).to(self.device)
-        with closing(self.decoder.batches([samples], partial(self.train_crops, epoch=epoch))) as batches:
-            batch = next(batches)
-            return self.augmentation.uint8(batch.images.clone(), batch.samples, keys)
 
     def train_crops(self, samples: Tensor, epoch: int) -> Crops:
         """What epoch `epoch` sees of `samples` (B,)."""

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitpa.kernels.partials import sum_partials
+from vitpa.kernels.partials import rows_apart, sum_partials, tokens_a_program
 
 ROWS_FORWARD = 4  # tokens a program; with the warps, the best of a sweep on an H200 at 41,600 tokens of 384
 NUM_WARPS_FORWARD = 4
 BACKWARD_MANY, BACKWARD_FEW = (1, 1), (4, 4)  # tokens at a time and warps; as above, the few at 8,320 tokens
 MANY_TOKENS = 2**15  # of all replicas
-TOKENS_BACKWARD = 32  # a program: each writes three partial sums of D numbers, less than a tenth of what it reads
 
 
 def unfit(embed_dim: int) -> str:
@@ -28,8 +27,9 @@ def unfit(embed_dim: int) -> str:
 
 @triton.jit
 def _forward_kernel(
-    residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps, bias_stride, weight_stride, norm_bias_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    residual, branch, bias, scale, weight, norm_bias, total, normed, mean, rstd, M, tokens, eps,
+    bias_stride, weight_stride, norm_bias_stride,
+    SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -38,8 +38,13 @@ def _forward_kernel(
     mask = (token < M)[:, None] & inside[None, :]
     at = (r * M + token)[:, None] * D + column[None, :]
     x = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
+    added = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        added += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
+        x += added * tl.load(scale + r * (M // tokens) + token // tokens, mask=token < M, other=0.0)[:, None]
+    else:
+        x += added
+        x += tl.load(bias + r * bias_stride + column, mask=inside, other=0.0)[None, :]
     rounded = x.to(total.dtype.element_ty)
     tl.store(total + at, rounded, mask=mask)
     x = rounded.to(tl.float32)  # the norm is of what is stored: the backward pass sees no more
@@ -56,8 +61,8 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, steps, weight_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    dnormed, dtotal, total, scale, weight, mean, rstd, dx, dbranch, parts, M, tokens, steps, weight_stride,
+    SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -73,16 +78,19 @@ def _backward_kernel(
         x = tl.load(total + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dnormed + at, mask=mask, other=0.0).to(tl.float32)
         mu = tl.load(mean + r * M + token, mask=token < M, other=0.0)
-        scale = tl.load(rstd + r * M + token, mask=token < M, other=0.0)
-        x = (x - mu[:, None]) * scale[:, None]  # where masked, g is 0, and so is scale below the last token
+        inverse = tl.load(rstd + r * M + token, mask=token < M, other=0.0)
+        x = (x - mu[:, None]) * inverse[:, None]  # where masked, g is 0, and so is inverse below the last token
         sum_weight += g * x
         sum_norm_bias += g
         g *= w[None, :]
         along = tl.sum(g * x, 1) / D
-        g = (g - (tl.sum(g, 1) / D)[:, None] - x * along[:, None]) * scale[:, None]
+        g = (g - (tl.sum(g, 1) / D)[:, None] - x * along[:, None]) * inverse[:, None]
         g += tl.load(dtotal + at, mask=mask, other=0.0).to(tl.float32)
-        sum_bias += g
         tl.store(dx + at, g.to(dx.dtype.element_ty), mask=mask)
+        if SCALED:
+            g *= tl.load(scale + r * (M // tokens) + token // tokens, mask=token < M, other=0.0)[:, None]
+            tl.store(dbranch + at, g.to(dx.dtype.element_ty), mask=mask)
+        sum_bias += g
     programs = tl.num_programs(0)
     to = parts + (r * programs + tl.program_id(0)) * D + column
     kind = tl.num_programs(1) * programs * D  # distance between the sums of two parameters
@@ -91,33 +99,35 @@ def _backward_kernel(
     tl.store(to + 2 * kind, tl.sum(sum_bias, 0), mask=inside)
 
 
-def _rows(vectors: Tensor) -> Tensor:
-    """A vector for each replica (R, D), which may lie apart, as views into a larger buffer do."""
-    return vectors if vectors.stride(1) == 1 else vectors.contiguous()
-
-
 @torch.library.custom_op("vitpa::add_norm", mutates_args=())
 def _forward(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual, branch = residual.contiguous(), branch.contiguous()
-    bias, weight, norm_bias = _rows(bias), _rows(weight), _rows(norm_bias)
+    bias, weight, norm_bias = rows_apart(bias), rows_apart(weight), rows_apart(norm_bias)
     R, M, D = residual.shape
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     mean = torch.empty(R, M, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
+    scales, tokens = _per_image(scale, M)
     kernel: Any = _forward_kernel
     kernel[(triton.cdiv(M, ROWS_FORWARD), R)](
-        residual, branch, bias, weight, norm_bias, total, normed, mean, rstd, M, eps,
+        residual, branch, bias, bias if scales is None else scales, weight, norm_bias, total, normed, mean, rstd, M, tokens,
+        eps,
         bias.stride(0), weight.stride(0), norm_bias.stride(0),
-        D, triton.next_power_of_2(D), ROWS_FORWARD, num_warps=NUM_WARPS_FORWARD,
+        scales is not None, D, triton.next_power_of_2(D), ROWS_FORWARD, num_warps=NUM_WARPS_FORWARD,
     )  # fmt: skip
     return total, normed, mean, rstd
 
 
+def _per_image(scale: Tensor | None, M: int) -> tuple[Tensor | None, int]:
+    """The scales (R, B) without gaps, and the number of tokens of an image, of which there are B in M tokens."""
+    return (None, M) if scale is None else (scale.contiguous(), M // scale.shape[1])
+
+
 @_forward.register_fake
 def _(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     R, M, D = residual.shape
     return (
@@ -130,47 +140,54 @@ def _(
 
 @torch.library.custom_op("vitpa::add_norm_backward", mutates_args=())
 def _backward(
-    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the sum (R, M, D), and those of weight, norm bias and bias (3, R, D)."""
-    dnormed, dtotal, weight = dnormed.contiguous(), dtotal.contiguous(), _rows(weight)
+    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the sum (R, M, D), of the branch (empty: the same), of weight, norm bias and bias (3, R, D)."""
+    dnormed, dtotal, weight = dnormed.contiguous(), dtotal.contiguous(), rows_apart(weight)
     R, M, D = total.shape
     dx = torch.empty_like(total)
+    dbranch = torch.empty_like(total) if scale is not None else total.new_empty(0)
     rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
     block = triton.next_power_of_2(D)
-    programs = triton.cdiv(M, TOKENS_BACKWARD)
+    steps = triton.cdiv(tokens_a_program(R * M), rows)
+    programs = triton.cdiv(M, steps * rows)
     parts = torch.empty(3 * R, programs, D, dtype=torch.float32, device=total.device)
+    scales, tokens = _per_image(scale, M)
     kernel: Any = _backward_kernel
     kernel[(programs, R)](
-        dnormed, dtotal, total, weight, mean, rstd, dx, parts, M, TOKENS_BACKWARD // rows, weight.stride(0),
-        D, block, rows, num_warps=warps * max(1, block // 512),
+        dnormed, dtotal, total, mean if scales is None else scales, weight, mean, rstd, dx, dbranch, parts, M, tokens, steps,
+        weight.stride(0),
+        scales is not None, D, block, rows, num_warps=warps * max(1, block // 512),
     )  # fmt: skip
-    return dx, sum_partials(parts).view(3, R, D)
+    return dx, dbranch, sum_partials(parts).view(3, R, D)
 
 
 @_backward.register_fake
-def _(dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    dnormed: Tensor, dtotal: Tensor, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     R, M, D = total.shape
-    return total.new_empty(R, M, D), weight.new_empty(3, R, D, dtype=torch.float32)
+    dbranch = total.new_empty(0) if scale is None else total.new_empty(R, M, D)
+    return total.new_empty(R, M, D), dbranch, weight.new_empty(3, R, D, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     total, _normed, mean, rstd = output
-    ctx.save_for_backward(total, inputs[3], mean, rstd)
+    ctx.save_for_backward(total, inputs[3], mean, rstd, inputs[6])
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _differentiate(ctx: Any, dtotal: Tensor, dnormed: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
-    total, weight, mean, rstd = ctx.saved_tensors
-    dx, sums = _backward(dnormed, dtotal, total, weight, mean, rstd)
-    return dx, dx, sums[2], sums[0], sums[1], None
+    total, weight, mean, rstd, scale = ctx.saved_tensors
+    dx, dbranch, sums = _backward(dnormed, dtotal, total, weight, mean, rstd, scale)
+    return dx, dx if scale is None else dbranch, sums[2], sums[0], sums[1], None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_norm(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a branch and its bias to the residual stream, and norm the sum over the last axis.
 
@@ -181,9 +198,11 @@ def add_norm(
         weight: The norm's weight (R, D) float32.
         norm_bias: The norm's bias (R, D) float32.
         eps: Added to the variance, as in `torch.nn.LayerNorm`.
+        scale: (R, B) float32, what the branch and bias of each image of M / B tokens are multiplied by; None for 1.
 
     Returns:
-        residual + branch + bias, and its layer norm, both (R, M, D) in the residual's type; added and normed in float32.
+        residual + scale * (branch + bias), and its layer norm, both (R, M, D) in the residual's type; computed in float32.
+        The scale has no gradient.
     """
-    total, normed, _, _ = _forward(residual, branch, bias, weight, norm_bias, eps)
+    total, normed, _, _ = _forward(residual, branch, bias, weight, norm_bias, eps, scale)
     return total, normed

@@ -10,25 +10,40 @@ from torch import Tensor
 TILE = 2048  # numbers a program holds at a time: 16 a thread
 NUM_WARPS = 4
 MAX_ROWS = 64  # with fewer columns than 32 a row's piece would be shorter than a memory transaction
+ONE_PASS = 512  # so many partial results are summed by one program for each column; more in two passes
+MIN_TOKENS, PROGRAMS = 32, 4096  # a program's partial sums are less than a tenth of what it reads; 32 for each multiprocessor
+
+
+def tokens_a_program(tokens: int) -> int:
+    """How many of all `tokens` a program sums: few enough to fill a GPU, and no fewer than pays."""
+    return max(MIN_TOKENS, (tokens + PROGRAMS - 1) // PROGRAMS)
+
+
+def rows_apart(vectors: Tensor) -> Tensor:
+    """A vector for each replica (R, D), which may lie apart, as views into a larger buffer do; each contiguous."""
+    return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
 @triton.jit
-def _sum_kernel(parts, total, S, L, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_kernel(parts, total, S, L, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     group = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(2) * share
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, S, ROWS):
+    for start in range(first, tl.minimum(first + share, S), ROWS):
         row = start + tl.arange(0, ROWS)
-        mask = (row < S)[:, None] & (column < L)[None, :]
-        tile += tl.load(parts + group * S * L + row[:, None] * L + column[None, :], mask=mask, other=0.0)
-    tl.store(total + group * L + column, tl.sum(tile, 0), mask=column < L)
+        mask = (row < tl.minimum(first + share, S))[:, None] & (column < L)[None, :]
+        tile += tl.load(parts + (group * S + row[:, None]) * L + column[None, :], mask=mask, other=0.0)
+    tl.store(total + (group * tl.num_programs(2) + tl.program_id(2)) * L + column, tl.sum(tile, 0), mask=column < L)
 
 
 def sum_partials(parts: Tensor) -> Tensor:
     """Sum partial results (groups, S, L) float32 over S -> (groups, L)."""
     groups, S, L = parts.shape
-    total = torch.empty(groups, L, dtype=torch.float32, device=parts.device)
-    rows = min(MAX_ROWS, triton.next_power_of_2(S))
+    share = S if S <= ONE_PASS else triton.next_power_of_2(int(S**0.5))
+    rows = min(MAX_ROWS, triton.next_power_of_2(share))
+    shares = triton.cdiv(S, share)
+    total = torch.empty(groups, shares, L, dtype=torch.float32, device=parts.device)
     kernel: Any = _sum_kernel
-    kernel[(triton.cdiv(L, TILE // rows), groups)](parts, total, S, L, rows, TILE // rows, num_warps=NUM_WARPS)
-    return total
+    kernel[(triton.cdiv(L, TILE // rows), groups, shares)](parts, total, S, L, share, rows, TILE // rows, num_warps=NUM_WARPS)
+    return total[:, 0] if shares == 1 else sum_partials(total)

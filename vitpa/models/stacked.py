@@ -12,7 +12,7 @@ Axes: R replicas, B batch, P patches, N = 1 + P tokens (class token first), D em
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ NORM_EPS = 1e-6  # timm's
 
 
 class Operations(NamedTuple):
-    """The three operations of a block for which there are kernels; `PLAIN` says what they compute."""
+    """The four operations of a block for which there are kernels; `PLAIN` says what they compute."""
 
     attention: Callable[[Tensor, Tensor], Tensor]
     mix: Callable[[Tensor, Tensor], Tensor]
-    add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    add_norm: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
+    bias_gelu: Callable[[Tensor, Tensor], Tensor]
 
 
 def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -51,14 +52,27 @@ def plain_mix(attention: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float
+    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of residual and branch (R, M, D) and a bias (R, D), and the layer norm of that sum."""
-    total = (residual.to(bias.dtype) + branch.to(bias.dtype) + bias[:, None]).to(residual.dtype)
+    """The sum of residual and branch (R, M, D) and a bias (R, D), and the layer norm of that sum.
+
+    `scale` (R, B), B images of M / B tokens each, multiplies an image's branch with its bias; None stands for 1.
+    """
+    total, added = residual.to(bias.dtype), branch.to(bias.dtype)
+    if scale is None:
+        total = total + added + bias[:, None]
+    else:
+        total = total + (added + bias[:, None]) * scale.repeat_interleave(branch.shape[1] // scale.shape[1], dim=1)[..., None]
+    total = total.to(residual.dtype)
     return total, norm(total, weight, norm_bias, eps)
 
 
-PLAIN = Operations(plain_attention, plain_mix, plain_add_norm)
+def plain_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU of x (R, M, D) and a bias (R, D), computed in the type of the bias; of x's type."""
+    return F.gelu(x.to(bias.dtype) + bias[:, None]).to(x.dtype)
+
+
+PLAIN = Operations(plain_attention, plain_mix, plain_add_norm, plain_bias_gelu)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -77,9 +91,16 @@ class StackedViT:
     num_heads: int
     operations: Operations = PLAIN
 
-    def __call__(self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        copies: Mapping[str, Tensor],
+        images: Tensor,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         """Images (R, B, 3, H, W) -> logits (R, B, K).
 
+        `scales` (depth, 2, R, B) multiply the two branches of each block, image by image: stochastic depth.
         `weights` has the parameters (R, ...) by timm's names, and `copies` the same in bfloat16, in which products are then
         computed and tokens kept; without `copies` everything is of the type of the weights. Gradients are those of `weights`.
         """
@@ -98,16 +119,18 @@ class StackedViT:
                 v = w.product(block + "attn.v", normed).view(R, B, -1, self.num_heads, self._head_dim(tokens))
                 mixed = self.operations.mix(matrices[index], v)
             branch = w.product(block + "attn.proj", mixed.view(tokens.shape))
-            tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2")
-            branch = w.product(block + "mlp.fc2", F.gelu(w.linear(block + "mlp.fc1", normed)))
-            tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1")
+            scale, mlp_scale = (None, None) if scales is None else scales[index]
+            tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2", scale)
+            branch = self._mlp(w, block + "mlp", normed)
+            tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1", mlp_scale)
         mixed = self._attend_class(w, last, normed.view(R, B, -1, normed.shape[2]), None if matrices is None else matrices[-1])
         branch = w.product(last + "attn.proj", mixed)
         tokens = tokens.view(R, B, -1, tokens.shape[2])[:, :, 0]  # R, B, D: the class tokens
-        bias = self._projection_bias(w, last)
-        tokens, normed = plain_add_norm(tokens, branch, bias, w[last + "norm2.weight"], w[last + "norm2.bias"], NORM_EPS)
-        branch = w.product(last + "mlp.fc2", F.gelu(w.linear(last + "mlp.fc1", normed)))
-        _, normed = plain_add_norm(tokens, branch, w[last + "mlp.fc2.bias"], w["norm.weight"], w["norm.bias"], NORM_EPS)
+        plain = replace(self, operations=PLAIN)  # a token per image is no work for a kernel
+        scale, mlp_scale = (None, None) if scales is None else scales[self.depth - 1]
+        tokens, normed = plain._add_norm(w, tokens, branch, self._projection_bias(w, last), last + "norm2", scale)
+        branch = plain._mlp(w, last + "mlp", normed)
+        _, normed = plain._add_norm(w, tokens, branch, w[last + "mlp.fc2.bias"], "norm", mlp_scale)
         return w.linear("head", normed)
 
     def _embed(self, w: _Weights, images: Tensor) -> Tensor:
@@ -169,8 +192,16 @@ class StackedViT:
     def _head_dim(self, tokens: Tensor) -> int:
         return tokens.shape[-1] // self.num_heads
 
-    def _add_norm(self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str) -> tuple[Tensor, Tensor]:
-        return self.operations.add_norm(tokens, branch, bias, w[following + ".weight"], w[following + ".bias"], NORM_EPS)
+    def _mlp(self, w: _Weights, name: str, normed: Tensor) -> Tensor:
+        """A block's MLP without its last bias: tokens (R, M, D) -> (R, M, D)."""
+        hidden = self.operations.bias_gelu(w.product(name + ".fc1", normed), w[name + ".fc1.bias"])
+        return w.product(name + ".fc2", hidden)
+
+    def _add_norm(  # noqa: PLR0917
+        self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weight, norm_bias = w[following + ".weight"], w[following + ".bias"]
+        return self.operations.add_norm(tokens, branch, bias, weight, norm_bias, NORM_EPS, scale)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,153 @@
+"""The kernels of augmentation give the CPU's bytes: by Triton's interpreter on the CPU, and on a GPU.
+
+Run as a program (with TRITON_INTERPRET=1, which counts only before Triton is imported), it prints what differs as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitpa.kernels.erase
+import vitpa.kernels.policy
+from tests.test_augment import CIFAR10, random_images
+from tests.test_auto_augment import CPU, every_operation, pictures
+from tests.test_rand_augment import FILL, some
+from vitpa.config import AugmentConfig
+from vitpa.data.augment import Augmentation, epoch_keys, erased_boxes
+from vitpa.data.auto_augment import KINDS, Operation, Operations
+from vitpa.data.counter_rng import Purpose, random_bits
+from vitpa.data.rand_augment import PillowOperations, RandAugment
+
+ERASING = AugmentConfig(crop="none", hflip=False, erase_prob=0.7, erase_mode="pixel")
+
+
+def tables(size: int, count: int) -> Iterator[tuple[str, list[Operation]]]:
+    """`count` operations of each name, of timm's and of torchvision's."""
+    policy = RandAugment(num_ops=1, magnitude=9, std=0.5, fill=FILL, img_size=size, device=CPU)
+    for name, table in (("timm", list(policy.operations.names)), ("torchvision", every_operation(10, size))):
+        yield name, [table[index] for index in some(table, count)]
+
+
+def operations(name: str, table: list[Operation], size: int, device: torch.device) -> PillowOperations | Operations:
+    if name == "timm":
+        return PillowOperations(table, fill=FILL, height=size, width=size, device=device)
+    return Operations(table, height=size, width=size, device=device)
+
+
+def erased(images: Tensor, whole: Augmentation) -> Tensor:
+    """By the kernel, whatever the device."""
+    samples, keys = torch.arange(len(images), device=images.device), epoch_keys([3], 1).to(images.device)
+    size = (images.shape[2], images.shape[3])
+    boxes = torch.stack(erased_boxes(samples, ERASING, size=size, stream=keys[:, Purpose.ERASE]), 1)
+    words = random_bits(keys[:, Purpose.ERASE_NOISE], samples)
+    return vitpa.kernels.erase.normalize_and_erase(images, whole.scale, whole.shift, boxes, words, whole.normals)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    vitpa.kernels.policy.TILE, vitpa.kernels.policy.TILE_OF_NEIGHBOURS, vitpa.kernels.erase.TILE = 128, 64, 128
+    report: dict[str, object] = {}
+    for size, count in ((7, 1), (13, 2)):
+        images = pictures(size)[[2, 3, 6]]
+        for name, table in tables(size, count):
+            batch, choice = images.repeat(len(table), 1, 1, 1), torch.arange(len(table)).repeat_interleave(len(images))
+            both = operations(name, table, size, CPU)
+            wrong = (both.by_kernel(batch, choice) != both(batch, choice)).flatten(1).any(1)
+            report[f"{name} {size}"] = sorted({table[index][0] for index in choice[wrong].tolist()})
+            report[f"{name} {size}, kinds"] = sorted({table[index][0] for index in choice.tolist()})
+    images, whole = random_images(20, 17), Augmentation(ERASING, CIFAR10, img_size=17, device=CPU)
+    expected = whole(images, torch.arange(20), epoch_keys([3], 1))
+    report["erased"] = float((erased(images, whole) - expected).abs().max())
+
+    both = PillowOperations([("Rotate", 9.0)], fill=FILL, height=7, width=7, device=CPU)
+    images, kind = pictures(7), both.kind.repeat(11)
+    torch.library.opcheck(torch.ops.vitpa.image_statistics.default, (images, kind, True))
+    arguments = (images, kind, both.values.expand(11, 3, 256), both.ratios.repeat(11, 1), both.matrix.repeat(11, 1))
+    torch.library.opcheck(torch.ops.vitpa.image_operations.default, (*arguments, both.fill, both.matrix, True))
+    boxes, words = torch.tensor([[1, 2, 3, 4]]).repeat(11, 1), torch.arange(11)
+    vectors = (whole.scale, whole.shift, boxes, words, whole.normals)
+    torch.library.opcheck(torch.ops.vitpa.normalize_and_erase.default, (images, *vectors))
+    json.dump(report, sys.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_augment_kernels"],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, object] = json.loads(done.stdout)
+    return report
+
+
+def test_kinds_are_those_of_the_kernels() -> None:
+    assert KINDS == vitpa.kernels.policy.KINDS
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("timm", 16), ("torchvision", 15)])
+@pytest.mark.parametrize("size", [7, 13])
+def test_operations_by_kernels_are_those_of_the_reference(
+    interpreted: dict[str, object], name: str, kinds: int, size: int
+) -> None:
+    assert len(interpreted[f"{name} {size}, kinds"]) == kinds  # type: ignore[arg-type]
+    assert interpreted[f"{name} {size}"] == []
+
+
+def test_erasing_by_the_kernel_is_that_of_the_reference(interpreted: dict[str, object]) -> None:
+    assert interpreted["erased"] == pytest.approx(0, abs=1e-6)
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("size", [33, 64, 224])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_operations_on_a_gpu_are_those_of_the_cpu(size: int, layout: torch.memory_format) -> None:
+    images = pictures(size)[:: 1 if size < 100 else 4]
+    for name, table in tables(size, 2):
+        batch, choice = images.repeat(len(table), 1, 1, 1), torch.arange(len(table)).repeat_interleave(len(images))
+        expected = operations(name, table, size, CPU)(batch, choice)
+        there = operations(name, table, size, torch.device("cuda"))
+        for function in (there, there.by_kernel, torch.compile(there, fullgraph=True, dynamic=False)):
+            got = function(batch.cuda().contiguous(memory_format=layout), choice.cuda()).cpu()
+            assert not {table[index] for index in choice[(got != expected).flatten(1).any(1)].tolist()}
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("policy", ["none", "randaugment_timm", "autoaugment_imagenet"])
+def test_a_gpu_augments_large_images_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None:
+    images, samples = random_images(48, 96).contiguous(memory_format=torch.channels_last), torch.arange(48)
+    keys = epoch_keys([5, 6], 1).repeat_interleave(24, 0)
+    config = AugmentConfig(crop="none", policy=policy, erase_prob=0.5, erase_mode="pixel")  # type: ignore[arg-type]
+    on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=96, device=torch.device(name)) for name in ("cpu", "cuda"))
+    inputs = [tensor.cuda() for tensor in (images, samples, keys)]
+    compiled = torch.compile(on_gpu, fullgraph=True, dynamic=False)
+    for function in (on_gpu, compiled):
+        torch.testing.assert_close(function(*inputs).cpu(), on_cpu(images, samples, keys), rtol=0, atol=1e-6)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled(*inputs)
+    inputs[1].add_(1000)  # the same graph, other samples
+    graph.replay()
+    torch.testing.assert_close(out.cpu(), on_cpu(images, samples + 1000, keys), rtol=0, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main()

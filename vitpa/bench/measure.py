@@ -1,0 +1,108 @@
+"""What the benchmarks share: steps that are ready to be timed, rates as the median of windows, and what the GPU could do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vitpa.bench.timm_steps import TimmSteps
+from vitpa.config import RunConfig
+from vitpa.data.augment import Augmentation
+from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.datasets import facts_of
+from vitpa.distributed import Group
+from vitpa.models import build_model
+from vitpa.optim import adamw
+from vitpa.replicas import ReplicaSteps
+
+WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
+LEARNING_RATE = 1e-4
+MOST_STEPS = 1_000_000  # of one benchmark
+LOG_EVERY_STEPS = 50
+
+
+def make_steps(
+    config: RunConfig,
+    group: Group,
+    feed: ResidentFeed | StreamedFeed,
+    *,
+    seeds: Sequence[int],
+    num_classes: int,
+    timm: bool,
+) -> ReplicaSteps | TimmSteps:
+    """The steps of a training by `config`, not yet compiled: ours, or with `timm` those of the usual way."""
+    device, facts = group.device, facts_of(config.dataset)
+    augmentation = Augmentation(config.augment, facts, img_size=config.model.img_size, device=device)
+    models = [build_model(**dict(config.model), num_classes=num_classes, seed=seed).to(device) for seed in seeds]
+    fused = device.type == "cuda"
+    optimizers = [
+        adamw(model, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=fused) for model in models
+    ]
+    if timm:
+        return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
+    return ReplicaSteps(
+        config,
+        group,
+        seeds=seeds,
+        models=models,
+        optimizers=optimizers,
+        feed=feed,
+        augmentation=augmentation,
+        learning_rates=torch.full((MOST_STEPS,), LEARNING_RATE, dtype=torch.float64),
+    )
+
+
+def run_steps(steps: ReplicaSteps | TimmSteps, epoch_steps: int, count: int) -> None:
+    """`count` steps from the start of an epoch as train.py does them, with a closed window every 50."""
+    for step in range(count):
+        if step % epoch_steps == 0:
+            steps.begin_epoch(step // epoch_steps, 0)
+        steps.step()
+        if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
+            steps.window.take()
+
+
+def rates(run: Callable[[int], None], images: int, device: torch.device) -> list[float]:
+    """Images per second in each of WINDOWS windows of steps, each step of so many `images`."""
+    began_s = time.monotonic()
+    run(3)
+    wait(device)
+    count = max(3, round(3 * MIN_WINDOW_S / (time.monotonic() - began_s)))
+    found = []
+    for _ in range(WINDOWS):
+        began_s = time.monotonic()
+        run(count)
+        wait(device)
+        found.append(count * images / (time.monotonic() - began_s))
+    return found
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def product_limit_tflops(device: torch.device) -> float:
+    """Operations per second of a large product of bfloat16 matrices on this device, in 10^12: what products alone could do."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            torch.mm(a, b)
+
+    return max(rates(run, 1, device)) * 2 * size**3 / 1e12
+
+
+def gflop_per_image(config: RunConfig) -> float:
+    """Arithmetic of a training step per image, 10^9 operations: products of matrices only, backward twice the forward pass."""
+    model = config.model
+    D, tokens = model.embed_dim, (model.img_size // model.patch_size) ** 2 + 1
+    per_token = (4 + 2 * model.mlp_ratio) * D * D + 2 * tokens * D  # multiply-adds of a block
+    if model.attention == "positional":
+        per_token -= 2 * D * D + tokens * D  # queries, keys and scores are computed once per step, not per image
+    patches = (tokens - 1) * 3 * model.patch_size**2 * D
+    return 3 * 2 * (tokens * model.depth * per_token + patches) / 1e9

@@ -1,0 +1,74 @@
+"""The usual way to train a ViT, as the yardstick: timm's module, autocast, autograd and torch's fused AdamW, on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitpa.config import RunConfig
+from vitpa.data.augment import Augmentation, epoch_keys
+from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.window import Window
+
+
+class TimmSteps:
+    """Training steps of one model; `runtime.step=compile` compiles the module and the augmentation."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: VisionTransformer,
+        optimizer: torch.optim.AdamW,
+        feed: ResidentFeed | StreamedFeed,
+        augmentation: Augmentation,
+    ) -> None:
+        """`optimizer` has the learning rate of all steps."""
+        self.config, self.model, self.optimizer, self.feed = config, model, optimizer, feed
+        device = model.pos_embed.device
+        self.device_type = device.type
+        compiled = config.runtime.step == "compile"
+        self.network: Any = torch.compile(model, dynamic=False) if compiled else model
+        self.augmentation: Any = torch.compile(augmentation, dynamic=False) if compiled else augmentation
+        self.window = Window(1, device)
+        self.keys = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.done = 0
+
+    def prepare(self, step: int) -> list[str]:
+        """Be ready for the step after `step` steps; the module is compiled when it is first called."""
+        self.done = step
+        self.model.train()
+        return []
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Take the order and the random numbers of `epoch`, from its step `step` on."""
+        self.keys = epoch_keys([self.config.seed], epoch).to(self.keys.device)
+        self.feed.begin_epoch(epoch, step)
+
+    def step(self) -> None:
+        """One optimiser step."""
+        self.feed.fill()
+        images, samples, labels = self.feed.cut(*self.feed.inputs(0))
+        images = self.augmentation(images, samples, self.keys)
+        with self._autocast():
+            logits: Tensor = self.network(images)  # B, K
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.optim.label_smoothing)
+        loss.backward()
+        bound = self.config.optim.grad_clip_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if bound is None else bound).detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        loss = loss.detach()[None]
+        self.window.add(loss, (logits.detach().argmax(dim=1) == labels).sum()[None], len(labels))
+        self.window.check(self.done, loss, norm[None])
+        self.feed.advance()
+
+    def _autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        bfloat16 = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=bfloat16)

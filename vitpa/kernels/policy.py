@@ -1,0 +1,254 @@
+"""Random operations on whole batches of images: every image has its own, and a program does a tile of one image.
+
+What an image needs is chosen on the device by its kind: programs of the others leave at once. Pixels are computed in whole
+numbers, or in floats whose products are exact, so that nothing depends on how a compiler contracts them: the results are,
+byte for byte, those of the formulations in torch of vitpa/data/rand_augment.py and auto_augment.py. Counts are added
+atomically, as whole numbers.
+
+Axes: B batch, H W pixels, P = H * W, V = 256 pixel values.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What an operation looks at: nothing, a pixel's value, its three channels, its neighbours, other places; the last three
+# look at a pixel's value too, through a table that is made from statistics of the whole image.
+KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")
+_COPY, _TABLE, _COLOR, _SHARPNESS, _MOVE, _CONTRAST, _AUTOCONTRAST = map(tl.constexpr, range(7))
+
+_RED, _GREEN, _BLUE = (tl.constexpr(torch.tensor(weight, dtype=torch.float32).item()) for weight in (0.2989, 0.587, 0.114))
+
+TILE = 2048  # pixels of a program: 16 a thread, as many bytes as one load takes
+TILE_OF_NEIGHBOURS = 256  # pixels at a time where each has up to 16 sources: more do not fit into registers
+
+
+@triton.jit
+def _grey(red, green, blue, PILLOW: tl.constexpr):
+    """Brightness of int32 pixels: Pillow's, or torchvision's (for rounding see vitpa/data/auto_augment.py)."""
+    if PILLOW:
+        grey = (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
+    else:
+        r = (red.to(tl.float64) * _RED).to(tl.float32)
+        g = (green.to(tl.float64) * _GREEN).to(tl.float32)
+        grey = (r + g + (blue.to(tl.float64) * _BLUE).to(tl.float32)).to(tl.int32)
+    return grey
+
+
+@triton.jit
+def _blend(pixel, other, weight, rest):
+    first = (pixel.to(tl.float64) * weight).to(tl.float32)
+    total = first + (other.to(tl.float64) * rest).to(tl.float32)
+    return tl.minimum(tl.maximum(total, 0.0), 255.0).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
+    image = tl.program_id(1).to(tl.int64)
+    what = tl.load(kind + image)
+    pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = pixel < P
+    at = images + image * (3 * P) + pixel
+    if what == _CONTRAST:
+        red = tl.load(at, mask=inside, other=0).to(tl.int32)
+        green = tl.load(at + P, mask=inside, other=0).to(tl.int32)
+        blue = tl.load(at + 2 * P, mask=inside, other=0).to(tl.int32)
+        tl.atomic_add(grey + image, tl.sum(_grey(red, green, blue, PILLOW), 0))
+    if what >= _AUTOCONTRAST:
+        value = tl.arange(0, 256)
+        padding = tl.sum((pixel >= P).to(tl.int32), 0)
+        for c in tl.static_range(3):
+            counts = tl.histogram(tl.load(at + c * P, mask=inside, other=0).to(tl.int32), 256)
+            counts -= tl.where(value == 0, padding, 0)
+            tl.atomic_add(histogram + (image * 3 + c) * 256 + value, counts)
+
+
+@triton.jit
+def _pixel_kernel(images, kind, tables, ratios, out, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
+    image = tl.program_id(1).to(tl.int64)
+    what = tl.load(kind + image)
+    pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = pixel < P
+    at = images + image * (3 * P) + pixel
+    to = out + image * (3 * P) + pixel
+    if what == _COPY:
+        for c in tl.static_range(3):
+            tl.store(to + c * P, tl.load(at + c * P, mask=inside, other=0), mask=inside)
+    if (what == _TABLE) | (what >= _CONTRAST):
+        table = tables + image * (3 * 256)
+        for c in tl.static_range(3):
+            value = tl.load(at + c * P, mask=inside, other=0).to(tl.int32)
+            tl.store(to + c * P, tl.load(table + c * 256 + value), mask=inside)
+    if what == _COLOR:
+        weight, rest = tl.load(ratios + 2 * image), tl.load(ratios + 2 * image + 1)
+        red = tl.load(at, mask=inside, other=0).to(tl.int32)
+        green = tl.load(at + P, mask=inside, other=0).to(tl.int32)
+        blue = tl.load(at + 2 * P, mask=inside, other=0).to(tl.int32)
+        grey = _grey(red, green, blue, PILLOW)
+        tl.store(to, _blend(red, grey, weight, rest), mask=inside)
+        tl.store(to + P, _blend(green, grey, weight, rest), mask=inside)
+        tl.store(to + 2 * P, _blend(blue, grey, weight, rest), mask=inside)
+
+
+@triton.jit
+def _cubic(d):
+    """The weights of four neighbours for the part d of a pixel's width past the second, all in units of 2^-15."""
+    d2 = (d * d) >> 15
+    d3 = (d2 * d) >> 15
+    first, third, fourth = 2 * d2 - d - d3, d + d2 - d3, d3 - d2
+    return first, 32768 - first - third - fourth, third, fourth
+
+
+@triton.jit
+def _inner(i, last: tl.constexpr):
+    return tl.minimum(tl.maximum(i, 0), last)
+
+
+@triton.jit
+def _row(at, x0, x1, x2, x3, w0, w1, w2, w3):
+    """A row's four neighbours, weighted, in units of 2^-7."""
+    total = tl.load(at + x0).to(tl.int32) * w0 + tl.load(at + x1).to(tl.int32) * w1
+    total += tl.load(at + x2).to(tl.int32) * w2 + tl.load(at + x3).to(tl.int32) * w3
+    return (total + 128) >> 8
+
+
+@triton.jit
+def _affine(at, to, pixel, matrix, fill, H: tl.constexpr, W: tl.constexpr):
+    """Bicubic interpolation at the places that `matrix`, in units of 2^-32, says; `fill` where they are outside."""
+    P: tl.constexpr = H * W
+    inside = pixel < P
+    row, column = (pixel // W).to(tl.int64), (pixel % W).to(tl.int64)
+    x = tl.load(matrix) * column + tl.load(matrix + 1) * row + tl.load(matrix + 2)
+    y = tl.load(matrix + 3) * column + tl.load(matrix + 4) * row + tl.load(matrix + 5)
+    filled = ((x >> 32) < 0) | ((x >> 32) >= W) | ((y >> 32) < 0) | ((y >> 32) >= H)
+    half: tl.constexpr = 1 << 31
+    low: tl.constexpr = (1 << 32) - 1
+    x, y = x - half, y - half
+    w0, w1, w2, w3 = _cubic((((x & low) + (1 << 16)) >> 17).to(tl.int32))
+    h0, h1, h2, h3 = _cubic((((y & low) + (1 << 16)) >> 17).to(tl.int32))
+    left, top = (x >> 32).to(tl.int32), (y >> 32).to(tl.int32)
+    x0, x1, x2, x3 = _inner(left - 1, W - 1), _inner(left, W - 1), _inner(left + 1, W - 1), _inner(left + 2, W - 1)
+    y0, y1 = _inner(top - 1, H - 1) * W, _inner(top, H - 1) * W
+    y2, y3 = _inner(top + 1, H - 1) * W, _inner(top + 2, H - 1) * W
+    for c in tl.static_range(3):
+        total = h0 * _row(at + c * P + y0, x0, x1, x2, x3, w0, w1, w2, w3)
+        total += h1 * _row(at + c * P + y1, x0, x1, x2, x3, w0, w1, w2, w3)
+        total += h2 * _row(at + c * P + y2, x0, x1, x2, x3, w0, w1, w2, w3)
+        total += h3 * _row(at + c * P + y3, x0, x1, x2, x3, w0, w1, w2, w3)
+        value = tl.where(filled, tl.load(fill + c).to(tl.int32), _inner(total >> 22, 255))
+        tl.store(to + c * P + pixel, value.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _sharpness(at, to, pixel, weight, rest, H: tl.constexpr, W: tl.constexpr):
+    P: tl.constexpr = H * W
+    inside = pixel < P
+    row, column = pixel // W, pixel % W
+    inner = (row > 0) & (row < H - 1) & (column > 0) & (column < W - 1)
+    for c in tl.static_range(3):
+        centre = tl.load(at + c * P + pixel, mask=inside, other=0).to(tl.int32)
+        total = 4 * centre
+        for dy in tl.static_range(3):
+            for dx in tl.static_range(3):
+                there = at + c * P + pixel + ((dy - 1) * W + dx - 1)
+                total += tl.load(there, mask=inner & inside, other=0).to(tl.int32)
+        blurred = tl.where(inner, (2 * total + 13) // 26, centre)
+        tl.store(to + c * P + pixel, _blend(centre, blurred, weight, rest), mask=inside)
+
+
+@triton.jit
+def _neighbour_kernel(
+    images, kind, ratios, places, fill, source, out,
+    H: tl.constexpr, W: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    P: tl.constexpr = H * W
+    image = tl.program_id(1).to(tl.int64)
+    what = tl.load(kind + image)
+    first = tl.program_id(0) * TILE
+    at = images + image * (3 * P)
+    to = out + image * (3 * P)
+    if what == _SHARPNESS:
+        weight, rest = tl.load(ratios + 2 * image), tl.load(ratios + 2 * image + 1)
+        for start in range(0, TILE, PART):
+            _sharpness(at, to, first + start + tl.arange(0, PART), weight, rest, H, W)
+    if what == _MOVE:
+        for start in range(0, TILE, PART):
+            pixel = first + start + tl.arange(0, PART)
+            if PILLOW:
+                _affine(at, to, pixel, places + 6 * image, fill, H, W)
+            else:
+                inside = pixel < P
+                there = tl.load(source + tl.load(places + image) * P + pixel, mask=inside, other=-1)
+                for c in tl.static_range(3):
+                    tl.store(to + c * P + pixel, tl.load(at + c * P + there, mask=there >= 0, other=0), mask=inside)
+
+
+@torch.library.custom_op("vitpa::image_statistics", mutates_args=())
+def _statistics(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
+    B, _, H, W = images.shape
+    histogram = torch.zeros(B, 3, 256, dtype=torch.int32, device=images.device)
+    grey = torch.zeros(B, dtype=torch.int32, device=images.device)
+    kernel: Any = _statistics_kernel
+    kernel[(triton.cdiv(H * W, TILE), B)](images.contiguous(), kind.contiguous(), histogram, grey, H * W, pillow, TILE)
+    return histogram, grey
+
+
+@_statistics.register_fake
+def _(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
+    B = images.shape[0]
+    return images.new_empty(B, 3, 256, dtype=torch.int32), images.new_empty(B, dtype=torch.int32)
+
+
+@torch.library.custom_op("vitpa::image_operations", mutates_args=())
+def _operations(
+    images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, places: Tensor, fill: Tensor, source: Tensor, pillow: bool
+) -> Tensor:
+    B, _, H, W = images.shape
+    images, kind, ratios = images.contiguous(), kind.contiguous(), ratios.contiguous()
+    out = torch.empty_like(images)
+    grid = (triton.cdiv(H * W, TILE), B)
+    pixels: Any = _pixel_kernel
+    pixels[grid](images, kind, tables.contiguous(), ratios, out, H * W, pillow, TILE)
+    neighbours: Any = _neighbour_kernel
+    neighbours[grid](images, kind, ratios, places.contiguous(), fill, source, out, H, W, pillow, TILE, TILE_OF_NEIGHBOURS)
+    return out
+
+
+@_operations.register_fake
+def _(
+    images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, places: Tensor, fill: Tensor, source: Tensor, pillow: bool
+) -> Tensor:
+    return torch.empty_like(images, memory_format=torch.contiguous_format)
+
+
+def statistics(images: Tensor, kind: Tensor, *, pillow: bool) -> tuple[Tensor, Tensor]:
+    """Of images (B, 3, H, W) uint8 that need them: histograms (B, 3, V) and sums of brightness (B,), int32; of others 0.
+
+    `kind` (B,) int32 are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum. Brightness
+    is Pillow's or torchvision's.
+    """
+    found: tuple[Tensor, Tensor] = _statistics(images, kind, pillow)
+    return found
+
+
+def apply_pillows(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
+    """The images (B, 3, H, W) uint8, each after the operation of its kind (B,) int32, as Pillow does it.
+
+    `tables` (B, 3, V) uint8: what becomes of a pixel value; `ratios` (B, 2) float64: the weights of the image and of what it
+    is blended with; `matrix` (B, 6) int64 in units of 2^-32: [x, y of the source] = matrix.view(2, 3) @ [column, row, 1],
+    where a pixel's centre is at its number plus 1/2; `fill` (3,) uint8: the colour outside.
+    """
+    out: Tensor = _operations(images, kind, tables, ratios, matrix, fill, matrix, True)
+    return out
+
+
+def apply_torchvisions(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, row: Tensor, source: Tensor) -> Tensor:
+    """As `apply_pillows`, but as torchvision does it: a Move takes each pixel from row `row` (B,) int64 of `source`.
+
+    `source` (rows, P) int32 are indices of pixels, -1 for black.
+    """
+    out: Tensor = _operations(images, kind, tables, ratios, row, tables, source, False)
+    return out
