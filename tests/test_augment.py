@@ -234,8 +234,19 @@ def test_noise_is_in_the_erased_rectangles_alone_and_the_same_in_any_batch() -> 
     assert not (pixel(images, samples, epoch_keys([2], 4)) == got)[erased].flatten(1).all(1).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"erase_prob": 0.5}, {"erase_prob": 0.5, "erase_mode": "pixel", "cutout_px": 5}])
+def test_mixed_is_augmented_and_then_mixed(options: dict[str, Any]) -> None:
+    images, samples, labels, keys = random_images(20), torch.arange(20), torch.arange(100, 120), epoch_keys([2], 3)
+    whole = augmentation(mixup_alpha=0.8, cutmix_alpha=1.0, **options)
+    assert augmentation(**options).mixup is None
+    assert whole.mixup is not None
+    expected = whole.mixup(whole(images, samples, keys), labels, samples, keys)
+    for got, part in zip(whole.mixed(images, labels, samples, keys), expected, strict=True):
+        assert torch.equal(got, part)
+
+
 def test_noise_is_standard_normal_and_independent() -> None:
-    normals = augmentation().normals
+    normals = augmentation(erase_mode="pixel").normals
     words = random_bits(key(0, Purpose.ERASE_NOISE, 0), torch.arange(100))
     got = augment.noise(words, normals, (100, 3, 40, 50)).double()
     assert got.shape == (100, 3, 40, 50)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,11 @@ from tests.test_augment import CIFAR10, random_images
 from tests.test_auto_augment import CPU, every_operation, pictures
 from tests.test_rand_augment import FILL, some
 from vitpa.config import AugmentConfig
-from vitpa.data.augment import Augmentation, epoch_keys, erased_boxes
+from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.auto_augment import KINDS, Operation, Operations
-from vitpa.data.counter_rng import Purpose, random_bits
 from vitpa.data.rand_augment import PillowOperations, RandAugment
 
-ERASING = AugmentConfig(crop="none", hflip=False, erase_prob=0.7, erase_mode="pixel")
+ERASING: dict[str, Any] = {"crop": "none", "hflip": False, "erase_prob": 0.7, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 
 
 def tables(size: int, count: int) -> Iterator[tuple[str, list[Operation]]]:
@@ -43,13 +43,15 @@ def operations(name: str, table: list[Operation], size: int, device: torch.devic
     return Operations(table, height=size, width=size, device=device)
 
 
-def erased(images: Tensor, whole: Augmentation) -> Tensor:
-    """By the kernel, whatever the device."""
-    samples, keys = torch.arange(len(images), device=images.device), epoch_keys([3], 1).to(images.device)
-    size = (images.shape[2], images.shape[3])
-    boxes = torch.stack(erased_boxes(samples, ERASING, size=size, stream=keys[:, Purpose.ERASE]), 1)
-    words = random_bits(keys[:, Purpose.ERASE_NOISE], samples)
-    return vitpa.kernels.erase.normalize_and_erase(images, whole.scale, whole.shift, boxes, words, whole.normals)
+def erased(images: Tensor, whole: Augmentation, keys: Tensor, *, mixed: bool) -> Tensor:
+    """By the kernel, whatever the device: normalised and erased, and mixed if asked for."""
+    samples = torch.arange(len(images))
+    erasing = whole._erasing(images, samples, keys)
+    if not mixed:
+        return vitpa.kernels.erase.normalize_and_erase(images, whole.scale, whole.shift, *erasing)
+    assert whole.mixup is not None
+    _, weights, cuts = whole.mixup.draws(samples, keys, size=(images.shape[2], images.shape[3]))
+    return vitpa.kernels.erase.normalize_erase_and_mix(images, whole.scale, whole.shift, *erasing, weights, cuts)
 
 
 def main() -> None:
@@ -64,18 +66,23 @@ def main() -> None:
             wrong = (both.by_kernel(batch, choice) != both(batch, choice)).flatten(1).any(1)
             report[f"{name} {size}"] = sorted({table[index][0] for index in choice[wrong].tolist()})
             report[f"{name} {size}, kinds"] = sorted({table[index][0] for index in choice.tolist()})
-    images, whole = random_images(20, 17), Augmentation(ERASING, CIFAR10, img_size=17, device=CPU)
-    expected = whole(images, torch.arange(20), epoch_keys([3], 1))
-    report["erased"] = float((erased(images, whole) - expected).abs().max())
+    images, keys = random_images(20, 17), epoch_keys([3], 1)
+    for mode in ("const", "pixel"):
+        config = AugmentConfig.model_validate({**ERASING, "erase_mode": mode})
+        whole, samples = Augmentation(config, CIFAR10, img_size=17, device=CPU), torch.arange(20)
+        single, mixed = whole(images, samples, keys), whole.mixed(images, samples, samples, keys)[0]
+        report[f"erased {mode}"] = float((erased(images, whole, keys, mixed=False) - single).abs().max())
+        report[f"mixed {mode}"] = float((erased(images, whole, keys, mixed=True) - mixed).abs().max())
 
     both = PillowOperations([("Rotate", 9.0)], fill=FILL, height=7, width=7, device=CPU)
     images, kind = pictures(7), both.kind.repeat(11)
     torch.library.opcheck(torch.ops.vitpa.image_statistics.default, (images, kind, True))
     arguments = (images, kind, both.values.expand(11, 3, 256), both.ratios.repeat(11, 1), both.matrix.repeat(11, 1))
     torch.library.opcheck(torch.ops.vitpa.image_operations.default, (*arguments, both.fill, both.matrix, True))
-    boxes, words = torch.tensor([[1, 2, 3, 4]]).repeat(11, 1), torch.arange(11)
-    vectors = (whole.scale, whole.shift, boxes, words, whole.normals)
-    torch.library.opcheck(torch.ops.vitpa.normalize_and_erase.default, (images, *vectors))
+    boxes, words = torch.tensor([[1, 2, 3, 4]]).repeat(10, 1), torch.arange(10)
+    vectors = (images[:10], whole.scale, whole.shift, boxes, words, whole.normals)
+    torch.library.opcheck(torch.ops.vitpa.normalize_and_erase.default, vectors)
+    torch.library.opcheck(torch.ops.vitpa.normalize_erase_and_mix.default, (*vectors, torch.rand(5), boxes[:5]))
     json.dump(report, sys.stdout)
 
 
@@ -107,8 +114,9 @@ def test_operations_by_kernels_are_those_of_the_reference(
     assert interpreted[f"{name} {size}"] == []
 
 
-def test_erasing_by_the_kernel_is_that_of_the_reference(interpreted: dict[str, object]) -> None:
-    assert interpreted["erased"] == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("what", ["erased const", "erased pixel", "mixed const", "mixed pixel"])
+def test_erasing_and_mixing_by_kernels_are_those_of_the_reference(interpreted: dict[str, object], what: str) -> None:
+    assert interpreted[what] == pytest.approx(0, abs=1e-6)
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -135,18 +143,23 @@ def test_operations_on_a_gpu_are_those_of_the_cpu(size: int, layout: torch.memor
 def test_a_gpu_augments_large_images_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None:
     images, samples = random_images(48, 96).contiguous(memory_format=torch.channels_last), torch.arange(48)
     keys = epoch_keys([5, 6], 1).repeat_interleave(24, 0)
-    config = AugmentConfig(crop="none", policy=policy, erase_prob=0.5, erase_mode="pixel")  # type: ignore[arg-type]
+    config = AugmentConfig.model_validate({**ERASING, "hflip": True, "policy": policy, "erase_mode": "pixel"})
     on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=96, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
-    compiled = torch.compile(on_gpu, fullgraph=True, dynamic=False)
-    for function in (on_gpu, compiled):
-        torch.testing.assert_close(function(*inputs).cpu(), on_cpu(images, samples, keys), rtol=0, atol=1e-6)
+    for function in (on_gpu, torch.compile(on_gpu, fullgraph=True, dynamic=False)):
+        torch.testing.assert_close(function(*inputs).cpu(), on_cpu(images, samples, keys), rtol=0, atol=1e-5)
+    compiled = torch.compile(on_gpu.mixed, fullgraph=True, dynamic=False)
+    inputs.insert(1, inputs[1] + 7)  # labels
+    for mixing in (on_gpu.mixed, compiled):
+        for got, expected in zip(mixing(*inputs), on_cpu.mixed(images, samples + 7, samples, keys), strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=1e-5)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = compiled(*inputs)
-    inputs[1].add_(1000)  # the same graph, other samples
+    inputs[2].add_(1000)  # the same graph, other samples
     graph.replay()
-    torch.testing.assert_close(out.cpu(), on_cpu(images, samples + 1000, keys), rtol=0, atol=1e-6)
+    for got, expected in zip(out, on_cpu.mixed(images, samples + 7, samples + 1000, keys), strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitpa.config import AugmentConfig
 from vitpa.data.augment import epoch_keys
-from vitpa.data.counter_rng import Purpose, key, randint
+from vitpa.data.counter_rng import Purpose, key, randint, uniform
 from vitpa.data.mixup import LEVELS, Mixup
 
 CPU = torch.device("cpu")
@@ -38,8 +38,10 @@ def test_pairs_are_mixed_as_timm_does(monkeypatch: pytest.MonkeyPatch, size: tup
     assert torch.equal(images, before)
     assert (mixed.dtype, weights.dtype, weights.shape) == (torch.float32, torch.float32, (200,))
     stream = key(3, Purpose.MIX, 4)
-    cutmixes, _, _ = mixup.draws(samples[::2], torch.full((100,), stream), size=size)
+    boxes = mixup.draws(samples, keys, size=size)[2]
+    cutmixes = uniform(stream, samples[::2]) < 0.5
     assert 20 < cutmixes.sum() < 80
+    assert not boxes[~cutmixes].any()
     for pair, cutmix in enumerate(cutmixes.tolist()):
         i, j, first = 2 * pair, 2 * pair + 1, samples[2 * pair]
         share = mixup.quantiles[int(cutmix), randint(stream, first, LEVELS, draw=1)].item()
@@ -79,15 +81,15 @@ def test_shares_are_of_the_beta_distribution(name: str, alpha: float) -> None:
     table = mixup.quantiles[int(name == "cutmix")]
     assert stats.kstest(table.numpy(), beta).statistic < 1 / LEVELS
     size = (10_000, 10_000)  # so large that a box's rounding does not show
-    stream = torch.full((n,), key(1, Purpose.MIX, 0))
-    cutmix, lam, (top, bottom, left, right) = mixup.draws(torch.arange(n), stream, size=size)
-    assert cutmix.all() if name == "cutmix" else not cutmix.any()
+    lam, weight, box = mixup.draws(torch.arange(2 * n), epoch_keys([1], 0), size=size)
+    top, left, height, width = box.unbind(1)
+    assert not box.any() if name == "mixup" else (weight == 1).all()
     if name == "mixup":
+        assert torch.equal(lam, weight)
         assert stats.kstest(lam.numpy(), beta).statistic < 2 / math.sqrt(n)
     else:  # those that no border cuts off
-        height, width = bottom - top, right - left
         assert torch.allclose(lam.double(), 1 - (height * width).double() / 1e8, atol=1e-6)
-        whole = (top > 0) & (left > 0) & (bottom < 10_000) & (right < 10_000)
+        whole = (top > 0) & (left > 0) & (top + height < 10_000) & (left + width < 10_000)
         assert ((height - width).abs()[whole] <= 1).all()
         places = (top / (10_000 - height))[whole].numpy()
         assert stats.kstest(places, "uniform").statistic < 2 / math.sqrt(len(places))
@@ -96,7 +98,8 @@ def test_shares_are_of_the_beta_distribution(name: str, alpha: float) -> None:
 def test_cutmix_and_mixup_are_chosen_as_often_as_asked() -> None:
     n = 40_000
     for prob in (0.0, 0.3, 0.5, 1.0):
-        chosen = make(mixup_switch_prob=prob).draws(torch.arange(n), torch.full((n,), key(0, Purpose.MIX, 0)), size=(8, 8))[0]
+        weight = make(mixup_switch_prob=prob).draws(torch.arange(2 * n), epoch_keys([0], 0), size=(8, 8))[1]
+        chosen = weight == 1
         assert abs(chosen.double().mean() - prob) <= 5 * math.sqrt(prob * (1 - prob) / n)
 
 

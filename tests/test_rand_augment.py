@@ -83,16 +83,19 @@ def test_arguments_are_those_of_timm(monkeypatch: pytest.MonkeyPatch, name: str,
 @pytest.mark.parametrize(("size", "count"), [(32, 30), (33, 6), (7, 6), (224, 2)])
 def test_every_operation_is_pillows(size: int, count: int) -> None:
     operations, images = make(img_size=size).operations, pictures(size)[:: 1 if size < 100 else 3]
+    differ = []
     for index in some(list(operations.names), count):
         name, _ = operation = operations.names[index]
         got = operations(images, torch.full((len(images),), index))
         assert got.dtype == torch.uint8
         apart = (got.int() - torch.stack([by_timm(image, operation) for image in images]).int()).abs()
-        if name in GEOMETRY:  # a sum in whole numbers that is cut off, as Pillow's is, falls just below a number at times
+        if name in GEOMETRY:  # sums that are cut off fall on the other side of a whole number at times
             assert apart.max() <= 1, operation
-            assert (apart > 0).double().mean() < 0.02, operation
+            differ.append((apart > 0).double().mean().item())
         else:
             assert apart.max() == 0, operation
+    assert np.mean(differ) < 0.01
+    assert max(differ) < 0.15  # of translations by next to whole numbers
 
 
 def test_without_a_move_and_in_even_colour_interpolation_changes_nothing() -> None:

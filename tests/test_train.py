@@ -280,7 +280,10 @@ def test_a_run_that_another_process_trains_is_refused(
     ("override", "message"),
     [
         ("train.global_batch_size=1500", r"train.global_batch_size=1500 is more than the 1437 training images"),
-        ("augment.mixup_alpha=1 train.global_batch_size=33", r"mixed in pairs, and a process has 33 at a time; change train"),
+        (
+            "augment.mixup_alpha=1 train.global_batch_size=33",
+            r"mix images in pairs: make train.global_batch_size / runtime.accum_steps=33 even",
+        ),
         ("optim.lrr=1", r"unknown key optim.lrr; did you mean optim.lr\?"),
         ("dataset=digit", r"digits"),
         ("runtime.loader=resident augment.crop=random_resized", r"runtime.loader=resident takes whole images"),

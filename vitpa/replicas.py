@@ -24,7 +24,6 @@ from vitpa.config import RunConfig
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.counter_rng import Purpose
 from vitpa.data.feed import ResidentFeed, StreamedFeed
-from vitpa.data.mixup import Mixup, mixes
 from vitpa.distributed import Group
 from vitpa.drop_path import branch_scales, keep_probabilities
 from vitpa.models.stacked import PLAIN, Operations, StackedViT
@@ -72,7 +71,6 @@ class ReplicaSteps:
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
-        self.mixup = Mixup(config.augment, device=self.device) if mixes(config.augment) else None
         self.keep = None
         if config.model.drop_path_rate:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
@@ -187,11 +185,12 @@ class ReplicaSteps:
         """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
         images, samples, labels = self.feed.cut(*inputs)
         own_keys = keys.repeat_interleave(self.B, dim=0)
-        batch = self.augmentation(images, samples, own_keys)
-        targets = Targets(labels.view(self.R, self.B))
-        if self.mixup is not None:
-            batch, *mixed = self.mixup(batch, labels, samples, own_keys)
-            targets = Targets(targets.labels, *(each.view(self.R, self.B) for each in mixed))
+        if self.augmentation.mixup is None:
+            batch, shown = self.augmentation(images, samples, own_keys), [labels]
+        else:
+            batch, *mixed = self.augmentation.mixed(images, labels, samples, own_keys)
+            shown = [labels, *mixed]
+        targets = Targets(*(each.view(self.R, self.B) for each in shown))
         scales = None
         if self.keep is not None:
             scales = branch_scales(samples, own_keys[:, Purpose.DROP_PATH], self.keep)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vitpa.config import AugmentConfig
 from vitpa.data.auto_augment import Policy
 from vitpa.data.counter_rng import Purpose, kept, key, randint, random_bits, uniform
+from vitpa.data.mixup import Mixup, mixes, partners_of
 from vitpa.data.rand_augment import RandAugment
 from vitpa.datasets import DatasetFacts
 
@@ -44,6 +45,9 @@ class Augmentation:
         self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
         self.shift = torch.tensor(shift)[:, None, None].to(device)
         self.normals = torch.special.ndtri((torch.arange(_NORMALS).double() + 0.5) / _NORMALS).float().to(device)
+        if options.erase_mode == "const":  # for the kernel that erases and mixes
+            self.normals.zero_()
+        self.mixup = Mixup(options, device=device) if mixes(options) else None
         self.policy: Policy | RandAugment | None = None
         if options.policy == "randaugment_timm":
             self.policy = RandAugment(
@@ -79,6 +83,22 @@ class Augmentation:
             out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
         return out
 
+    def mixed(self, images: Tensor, labels: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As above, and then mixed: images, the partners' labels (B,) and the weights (B,) of the own ones (see Mixup).
+
+        Raises:
+            ValueError: B is odd.
+        """
+        assert self.mixup is not None
+        if not images.is_cuda or self.options.cutout_px:
+            return self.mixup(self(images, samples, keys), labels, samples, keys)
+        from vitpa.kernels.erase import normalize_erase_and_mix  # noqa: PLC0415 - Triton is needed on a GPU only
+
+        lam, weights, cuts = self.mixup.draws(samples, keys, size=(images.shape[2], images.shape[3]))
+        images, erasing = self.uint8(images, samples, keys), self._erasing(images, samples, keys)
+        out = normalize_erase_and_mix(images, self.scale, self.shift, *erasing, weights, cuts)
+        return out, partners_of(labels), lam.repeat_interleave(2)
+
     def uint8(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
         """The part before normalisation. random_resized crops are taken where images are decoded: their sizes differ."""
         options = self.options
@@ -96,14 +116,18 @@ class Augmentation:
 
     def _normalize_and_erase(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
         """Normalised images with standard normal noise in random rectangles (timm's RandomErasing, mode pixel)."""
-        size = (images.shape[2], images.shape[3])
-        boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
-        words = kept(random_bits(keys[:, Purpose.ERASE_NOISE], samples))
+        boxes, words, normals = self._erasing(images, samples, keys)
         if images.is_cuda:
             from vitpa.kernels.erase import normalize_and_erase  # noqa: PLC0415 - Triton is needed on a GPU only
 
-            return normalize_and_erase(images, self.scale, self.shift, torch.stack(boxes, 1), words, self.normals)
-        return torch.where(_inside(images, *boxes), noise(words, self.normals, images.shape), self.normalize(images))
+            return normalize_and_erase(images, self.scale, self.shift, boxes, words, normals)
+        return torch.where(_inside(images, *boxes.unbind(1)), noise(words, normals, images.shape), self.normalize(images))
+
+    def _erasing(self, images: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The boxes (B, 4), the words (B,) and the numbers (65536,) that noise is made of."""
+        size = (images.shape[2], images.shape[3])
+        boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
+        return torch.stack(boxes, 1), kept(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
 
 
 def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:

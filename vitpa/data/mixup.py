@@ -44,39 +44,45 @@ class Mixup:
             ValueError: B is odd.
         """
         B, C, H, W = images.shape
+        lam, weight, box = self.draws(samples, keys, size=(H, W))
+        y, x = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
+        top, left, height, width = box[:, :, None, None].unbind(1)
+        cut = ((y >= top) & (y < top + height) & (x >= left) & (x < left + width))[:, None, None]  # B / 2, 1, 1, H, W
+        pairs, weight = images.view(B // 2, 2, C, H, W), weight[:, None, None, None, None]
+        partners = pairs.flip(1)
+        mixed = torch.where(cut, partners, weight * pairs + (1 - weight) * partners).to(images.dtype)
+        return mixed.view(B, C, H, W), partners_of(labels), lam.repeat_interleave(2)
+
+    def draws(self, samples: Tensor, keys: Tensor, *, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the pairs in `samples` (B,) of size (H, W), with the rows `keys` (B or 1, P), what each image of a pair becomes.
+
+        lam (B / 2,) float32: its own share; weight (B / 2,) float32: the weight of its pixels, 1 in cutmix; box (B / 2, 4)
+        int64: top, left, height and width of what it takes from its partner, of no pixel in mixup. The box is that of timm's
+        `rand_bbox`.
+
+        Raises:
+            ValueError: B is odd.
+        """
+        B, (H, W) = len(samples), size
         if B % 2:
             raise ValueError(
                 f"mixup of {B} images: they are no pairs; change train.global_batch_size to give each process an even number"
             )
-        stream = keys[:, Purpose.MIX].expand(B)[::2]
-        cutmix, lam, box = self.draws(samples[::2], stream, size=(H, W))
-        pairs = images.view(B // 2, 2, C, H, W)
-        partners = pairs.flip(1)
-        y, x = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
-        top, bottom, left, right = (side[:, None, None] for side in box)
-        cut = ((y >= top) & (y < bottom) & (x >= left) & (x < right))[:, None, None]  # B / 2, 1, 1, H, W
-        weight, is_cutmix = (values[:, None, None, None, None] for values in (lam, cutmix))
-        mixed = torch.where(is_cutmix, torch.where(cut, partners, pairs), weight * pairs + (1 - weight) * partners)
-        return mixed.to(images.dtype).view(B, C, H, W), labels.view(-1, 2).flip(1).flatten(), lam.repeat_interleave(2)
-
-    def draws(
-        self, samples: Tensor, stream: Tensor, *, size: tuple[int, int]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of pairs with first `samples` (N,): if by cutmix, each image's own share, and the box (top, bottom, left, right).
-
-        The share, float32, is mixup's weight, or what cutmix's box leaves of an image of `size` (H, W). All are (N,).
-        `stream` (N,) are keys of Purpose.MIX. The box is timm's `rand_bbox`, with ends that are not inside.
-        """
-        H, W = size
+        samples, stream = samples[::2], keys[:, Purpose.MIX].expand(B)[::2]
         cutmix = uniform(stream, samples) < self.cutmix_prob
-        lam = self.quantiles[cutmix.long(), randint(stream, samples, LEVELS, draw=1)]
+        share = self.quantiles[cutmix.long(), randint(stream, samples, LEVELS, draw=1)]
         y, x = randint(stream, samples, H, draw=2), randint(stream, samples, W, draw=3)
-        height, width = ((n * (1 - lam).sqrt()).long() for n in (H, W))
+        height, width = ((n * (1 - share).sqrt()).long() for n in (H, W))
         top, bottom = ((y + part).clamp(0, H) for part in (-(height // 2), (height + 1) // 2))
         left, right = ((x + part).clamp(0, W) for part in (-(width // 2), (width + 1) // 2))
-        rest = 1 - ((bottom - top) * (right - left)).double() / (H * W)
-        lam = kept(torch.where(cutmix, rest, lam).float())
-        return kept(cutmix), lam, (kept(top), kept(bottom), kept(left), kept(right))
+        box = torch.stack([top, left, bottom - top, right - left], 1) * cutmix[:, None]
+        lam = torch.where(cutmix, 1 - (box[:, 2] * box[:, 3]).double() / (H * W), share)
+        return kept(lam.float()), kept(torch.where(cutmix, 1.0, share).float()), kept(box)
+
+
+def partners_of(labels: Tensor) -> Tensor:
+    """The labels (B,) of the images with which those of `labels` are mixed."""
+    return labels.view(-1, 2).flip(1).flatten()
 
 
 def _quantiles(alpha: float) -> Tensor:

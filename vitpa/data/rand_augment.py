@@ -1,10 +1,10 @@
 """RandAugment as timm does it and DeiT trains with it (`rand-m9-mstd0.5-inc1`), on the device, drawn per sample.
 
 Each operation is Pillow's of the same argument: byte for byte, but for bicubic interpolation, which is done in whole numbers
-and may differ by one grey level. All arguments are known beforehand, since the normal distribution of the magnitude is
-replaced by 1,024 equally likely quantiles of it: so tables hold what is transcendental, and the same bytes come out on every
-device. Two more differences from timm: factors of blends are rounded to 2^-14, and 0 bits kept (at magnitude 10) makes an
-image black, as Pillow did until it refused 0.
+and differs by one grey level in fewer than one value of a hundred. All arguments are known beforehand, since 1,024 equally
+likely quantiles stand for the normal distribution of the magnitude: so tables hold what is transcendental, and every device
+makes the same bytes. Two more differences from timm: factors of blends are rounded to 2^-14, and 0 bits kept (at magnitude
+10), which Pillow 13 refuses, makes an image black.
 
 Sources: Cubuk et al. 2020 (RandAugment, arXiv 1909.13719); timm/data/auto_augment.py; Pillow's Geometry.c and Blend.c.
 Axes: B batch, C channels, H W pixels, P = H * W, K operations, V = 256 pixel values.
