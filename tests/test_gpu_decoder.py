@@ -17,12 +17,14 @@ from torch import Tensor
 from data_prep.prep import Options, prepare
 from tests.conftest import quiet
 from tests.test_resize import slow_resize
-from vitpa.config import AugmentConfig
+from vitpa.config import AugmentConfig, parse_config
 from vitpa.data import gpu_decoder
 from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
 from vitpa.data.gpu_decoder import GpuDecoder, why_not_gpu
 from vitpa.data.stream import StreamedImages
+from vitpa.distributed import Group
+from vitpa.train import TrainError, choose_decoder
 
 CPU = torch.device("cpu")
 OPTIONS = AugmentConfig(crop="random_resized", eval_crop_pct=0.875)
@@ -247,6 +249,18 @@ def test_without_a_gpu_it_is_said(beton: Beton) -> None:
     assert why_not_gpu(beton, img_size=32, device=CPU) == "there is no GPU"
     if not torch.cuda.is_available():
         assert why_not_gpu(beton, img_size=32, device=torch.device("cuda:0"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_where_the_gpu_cannot_decode_the_cpu_does_and_it_is_said(beton: Beton, capsys: pytest.CaptureFixture[str]) -> None:
+    group = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cuda:0"))
+    for word, said in (("auto", 1), ("cpu", 0)):
+        config = parse_config({"dataset": "photos", "runtime": {"decoder": word}}, "here")
+        assert choose_decoder(config, beton, group) == "cpu"
+        assert capsys.readouterr().err.count("images are decoded on the CPU, since the GPU cannot do it: ") == said
+    config = parse_config({"dataset": "photos", "runtime": {"decoder": "gpu"}}, "here")
+    with pytest.raises(TrainError, match=r"^runtime\.decoder=gpu: \w+: .*; set runtime\.decoder=cpu$"):
+        choose_decoder(config, beton, group)
 
 
 class TestOnGpu:
