@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,10 +279,11 @@ def test_sizes_that_do_not_fit_are_named(kernel: Any) -> None:
 
 def test_sizes_that_do_not_fit_tiles_are_named() -> None:
     attends, mixes = vitpa.kernels.tiled_attention.unfit, vitpa.kernels.tiled_mixing.unfit
-    assert [attends(tokens, d) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [""] * 12
+    assert [attends(tokens, d, 167936) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [""] * 12
     assert [mixes(d) for d in (16, 32, 64)] == [""] * 3
-    assert "257 tokens" in attends(257, 64)
-    assert "head_dim 48" in attends(197, 48)
+    assert "257 tokens" in attends(257, 64, 167936)
+    assert "head_dim 48" in attends(197, 48, 167936)
+    assert "102400 bytes" in attends(197, 64, 102400)
     assert "head_dim 48" in mixes(48)
 
 
@@ -299,6 +301,9 @@ def test_the_fastest_operations_are_those_that_take_the_sizes(
     changes: list[str], chosen: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(shipped_configs()["cifar10"], changes)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(shared_memory_per_multiprocessor=233472)
+    )
     for capability, expected in (((9, 0), (*chosen, bias_gelu)), ((7, 5), PLAIN)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
         assert fastest_operations(config, torch.device("cuda"), torch.bfloat16) == expected

@@ -276,7 +276,8 @@ def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dty
 
     model = config.model
     tokens, head_dim = (model.img_size // model.patch_size) ** 2 + 1, model.embed_dim // model.num_heads
-    attend = PLAIN.attention if tiled_attention.unfit(tokens, head_dim) else tiled_attention.tiled_attention
+    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    attend = PLAIN.attention if tiled_attention.unfit(tokens, head_dim, shared_memory) else tiled_attention.tiled_attention
     mix = PLAIN.mix if tiled_mixing.unfit(head_dim) else tiled_mixing.tiled_mix
     return Operations(
         attention=attend if attention.unfit(tokens, head_dim) else attention.attention,

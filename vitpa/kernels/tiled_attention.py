@@ -21,11 +21,14 @@ from vitpa.kernels.partials import sum_partials
 FORWARD = (64, 64, 4, 3)  # queries of a tile, keys of a tile, warps, stages
 BACKWARD = (32, 8, 2)  # queries of a tile, warps, stages
 MAX_TOKENS = 256  # the keys, the values and their gradients fit into one program
+SHARED_MEMORY = 2**17  # bytes that a program may need: as large GPUs have for one, from the A100 on
 LOG2_E = 1.4426950408889634  # exp2 is one instruction, exp is not
 
 
-def unfit(tokens: int, head_dim: int) -> str:
-    """Why the kernel does not take these sizes; empty if it does."""
+def unfit(tokens: int, head_dim: int, shared_memory: int) -> str:
+    """Why the kernel does not take these sizes on a GPU whose multiprocessors share so many bytes; empty if it does."""
+    if shared_memory < SHARED_MEMORY:
+        return f"tiled attention kernel: {shared_memory} bytes of shared memory in a multiprocessor, not {SHARED_MEMORY}"
     if not 2 <= tokens <= MAX_TOKENS:
         return f"tiled attention kernel: {tokens} tokens, not within 2 and {MAX_TOKENS}"
     if head_dim not in (16, 32, 64):
