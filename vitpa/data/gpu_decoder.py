@@ -5,8 +5,8 @@ stream of its own, beside the training. nvJPEG's allocations wait for all that t
 run far ahead: a batch is handed over only when the device has finished the steps before the last STEPS_QUEUED.
 
 Raw images are cropped as on the CPU (vitpa/kernels/resize.py). nvJPEG's pixels differ from those of FFCV's TurboJPEG: on crops
-of 548 photos by 1.1 grey levels on the average, by more than 4 in 1.2 % of the values. It does not notice a JPEG that was cut
-short; `vitpa prep --verify` does. On an H100 beside steps of 40 ms for 1,024 images raw pixels came at 23,800 images/s and cost
+of 548 photos by 1.1 grey levels on the average, by more than 4 in 1.2 % of the values. It does not notice a JPEG cut short;
+`vitpa prep --verify` does. On an H100 beside steps of 40 ms for 1,024 images raw pixels came at 23,800 images/s and cost
 7 % of the training's speed; nvJPEG gave 8,000 to 12,000 images/s and more than halved it, for its allocations wait.
 
 Axes: B batch, S img_size.
