@@ -1,9 +1,10 @@
 """The training step and the evaluation: of one run on one or several processes, or of several seeds on one device.
 
 R replicas of one configuration are trained as if each were alone: with its own weights, order of images, augmentation,
-gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On a GPU
+gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On one GPU
 everything between two steps, from choosing or augmenting the images to the optimiser, is one CUDA graph, so that the host
-only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer.
+only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer;
+their steps are compiled but not captured: with NCCL in its graph a process did not end.
 
 Axes: R replicas, B images of a replica in a micro-batch of this process, N tokens, K classes, P purposes of random numbers.
 """
@@ -99,9 +100,10 @@ class ReplicaSteps:
     def prepare(self, step: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
         notes: list[str] = []
-        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
+        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda" and self.group.world_size == 1
         if self.config.runtime.step == "graph" and not captured:
-            notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
+            why = "a CPU has no CUDA graphs" if self.device.type == "cpu" else "not for several processes"
+            notes.append(f"runtime.step=graph: {why}; compiled instead")
         self.adamw.copy_values()
         if self.compiles:
             compiled = partial(torch.compile, dynamic=False, fullgraph=True)
@@ -288,4 +290,5 @@ def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dty
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first  # "backend='inductor' raised:" says little
