@@ -67,7 +67,7 @@ def test_it_prints_a_table_and_writes_the_same(
 
 
 def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small, "product_limit_tflops", lambda device: 1.0)
+    monkeypatch.setattr(small, "product_limit_tflops", lambda group: 1.0)
     monkeypatch.setattr(small, "random_images", dict)
     assert main(["small", "model.dept=1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -91,3 +91,41 @@ def test_arithmetic_of_the_papers_small_vit() -> None:
     assert content == pytest.approx(6 * (7 * (qkv + scores + mixing + projection + mlp) + patches) / 1e9)
     positional = measure.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
     assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)
+
+
+SMALL_IMAGENET = ["model.img_size=32", "model.depth=1", "model.embed_dim=24", "runtime.step=eager", "runtime.cpu_threads=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
+def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    words = [*SMALL_IMAGENET, f"runtime.data_dir={photos}", "--dataset", "photos", "--gpus", "1,2", "--batch-size", "4"]
+    assert main(["imagenet", *words, "--attention", "positional", "--window-s", "0.01", "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    lines = document["results"]
+    assert {"versions", "code_version", "gpu"} <= set(document)
+    one = ["timm, compiled", "model", "training, synthetic", "loader, JPEG, cpu", "training, JPEG, cpu"]
+    found = [(line["case"], line["gpus"], line["batch_size"]) for line in lines]
+    assert found == [
+        (case, gpus, size) for gpus, size in ((1, 4), (2, 4), (2, 8)) for case in one if gpus == 1 or "timm" not in case
+    ]
+    rates = {place: line["images_per_s"] for place, line in zip(found, lines, strict=True)}
+    for place, line in zip(found, lines, strict=True):
+        assert line["images_per_s"] > 0
+        assert line["attention"] == (None if "loader" in line["case"] else "positional")
+        expected = None if "loader" in line["case"] else line["images_per_s"] / rates["timm, compiled", 1, 4]
+        assert line["times_timm"] == expected
+        assert line["times_one_gpu"] == (None if line["gpus"] == 1 else line["images_per_s"] / rates[line["case"], 1, 4])
+        synthetic = rates["training, synthetic", *place[1:]] if line["case"].startswith("training, JPEG") else None
+        assert line["of_synthetic"] == (line["images_per_s"] / synthetic if synthetic else None)
+    rows = capfd.readouterr().out.splitlines()[-len(lines) :]
+    assert [row[:22].strip() for row in rows] == [line["case"] for line in lines]
+
+
+def test_what_imagenet_cannot_measure_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL_IMAGENET, f"runtime.data_dir={tmp_path}", "--dataset", "photos", "--parts", "loader", "--batch-size", "4"]
+    assert main(["imagenet", *words]) == 1
+    error = capfd.readouterr().err
+    assert "vitpa bench: " in error and "photos/train.beton: no such file" in error
+    assert "Traceback" not in error.partition("ChildFailedError")[0].partition("vitpa bench: ")[2].splitlines()[0]

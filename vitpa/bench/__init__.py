@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vitpa.bench import small
+from vitpa.bench import imagenet, small
 from vitpa.config import ConfigError
+from vitpa.data.beton import BetonError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,9 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     small.add_parser(benchmarks)
+    imagenet.add_parser(benchmarks)
     options = parser.parse_args(arguments)
     try:
         return int(options.measure(options))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, BetonError, OSError) as error:
         print(f"vitpa bench: {error}", file=sys.stderr)
         return 1

@@ -64,19 +64,29 @@ def run_steps(steps: ReplicaSteps | TimmSteps, epoch_steps: int, count: int) -> 
             steps.window.take()
 
 
-def rates(run: Callable[[int], None], images: int, device: torch.device) -> list[float]:
-    """Images per second in each of WINDOWS windows of steps, each step of so many `images`."""
+def rates(
+    run: Callable[[int], None], images: int, group: Group, *, least: int = 3, window_s: float | None = None
+) -> list[float]:
+    """Images per second in each of WINDOWS windows of `least` steps or more, a step being `images` images of all processes."""
+    window_s = MIN_WINDOW_S if window_s is None else window_s
     began_s = time.monotonic()
     run(3)
-    wait(device)
-    count = max(3, round(3 * MIN_WINDOW_S / (time.monotonic() - began_s)))
+    wait(group.device)
+    count = group.from_main(max(least, round(3 * window_s / (time.monotonic() - began_s))))
     found = []
     for _ in range(WINDOWS):
+        together(group)
         began_s = time.monotonic()
         run(count)
-        wait(device)
+        together(group)
         found.append(count * images / (time.monotonic() - began_s))
     return found
+
+
+def together(group: Group) -> None:
+    """Until the devices of all processes have done everything."""
+    group.sum(torch.zeros(1, device=group.device))
+    wait(group.device)
 
 
 def wait(device: torch.device) -> None:
@@ -85,8 +95,9 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def product_limit_tflops(device: torch.device) -> float:
+def product_limit_tflops(group: Group) -> float:
     """Operations per second of a large product of bfloat16 matrices on this device, in 10^12: what products alone could do."""
+    device = group.device
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -94,7 +105,7 @@ def product_limit_tflops(device: torch.device) -> float:
         for _ in range(count):
             torch.mm(a, b)
 
-    return max(rates(run, 1, device)) * 2 * size**3 / 1e12
+    return max(rates(run, 1, group)) * 2 * size**3 / 1e12
 
 
 def gflop_per_image(config: RunConfig) -> float:

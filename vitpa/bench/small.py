@@ -103,7 +103,7 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     run(3)
     wait(device)
     start_s = time.monotonic() - began_s
-    found = rates(run, case.replicas * config.train.global_batch_size, device)
+    found = rates(run, case.replicas * config.train.global_batch_size, group)
     median = statistics.median(found)
     return Rate(
         images_per_s=median,
@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> int:
         case: config_of(case, options.overrides) for case in lines_wanted if case.step == "graph" or not options.only_graph
     }
     group, images = join("auto"), random_images()
-    limit = product_limit_tflops(group.device)
+    limit = product_limit_tflops(group)
     print(f"products of bfloat16 matrices: {limit:,.2f} TFLOP/s", file=sys.stderr, flush=True)
     lines: list[dict[str, Any]] = []
     eager: dict[tuple[Attention, bool], float] = {}
