@@ -6,11 +6,8 @@ Run as a program (with TRITON_INTERPRET=1, which counts only before Triton is im
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ from torch import Tensor
 
 import vitpa.kernels.erase
 import vitpa.kernels.policy
+from tests.interpreter import report_of
 from tests.test_augment import CIFAR10, random_images
 from tests.test_auto_augment import CPU, every_operation, pictures
 from tests.test_rand_augment import FILL, some
@@ -88,16 +86,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, object]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_augment_kernels"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report: dict[str, object] = json.loads(done.stdout)
+    report: dict[str, object] = report_of("tests.test_augment_kernels")
     return report
 
 

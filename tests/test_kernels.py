@@ -6,12 +6,9 @@ Run as a program (with TRITON_INTERPRET=1, which counts only before Triton is im
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +22,7 @@ import vitpa.kernels.mixing
 import vitpa.kernels.norm
 import vitpa.kernels.tiled_attention
 import vitpa.kernels.tiled_mixing
+from tests.interpreter import report_of
 from vitpa.config import load_config, shipped_configs
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
@@ -236,16 +234,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list[float]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_kernels"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report: dict[str, list[float]] = json.loads(done.stdout)
+    report: dict[str, list[float]] = report_of("tests.test_kernels")
     return report
 
 

@@ -26,7 +26,7 @@ from vitpa.config import RunConfig, load_config
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.counter_rng import Purpose, key, permutation
-from vitpa.data.mixup import Mixup, mixes
+from vitpa.data.mixup import Mixup
 from vitpa.data.resident import decoded
 from vitpa.datasets import facts_of
 from vitpa.logs import Logs
@@ -223,7 +223,7 @@ def trained_in_the_usual_way(config: RunConfig, data: Path) -> VisionTransformer
             group["lr"] = rates[step]
         keys = epoch_keys([config.seed], epoch)
         batch, targets = augmentation(images[samples], samples, keys), F.one_hot(labels[samples], 10).float()
-        if mixes(config.augment):
+        if config.augment.mixes:
             batch, partners, share = Mixup(config.augment, device=batch.device)(batch, labels[samples], samples, keys)
             targets = share[:, None] * targets + (1 - share[:, None]) * F.one_hot(partners, 10).float()
         optimizer.zero_grad()

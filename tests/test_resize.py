@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.interpreter import report_of
 from vitpa.data.beton import Pixels
 from vitpa.kernels.resize import resize
 
@@ -97,16 +95,7 @@ def main() -> None:
 
 
 def test_crops_are_pillows_to_the_bit() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.test_resize"],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report: dict[str, list[int]] = json.loads(done.stdout)
+    report: dict[str, list[int]] = report_of("tests.test_resize")
     assert report == {"8 from 40": [0] * 12, "17 from 30": [0] * 12, "unchanged": [0]}
 
 

@@ -163,6 +163,11 @@ class AugmentConfig(Section):
             )
         return self
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs: by mixup, cutmix or both."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
 
 class OptimConfig(Section):
     """AdamW, its schedule and the loss. Changes the numbers."""
@@ -256,9 +261,7 @@ class RunConfig(Section):
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
                 f"runtime.accum_steps={self.runtime.accum_steps}"
             )
-        if self.train.global_batch_size // self.runtime.accum_steps % 2 and (
-            self.augment.mixup_alpha or self.augment.cutmix_alpha
-        ):
+        if self.augment.mixes and self.train.global_batch_size // self.runtime.accum_steps % 2:
             raise ValueError(
                 "augment.mixup_alpha and augment.cutmix_alpha mix images in pairs: make train.global_batch_size / "
                 f"runtime.accum_steps={self.train.global_batch_size // self.runtime.accum_steps} even, or both 0"

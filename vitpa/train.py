@@ -37,7 +37,6 @@ from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.gpu_decoder import why_not_gpu
-from vitpa.data.mixup import mixes
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import staged
 from vitpa.data.stream import StreamedImages
@@ -216,7 +215,7 @@ def local_batch_size(config: RunConfig, group: Group) -> int:
             f"runtime.accum_steps={accum_steps}"
         )
     local = batch_size // (group.world_size * accum_steps)
-    if mixes(config.augment) and local % 2:
+    if config.augment.mixes and local % 2:
         raise TrainError(
             f"augment.mixup_alpha, augment.cutmix_alpha: images are mixed in pairs, and a process has {local} at a time; "
             "change train.global_batch_size, runtime.accum_steps or the number of processes"

@@ -138,6 +138,15 @@ def as_line(case: str, config: RunConfig, group: Group, found: Sequence[float], 
     )
 
 
+def open_betons(config: RunConfig, dataset: str) -> dict[str, Beton]:
+    """Both splits of a data set.
+
+    Raises:
+        BetonError: they cannot be used.
+    """
+    return {split: Beton.open(beton_path(Path(config.runtime.data_dir), dataset, split)) for split in SPLITS}
+
+
 def streamed_feed(config: RunConfig, group: Group, betons: dict[str, Beton], decoder: Decoder) -> StreamedFeed:
     """Images decoded as they are needed."""
     workers = config.runtime.workers or group.cpus
@@ -212,8 +221,7 @@ def streamed_lines(options: argparse.Namespace, batch_size: int, bench: Bench) -
     step = f"runtime.step={options.step}"
     configs = {attention: config_of(attention, batch_size, step, *options.overrides) for attention in attentions}
     config = configs[attentions[0]]
-    data_dir = Path(config.runtime.data_dir)
-    betons = {split: Beton.open(beton_path(data_dir, options.dataset, split)) for split in SPLITS}
+    betons = open_betons(config, options.dataset)
     stored = "JPEG" if betons["train"].is_jpeg.any() else "raw"
     decoders: list[Decoder] = ["gpu", "cpu"]
     reason = why_not_gpu(betons["train"], img_size=config.model.img_size, device=group.device)
@@ -361,6 +369,8 @@ def work(options: argparse.Namespace) -> int:
         sizes = sorted({options.batch_size, options.batch_size * group.world_size})
         if options.batch_size % (2 * group.world_size):
             raise ConfigError(f"--batch-size {options.batch_size} is not even for each of {group.world_size} processes")
+        if options.dataset is not None:  # before anything is measured
+            open_betons(config_of("content", options.batch_size, *options.overrides), options.dataset)
         bench = Bench(group, product_limit_tflops(group), options.window_s)
         lines = []
         for batch_size in sizes:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vitpa.config import AugmentConfig
 from vitpa.data.auto_augment import Policy
 from vitpa.data.counter_rng import Purpose, kept, key, randint, random_bits, uniform
-from vitpa.data.mixup import Mixup, mixes, partners_of
+from vitpa.data.mixup import Mixup, partners_of
 from vitpa.data.rand_augment import RandAugment
 from vitpa.datasets import DatasetFacts
 
@@ -47,7 +47,7 @@ class Augmentation:
         self.normals = torch.special.ndtri((torch.arange(_NORMALS).double() + 0.5) / _NORMALS).float().to(device)
         if options.erase_mode == "const":  # for the kernel that erases and mixes
             self.normals.zero_()
-        self.mixup = Mixup(options, device=device) if mixes(options) else None
+        self.mixup = Mixup(options, device=device) if options.mixes else None
         self.policy: Policy | RandAugment | None = None
         if options.policy == "randaugment_timm":
             self.policy = RandAugment(

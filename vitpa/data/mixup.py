@@ -21,11 +21,6 @@ from vitpa.data.counter_rng import Purpose, kept, randint, uniform
 LEVELS = 2**14  # quantiles of an image's weight
 
 
-def mixes(options: AugmentConfig) -> bool:
-    """Whether `options` ask for mixup, cutmix or both."""
-    return bool(options.mixup_alpha or options.cutmix_alpha)
-
-
 class Mixup:
     """What `options` ask for; one of mixup_alpha and cutmix_alpha at least must be above 0."""
 
