@@ -1,15 +1,12 @@
-"""Decoding on a GPU: nvJPEG (torchvision's) for JPEGs, a copy for raw pixels, and one kernel for the crops of all sizes.
+"""Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only those of the crop.
 
-Threads copy the stored bytes into pinned memory, of raw images only the rows of the crop. One more thread decodes, on a
-stream of its own, beside the training. nvJPEG's allocations wait for all that the device has to do, so the host must not
-run far ahead: a batch is handed over only when the device has finished the steps before the last STEPS_QUEUED.
+Each batch in the making has a stream and memory of its own. Reading the codes of JPEGs (vitpa/kernels/jpeg.py) takes long and
+little of the device, so several batches are decoded side by side, and beside the training. Nothing is allocated once
+the memory is large enough: an allocation waits for all that the device has to do. Then one kernel (vitpa/kernels/resize.py)
+crops images of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that
+the kernels cannot decode (FFCV writes none) are decoded by the threads.
 
-Raw images are cropped as on the CPU (vitpa/kernels/resize.py). nvJPEG's pixels differ from those of FFCV's TurboJPEG: on crops
-of 548 photos by 1.1 grey levels on the average, by more than 4 in 1.2 % of the values. It does not notice a JPEG cut short;
-`vitpa prep --verify` does. On an H100 beside steps of 40 ms for 1,024 images raw pixels came at 23,800 images/s and cost
-7 % of the training's speed; nvJPEG gave 8,000 to 12,000 images/s and more than halved it, for its allocations wait.
-
-Axes: B batch, S img_size.
+Axes: B batch, J JPEGs of it that the device decodes, S img_size.
 """
 
 from __future__ import annotations
@@ -19,22 +16,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision.io  # makes torch.ops.image
 from torch import Tensor
 
 from vitpa.data.batches import Batch, labels_of
-from vitpa.data.beton import Beton, BetonError, Ints
+from vitpa.data.beton import Beton, Ints, Pixels
 from vitpa.data.crops import Crops
+from vitpa.data.jpeg import BLOCK, SHORT_BITS, TABLE, Headers, Plan, plan_of
 
 BATCHES_AHEAD = 2
-STEPS_QUEUED = 1  # steps that the device may have to do still when the next batch is handed over
-IMAGES_TOGETHER = 256  # that nvJPEG gets at a time
-RGB = torchvision.io.ImageReadMode.RGB.value
+MOST_HEADERS = 16  # kinds; 29 kB of tables each
 
 
 @dataclass
@@ -45,20 +39,41 @@ class Stored:
     crops: Crops
     is_jpeg: npt.NDArray[np.bool_]  # (B,)
     ends: Ints  # (B + 1,): image i has the bytes ends[i] to ends[i + 1] of `bytes`
-    skipped: Ints  # (B,): bytes of the image that are left out at its beginning
     bytes: Tensor  # uint8
-    parts: tuple[Tensor, ...]  # B views of them
+    headers: Ints  # (B,) which kind; -1 where the device does not decode
+    header_bytes: Ints  # (B,)
+    decoded: dict[int, Tensor] = field(default_factory=dict)  # (crop's height, crop's width, 3), by threads
 
 
-@dataclass
 class Slot:
-    """Memory of one batch on the device, used again and again."""
+    """Stream and memory of one batch, used again and again: it grows until it is large enough for all."""
 
-    images: Tensor  # (room for B, 3, S, S) uint8
-    numbers: Tensor  # (2, room for B) int64: samples and labels
-    batch_size: int = 0
-    ready: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
-    used: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
+    def __init__(self, device: torch.device, img_size: int):
+        self.stream = torch.cuda.Stream(device, priority=-1)  # its kernels are short, or small
+        with torch.cuda.stream(self.stream):
+            self.images = torch.empty(0, 3, img_size, img_size, dtype=torch.uint8, device=device)
+            self.numbers = torch.empty(0, 2, dtype=torch.int64, device=device)  # samples and labels
+            self.bits, self.damaged = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))  # J
+            self.stored, self.rgb = (torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2))
+            self.words = torch.empty(0, dtype=torch.int32, device=device)
+            self.coefficients = torch.empty(0, BLOCK, dtype=torch.int16, device=device)
+            self.samples = torch.empty(0, BLOCK, dtype=torch.uint8, device=device)
+        self.pinned = torch.empty(0, dtype=torch.uint8)
+        self.was_damaged = torch.empty(0, dtype=torch.int32)  # pinned
+        self.batch: Stored | None = None
+        self.rows: Ints = np.empty(0, np.int64)  # (J,) of the batch
+        self.ready, self.used = (torch.cuda.Event(blocking=True) for _ in range(2))
+
+    def with_room(self, memory: Tensor, length: int) -> Tensor:
+        """`memory`, or a larger one of its kind with room for `length`: what the device may be doing with it ends first."""
+        if len(memory) >= length:
+            return memory
+        self.used.synchronize()
+        self.stream.synchronize()
+        shape = length * 5 // 4, *memory.shape[1:]
+        if memory.is_cuda:
+            return memory.new_empty(shape)
+        return torch.empty(shape, dtype=memory.dtype, pin_memory=True)
 
 
 class GpuDecoder:
@@ -66,15 +81,18 @@ class GpuDecoder:
 
     def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
         """`workers` threads read."""
-        from vitpa.kernels.resize import resize  # noqa: PLC0415 - Triton is needed on a GPU only
+        from vitpa.kernels import jpeg, resize  # noqa: PLC0415 - Triton is needed on a GPU only
 
-        self.beton, self.img_size, self.workers, self.resize = beton, img_size, workers, resize
+        self.beton, self.img_size, self.workers, self.jpeg, self.resize = beton, img_size, workers, jpeg, resize.resize
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self.stream = torch.cuda.Stream(self.device, priority=-1)  # its kernels are short
         self.free: list[Slot] = []
+        self.headers = Headers(MOST_HEADERS)
         self.turn = threading.Lock()  # an evaluation may go on beside a training epoch
-        self.pixels = torch.empty(0, dtype=torch.uint8, device=self.device)  # of raw images
-        self.held: deque[tuple[torch.cuda.Event, Any]] = deque()  # what the stream may be reading still
+        self.num_headers = 0  # whose tables are on the device
+        self.codes = torch.empty(MOST_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
+        self.factors = torch.empty(MOST_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
+        self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
+        torch.cuda.current_stream(self.device).synchronize()  # slots have streams of their own
 
     def check(self) -> None:
         """Decode one image; raises whatever goes wrong."""
@@ -96,29 +114,25 @@ class GpuDecoder:
         readers = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-read")
         decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         waiting: deque[Future[Slot]] = deque()
-        steps: deque[torch.cuda.Event] = deque()
-        slots = [self._slot() for _ in range(BATCHES_AHEAD + 1)]
+        slots = [self.free.pop() if self.free else Slot(self.device, self.img_size) for _ in range(BATCHES_AHEAD + 1)]
         spare = deque(slots)
 
         def hand_over() -> Generator[Batch, None, None]:
-            while len(steps) > STEPS_QUEUED:
-                steps.popleft().synchronize()
             slot = waiting.popleft().result()
-            torch.cuda.current_stream(self.device).wait_event(slot.ready)
-            samples, labels = slot.numbers[:, : slot.batch_size]
+            batch = self._finished(slot)
             try:
-                yield Batch(slot.images[: slot.batch_size], samples, labels)
+                yield batch
             finally:
                 slot.used.record(torch.cuda.current_stream(self.device))
-            steps.append(slot.used)
             spare.append(slot)
 
         try:
             for samples in indices:
-                located = readers.submit(self._locate, samples, crops_of)
+                slot = spare.popleft()
+                located = readers.submit(self._locate, samples, crops_of, slot)
                 parts = np.array_split(np.arange(len(samples)), self.workers)
                 reads = [readers.submit(self._read, located, rows) for rows in parts if len(rows)]
-                waiting.append(decoder.submit(self._decode, located, reads, spare.popleft()))
+                waiting.append(decoder.submit(self._decode, located, reads, slot))
                 if len(waiting) > BATCHES_AHEAD:
                     yield from hand_over()
             while waiting:
@@ -129,117 +143,124 @@ class GpuDecoder:
             readers.shutdown()
             self.free += slots  # whoever takes one waits for its event first
 
-    def _slot(self) -> Slot:
-        if self.free:
-            return self.free.pop()
-        with torch.cuda.stream(self.stream):
-            images = torch.empty(0, 3, self.img_size, self.img_size, dtype=torch.uint8, device=self.device)
-            return Slot(images, torch.empty(2, 0, dtype=torch.int64, device=self.device))
-
-    def _locate(self, samples: Tensor, crops_of: Callable[[Tensor], Crops]) -> Stored:
+    def _locate(self, samples: Tensor, crops_of: Callable[[Tensor], Crops], slot: Slot) -> Stored:
         """What is to be read of `samples` (B,), and memory for it."""
         beton, index, crops = self.beton, samples.numpy(), crops_of(samples)
         is_jpeg = beton.is_jpeg[index] & (index >= 0)
-        row_bytes = 3 * beton.widths[index]
-        skipped = np.where(is_jpeg, 0, crops.top * row_bytes)
-        sizes = np.where(is_jpeg, beton.sizes[index], crops.height * row_bytes)
+        sizes = np.where(is_jpeg, beton.sizes[index], 3 * crops.height * crops.width)
         ends = np.concatenate([[0], np.cumsum(sizes)])
+        slot.ready.synchronize()  # nothing is read from its memory any more, should the last loop have been left early
         with torch.cuda.device(self.device):
-            memory = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=True)
-        return Stored(samples, crops, is_jpeg, ends, skipped, memory, memory.split(sizes.tolist()))
+            slot.pinned = slot.with_room(slot.pinned, int(ends[-1]))
+        none = np.full(len(index), -1)
+        return Stored(samples, crops, is_jpeg, ends, slot.pinned[: ends[-1]], headers=none, header_bytes=0 * none)
 
     def _read(self, located: Future[Stored], rows: Ints) -> None:
-        stored = located.result()
-        out, ends = stored.bytes.numpy(), stored.ends
-        where = zip(stored.samples[rows].tolist(), stored.skipped[rows].tolist(), ends[rows].tolist(), strict=True)
-        for (sample, skipped, begin), end in zip(where, ends[rows + 1].tolist(), strict=True):
-            if end > begin:
-                out[begin:end] = self.beton.stored(sample)[skipped : skipped + end - begin]
+        """Copy the bytes of `rows` (n,) of a batch."""
+        batch = located.result()
+        beton, out, crops = self.beton, batch.bytes.numpy(), batch.crops
+        numbers = (batch.samples[rows], batch.ends[rows], batch.ends[rows + 1], batch.is_jpeg[rows], *(x[rows] for x in crops))
+        for row, (sample, begin, end, is_jpeg, left, top, width, height, *_) in zip(
+            rows.tolist(), zip(*(each.tolist() for each in numbers), strict=True), strict=True
+        ):
+            if begin == end:
+                continue
+            stored = beton.stored(sample)
+            image_height, image_width = int(beton.heights[sample]), int(beton.widths[sample])
+            crop = slice(top, top + height), slice(left, left + width)
+            if not is_jpeg:
+                out[begin:end].reshape(height, width, 3)[:] = stored.reshape(image_height, image_width, 3)[crop]
+                continue
+            out[begin:end] = stored
+            header = self.headers.find(out[begin:end], image_height, image_width)
+            if header is None:
+                batch.decoded[row] = torch.from_numpy(np.ascontiguousarray(beton.read_image(sample)[crop]))
+            else:
+                batch.headers[row], batch.header_bytes[row] = header, self.headers.known[header].size
 
     def _decode(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
+        """Let the device decode a batch into its slot, when its bytes are there."""
         for read in reads:
             read.result()
-        stored = located.result()
-        B = len(stored.samples)
-        with self.turn, torch.cuda.stream(self.stream):
-            self.stream.wait_event(slot.used)
-            if len(slot.images) < B:
-                slot.used.synchronize()
-                self.stream.synchronize()
-                slot.images = slot.images.new_empty(B, *slot.images.shape[1:])
-                slot.numbers = slot.numbers.new_empty(2, B)
-            for rows in np.array_split(np.arange(B), -(-B // IMAGES_TOGETHER)) if B else ():
-                self._crop(stored, rows, slot.images[rows[0] : rows[-1] + 1])
-            numbers = torch.stack([stored.samples, labels_of(self.beton.labels, stored.samples)]).pin_memory()
-            slot.numbers[:, :B].copy_(numbers, non_blocking=True)
-            slot.ready.record(self.stream)
-        slot.batch_size = B
+        batch = located.result()
+        B = len(batch.samples)
+        with self.turn, torch.cuda.stream(slot.stream):
+            slot.stream.wait_event(slot.used)
+            slot.images, slot.numbers = slot.with_room(slot.images, B), slot.with_room(slot.numbers, B)
+            slot.stored = slot.with_room(slot.stored, len(batch.bytes))
+            slot.stored[: len(batch.bytes)].copy_(batch.bytes, non_blocking=True)
+            first = batch.ends[:-1] + slot.stored.data_ptr()  # address of the first byte of each crop
+            slot.rows = np.flatnonzero(batch.headers >= 0)
+            plan = self._decode_jpegs(batch, slot)
+            first[slot.rows] = slot.rgb.data_ptr() + plan.table[:, -1]
+            decoded = [(row, pixels.to(self.device)) for row, pixels in batch.decoded.items()]
+            for row, pixels in decoded:
+                first[row] = pixels.data_ptr()
+            on_device = resize_plan(batch.crops, first, batch.headers >= 0).pin_memory().to(self.device, non_blocking=True)
+            self.resize(on_device, slot.images[:B])
+            numbers = torch.stack([batch.samples, labels_of(self.beton.labels, batch.samples)], 1).pin_memory()
+            slot.numbers[:B].copy_(numbers, non_blocking=True)
+            slot.ready.record(slot.stream)
+        slot.batch = batch
         return slot
 
-    def _crop(self, stored: Stored, rows: Ints, out: Tensor) -> None:
-        """Decode the images `rows` (n,) of a batch and put their crops into `out` (n, 3, S, S)."""
-        # torchvision's nvJPEG writes on a stream of its own, which does not wait for ours: nothing that ours may be reading
-        # still can go back to the allocator before
-        while len(self.held) > 1:
-            self.held.popleft()[0].synchronize()
-        ours = rows[stored.is_jpeg[rows]]
-        decoded = self._decode_jpegs(stored, ours)
-        first, last = int(stored.ends[rows[0]]), int(stored.ends[rows[-1] + 1])
-        if len(ours) < len(rows):
-            if self.pixels.numel() < last - first:
-                self.stream.synchronize()
-                self.pixels = self.pixels.new_empty((last - first) * 5 // 4)
-            self.pixels[: last - first].copy_(stored.bytes[first:last], non_blocking=True)
-        bases = self.pixels.data_ptr() - first + stored.ends[rows]
-        bases[stored.is_jpeg[rows]] = [image.data_ptr() for image in decoded]
-        samples = stored.samples.numpy()[rows]
+    def _decode_jpegs(self, batch: Stored, slot: Slot) -> Plan:
+        """Decode the rows of the slot; where their pixels come to lie in `slot.rgb` is said in the plan."""
+        rows, room, kernels = slot.rows, slot.with_room, self.jpeg
+        samples, skipped, J = batch.samples.numpy()[rows], batch.header_bytes[rows], len(rows)
+        begins = batch.ends[rows] + skipped
+        crops = Crops(*(each[rows] for each in batch.crops))
         plan = plan_of(
-            Crops(*(each[rows] for each in stored.crops)),
-            bases,
-            stored.is_jpeg[rows],
+            begins,
+            batch.ends[rows + 1] - begins - 2,  # the last two mark the end
+            batch.headers[rows],
             self.beton.heights[samples],
             self.beton.widths[samples],
+            crops,
         )
-        on_device = plan.pin_memory().to(self.device, non_blocking=True)
-        self.resize(on_device, out)
-        done = torch.cuda.Event(blocking=True)
-        done.record(self.stream)
-        self.held.append((done, (decoded, on_device)))
+        if not J:
+            return plan
+        while self.num_headers < len(self.headers.known):  # hardly ever
+            kind = self.headers.known[self.num_headers]
+            self.codes[self.num_headers], self.factors[self.num_headers] = map(torch.from_numpy, (kind.codes, kind.factors))
+            slot.stream.synchronize()  # other slots use them, too
+            self.num_headers += 1
+        slot.bits, slot.damaged, slot.was_damaged = (room(x, J) for x in (slot.bits, slot.damaged, slot.was_damaged))
+        slot.words, slot.rgb = room(slot.words, plan.words), room(slot.rgb, plan.pixel_bytes)
+        slot.coefficients, slot.samples = room(slot.coefficients, plan.blocks), room(slot.samples, plan.blocks)
+        table = torch.from_numpy(plan.table).pin_memory().to(self.device, non_blocking=True)
+        coefficients = slot.coefficients[: plan.blocks]
+        coefficients.zero_()
+        kernels.unstuff(table, slot.stored, slot.words, slot.bits)
+        kernels.read_codes(
+            table, slot.words, slot.bits, self.codes, self.factors, coefficients, slot.damaged, short_bits=SHORT_BITS
+        )
+        kernels.to_samples(coefficients, self.matrix, slot.samples)
+        kernels.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
+        slot.was_damaged[:J].copy_(slot.damaged[:J], non_blocking=True)
+        return plan
 
-    def _decode_jpegs(self, stored: Stored, rows: Ints) -> list[Tensor]:
-        """The decoded images `rows` (n,) of a batch, (3, H, W) uint8 each, of their own sizes."""
-        if not len(rows):
-            return []
-        samples = stored.samples.numpy()[rows]
-        jpegs = [stored.parts[row] for row in rows.tolist()]
-        try:
-            decoded: list[Tensor] = torch.ops.image.decode_jpegs_cuda(jpegs, RGB, self.device)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            for sample in samples.tolist():
-                self.beton.read_image(sample)  # raises if it is this one
-            reason = str(error).partition("\n")[0]
-            raise BetonError(
-                f"{self.beton.path}: nvJPEG cannot decode one of the samples {', '.join(map(str, samples.tolist()))} "
-                f"({reason}); set runtime.decoder=cpu"
-            ) from error
-        sizes = self.beton.heights[samples].tolist(), self.beton.widths[samples].tolist()
-        for image, sample, *size in zip(decoded, samples.tolist(), *sizes, strict=True):
-            if image.shape != (3, *size):
-                raise self.beton.undecodable(sample)
-        return decoded
+    def _finished(self, slot: Slot) -> Batch:
+        """The batch of a slot, for the stream that is current."""
+        slot.ready.synchronize()
+        assert slot.batch is not None
+        B, damaged = len(slot.batch.samples), slot.was_damaged[: len(slot.rows)].numpy() > 0
+        if damaged.any():
+            raise self.beton.undecodable(int(slot.batch.samples[slot.rows[damaged.argmax()]]))
+        torch.cuda.current_stream(self.device).wait_event(slot.ready)
+        return Batch(slot.images[:B], *slot.numbers[:B].unbind(1))
 
 
-def plan_of(crops: Crops, bases: Ints, planar: npt.NDArray[np.bool_], heights: Ints, widths: Ints) -> Tensor:
-    """The plan (B, 10) int64 for `vitpa.kernels.resize` of images that lie at `bases` (B,).
+def resize_plan(crops: Crops, first: Ints, planar: npt.NDArray[np.bool_]) -> Tensor:
+    """The plan (B, 10) int64 for `vitpa.kernels.resize` of crops whose first byte lies at `first` (B,).
 
-    Where `planar` an image is whole, (3, H, W) of the sizes given; else it is the rows of its crop, (crop's height, W, 3).
+    Where `planar` they lie there as (3, height, width), else as (height, width, 3).
     """
-    row = np.where(planar, widths, 3 * widths)
-    column = np.where(planar, 1, 3)
-    channel = np.where(planar, heights * widths, 1)
-    first = bases + np.where(planar, crops.top * row, 0) + crops.left * column
+    row, column, channel = (
+        np.where(planar, crops.width, 3 * crops.width),
+        np.where(planar, 1, 3),
+        np.where(planar, crops.height * crops.width, 1),
+    )
     size = (crops.height, crops.width, crops.to_height, crops.to_width, crops.window_top, crops.window_left)
     return torch.from_numpy(np.stack([first, row, column, channel, *size], axis=1))
 
@@ -249,9 +270,12 @@ def why_not_gpu(beton: Beton, *, img_size: int, device: torch.device) -> str:
     if device.type != "cuda":
         return "there is no GPU"
     try:
-        GpuDecoder(beton, img_size=img_size, device=device, workers=1).check()
+        decoder = GpuDecoder(beton, img_size=img_size, device=device, workers=1)
+        decoder.check()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no nvJPEG, no Triton, no C compiler, a GPU that is too old: any of theirs
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: any of theirs
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    if beton.is_jpeg.any() and not decoder.headers.known:
+        return f"the first JPEG of {beton.path} is none of baseline, 4:2:0, which FFCV writes"
     return ""

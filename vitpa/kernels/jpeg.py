@@ -1,0 +1,266 @@
+"""Baseline JPEGs decoded on the GPU: the pixels of libjpeg (and so of Pillow), to the bit.
+
+Huffman codes can only be read one after the other, so each image is read by one thread, and all images of a batch at once:
+that takes long, but hardly anything of the GPU, which trains meanwhile. What follows is done for all blocks in parallel:
+the inverse cosine transform (libjpeg's jidctint.c: a product with integers, rounded twice), the chroma interpolated to full
+size (jdsample.c, "fancy upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
+
+Axes: J images. A block has 8 x 8 samples; an MCU has 6 blocks, 4 of Y for 16 x 16 pixels, one of Cb and one of Cr.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+UNSTUFF_BYTES = 4096  # at a time
+LANES = 32  # images of a program: a warp
+BURST = 64  # codes of each, until it is asked whether all are done
+ROWS = 256  # of blocks, a program
+PIXELS = 1024  # a program
+
+
+@triton.jit
+def _unstuff_kernel(plan, stored, words, bits, PLAN: tl.constexpr, BYTES: tl.constexpr):
+    image = tl.program_id(0)
+    at = plan + image * PLAN
+    source, size = stored + tl.load(at), tl.load(at + 1).to(tl.int32)
+    target = words + tl.load(at + 2) * 4
+    kept = 0
+    markers = 0
+    for begin in range(0, size, BYTES):
+        index = begin + tl.arange(0, BYTES)
+        inside = index < size
+        byte = tl.load(source + index, mask=inside, other=1)
+        before = tl.load(source + index - 1, mask=inside & (index > 0), other=0)
+        keep = (inside & ((before != 255) | (byte != 0))).to(tl.int32)
+        markers += tl.sum((inside & (before == 255) & (byte != 0)).to(tl.int32))
+        position = kept + tl.cumsum(keep) - keep
+        # the first byte of a word comes last: read as little-endian, the first bit of the four bytes is the highest one
+        tl.store(target + (position ^ 3), byte, mask=keep > 0)
+        kept += tl.sum(keep)
+    tl.store(bits + image, tl.where(markers > 0, -1, kept * 8))
+
+
+@triton.jit
+def _huffman_kernel(
+    plan, words, bits, codes, factors, coefficients, damaged, J,
+    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
+):  # fmt: skip
+    LONG_BITS: tl.constexpr = 16 - SHORT_BITS
+    LONG: tl.constexpr = 0x4000
+    image = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    there = image < J
+    at = plan + image * PLAN
+    end = tl.load(bits + image, mask=there, other=0)
+    words += tl.load(at + 2, mask=there, other=0)
+    form = tl.load(at + 3, mask=there, other=0).to(tl.int32)
+    codes += form * (4 * TABLE)
+    factors += form * 128
+    columns, rows = tl.load(at + 4, mask=there, other=0).to(tl.int32), tl.load(at + 5, mask=there, other=0).to(tl.int32)
+    top, bottom = tl.load(at + 6, mask=there, other=0).to(tl.int32), tl.load(at + 7, mask=there, other=0).to(tl.int32)
+    left, right = tl.load(at + 8, mask=there, other=0).to(tl.int32), tl.load(at + 9, mask=there, other=0).to(tl.int32)
+    coefficients += tl.load(at + 10, mask=there, other=0) * 64
+
+    bit = tl.zeros((LANES,), tl.int32)
+    row, column, block = bit, bit, bit  # MCU, and block in it
+    place = bit  # of the next coefficient in the block; 0 is the one for the mean
+    mean_y, mean_b, mean_r = bit, bit, bit  # of the block before
+    active = there & (end >= 0)
+    bad = end < 0
+    while tl.max(active.to(tl.int32), 0) > 0:
+        for _ in range(BURST):
+            high = tl.load(words + (bit >> 5), mask=active, other=0).to(tl.uint32, bitcast=True)
+            low = tl.load(words + (bit >> 5) + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
+            shift = (bit & 31).to(tl.uint32)
+            window = (high << shift) | ((low >> 1) >> (31 - shift))
+            is_mean = place == 0
+            chroma = (block >= 4).to(tl.int32)
+            table = codes + (2 * chroma + tl.where(is_mean, 0, 1)) * TABLE
+            entry = tl.load(table + (window >> (32 - SHORT_BITS)).to(tl.int32), mask=active, other=0).to(tl.int32)
+            is_long = entry >= LONG
+            rest = (window >> (32 - SHORT_BITS - LONG_BITS)).to(tl.int32) & ((1 << LONG_BITS) - 1)
+            longer = (1 << SHORT_BITS) + ((entry & (LONG - 1)) << LONG_BITS) + rest
+            entry = tl.where(is_long, tl.load(table + longer, mask=active & is_long, other=0).to(tl.int32), entry)
+
+            # the code: its length, how many zeros it stands for, how many bits of a value follow
+            length, zeros, size = entry >> 8, (entry >> 4) & 15, entry & 15
+            value = (((window << length.to(tl.uint32)) >> 1) >> (31 - size).to(tl.uint32)).to(tl.int32)
+            value = tl.where(value < ((1 << size) >> 1), value - (1 << size) + 1, value)
+            bit += tl.where(active, length + size, 0)
+            ends_block = (entry & 255) == 0
+            nothing = tl.where(is_mean, False, size == 0)
+            to = place + zeros
+            wrong = (length == 0) | (bit > end) | (to > 63)
+            wrong |= tl.where(is_mean, (zeros > 0) | (size > 11), nothing & (zeros > 0) & (zeros < 15))
+            bad |= active & wrong
+            active &= ~wrong
+
+            before = tl.where(block < 4, mean_y, tl.where(block == 4, mean_b, mean_r))
+            value += tl.where(is_mean, before, 0)
+            update = active & is_mean
+            mean_y = tl.where(update & (block < 4), value, mean_y)
+            mean_b = tl.where(update & (block == 4), value, mean_b)
+            mean_r = tl.where(update & (block == 5), value, mean_r)
+            factor = tl.load(factors + chroma * 64 + to, mask=active & ~nothing, other=0)
+            inside = (row >= top) & (column >= left) & (column < right)
+            index = (((row - top) * (right - left) + column - left) * 6 + block) * 64 + (factor >> 16)
+            value *= factor & 0xFFFF
+            tl.store(coefficients + index, value.to(tl.int16), mask=active & inside & ~nothing)
+
+            place = tl.where(~is_mean & ends_block, 64, to + 1)
+            block = tl.where(active & (place > 63), block + 1, block)
+            place = tl.where(place > 63, 0, place)
+            column = tl.where(block == 6, column + 1, column)
+            block = tl.where(block == 6, 0, block)
+            row = tl.where(column == columns, row + 1, row)
+            column = tl.where(column == columns, 0, column)
+            active &= (row < bottom - 1) | ((row < bottom) & (column < right))
+    # behind the last block there are fewer than 8 bits
+    bad |= (row == rows) & (end - bit >= 8)
+    tl.store(damaged + image, bad.to(tl.int32), mask=there)
+
+
+@triton.jit
+def _idct_kernel(coefficients, matrix, samples, num_rows, ROWS: tl.constexpr):
+    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of a row of a block
+    eight = tl.arange(0, 8)
+    there = (number < num_rows)[:, None]
+    block = coefficients + ((number >> 3) * 64)[:, None] + eight[None, :]
+    weights = tl.load(matrix + (number & 7)[:, None] * 8 + eight[None, :])
+    result = tl.full((ROWS, 8), 1 << 17, tl.int32)
+    for k in tl.static_range(8):
+        frequency = tl.load(block + k * 8, mask=there, other=0).to(tl.int32)  # column k of the block
+        along = (tl.sum(frequency * weights, 1) + (1 << 10)) >> 11
+        result += along[:, None] * tl.load(matrix + eight * 8 + k)[None, :]
+    result = tl.minimum(tl.maximum((result >> 18) + 128, 0), 255)
+    tl.store(samples + (number * 8)[:, None] + eight[None, :], result.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _chroma(samples, near, far, this, other, columns, even):
+    """A chroma sample at full size: of the four around it, weighted 9 : 3 : 3 : 1."""
+    near_row = samples + (near >> 3) * (columns * 384) + (near & 7) * 8
+    far_row = samples + (far >> 3) * (columns * 384) + (far & 7) * 8
+    this_column, other_column = (this >> 3) * 384 + (this & 7), (other >> 3) * 384 + (other & 7)
+    a = 3 * tl.load(near_row + this_column).to(tl.int32) + tl.load(far_row + this_column).to(tl.int32)
+    b = 3 * tl.load(near_row + other_column).to(tl.int32) + tl.load(far_row + other_column).to(tl.int32)
+    return ((3 * a + b + tl.where(even, 8, 7)) >> 4) - 128
+
+
+@triton.jit
+def _rgb_kernel(plan, samples, rgb, PLAN: tl.constexpr, PIXELS: tl.constexpr):
+    at = plan + tl.program_id(1) * PLAN
+    top, left = tl.load(at + 6).to(tl.int32), tl.load(at + 8).to(tl.int32)  # MCUs
+    columns = tl.load(at + 9).to(tl.int32) - left
+    samples += tl.load(at + 10) * 64
+    height, width = tl.load(at + 11).to(tl.int32), tl.load(at + 12).to(tl.int32)
+    crop_top, crop_left = tl.load(at + 13).to(tl.int32), tl.load(at + 14).to(tl.int32)
+    crop_height, crop_width = tl.load(at + 15).to(tl.int32), tl.load(at + 16).to(tl.int32)
+    rgb += tl.load(at + 17)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    there = pixel < crop_height * crop_width
+    inside = tl.where(there, pixel, 0)
+    y, x = crop_top + inside // tl.maximum(crop_width, 1), crop_left + inside % tl.maximum(crop_width, 1)
+
+    if tl.program_id(0) * PIXELS < crop_height * crop_width:
+        last_row, last_column = (height + 1) // 2 - 1, (width + 1) // 2 - 1
+        near, this = y >> 1, x >> 1
+        far = tl.minimum(tl.maximum(near - 1 + 2 * (y & 1), 0), last_row) - 8 * top
+        other = tl.minimum(tl.maximum(this - 1 + 2 * (x & 1), 0), last_column) - 8 * left
+        near, this, even = near - 8 * top, this - 8 * left, (x & 1) == 0
+        y, x = y - 16 * top, x - 16 * left
+        block = ((y >> 4) * columns + (x >> 4)) * 6 + ((y >> 3) & 1) * 2 + ((x >> 3) & 1)
+        luma = tl.load(samples + block * 64 + (y & 7) * 8 + (x & 7)).to(tl.int32)
+        b = _chroma(samples + 256, near, far, this, other, columns, even)
+        r = _chroma(samples + 320, near, far, this, other, columns, even)
+        HALF: tl.constexpr = 1 << 15
+        red = luma + ((91881 * r + HALF) >> 16)
+        green = luma + ((-22554 * b - 46802 * r + HALF) >> 16)
+        blue = luma + ((116130 * b + HALF) >> 16)
+        area = crop_height * crop_width
+        tl.store(rgb + pixel, tl.minimum(tl.maximum(red, 0), 255).to(tl.uint8), mask=there)
+        tl.store(rgb + area + pixel, tl.minimum(tl.maximum(green, 0), 255).to(tl.uint8), mask=there)
+        tl.store(rgb + 2 * area + pixel, tl.minimum(tl.maximum(blue, 0), 255).to(tl.uint8), mask=there)
+
+
+def idct_matrix() -> Tensor:
+    """The product that jidctint.c computes before it rounds: (8 samples, 8 frequencies) int32, times 2^13."""
+    x = torch.eye(8, dtype=torch.int64).unbind()  # x[k]: what comes of frequency k alone
+    z1 = (x[2] + x[6]) * 4433
+    tmp2, tmp3 = z1 - x[6] * 15137, z1 + x[2] * 6270
+    tmp0, tmp1 = (x[0] + x[4]) * 8192, (x[0] - x[4]) * 8192
+    even = [tmp0 + tmp3, tmp1 + tmp2, tmp1 - tmp2, tmp0 - tmp3]
+    z5 = (x[7] + x[3] + x[5] + x[1]) * 9633
+    z1, z2 = (x[7] + x[1]) * -7373, (x[5] + x[3]) * -20995
+    z3, z4 = (x[7] + x[3]) * -16069 + z5, (x[5] + x[1]) * -3196 + z5
+    odd = [x[1] * 12299 + z1 + z4, x[3] * 25172 + z2 + z3, x[5] * 16819 + z2 + z4, x[7] * 2446 + z1 + z3]
+    first = [e + o for e, o in zip(even, odd, strict=True)]
+    last = [e - o for e, o in zip(even, odd, strict=True)]
+    return torch.stack(first + last[::-1]).int()
+
+
+def unstuff(plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
+    """Take out the zeros that follow bytes of ones.
+
+    Args:
+        plan: (J, P) int64 on the device of all the others: `vitpa.data.jpeg.Plan.table`.
+        stored: uint8: the bytes of all images.
+        words: (W,) int32, to be filled: the codes, their first bit the highest one of a word.
+        bits: (J,) int32, to be filled: how many there are; -1 where there are markers among the codes.
+    """
+    kernel: Any = _unstuff_kernel
+    kernel[(len(plan),)](plan, stored, words.view(torch.uint8), bits, plan.shape[1], UNSTUFF_BYTES, num_warps=4)
+
+
+def read_codes(
+    plan: Tensor,
+    words: Tensor,
+    bits: Tensor,
+    codes: Tensor,
+    factors: Tensor,
+    coefficients: Tensor,
+    damaged: Tensor,
+    *,
+    short_bits: int,
+) -> None:
+    """Read all images' codes, as far as they are needed.
+
+    Args:
+        plan: As above.
+        words: From `unstuff`.
+        bits: From `unstuff`.
+        codes: (headers, 2, 2, T) int16: `vitpa.data.jpeg.Header.codes` of each kind of header.
+        factors: (headers, 2, 64) int32: `vitpa.data.jpeg.Header.factors`.
+        coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
+        damaged: (J,) int32, to be filled: 1 where the codes cannot be read, or do not end where they should.
+        short_bits: How many bits of a code are looked up first in `codes`.
+    """
+    J = len(plan)
+    kernel: Any = _huffman_kernel
+    sizes = plan.shape[1], codes.shape[-1], short_bits, LANES, BURST
+    kernel[(triton.cdiv(J, LANES),)](plan, words, bits, codes, factors, coefficients, damaged, J, *sizes, num_warps=1)
+
+
+def to_samples(coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None:
+    """The inverse cosine transform: `samples` (blocks, 64) uint8, row by row, of `coefficients` (blocks, 64) int16."""
+    kernel: Any = _idct_kernel
+    num_rows = 8 * len(coefficients)
+    kernel[(triton.cdiv(num_rows, ROWS),)](coefficients, matrix, samples, num_rows, ROWS, num_warps=8)
+
+
+def to_rgb(plan: Tensor, samples: Tensor, rgb: Tensor, *, most_pixels: int) -> None:
+    """The pixels of the crops.
+
+    Args:
+        plan: As above.
+        samples: (blocks, 64) uint8, from `to_samples`.
+        rgb: uint8, to be filled: (3, height, width) of each crop, one after the other.
+        most_pixels: Of one crop.
+    """
+    kernel: Any = _rgb_kernel
+    kernel[(triton.cdiv(most_pixels, PIXELS), len(plan))](plan, samples, rgb, plan.shape[1], PIXELS, num_warps=4)
