@@ -218,7 +218,8 @@ class RuntimeConfig(Section):
     runs_per_gpu: int = Field(1, ge=1, description="runs that share each GPU; gpu_hours counts this run's share")
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
     decoder: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="what decodes streamed images; gpu: nvJPEG, JPEGs differ by a few grey levels; auto: gpu if it can"
+        "auto",
+        description="what decodes streamed images; the pixels of JPEGs differ by about a grey level; auto: gpu if it can",
     )
     eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")

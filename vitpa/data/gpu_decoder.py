@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vitpa.data.batches import Batch, labels_of
-from vitpa.data.beton import Beton, Ints, Pixels
+from vitpa.data.beton import Beton, Ints
 from vitpa.data.crops import Crops
 from vitpa.data.jpeg import BLOCK, SHORT_BITS, TABLE, Headers, Plan, plan_of
 
@@ -158,23 +158,23 @@ class GpuDecoder:
     def _read(self, located: Future[Stored], rows: Ints) -> None:
         """Copy the bytes of `rows` (n,) of a batch."""
         batch = located.result()
-        beton, out, crops = self.beton, batch.bytes.numpy(), batch.crops
-        numbers = (batch.samples[rows], batch.ends[rows], batch.ends[rows + 1], batch.is_jpeg[rows], *(x[rows] for x in crops))
-        for row, (sample, begin, end, is_jpeg, left, top, width, height, *_) in zip(
-            rows.tolist(), zip(*(each.tolist() for each in numbers), strict=True), strict=True
-        ):
+        beton, out = self.beton, batch.bytes.numpy()
+        samples, ends, jpegs, crops = batch.samples.tolist(), batch.ends.tolist(), batch.is_jpeg.tolist(), batch.crops
+        for row in rows.tolist():
+            sample, begin, end = samples[row], ends[row], ends[row + 1]
             if begin == end:
                 continue
-            stored = beton.stored(sample)
-            image_height, image_width = int(beton.heights[sample]), int(beton.widths[sample])
+            top, left, height, width = (int(x[row]) for x in (crops.top, crops.left, crops.height, crops.width))
             crop = slice(top, top + height), slice(left, left + width)
-            if not is_jpeg:
-                out[begin:end].reshape(height, width, 3)[:] = stored.reshape(image_height, image_width, 3)[crop]
+            size = int(beton.heights[sample]), int(beton.widths[sample])
+            stored = beton.stored(sample)
+            if not jpegs[row]:
+                out[begin:end].reshape(height, width, 3)[:] = stored.reshape(*size, 3)[crop]
                 continue
             out[begin:end] = stored
-            header = self.headers.find(out[begin:end], image_height, image_width)
+            header = self.headers.find(out[begin:end], *size)
             if header is None:
-                batch.decoded[row] = torch.from_numpy(np.ascontiguousarray(beton.read_image(sample)[crop]))
+                batch.decoded[row] = torch.from_numpy(beton.read_image(sample)[crop].copy())
             else:
                 batch.headers[row], batch.header_bytes[row] = header, self.headers.known[header].size
 
@@ -214,9 +214,9 @@ class GpuDecoder:
             begins,
             batch.ends[rows + 1] - begins - 2,  # the last two mark the end
             batch.headers[rows],
-            self.beton.heights[samples],
-            self.beton.widths[samples],
             crops,
+            heights=self.beton.heights[samples],
+            widths=self.beton.widths[samples],
         )
         if not J:
             return plan

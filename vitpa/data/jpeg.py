@@ -111,7 +111,7 @@ def read_header(head: bytes) -> Header | None:
         elif marker == SOF0:
             frame = at + 5, body
         elif marker == SOS:
-            return _header(head, at + 2 + size, frame, body, quantisation, huffman)
+            return _header(head[: at + 2 + size], frame, body, quantisation, huffman)
         elif marker not in HARMLESS:
             return None
         at += 2 + size
@@ -120,7 +120,6 @@ def read_header(head: bytes) -> Header | None:
 
 def _header(
     head: bytes,
-    size: int,
     frame: tuple[int, bytes] | None,
     scan: bytes,
     quantisation: dict[int, Ints],
@@ -146,7 +145,7 @@ def _header(
     places = (ZIGZAG % 8) * 8 + ZIGZAG // 8
     return Header(
         before=head[:at],
-        after=head[at + 4 : size],
+        after=head[at + 4 :],
         codes=np.stack([[huffman[number] for number in pair] for pair in codes[:2]]),
         factors=np.stack([places << 16 | quantisation[number] for number in factors[:2]]).astype(np.int32),
     )
@@ -228,16 +227,16 @@ class Plan:
     most_pixels: int
 
 
-def plan_of(begins: Ints, sizes: Ints, kinds: Ints, heights: Ints, widths: Ints, crops: Crops) -> Plan:
+def plan_of(begins: Ints, sizes: Ints, kinds: Ints, crops: Crops, *, heights: Ints, widths: Ints) -> Plan:
     """What the kernels have to do for J images, of which only what `crops` shows is decoded further than to coefficients.
 
     Args:
         begins: (J,) where each image's codes begin, bytes.
         sizes: (J,) of the codes, bytes.
         kinds: (J,) of headers.
+        crops: Of the J images; none is empty.
         heights: (J,) of the images.
         widths: (J,) of the images.
-        crops: Of the J images; none is empty.
     """
 
     def mcus(first: Ints, length: Ints, side: Ints) -> tuple[Ints, Ints]:

@@ -2,7 +2,7 @@
 
 Crops are torchvision's RandomResizedCrop (training) and Resize + CenterCrop (evaluation), with parameters from our
 counter-based generator: the same for a (seed, epoch, sample) whatever decodes them, in however many threads or processes.
-Here is the decoder for the CPU, the reference; vitpa/data/gpu_decoder.py has that for a GPU. FFCV's own loader is not used:
+Here is the decoder for the CPU; vitpa/data/gpu_decoder.py has that for a GPU. FFCV's own loader is not used:
 its crops ignore seeds and its threads hang on errors.
 """
 
@@ -84,7 +84,11 @@ class StreamedImages:
 
 
 class CpuDecoder:
-    """FFCV's TurboJPEG and Pillow's resampling in threads: pixels equal to torchvision's transforms of PIL images."""
+    """FFCV's TurboJPEG and Pillow's resampling in threads.
+
+    Raw images come out as of torchvision's transforms of PIL images, to the bit. FFCV's fast cosine transform differs from
+    Pillow's by 0.97 grey levels on the average, 9 at most (crops of 548 photos, quality 90).
+    """
 
     def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
         self.beton, self.img_size, self.device, self.workers = beton, img_size, device, workers

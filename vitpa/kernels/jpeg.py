@@ -8,8 +8,6 @@ size (jdsample.c, "fancy upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; w
 Axes: J images. A block has 8 x 8 samples; an MCU has 6 blocks, 4 of Y for 16 x 16 pixels, one of Cb and one of Cr.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -172,6 +170,8 @@ def _rgb_kernel(plan, samples, rgb, PLAN: tl.constexpr, PIXELS: tl.constexpr):
         near, this = y >> 1, x >> 1
         far = tl.minimum(tl.maximum(near - 1 + 2 * (y & 1), 0), last_row) - 8 * top
         other = tl.minimum(tl.maximum(this - 1 + 2 * (x & 1), 0), last_column) - 8 * left
+        narrow = last_column < 2  # there libjpeg repeats samples
+        far, other = tl.where(narrow, near - 8 * top, far), tl.where(narrow, this - 8 * left, other)
         near, this, even = near - 8 * top, this - 8 * left, (x & 1) == 0
         y, x = y - 16 * top, x - 16 * left
         block = ((y >> 4) * columns + (x >> 4)) * 6 + ((y >> 3) & 1) * 2 + ((x >> 3) & 1)
