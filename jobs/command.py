@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,13 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if starts or verb == "cancel":
         parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
+    if verb == "plan":
+        parser.add_argument(
+            "--speeds",
+            metavar="FILE",
+            help="time and GPU-hours from the JSON of `vitpa bench imagenet` or `small`, where no run of a kind has finished",
+        )
+        parser.add_argument("--gpu-hour-price", type=_price, metavar="PRICE", help="what a GPU-hour costs, in any currency")
     if verb in ("plan", "collect"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
@@ -120,6 +128,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price such as 2.50")
+    return price
 
 
 def _run(options: argparse.Namespace) -> int:
