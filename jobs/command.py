@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 FILTER_HELP = "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME (several values: seed=0,1)"
 VERBS = {
-    "plan": ("show the runs, what is missing, what it would cost and what stands in the way", "vitpa sweep plan demo"),
+    "plan": (
+        "show the runs, what is missing, what it would cost and what stands in the way",
+        "vitpa sweep plan demo\n         vitpa sweep plan paper_imagenet --speeds imagenet.json --gpu-hour-price 2.50",
+    ),
     "submit": ("start what is missing; again: resume", "vitpa sweep submit demo --wait"),
     "status": ("show where each run is", "vitpa sweep status demo --watch"),
     "logs": ("show what the runs printed", "vitpa sweep logs demo --failed"),

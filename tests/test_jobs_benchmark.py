@@ -21,7 +21,8 @@ IMAGENET = load_config(shipped_configs()["imagenet"])
 SMALL = load_config(shipped_configs()["cifar10"])
 JPEG = "training, JPEG, gpu"
 IMAGES = 300 * 1_281_167 + 300 * 50_000 / 3  # of a run: 300 epochs, and 300 evaluations, each a third
-SHIPPED = Path(__file__).parent.parent / "vitpa/bench/results/small_h200.json"
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "vitpa/bench/results/small_h200.json"
 
 
 def line(case: str = JPEG, attention: str | None = "content", images_per_s: float = 1000.0, **values: Any) -> dict[str, Any]:
@@ -247,6 +248,11 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     assert rates == {name: results[f"{name} graph R=5"] for name in ("content", "positional")}
     expected_s = sum(5 * 300 * (50_000 + 10_000 / 3) / each for each in rates.values())
     assert found["gpu_hours"] == pytest.approx(expected_s / 3600)
+    minutes = [5 * 300 * (50_000 + 10_000 / 3) / rates[name] / 60 for name in ("content", "positional")]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{found['gpu_hours']:.2f} GPU-hours, {minutes[0]:.1f} minutes for the five seeds of content" in readme
+    assert f"and {minutes[1]:.1f} for those of positional" in readme
+    assert f"{plan('paper_small', '--speeds', SHIPPED)[1]['gpu_hours']:.2f} GPU-hours on one H200 for the 30 runs" in readme
     assert findings(found, "speeds") == [
         f"{SHIPPED} does not say what network it was measured with: taken for that of cifar10"
     ]
