@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 FILTER_HELP = "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME (several values: seed=0,1)"
 VERBS = {
-    "plan": ("show the runs, what is missing, what it would cost and what stands in the way", "vitpa sweep plan demo"),
+    "plan": (
+        "show the runs, what is missing, what it would cost and what stands in the way",
+        "vitpa sweep plan demo\n         vitpa sweep plan paper_imagenet --speeds imagenet.json --gpu-hour-price 2.50",
+    ),
     "submit": ("start what is missing; again: resume", "vitpa sweep submit demo --wait"),
     "status": ("show where each run is", "vitpa sweep status demo --watch"),
     "logs": ("show what the runs printed", "vitpa sweep logs demo --failed"),
@@ -92,6 +96,13 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if starts or verb == "cancel":
         parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
+    if verb == "plan":
+        parser.add_argument(
+            "--speeds",
+            metavar="FILE",
+            help="time and GPU-hours from the JSON of `vitpa bench imagenet` or `small`, where no run of a kind has finished",
+        )
+        parser.add_argument("--gpu-hour-price", type=_price, metavar="PRICE", help="what a GPU-hour costs, in any currency")
     if verb in ("plan", "collect"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
@@ -120,6 +131,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 < price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price such as 2.50")
+    return price
 
 
 def _run(options: argparse.Namespace) -> int:

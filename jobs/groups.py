@@ -79,7 +79,7 @@ def most_replicas(
         return 1
     if wanted != "auto":
         return wanted
-    images = num_train(config)
+    images = num_images(config, "train")
     if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
         return 1
     share_gib = gpu_memory_gib / config.runtime.runs_per_gpu
@@ -95,16 +95,15 @@ def why_alone(config: RunConfig) -> str:
     return why_not_together(config)
 
 
-def num_train(config: RunConfig) -> int | None:
-    """Training images of the run's data set, from the table or else from the manifest."""
-    known = facts_of(config.dataset).num_train
-    if known is not None:
-        return known
+def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
+    """Images of a split of the run's data set, from the manifest or else from the table."""
+    facts = facts_of(config.dataset)
+    known = facts.num_train if split == "train" else facts.num_val
     try:
-        found = (read_json(Path(config.runtime.data_dir) / config.dataset / "train.json") or {}).get("num_samples")
+        found = (read_json(Path(config.runtime.data_dir) / config.dataset / f"{split}.json") or {}).get("num_samples")
     except RunError:
-        return None
-    return found if isinstance(found, int) else None
+        return known
+    return found if isinstance(found, int) else known
 
 
 def tasks_of(intent: Mapping[str, Any]) -> list[list[int]]:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmark import Benchmark
 from jobs.cluster import Cluster, Finding, Nodes, ask, mem_mib, seconds_of
-from jobs.forecast import Forecast, Group, Kind, Speed, attempts, forecast, group_of, speeds_of
+from jobs.forecast import Forecast, Group, Kind, Speed, attempts, forecast, group_of, job_kinds, rates_of, speeds_of
 from jobs.profile import SlurmProfile
 from jobs.sbatch import slurm_executor
 from jobs.scheduler import Scheduler, SchedulerError
@@ -94,8 +95,26 @@ class Outlook:
 NOTHING = Outlook(forecast([], {}), [], [])  # to be submitted
 
 
-def look_ahead(order: Order, states: Sequence[RunState], root: Path, name: str, scheduler: Scheduler) -> Outlook:
+def look_ahead(
+    order: Order,
+    states: Sequence[RunState],
+    root: Path,
+    name: str,
+    scheduler: Scheduler | None,
+    *,
+    benchmark: Benchmark | None = None,
+    gpu_hour_price: float | None = None,
+) -> Outlook:
     """What it would cost to submit `order` for the sweep of that name, and what stands in the way.
+
+    Args:
+        order: What would be submitted.
+        states: Of the sweep's runs; those that have finished say how fast they are.
+        root: Folder of runs/ and sweeps/.
+        name: Of the sweep.
+        scheduler: None: SLURM is not asked.
+        benchmark: How fast runs are of which none has finished.
+        gpu_hour_price: In any currency.
 
     Raises:
         SchedulerError: SLURM does not answer.
@@ -103,15 +122,18 @@ def look_ahead(order: Order, states: Sequence[RunState], root: Path, name: str, 
     batches = by_resources(order.batches)
     runs = [state.run for batch in order.batches for state in batch.chosen]
     speeds = speeds_of(states, runs, root)
-    groups = [group_of(same, speeds) for same in batches]
+    rates, said = ({}, []) if benchmark is None else rates_of(order.batches, benchmark, speeds)
+    groups = [group_of(same, speeds, rates) for same in batches]
     findings = [Finding("info", "nodes", note) for note in order.notes]
     if order.batches and order.batches[0].how["executor"] == "slurm":
-        groups, found = _review(batches, groups, scheduler, root, name)
+        groups, found = _review(batches, groups, scheduler, root, name) if scheduler else _unasked(batches, groups)
         findings += found
+    findings += [Finding("warning", "speeds", text) for text in said]
     findings += [Finding("warning", "measured", text) for text in dict.fromkeys(_measured_otherwise(batches, groups, speeds))]
-    unmeasured = {(run.dataset, run.attention) for run in runs} - speeds.keys()
+    unmeasured = {kind[:2] for kind in job_kinds(order.batches).keys() - rates.keys()} - speeds.keys()
     details = [_details(same, group) for same, group in zip(batches, groups, strict=True)]
-    return Outlook(forecast(groups, speeds, unmeasured), findings, details)
+    expected = forecast(groups, speeds, unmeasured, rates=rates, gpu_hour_price=gpu_hour_price)
+    return Outlook(expected, findings, details)
 
 
 def _measured_otherwise(
@@ -144,6 +166,16 @@ def _review(
         label = f"{_datasets(same)}: " if len(groups) > 1 else ""
         findings += [replace(finding, text=label + finding.text) for finding in (answer, *found)]
     return bounded, findings + cluster.unknown
+
+
+def _unasked(batches: Sequence[Sequence[Batch]], groups: Sequence[Group]) -> tuple[list[Group], list[Finding]]:
+    """The groups as they are, and what can be said without SLURM."""
+    findings = [
+        Finding("unknown", "limits", "SLURM does not answer: what it allows, and how many jobs at a time, is not known")
+    ]
+    for same, group in zip(batches, groups, strict=True):
+        findings += _of_signal(_profile_of(same), group)
+    return list(groups), findings
 
 
 def _profile_of(batches: Sequence[Batch]) -> SlurmProfile:

@@ -34,13 +34,13 @@ class Slot(Section):
     gpus: list[str]
 
 
-def slots_of(profile: LocalProfile, device: str) -> list[Slot]:
-    """The slots of this machine, for runs on `device` (runtime.device).
+def slots_of(profile: LocalProfile, device: str, gpus: list[str] | None = None) -> list[Slot]:
+    """The slots of this machine, or of one with these GPUs, for runs on `device` (runtime.device).
 
     Raises:
         SweepError: more slots or GPUs are asked for than there are.
     """
-    gpus = [] if device == "cpu" else visible_gpus()
+    gpus = [] if device == "cpu" else visible_gpus() if gpus is None else gpus
     if not gpus and device == "cuda":
         raise SweepError("runtime.device=cuda, but no GPU is visible (nvidia-smi lists none); use runtime.device=cpu or auto")
     slots = _gpu_slots(profile, gpus) if gpus else _cpu_slots(profile)

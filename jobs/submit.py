@@ -96,29 +96,46 @@ class Order:
         return made + (f", {self.at_a_time} at a time" if self.at_a_time else "")
 
 
-def prepare(chosen: list[RunState], profile: Profile, root: Path, overrides: Sequence[str], scheduler: Scheduler) -> Order:
-    """Everything that can go wrong before something is written: slots, limits, runtime settings, data.
+def prepare(
+    chosen: list[RunState],
+    profile: Profile,
+    root: Path,
+    overrides: Sequence[str],
+    scheduler: Scheduler | None,
+    *,
+    gpus: list[str] | None = None,
+) -> Order:
+    """Who trains where, and what can go wrong before something is written: slots, limits, runtime settings.
+
+    Args:
+        chosen: The runs.
+        profile: Where they run.
+        root: Folder of runs/ and sweeps/.
+        overrides: Runtime settings.
+        scheduler: None: SLURM is not asked, its arrays are taken to be as large as they need to be.
+        gpus: Those of this machine, as if it had these.
 
     Raises:
-        SweepError: too few GPUs, contradicting devices, data that has not been prepared, or SLURM does not answer.
+        SweepError: too few GPUs, contradicting devices, or SLURM does not answer.
         ConfigError: a runtime setting that does not exist.
     """
     if not chosen:
         return Order([], 0)
     if isinstance(profile, LocalProfile):
-        return _prepare_local(chosen, profile, root, overrides)
+        return _prepare_local(chosen, profile, root, overrides, gpus)
     return _prepare_slurm(chosen, profile, root, overrides, scheduler)
 
 
-def _prepare_local(chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[str]) -> Order:
+def _prepare_local(
+    chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[str], gpus: list[str] | None
+) -> Order:
     configs = [_configure(state.run, profile.runtime, root, overrides) for state in chosen]
     devices = sorted({config.runtime.device for config in configs})
     if len(devices) > 1:
         raise SweepError(f"the recipes ask for different devices ({', '.join(devices)}); add runtime.device={devices[0]}")
-    slots = slots_of(profile, devices[0])
+    slots = slots_of(profile, devices[0], gpus)
     threads = threads_per_process(profile, slots)
     configs = [_with_share(config, threads, profile.runs_per_gpu if slots[0].gpus else 1) for config in configs]
-    _check_data(configs)
     how = {
         "executor": "local",
         "slots": [slot.model_dump() for slot in slots],
@@ -135,10 +152,10 @@ def _prepare_local(chosen: list[RunState], profile: LocalProfile, root: Path, ov
 
 
 def _prepare_slurm(
-    chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler
+    chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler | None
 ) -> Order:
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
-    limit = scheduler.max_array_tasks()
+    limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
     failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
@@ -169,7 +186,6 @@ def _prepare_slurm(
             "exclude": sorted(failed),
         }
         batches.append(_part(Batch(states, configs, groups, how), [index for group in groups for index in group]))
-    _check_data([config for batch in batches for config in batch.configs])
     together = sum(filter(None, at_a_time)) or None
     if together is not None and together > (profile.array_parallelism or 0):
         notes.append(
@@ -218,7 +234,13 @@ def _with_share(config: RunConfig, threads: int, runs_per_gpu: int) -> RunConfig
     return config.model_copy(update={"runtime": config.runtime.model_copy(update=share)})
 
 
-def _check_data(configs: list[RunConfig]) -> None:
+def check_data(order: Order) -> None:
+    """Refuse what has no data.
+
+    Raises:
+        SweepError: a data set has not been prepared.
+    """
+    configs = [config for batch in order.batches for config in batch.configs]
     for dataset, data_dir in sorted({(config.dataset, config.runtime.data_dir) for config in configs}):
         for split in ("train", "val"):
             path = Path(data_dir) / dataset / f"{split}.beton"

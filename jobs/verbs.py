@@ -12,19 +12,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from jobs import logs, status
+from jobs.benchmark import Benchmark, load_benchmark
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
-from jobs.profile import SlurmProfile, load_profile
+from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
+from jobs.slots import visible_gpus
 from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submission import Place, ran_other_code, settle
-from jobs.submit import WRITERS, Order, prepare, submit
+from jobs.submit import WRITERS, Order, check_data, prepare, submit
 from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
+
+if TYPE_CHECKING:
+    from jobs.limits import Outlook
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 FILTERS: dict[str, Callable[[RunState], str]] = {
@@ -179,20 +185,18 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 def _plan(context: Context) -> int:
     """What submit would do; with SLURM also what its limits say to that. Exit code 1 if it would be refused."""
-    from jobs.limits import NOTHING, look_ahead  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
+    from jobs.limits import NOTHING  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
 
+    benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states = context.look()
     missing = [state for state in states if state.state in SUBMITTABLE]
-    problem, order, outlook = "", Order([], None), NOTHING
+    problems, order, outlook = [], Order([], None), NOTHING
     try:
-        profile = load_profile(context.place.profile)
-        order = prepare(missing, profile, context.root, context.overrides, context.scheduler)
-        outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
-        problem = "; ".join(outlook.refusals)
-    except SchedulerError:
-        raise
+        order, outlook = _look_ahead(context, states, missing, benchmark)
+        check_data(order)
     except SweepError as error:
-        problem = str(error)
+        problems = [str(error)]
+    problem = "; ".join([*problems, *outlook.refusals])
     code = ERROR if missing and problem else OK
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
@@ -209,6 +213,37 @@ def _plan(context: Context) -> int:
         context.say(f"submit would start {len(missing)} runs{order.jobs}")
     _say_left_alone(context, states)
     return code
+
+
+def _look_ahead(
+    context: Context, states: list[RunState], missing: list[RunState], benchmark: Benchmark | None
+) -> tuple[Order, Outlook]:
+    """The order for `missing` and what lies ahead of it; where SLURM does not answer, as far as that can be said without.
+
+    With a benchmark, a machine without GPUs is looked at as if it had those of a job: to plan is possible anywhere.
+    """
+    from jobs.limits import look_ahead  # noqa: PLC0415 - as above
+
+    profile = load_profile(context.place.profile)
+    gpus, notes = None, []
+    if benchmark is not None and isinstance(profile, LocalProfile) and not visible_gpus():
+        gpus = [str(index) for index in range(profile.gpus_per_run * (1 if profile.slots == "auto" else profile.slots))]
+        notes = [f"no GPU is visible here: planned as if there were {len(gpus)} x {benchmark.gpu}"]
+
+    def look(scheduler: Scheduler | None) -> tuple[Order, Outlook]:
+        order = prepare(missing, profile, context.root, context.overrides, scheduler, gpus=gpus)
+        order = replace(order, notes=[*order.notes, *notes])
+        price = context.options.gpu_hour_price
+        return order, look_ahead(
+            order, states, context.root, context.sweep.name, scheduler, benchmark=benchmark, gpu_hour_price=price
+        )
+
+    try:
+        return look(context.scheduler)
+    except SchedulerError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        context.unanswered.append(str(error))
+        return look(None)
 
 
 def _submit(context: Context) -> int:
@@ -262,6 +297,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
     profile = load_profile(context.place.profile)
     order = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
+    check_data(order)
     for line in order.notes:
         context.say(line)
     if context.options.dry_run:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.benchmark import Benchmark, load_benchmark
 from vitpa.bench import main, measure, small
-from vitpa.config import load_config, shipped_configs
+from vitpa.config import ConfigError, load_config, shipped_configs
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
 
@@ -22,6 +23,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def measured_on_a_gpu(file: Path) -> Benchmark:
+    """As `vitpa sweep plan --speeds` reads the file, once it says so: figures of a CPU are refused."""
+    with pytest.raises(ConfigError, match="measured on a CPU"):
+        load_benchmark(file)
+    on_gpu = file.with_name("on_gpu.json")
+    on_gpu.write_text(json.dumps({**json.loads(file.read_text()), "gpu": "NVIDIA X"}))
+    return load_benchmark(on_gpu)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -38,6 +48,10 @@ def test_it_prints_a_table_and_writes_the_same(
     document = json.loads(file.read_text())
     assert {"versions", "code_version", "gpu", "product_limit_tflops", "results"} <= set(document)
     assert "host" not in document
+    written = measured_on_a_gpu(file)
+    assert (written.name, {line.place for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
+    assert written.network == load_config(shipped_configs()["cifar10"], TINY).network()
+    assert written.augment == load_config(shipped_configs()["cifar10"]).augment.model_dump(mode="json")
     limit = document["product_limit_tflops"]
     assert limit > 0
     lines = document["results"]
@@ -105,6 +119,10 @@ def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd:
     document = json.loads(file.read_text())
     lines = document["results"]
     assert {"versions", "code_version", "gpu"} <= set(document)
+    written = measured_on_a_gpu(file)
+    config = load_config(shipped_configs()["imagenet"], [*SMALL_IMAGENET, "model.attention=positional"])
+    assert (written.name, written.dataset, written.network) == ("imagenet", "photos", config.network())
+    assert written.augment == config.augment.model_dump(mode="json")
     one = ["timm, compiled", "model", "training, synthetic", "loader, JPEG, cpu", "training, JPEG, cpu"]
     found = [(line["case"], line["gpus"], line["batch_size"]) for line in lines]
     assert found == [

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jobs.forecast import Group, Speed, attempts, forecast, job_s, makespan_s, run_s, speeds_of
-from jobs.groups import num_train
+from jobs.groups import num_images
 from jobs.state import Survey
 from tests.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig, write_json
@@ -51,7 +51,8 @@ def test_two_groups_run_side_by_side() -> None:
 def test_nothing_is_added_up_while_a_kind_is_not_measured() -> None:
     found = forecast([Group((3600.0, None), gpus=1, at_a_time=2)], {}, [POSITIONAL, POSITIONAL])
     assert (found.train_s, found.gpu_hours, found.wall_s) == (None, None, None)
-    assert found.lines() == ["GPU-hours and time: unknown until a run of each kind has finished (not yet: digits positional)"]
+    (line,) = found.lines()
+    assert line.startswith("GPU-hours and time: unknown until a run of each kind has finished (not yet: digits positional); ")
     assert Group((3600.0, None), gpus=1).longest_s is None
 
 
@@ -59,7 +60,7 @@ def test_without_a_number_of_runs_at_a_time_there_is_no_wall_time() -> None:
     found = forecast([Group((7200.0, 3600.0), gpus=2)], {CONTENT: Speed(1234.5, 2, "NVIDIA H100", 2)})
     assert (found.gpu_hours, found.wall_s) == (6, None)
     assert found.lines() == [
-        "about 6.0 GPU-hours, 3.0 h of training one after the other",
+        "about 6.00 GPU-hours, 3.0 h of training one after the other (the longest job: 2.0 h)",
         "measured: digits content 1,234 images/s on NVIDIA H100 (2 runs)",
     ]
 
@@ -119,8 +120,19 @@ def test_other_sweeps_of_the_same_root_count_if_their_model_is_the_same(tmp_path
 def test_images_of_a_users_own_data_set_are_those_of_the_manifest(tmp_path: Path) -> None:
     config = RunConfig(dataset="pets")
     config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": str(tmp_path)})})
-    assert num_train(config) is None
+    assert num_images(config, "train") is None
     (tmp_path / "pets").mkdir()
     write_json(tmp_path / "pets/train.json", {"num_samples": 37})
-    assert num_train(config) == 37
-    assert num_train(RunConfig(dataset="cifar10")) == 50_000
+    assert num_images(config, "train") == 37
+    assert (num_images(RunConfig(dataset="imagenet"), "train"), num_images(RunConfig(dataset="imagenet"), "val")) == (
+        1_281_167,
+        50_000,
+    )
+
+
+def test_the_manifest_counts_more_than_the_table(tmp_path: Path) -> None:
+    config = RunConfig(dataset="imagenet")
+    config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": str(tmp_path)})})
+    (tmp_path / "imagenet").mkdir()
+    write_json(tmp_path / "imagenet/val.json", {"num_samples": 5000})
+    assert (num_images(config, "train"), num_images(config, "val")) == (1_281_167, 5000)

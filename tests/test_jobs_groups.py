@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jobs.grid import Run, Sweep
-from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_train, tasks_of, why_alone
+from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, tasks_of, why_alone
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler import Scheduler
 from jobs.slots import Slot, gpu_memory_gib, take_slot
@@ -122,7 +122,7 @@ def test_what_cannot_be_stacked_trains_alone() -> None:
     assert "pets: its images may not lie on the device" in why_alone(own)
     resident = own.model_copy(update={"runtime": own.runtime.model_copy(update={"loader": "resident"})})
     assert why_alone(resident) == ""
-    assert (num_train(resident), most(resident), most(resident, 2)) == (None, 1, 2)
+    assert (num_images(resident, "train"), most(resident), most(resident, 2)) == (None, 1, 2)
 
 
 def test_an_intent_of_an_earlier_version_has_a_task_per_run() -> None:

@@ -273,6 +273,10 @@ class RunConfig(Section):
         """Everything that may change the numbers: the whole resolved document without `runtime`."""
         return self.model_dump(mode="json", exclude={"runtime"})
 
+    def network(self) -> dict[str, Any]:
+        """What a benchmark's figures hold for: the section `model` without the attention, and the precision."""
+        return {**self.model.model_dump(mode="json", exclude={"attention"}), "precision": self.train.precision}
+
     @property
     def signature(self) -> str:
         """The run's identity: 16 hex digits of SHA-256 over the canonical JSON of `experiment()`."""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import gflop_per_image, make_steps, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.measure import gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
 from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
 from vitpa.data.batches import train_batches
 from vitpa.data.beton import Beton, beton_path
@@ -349,7 +349,8 @@ def run(options: argparse.Namespace) -> int:
     results = with_ratios(lines)
     print(table(results))
     if options.json:
-        write_json(options.json, {**facts, "results": results})
+        config = config_of("content", options.batch_size, *options.overrides)
+        write_json(options.json, {**facts, **measured(config), "dataset": options.dataset, "results": results})
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -93,6 +94,11 @@ def wait(device: torch.device) -> None:
     """Until the device has done everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def measured(config: RunConfig) -> dict[str, Any]:
+    """What the figures hold for, as `vitpa sweep plan --speeds` reads it (jobs/benchmark.py)."""
+    return {"network": config.network(), "augment": config.augment.model_dump(mode="json")}
 
 
 def product_limit_tflops(group: Group) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import gflop_per_image, make_steps, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.measure import gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
 from vitpa.data.feed import ResidentFeed
@@ -205,5 +205,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         facts = {**environment(group.device), "product_limit_tflops": limit}
         facts.pop("host")
-        write_json(options.json, {**facts, "results": lines})
+        write_json(options.json, {**facts, **measured(next(iter(configs.values()))), "results": lines})
     return 0
