@@ -233,7 +233,7 @@ def test_zeroed_jpeg_is_reported(data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(data_dir / "noise", tmp_path / "noise")
     path = beton_path(tmp_path, "noise", "train")
     with BetonFile(path) as file:
-        offset, size = int(file._offsets[7]), int(file.sizes[7])
+        offset, size = int(file.offsets[7]), int(file.sizes[7])
     overwrite(path, offset, bytes(size))
     with Beton.open(path) as beton:
         beton.read_image(6)

@@ -74,6 +74,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "train.epochs": "4",
     "train.global_batch_size": "64",
     "train.precision": "float32",
+    "train.order": "quasi_random",
     "experiment_version": "2",
 }
 OTHER_RUNTIME = {
@@ -264,6 +265,10 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
         ("optim.min_lr=1e-2", r"optim\.min_lr=0\.01 is above optim\.lr=0\.0003"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=\[0\.9, 1\.0\]: each must be in \[0, 1\)"),
         ("optim.warmup_epochs=4", r"optim\.warmup_epochs=4\.0 is longer than train\.epochs=3"),
+        (
+            "train.order=quasi_random runtime.loader=resident",
+            r"train\.order=quasi_random is for .* streamed; leave out runtime\.loader=resident, or set train\.order=random",
+        ),
         ("runtime.accum_steps=3", r"train\.global_batch_size=32 is not a multiple of runtime\.accum_steps=3"),
     ],
 )
@@ -342,6 +347,13 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
 
 def test_the_signature_of_a_fixed_document_is_stable() -> None:
     assert config().signature == SMALL_SIGNATURE
+
+
+def test_an_order_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path) -> None:
+    assert config("train.order=random").signature == SMALL_SIGNATURE
+    run = record_config(config("train.order=random", f"runtime.root={tmp_path}"))
+    assert load_config(run.config_yaml).train.order == "random"  # the record has it
+    record_config(config(f"runtime.root={tmp_path}"))
 
 
 def test_the_table_of_other_values_has_every_key() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data.batches import Batch
-from vitpa.data.beton import Beton, beton_path
+from vitpa.data.batches import Batch, Blocks, epoch_order
+from vitpa.data.beton import Beton, Ints, beton_path
 from vitpa.data.counter_rng import Purpose, key, permutation
 from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.read_ahead import extents
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.stream import StreamedImages
 from vitpa.distributed import Group
@@ -50,13 +53,21 @@ def resident(
 
 
 def streamed(
-    betons: dict[str, Beton], *, rank: int = 0, world_size: int = 1, seed: int = 3, batch_size: int = 64, accum_steps: int = 1
+    betons: dict[str, Beton],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 3,
+    batch_size: int = 64,
+    accum_steps: int = 1,
+    order: Literal["random", "quasi_random"] = "random",
 ) -> StreamedFeed:
     options = AugmentConfig(crop="none")
     images = {
         split: StreamedImages(beton, options, img_size=8, seed=seed, device=CPU, workers=2) for split, beton in betons.items()
     }
-    return StreamedFeed(images, group(rank, world_size), seed=seed, batch_size=batch_size, accum_steps=accum_steps)
+    place = group(rank, world_size)
+    return StreamedFeed(images, place, seed=seed, batch_size=batch_size, accum_steps=accum_steps, order=order)
 
 
 def steps(feed: ResidentFeed | StreamedFeed, count: int, accum_steps: int = 1) -> Iterator[list[Batch]]:
@@ -107,7 +118,7 @@ def test_all_processes_and_micro_batches_together_are_the_batch_of_one(
     whole.begin_epoch(2, 7)
     expected = [micro for (micro,) in steps(whole, 15)]
     batch_size = 64 // (world_size * accum_steps)
-    sizes = {"world_size": world_size, "batch_size": batch_size, "accum_steps": accum_steps}
+    sizes: dict[str, Any] = {"world_size": world_size, "batch_size": batch_size, "accum_steps": accum_steps}
     parts = []
     for rank in range(world_size):
         feeds = resident(resident_images, rank=rank, seeds=(3,), **sizes), streamed(betons, rank=rank, **sizes)
@@ -123,6 +134,43 @@ def test_all_processes_and_micro_batches_together_are_the_batch_of_one(
         micros = [parts[rank][number][micro] for micro in range(accum_steps) for rank in range(world_size)]
         for place, whole_batch in enumerate(batch):
             assert torch.equal(torch.cat([micro[place] for micro in micros]), whole_batch)
+
+
+@pytest.mark.parametrize(("world_size", "accum_steps"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("start_step", [0, 13])
+def test_quasi_random_is_the_same_for_any_number_of_processes_and_reads_ahead(
+    betons: dict[str, Beton], monkeypatch: pytest.MonkeyPatch, world_size: int, accum_steps: int, start_step: int
+) -> None:
+    monkeypatch.setattr("vitpa.data.batches.BLOCK_BYTES", 32 * 192)
+    monkeypatch.setattr("vitpa.data.batches.WINDOW_BYTES", 1437 * 192 // 7)
+    blocks = Blocks(32, 8)
+    order = epoch_order(3, 2, 1437, blocks)[: 22 * 64].view(22, accum_steps, world_size, -1)
+    shares: list[int] = []
+
+    def recording(beton: Beton, samples: Ints) -> list[tuple[int, int]]:
+        shares.append(len(samples))
+        return extents(beton, samples)
+
+    for rank in range(world_size):
+        batch_size = 64 // (world_size * accum_steps)
+        feed = streamed(
+            betons, rank=rank, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps, order="quasi_random"
+        )
+        assert feed.blocks == blocks
+        monkeypatch.setattr("vitpa.data.read_ahead.extents", recording)
+        feed.begin_epoch(2, start_step)
+        for number, micros in enumerate(steps(feed, 22 - start_step, accum_steps), start_step):
+            for micro, batch in enumerate(micros):
+                assert torch.equal(batch.samples, order[number, micro, rank])
+                assert torch.equal(batch.images, pixels(betons["train"], batch.samples))
+        if not start_step:
+            assert sum(shares) == 1437
+            shares.clear()
+        feed.begin_epoch(3, 5)
+        feed.fill()
+        feed.close()
+        shares.clear()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "read-ahead"))]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

@@ -236,7 +236,7 @@ def damaged(photos: Path, tmp_path: Path) -> Beton:
     shutil.copy(beton_path(photos, "photos", "train"), path)
     shutil.copy(manifest_path(beton_path(photos, "photos", "train")), manifest_path(path))
     with Beton.open(path) as whole:
-        offset, size = int(whole._offsets[5]), int(whole.sizes[5])
+        offset, size = int(whole.offsets[5]), int(whole.sizes[5])
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(bytes(size))

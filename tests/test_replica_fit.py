@@ -22,6 +22,7 @@ def test_the_small_recipes_can(name: str) -> None:
     [
         ("augment.crop=random_resized", "augment.crop=random_resized"),
         ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
+        ("train.order=quasi_random", "train.order=quasi_random"),
         ("runtime.loader=stream", "runtime.loader=stream"),
     ],
 )

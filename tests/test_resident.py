@@ -47,7 +47,7 @@ def test_content_that_is_not_what_the_manifest_says_is_refused(val: Beton, tmp_p
     shutil.copy(manifest_path(val.path), manifest_path(path))
     resident(Beton.open(path))
     with path.open("r+b") as file:
-        file.seek(int(val._offsets[123]) + 5)
+        file.seek(int(val.offsets[123]) + 5)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))

@@ -179,6 +179,44 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
     assert streamed.val_loss == resident.val_loss
 
 
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_quasi_random_streams_and_goes_on_in_the_middle_of_an_epoch(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, accum_steps: int
+) -> None:
+    monkeypatch.setattr("vitpa.data.batches.WINDOW_BYTES", 1437 * 192 // 5)
+    monkeypatch.setattr("vitpa.data.batches.BLOCK_BYTES", 16 * 192)
+    options = ["train.epochs=2", "train.order=quasi_random", "runtime.cpu_threads=1", f"runtime.accum_steps={accum_steps}"]
+    options += ["runtime.checkpoint_every_steps=6"]
+    whole = trained(arguments(digits, tmp_path / "whole", *options))
+    assert "(streamed images)" in capsys.readouterr().err
+    words = arguments(digits, tmp_path / "resumed", *options)
+    run = config_of(words).run_dir
+    assert trained(words).weights_sha256 == whole.weights_sha256
+    run.result_json.unlink()
+    newest = sorted(run.checkpoints.iterdir())
+    assert [path.name for path in newest] == ["step_000000042.pt", "step_000000044.pt"]
+    newest[-1].unlink()  # step 42 is two steps before the end of the second epoch
+    assert trained(words).weights_sha256 == whole.weights_sha256
+    random = trained(arguments(digits, tmp_path / "random", *options, "train.order=random", "runtime.loader=stream"))
+    assert random.weights_sha256 != whole.weights_sha256
+    assert random.signature != whole.signature
+
+
+def test_a_file_larger_than_the_memory_is_noted_where_random_order_streams_it(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def notes(name: str, *overrides: str) -> list[str]:
+        trained(arguments(digits, tmp_path / name, "train.epochs=1", *overrides))
+        return [line for line in capsys.readouterr().err.splitlines() if "train.order=quasi_random" in line]
+
+    assert notes("enough memory", "runtime.loader=stream") == []
+    monkeypatch.setattr("vitpa.train.total_memory", lambda: 100_000)
+    (note,) = notes("streamed", "runtime.loader=stream")
+    assert re.search(r"train\.beton has 0\.0 GiB, more than this node's memory \(0\.0 GiB\)", note)
+    assert notes("resident", "runtime.loader=resident") == []  # it is read once
+    assert notes("quasi_random", "train.order=quasi_random") == []
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(digits: Path, tmp_path: Path) -> None:
     one = trained(arguments(digits, tmp_path / "one", "train.epochs=1"))
     words = arguments(digits, tmp_path / "four", "train.epochs=1", "runtime.accum_steps=4")
@@ -288,6 +326,7 @@ def test_a_run_that_another_process_trains_is_refused(
         ("dataset=digit", r"digits"),
         ("runtime.loader=resident augment.crop=random_resized", r"runtime.loader=resident takes whole images"),
         ("runtime.loader=resident model.img_size=16", r"runtime.loader=stream"),
+        ("runtime.loader=resident train.order=quasi_random", r"train.order=quasi_random is for images that are streamed; "),
         ("runtime.loader=stream runtime.decoder=gpu", r"runtime.decoder=gpu: there is no GPU; set runtime.decoder=cpu$"),
     ],
 )

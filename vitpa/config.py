@@ -198,6 +198,9 @@ class TrainConfig(Section):
         128, ge=1, description="images per optimiser step over all processes and accumulation steps"
     )
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast type of the forward pass")
+    order: Literal["random", "quasi_random"] = Field(
+        "random", description="of an epoch's images; quasi_random: read in blocks, for a .beton larger than the node's memory"
+    )
 
 
 class RuntimeConfig(Section):
@@ -255,6 +258,11 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} is longer than train.epochs={self.train.epochs}")
+        if self.train.order == "quasi_random" and self.runtime.loader == "resident":
+            raise ValueError(
+                "train.order=quasi_random is for images that are streamed; leave out runtime.loader=resident, or set "
+                "train.order=random"
+            )
         if self.augment.cutout_px > self.model.img_size:
             raise ValueError(f"augment.cutout_px={self.augment.cutout_px} is more than model.img_size={self.model.img_size}")
         if self.train.global_batch_size % self.runtime.accum_steps:
@@ -271,7 +279,10 @@ class RunConfig(Section):
 
     def experiment(self) -> dict[str, Any]:
         """Everything that may change the numbers: the whole resolved document without `runtime`."""
-        return self.model_dump(mode="json", exclude={"runtime"})
+        document = self.model_dump(mode="json", exclude={"runtime"})
+        if self.train.order == "random":
+            del document["train"]["order"]  # the key is younger than many runs, and they were all in random order
+        return document
 
     def network(self) -> dict[str, Any]:
         """What a benchmark's figures hold for: the section `model` without the attention, and the precision."""

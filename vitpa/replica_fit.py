@@ -25,6 +25,8 @@ def why_not_together(config: RunConfig) -> str:
         return "augment.crop=random_resized: replicas take whole images that lie on the device"
     if config.augment.eval_crop_pct != 1:
         return f"augment.eval_crop_pct={config.augment.eval_crop_pct}: replicas take whole images that lie on the device"
+    if config.train.order == "quasi_random":
+        return "train.order=quasi_random: replicas take images that lie on the device"
     if config.runtime.loader == "stream":
         return "runtime.loader=stream: replicas take images that lie on the device"
     return ""

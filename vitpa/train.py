@@ -13,6 +13,7 @@ steps themselves are in vitpa/replicas.py.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import warnings
@@ -248,6 +249,8 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     If not they are streamed, which makes no difference to the numbers.
     """
     size, loader = config.model.img_size, config.runtime.loader
+    if config.train.order == "quasi_random":
+        return False  # an order that depends on how much fits on the device would change the numbers
     whole = config.augment.crop != "random_resized" and config.augment.eval_crop_pct == 1
     if loader == "resident" and not whole:
         raise TrainError("runtime.loader=resident takes whole images: no augment.crop=random_resized, augment.eval_crop_pct=1")
@@ -298,13 +301,21 @@ def open_feed(
         split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=device, workers=workers, decoder=decoder)
         for split, beton in betons.items()
     }
-    return StreamedFeed(streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps), augmentation
+    feed = StreamedFeed(
+        streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps, order=config.train.order
+    )
+    return feed, augmentation
 
 
 def available_memory() -> int:
     """Bytes of this machine's memory that can be had without swapping (proc(5), meminfo)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resume_points(configs: Sequence[RunConfig]) -> dict[int, Path | None]:
@@ -372,6 +383,8 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     images = "resident" if isinstance(t.steps.feed, ResidentFeed) else "streamed"
     place = f"on {t.group.device} ({images} images) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
+    if isinstance(t.steps.feed, StreamedFeed) and config.train.order == "random":
+        note_if_larger_than_memory(t, t.steps.feed.images["train"].beton)
     for replica in t.replicas:
         logs = Logs(replica.run, restored_step=step, tensorboard=config.runtime.tensorboard)
         replica.logs = stack.enter_context(logs)
@@ -384,6 +397,17 @@ def open_logs(t: Training, stack: ExitStack) -> None:
             logs.image("augmented", make_grid(augmented(t, replica)), step)
     if not step:
         show_positions(t)
+
+
+def note_if_larger_than_memory(t: Training, beton: Beton) -> None:
+    """Say what to do about a file that is read in random order and that no page cache can hold."""
+    size, memory = beton.manifest.file_size_bytes, total_memory()
+    if size > memory:
+        say(
+            t,
+            f"{beton.path} has {size / 2**30:.1f} GiB, more than this node's memory ({memory / 2**30:.1f} GiB), and every "
+            "image is read by itself; if that is slow, train.order=quasi_random reads blocks (it makes another run)",
+        )
 
 
 def augmented(t: Training, replica: Replica) -> Tensor:

@@ -26,7 +26,6 @@ import torch
 
 from vitpa.bench.measure import gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
 from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
-from vitpa.data.batches import train_batches
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.gpu_decoder import why_not_gpu
@@ -163,7 +162,7 @@ def streamed_feed(config: RunConfig, group: Group, betons: dict[str, Beton], dec
         for split, beton in betons.items()
     }
     batch_size = config.train.global_batch_size // group.world_size
-    return StreamedFeed(images, group, seed=config.seed, batch_size=batch_size, accum_steps=1)
+    return StreamedFeed(images, group, seed=config.seed, batch_size=batch_size, accum_steps=1, order=config.train.order)
 
 
 def time_loader(case: str, config: RunConfig, bench: Bench, feed: StreamedFeed) -> Line:
@@ -173,17 +172,7 @@ def time_loader(case: str, config: RunConfig, bench: Bench, feed: StreamedFeed) 
     def run(count: int) -> None:
         left = count
         while left:
-            indices = train_batches(
-                seed=config.seed,
-                epoch=left,
-                num_samples=len(images.beton),
-                global_batch_size=feed.global_batch_size,
-                accum_steps=1,
-                rank=group.rank,
-                world_size=group.world_size,
-                start_step=0,
-            )
-            with closing(images.train_batches((each for step in indices for each in step), left)) as batches:
+            with closing(feed.indices(left, 0)) as indices, closing(images.train_batches(indices, left)) as batches:
                 for _ in batches:
                     left -= 1
                     if not left:

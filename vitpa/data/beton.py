@@ -154,13 +154,15 @@ class BetonFile:
         heights: (N,) int64, pixels.
         widths: (N,) int64, pixels.
         is_jpeg: (N,) bool; False where the pixels are stored as they are.
-        sizes: (N,) int64, stored bytes of each image.
+        offsets: (N,) int64, where in the file the bytes of each image begin.
+        sizes: (N,) int64, how many they are.
     """
 
     labels: Ints
     heights: Ints
     widths: Ints
     is_jpeg: npt.NDArray[np.bool_]
+    offsets: Ints
     sizes: Ints
 
     def __init__(self, path: Path) -> None:
@@ -229,7 +231,7 @@ class BetonFile:
             raise BetonError(f"{self.path}: read after it was closed")
         if not 0 <= index < len(self):
             raise BetonError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
-        return self._bytes[self._offsets[index] : self._offsets[index] + self.sizes[index]]
+        return self._bytes[self.offsets[index] : self.offsets[index] + self.sizes[index]]
 
     def content_sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """SHA-256 over the samples in order: label, storage mode, height, width, number of bytes, stored bytes.
@@ -279,9 +281,9 @@ class BetonFile:
         self.labels = samples["f1"].astype(np.int64)
         self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         self.is_jpeg = images["mode"] == JPEG
-        self._offsets, self.sizes = self._allocations(data[table_start:].view(ALLOCATION), images["data_ptr"])
+        self.offsets, self.sizes = self._allocations(data[table_start:].view(ALLOCATION), images["data_ptr"])
 
-        outside = (self._offsets < data_start) | (self.sizes < 0) | (self.sizes > table_start - self._offsets)
+        outside = (self.offsets < data_start) | (self.sizes < 0) | (self.sizes > table_start - self.offsets)
         raw_of_other_size = (images["mode"] == RAW) & (self.sizes != self.heights * self.widths * 3)
         strange = outside | raw_of_other_size | (images["mode"] > RAW) | (self.heights == 0) | (self.widths == 0)
         if strange.any():

@@ -10,12 +10,14 @@ Axes: R replicas, B images of a replica in a micro-batch of this process, E imag
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vitpa.data.batches import Batch, eval_batches, train_batches
+from vitpa.data.batches import Batch, Blocks, eval_batches, train_batches, windows
 from vitpa.data.counter_rng import Purpose, key, permutation
+from vitpa.data.read_ahead import read_ahead
 from vitpa.data.resident import ResidentImages
 from vitpa.data.stream import StreamedImages
 from vitpa.distributed import Group
@@ -99,10 +101,18 @@ class StreamedFeed:
     """Batches of one run, copied into fixed places on the device as they are decoded."""
 
     def __init__(
-        self, images: Mapping[str, StreamedImages], group: Group, *, seed: int, batch_size: int, accum_steps: int
+        self,
+        images: Mapping[str, StreamedImages],
+        group: Group,
+        *,
+        seed: int,
+        batch_size: int,
+        accum_steps: int,
+        order: Literal["random", "quasi_random"] = "random",
     ) -> None:
         """`images` are by split; `batch_size` is B."""
         self.images, self.group, self.seed, self.accum_steps = images, group, seed, accum_steps
+        self.blocks = Blocks.of(images["train"].beton.sizes) if order == "quasi_random" else None
         self.batch_size, self.global_batch_size = batch_size, batch_size * accum_steps * group.world_size
         num_val = len(images["val"].beton)
         self.eval_batch_size = min(EVAL_BATCH_SIZE, -(-num_val // group.world_size))
@@ -112,23 +122,48 @@ class StreamedFeed:
             _slot(accum_steps * batch_size, size, device),
             _slot(self.eval_batch_size, size, device),
         )
+        self._indices: Iterator[Tensor] = iter(())
         self._train: Iterator[Batch] = iter(())
         self._eval: Iterator[Batch] = iter(())
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Begin to decode the images of `epoch`, from its step `step` on."""
         _close(self._train)
-        indices = train_batches(
+        _close(self._indices)
+        self._indices = self.indices(epoch, step)
+        self._train = self.images["train"].train_batches(self._indices, epoch)
+
+    def indices(self, epoch: int, step: int) -> Generator[Tensor, None, None]:
+        """The samples (B,) of each micro-batch of this process, from step `step` of `epoch` on.
+
+        In the order `quasi_random` they come when what lies around them in the file has been read.
+        """
+        beton, group, blocks = self.images["train"].beton, self.group, self.blocks
+        steps: Iterator[list[Tensor]] = train_batches(
             seed=self.seed,
             epoch=epoch,
-            num_samples=len(self.images["train"].beton),
+            num_samples=len(beton),
+            blocks=blocks,
             global_batch_size=self.global_batch_size,
             accum_steps=self.accum_steps,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
+            rank=group.rank,
+            world_size=group.world_size,
             start_step=step,
         )
-        self._train = self.images["train"].train_batches((micro for step in indices for micro in step), epoch)
+        if blocks is not None and blocks.num_windows > 1:  # else all is in memory from the second epoch on
+            steps = read_ahead(
+                steps,
+                beton,
+                windows(self.seed, epoch, len(beton), blocks).numpy(),
+                batch_size=self.global_batch_size,
+                start_step=step,
+                share=(group.local_rank, group.local_world_size),
+            )
+        try:
+            for micros in steps:
+                yield from micros
+        finally:
+            _close(steps)
 
     def fill(self) -> None:
         """Put the next step's images on the device.
@@ -185,8 +220,9 @@ class StreamedFeed:
         return []
 
     def close(self) -> None:
-        """Decode no more."""
+        """Decode and read no more."""
         _close(self._train)
+        _close(self._indices)
         _close(self._eval)
 
     def _micro(self, micro: int) -> Batch:
@@ -204,7 +240,7 @@ def _copy(batch: Batch, to: Batch) -> None:
         target.copy_(source, non_blocking=True)
 
 
-def _close(batches: Iterator[Batch]) -> None:
-    """Leave the loop over `batches`: a generator's threads end."""
-    if isinstance(batches, Generator):
-        batches.close()
+def _close(items: Iterator[object]) -> None:
+    """Leave the loop over `items`: a generator's threads end."""
+    if isinstance(items, Generator):
+        items.close()
