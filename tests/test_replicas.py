@@ -587,6 +587,29 @@ def test_without_a_compiler_it_trains_uncompiled_and_says_so(digits: Path, tmp_p
     check_same(words, eager, [0, 1])  # trying left no trace
 
 
+def test_closed_steps_hold_no_graph_and_decode_no_more(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits for CUDA graphs that hold its work, so a process with one of them would not end."""
+
+    class Graph:
+        left = 2
+
+        def reset(self) -> None:
+            Graph.left -= 1
+
+    closed, begin_epoch = [], ReplicaSteps.begin_epoch
+
+    def with_graphs(steps: ReplicaSteps, epoch: int, step: int) -> None:
+        begin_epoch(steps, epoch, step)
+        monkeypatch.setattr(steps, "_graphs", [Graph(), Graph()])
+        monkeypatch.setattr(steps.feed, "close", lambda: closed.append(steps))
+
+    monkeypatch.setattr(ReplicaSteps, "begin_epoch", with_graphs)
+    assert main(arguments(digits, tmp_path, *OPTIONS, "train.epochs=1")) == 0
+    (steps,) = closed
+    assert Graph.left == 0 and steps._graphs == []
+    assert steps._run_step == steps._step and steps._run_evaluation == steps._evaluate_batch
+
+
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 GPU = [
     "runtime.device=cuda",
@@ -651,3 +674,14 @@ class TestOnGpu:
             ours, theirs = (result_of([*each, f"seed={seed}"]) for each in (words, alone))
             assert ours.val_loss == pytest.approx(theirs.val_loss, rel=0.02)
             assert ours.gpu_hours < ours.train_time_s / 3600 / 2  # they share the GPU
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    @pytest.mark.parametrize("step", ["compile", "graph"])
+    def test_two_gpus_train_the_same_run_and_end(self, digits: Path, tmp_path: Path, step: str) -> None:
+        options = [*GPU, *AUGMENTED, "train.precision=bfloat16", "train.epochs=2", f"runtime.step={step}"]
+        two, one = (arguments(digits, tmp_path / name, *options) for name in ("two", "one"))
+        process = start(two, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, said
+        assert main(one) == 0
+        assert result_of(two).val_loss == pytest.approx(result_of(one).val_loss, rel=0.02)

@@ -90,6 +90,7 @@ class ReplicaSteps:
         self._score: Callable[..., Any] = self._compute_scores
         self._update: Callable[..., Any] = self.adamw.update
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     @property
     def compiles(self) -> bool:
@@ -127,6 +128,14 @@ class ReplicaSteps:
                 self._run_step, self._run_evaluation = self._step, self._evaluate_batch
         self.done.fill_(step)
         return notes
+
+    def close(self) -> None:
+        """Decode no more, and let go of the CUDA graphs: NCCL waits for those that hold its work before processes part."""
+        self.feed.close()
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Take the order and the random numbers of `epoch`, from its step `step` on."""
@@ -264,8 +273,10 @@ class ReplicaSteps:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL has a thread that asks for events meanwhile, which is no part of the graph
+        with torch.cuda.graph(graph, capture_error_mode="global" if self.group.world_size == 1 else "thread_local"):
             function()
+        self._graphs.append(graph)
         return graph.replay
 
 

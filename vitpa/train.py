@@ -132,7 +132,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
-        stack.callback(t.steps.feed.close)
+        stack.callback(t.steps.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         if t.step < t.total_steps:
             if t.steps.compiles:

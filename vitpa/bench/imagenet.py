@@ -115,7 +115,7 @@ def time_steps(case: str, config: RunConfig, bench: Bench, feed: ResidentFeed | 
     wait(group.device)
     start_s = time.monotonic() - began_s
     found = rates(run, batch_size, group, window_s=bench.window_s)
-    feed.close()
+    steps.close()
     of_limit = statistics.median(found) * gflop_per_image(config) / 1000 / (bench.limit_tflops * group.world_size)
     result = as_line(case, config, group, found, start_s)
     return replace(result, attention=config.model.attention, of_limit=of_limit, notes=tuple(notes))

@@ -104,6 +104,7 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     wait(device)
     start_s = time.monotonic() - began_s
     found = rates(run, case.replicas * config.train.global_batch_size, group)
+    steps.close()
     median = statistics.median(found)
     return Rate(
         images_per_s=median,

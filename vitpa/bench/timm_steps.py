@@ -44,6 +44,10 @@ class TimmSteps:
         self.model.train()
         return []
 
+    def close(self) -> None:
+        """Decode no more."""
+        self.feed.close()
+
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Take the order and the random numbers of `epoch`, from its step `step` on."""
         self.keys = epoch_keys([self.config.seed], epoch).to(self.keys.device)
