@@ -69,7 +69,8 @@ class Writer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+            # FFCV compiles a part of its decoder whenever it is imported, for seconds; writing needs none of it
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"},
             start_new_session=True,  # Ctrl-C in the terminal is for this process, which ends the writer
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr

@@ -14,6 +14,17 @@ from tests.cluster import cluster
 __all__ = ["cluster", "digits", "photos"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests first, and those on SLURM, which mostly wait, in turn with the others, which compute."""
+    marks: dict[Path, set[str]] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+    waiting = [file for file in marks if "slurm" in marks[file]]
+    computing = sorted((file for file in marks if "slurm" not in marks[file]), key=lambda file: "slow" not in marks[file])
+    place = {file: (number, files is computing) for files in (waiting, computing) for number, file in enumerate(files)}
+    items.sort(key=lambda item: place[item.path])
+
+
 def quiet(_line: str) -> None:
     """Take what `prepare` says."""
 

@@ -346,7 +346,6 @@ def test_gpu_kernels_and_their_gradients_are_those_of_the_reference_and_repeat(s
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_gpu_kernels_compile_whole_and_replay_in_a_cuda_graph() -> None:
     torch.manual_seed(0)
     sizes = (2, 6, 65, 12, 32)

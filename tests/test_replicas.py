@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -608,6 +610,23 @@ def test_closed_steps_hold_no_graph_and_decode_no_more(digits: Path, tmp_path: P
     (steps,) = closed
     assert Graph.left == 0 and steps._graphs == []
     assert steps._run_step == steps._step and steps._run_evaluation == steps._evaluate_batch
+
+
+def test_what_a_compiler_warns_of_does_not_stop_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compiled = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        warnings.warn("a module of the compiler is deprecated", DeprecationWarning, stacklevel=1)  # an error in our tests
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    options = ["model.depth=1", "train.epochs=1", "runtime.cpu_threads=1", "runtime.step=compile"]
+    assert together(arguments(digits, tmp_path, *options), [0, 1]) == 0
+    assert compiled
+    assert NOT_COMPILED not in capfd.readouterr().err
 
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

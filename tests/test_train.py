@@ -76,6 +76,22 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Resul
     return trained(arguments(digits, tmp_path_factory.mktemp("undisturbed"), "runtime.cpu_threads=1"))
 
 
+FORKING = """
+import os, sys
+from vitpa.train import main
+
+for _ in sys.stdin:
+    child = os.fork()  # it need not import everything again
+    if not child:
+        os._exit(main(sys.argv[1:]))
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        sys.exit("was not killed")
+    print(os.WTERMSIG(status), flush=True)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["content", "positional"])
 def test_killed_at_any_moment_ends_bit_identical(digits: Path, tmp_path: Path, attention: str) -> None:
@@ -97,13 +113,17 @@ def test_killed_at_any_moment_ends_bit_identical(digits: Path, tmp_path: Path, a
         "while a later checkpoint is written": lambda: any(run.checkpoints.glob(".step_*")) and rows(run) > 60,
         "near the end": lambda: rows(run) >= EPOCHS * EPOCH_STEPS - 4,
     }
-    for moment, reached in moments.items():
-        process = start(words)
-        wait_until(reached, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, moment
-        process.communicate()
-        assert not run.result_json.exists(), moment
+    command = [sys.executable, "-c", FORKING, *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        for moment, reached in moments.items():
+            print(file=process.stdin, flush=True)
+            pid = int(process.stdout.readline())
+            wait_until(reached, process)
+            os.kill(pid, signal.SIGKILL)
+            assert int(process.stdout.readline()) == signal.SIGKILL, moment
+            assert not run.result_json.exists(), moment
+    assert process.returncode == 0
     resumed = trained(words)
 
     assert resumed.weights_sha256 == reference.weights_sha256

@@ -11,6 +11,7 @@ Axes: R replicas, B images of a replica in a micro-batch of this process, N toke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -111,8 +112,12 @@ class ReplicaSteps:
             eager = self._batch, self._loss, self._score, self._update
             self._batch, self._loss, self._score, self._update = map(compiled, eager)
             try:
-                self._leaving_no_trace(self._step)
-                self._leaving_no_trace(self._evaluate_batch)
+                with warnings.catch_warnings():
+                    # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
+                    # it should be: noise for a user, and with `python -W error` the step would not be compiled at all.
+                    warnings.simplefilter("ignore")
+                    self._leaving_no_trace(self._step)
+                    self._leaving_no_trace(self._evaluate_batch)
             except TorchDynamoException as error:
                 notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
                 self._batch, self._loss, self._score, self._update = eager

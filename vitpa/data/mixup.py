@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
@@ -82,4 +81,6 @@ def partners_of(labels: Tensor) -> Tensor:
 
 def _quantiles(alpha: float) -> Tensor:
     """LEVELS equally likely values of Beta(alpha, alpha), float64."""
+    from scipy.special import betaincinv  # noqa: PLC0415 - half a second that only this needs
+
     return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(LEVELS) + 0.5) / LEVELS))
