@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +148,26 @@ def test_what_imagenet_cannot_measure_is_one_line(tmp_path: Path, capfd: pytest.
     error = capfd.readouterr().err
     assert "vitpa bench: " in error and "photos/train.beton: no such file" in error
     assert "Traceback" not in error.partition("ChildFailedError")[0].partition("vitpa bench: ")[2].splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "nope"], r"nope/train\.beton: no such file"),
+        (["--batch-size", "7"], r"--batch-size 7 is not even for each of 1 processes$"),
+        (["modle.depth=3"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_before_anything_starts(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["imagenet", *words, f"runtime.data_dir={tmp_path}"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and re.search(message, said[0])
+
+
+@pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "4,8"], ["--window-s", "-1"], ["--gpus", "x"]])
+def test_impossible_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["imagenet", *words])
+    assert f"argument {words[0]}: {words[1]!r}: expected " in capsys.readouterr().err

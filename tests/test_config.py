@@ -180,7 +180,8 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, l
         ("optim.lrr", r"unknown key optim\.lrr; did you mean optim\.lr\?"),
         ("lr", r"unknown key lr; did you mean optim\.lr\?"),
         ("train.depth", r"unknown key train\.depth; did you mean model\.depth\?"),
-        ("optimm.lr", r"unknown key optimm; did you mean optim"),
+        ("optimm.lr", r"unknown key optimm\.lr; did you mean optim\.lr\?"),
+        ("trian.epochs", r"unknown key trian\.epochs; did you mean train\.epochs\?"),
         ("Seed", r"unknown key Seed; did you mean seed\?"),
         ("runtime.num_workers", r"unknown key runtime\.num_workers; did you mean runtime\.workers\?"),
         ("zzz", r"unknown key zzz; known keys: dataset, seed, model\.attention, .*experiment_version$"),
@@ -189,9 +190,11 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, l
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, message: str) -> None:
     path = write(tmp_path, to_yaml(SMALL))
     line = refused(path, f"{key}=1")
-    assert line.startswith(f"{path}: ")
+    assert line.startswith("command line: ")
     assert re.search(message, line), line
-    assert re.search(message, refused(write(tmp_path, to_yaml({**SMALL, **nested(key, "1")}))))  # the same from the file
+    line = refused(write(tmp_path, to_yaml({**SMALL, **nested(key, "1")})), "seed=1")  # the same from the file
+    assert line.startswith(f"{path}: ")
+    assert re.search(message, line)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +281,7 @@ def test_a_bad_combination_names_its_keys(overrides: str, message: str) -> None:
 
 
 def test_several_mistakes_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"^here: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"):
+    with pytest.raises(ConfigError, match=r"^command line: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"):
         config("seed=-1", "model.dept=1")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_gpu_pixels_are_pillows_to_the_bit(longest: int) -> None:
 
 
 def test_codes_are_those_of_the_standard() -> None:
-    # T.81, table K.3: means of luma
+    # T.81, table K.3: DC of luma
     table = code_table(bytes([0, 1, 5, 1, 1, 1, 1, 1, 1] + [0] * 7), bytes(range(12)))
     codes = ["00", "010", "011", "100", "101", "110", "1110", "11110", "111110", "1111110", "11111110", "111111110"]
     for symbol, code in enumerate(codes):
@@ -159,6 +160,14 @@ def test_long_codes_are_found_by_way_of_a_second_table() -> None:
 
 def test_an_impossible_code_has_no_entries() -> None:
     assert not code_table(bytes([3] + [0] * 15), bytes(3)).any()
+    assert not code_table(bytes([0] * 11 + [255, 255, 0, 0, 0]), bytes(510)).any()
+
+
+def test_threads_that_meet_a_kind_of_header_first_add_it_once() -> None:
+    jpeg, headers = encoded(picture(np.random.default_rng(), 20, 20, 9)), Headers(16)
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: headers.find(jpeg, 20, 20), range(64))) == {0}
+    assert len(headers.known) == 1
 
 
 def test_the_inverse_transform_is_the_cosine_transforms() -> None:

@@ -334,7 +334,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run configuration from a document in memory; `where` names its origin in error messages."""
-    return parse_model(RunConfig, apply_overrides(document, overrides) if overrides else document, where)
+    return parse_model(RunConfig, apply_overrides(document, overrides) if overrides else document, where, overrides)
 
 
 def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ()) -> SectionT:
@@ -343,7 +343,7 @@ def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ())
     Raises:
         ConfigError: as for `load_config`.
     """
-    return parse_model(model, apply_overrides(read_yaml(path), overrides), str(path))
+    return parse_model(model, apply_overrides(read_yaml(path), overrides), str(path), overrides)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -433,8 +433,10 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> di
     return typing.cast(dict[str, Any], result)
 
 
-def parse_model(model: type[SectionT], document: Mapping[str, Any], where: str) -> SectionT:
-    """Check a document in memory against any pydantic model of ours; `where` names its origin in error messages.
+def parse_model(model: type[SectionT], document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> SectionT:
+    """Check a document in memory against any pydantic model of ours.
+
+    `where` names its origin in error messages, unless all that is wrong came from `overrides`, which are part of it.
 
     Raises:
         ConfigError: as for `load_config`.
@@ -443,16 +445,25 @@ def parse_model(model: type[SectionT], document: Mapping[str, Any], where: str) 
         # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
         return model.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        lines = [_explain(dict(problem), model) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        problems = [dict(problem) for problem in error.errors()]
+        given = tuple(override.partition("=")[0] + "." for override in overrides)
+        theirs = all(any(key.startswith(_key(each) + ".") for key in given) for each in problems)
+        origin = "command line" if theirs else where
+        raise ConfigError(f"{origin}: " + "; ".join(_explain(each, model) for each in problems)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
 
 
+def _key(problem: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in problem["loc"])
+
+
 def _explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = _key(problem)
     if problem["type"] == "extra_forbidden":
         known = list(dotted_keys(model))
+        if isinstance(problem["input"], dict) and problem["input"]:  # no such section
+            key += f".{next(iter(problem['input']))}"
         near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

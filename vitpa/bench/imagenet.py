@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -289,13 +290,34 @@ def add_parser(benchmarks: Any) -> None:
     )
     parser.add_argument("--gpus", type=counts, default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1")
     parser.add_argument(
-        "--batch-size", type=int, default=1024, metavar="B", help="of all GPUs; several have B each, too: 1024"
+        "--batch-size", type=size, default=1024, metavar="B", help="of all GPUs together, and for several also of each: 1024"
     )
     parser.add_argument("--parts", type=parts, default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
     parser.add_argument("--step", choices=("auto", "compile", "eager"), default="auto", help="how our steps run: auto")
-    parser.add_argument("--window-s", type=float, default=0.5, metavar="S", help="of 5 windows the shortest, seconds: 0.5")
+    parser.add_argument(
+        "--window-s", type=seconds, default=0.5, metavar="S", help="how long each of 5 windows lasts at least: 0.5"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(measure=run)
+
+
+def size(text: str) -> int:
+    """A number of images."""
+    numbers = counts(text)
+    if len(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
+    return numbers[0]
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
+    return number
 
 
 def counts(text: str) -> list[int]:
@@ -321,6 +343,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print the table: this process starts those that measure, or is one of them."""
     if "WORLD_SIZE" in os.environ:
         return work(options)
+    check(options)
     lines: list[Line] = []
     facts: dict[str, Any] = {}
     for gpus in options.gpus:
@@ -343,6 +366,27 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def check(options: argparse.Namespace) -> None:
+    """Find out before anything is started whether it could be measured.
+
+    Raises:
+        ConfigError: a wrong override, a batch that cannot be divided, too few GPUs.
+        BetonError: the data set cannot be used.
+    """
+    for gpus in options.gpus:
+        if options.batch_size % (2 * gpus):
+            raise ConfigError(f"--batch-size {options.batch_size} is not even for each of {gpus} processes")
+        for attention in options.attention or ATTENTIONS:
+            config = config_of(attention, options.batch_size * gpus, *options.overrides)
+    if options.dataset is not None:
+        open_betons(config, options.dataset)
+    visible = torch.cuda.device_count()
+    if visible and max(options.gpus) > visible:
+        raise ConfigError(f"--gpus {max(options.gpus)}: {visible} are visible here")
+    if not visible:
+        print("no GPU is visible here: what is measured is the CPU", file=sys.stderr)
+
+
 def worker_words(options: argparse.Namespace) -> list[str]:
     """The command line for the processes that measure."""
     words = [*options.overrides, "--batch-size", str(options.batch_size), "--parts", ",".join(options.parts)]
@@ -357,10 +401,6 @@ def work(options: argparse.Namespace) -> int:
     group = join("auto")
     try:
         sizes = sorted({options.batch_size, options.batch_size * group.world_size})
-        if options.batch_size % (2 * group.world_size):
-            raise ConfigError(f"--batch-size {options.batch_size} is not even for each of {group.world_size} processes")
-        if options.dataset is not None:  # before anything is measured
-            open_betons(config_of("content", options.batch_size, *options.overrides), options.dataset)
         bench = Bench(group, product_limit_tflops(group), options.window_s)
         lines = []
         for batch_size in sizes:

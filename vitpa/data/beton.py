@@ -140,7 +140,7 @@ class Manifest(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise BetonError(f"{path}: not a manifest: {where}: {first['msg']}; {_mend(path)}") from error
+            raise BetonError(f"{path}: not a manifest: {where}: {first['msg']}; {_mend(path, '--force')}") from error
 
 
 class BetonFile:

@@ -24,7 +24,7 @@ IS_LONG = 0x4000
 END = b"\xff\xd9"  # end of image
 LONGEST = 4096  # bytes of a header that are looked at
 SOF0, DHT, SOS, DQT = 0xC0, 0xC4, 0xDA, 0xDB
-HARMLESS = {0xE0, *range(0xE1, 0xEE), 0xEF, 0xFE}  # JFIF, application data but Adobe's, which says what the colours are
+HARMLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, application data but Adobe's (0xEE: what the colours are), comments
 COMPONENTS = ((1, 0x22), (2, 0x11), (3, 0x11))  # Y, Cb, Cr: their numbers, and how many samples in how many pixels
 
 COLUMNS = 18  # of a plan
@@ -41,7 +41,7 @@ class Header:
     Attributes:
         before: Its bytes up to height and width.
         after: Its bytes after them, up to the first code.
-        codes: (2, 2, TABLE) int16: of luma and chroma the codes of means and of other coefficients, see `code_table`.
+        codes: (2, 2, TABLE) int16: of luma and chroma the codes of DC and of AC coefficients, see `code_table`.
         factors: (2, 64) int32: of luma and chroma what each coefficient is multiplied by, and 2^16 times its place in the
             block, column by column.
     """
@@ -85,9 +85,12 @@ class Headers:
         """Read a header; False if the kernels cannot decode what it heads, or there are too many kinds."""
         kind = read_header(head)
         with self.lock:
-            if kind is None or len(self.known) == self.most:
+            if kind is None:
                 return False
-            self.known.append(kind)  # twice, if two threads meet it first, does no harm
+            if not any((kind.before, kind.after) == (each.before, each.after) for each in self.known):  # of another thread
+                if len(self.known) == self.most:
+                    return False
+                self.known.append(kind)
         return True
 
 
@@ -161,7 +164,7 @@ def _quantisation(body: bytes) -> dict[int, Ints]:
 
 
 def _huffman(body: bytes) -> dict[int, npt.NDArray[np.int16]]:
-    """Tables by number, 16 more for those of coefficients that are no means."""
+    """Tables by number, 16 more for those of AC coefficients."""
     tables = {}
     while len(body) >= 17:
         counts = body[1:17]
@@ -192,6 +195,8 @@ def code_table(counts: bytes, symbols: bytes) -> npt.NDArray[np.int16]:
             if length <= SHORT_BITS:
                 table[short : short + (1 << (SHORT_BITS - length))] = length << 8 | symbol
             else:
+                if not table[short] and long_tables == MAX_LONG:
+                    return np.zeros(TABLE, np.int16)  # more than there are codes in any table
                 if not table[short]:
                     table[short] = IS_LONG + long_tables
                     long_tables += 1
@@ -201,7 +206,6 @@ def code_table(counts: bytes, symbols: bytes) -> npt.NDArray[np.int16]:
             code += 1
         used += count
         code <<= 1
-    assert long_tables <= MAX_LONG
     return table
 
 

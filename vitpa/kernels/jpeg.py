@@ -56,9 +56,9 @@ def _huffman_kernel(
     at = plan + image * PLAN
     end = tl.load(bits + image, mask=there, other=0)
     words += tl.load(at + 2, mask=there, other=0)
-    form = tl.load(at + 3, mask=there, other=0).to(tl.int32)
-    codes += form * (4 * TABLE)
-    factors += form * 128
+    kind = tl.load(at + 3, mask=there, other=0).to(tl.int32)
+    codes += kind * (4 * TABLE)
+    factors += kind * 128
     columns, rows = tl.load(at + 4, mask=there, other=0).to(tl.int32), tl.load(at + 5, mask=there, other=0).to(tl.int32)
     top, bottom = tl.load(at + 6, mask=there, other=0).to(tl.int32), tl.load(at + 7, mask=there, other=0).to(tl.int32)
     left, right = tl.load(at + 8, mask=there, other=0).to(tl.int32), tl.load(at + 9, mask=there, other=0).to(tl.int32)
@@ -66,8 +66,8 @@ def _huffman_kernel(
 
     bit = tl.zeros((LANES,), tl.int32)
     row, column, block = bit, bit, bit  # MCU, and block in it
-    place = bit  # of the next coefficient in the block; 0 is the one for the mean
-    mean_y, mean_b, mean_r = bit, bit, bit  # of the block before
+    position = bit  # of the next coefficient in the block, in zigzag order; that of 0 is called DC, the others AC
+    dc_y, dc_b, dc_r = bit, bit, bit  # of the block before
     active = there & (end >= 0)
     bad = end < 0
     while tl.max(active.to(tl.int32), 0) > 0:
@@ -76,9 +76,9 @@ def _huffman_kernel(
             low = tl.load(words + (bit >> 5) + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
             shift = (bit & 31).to(tl.uint32)
             window = (high << shift) | ((low >> 1) >> (31 - shift))
-            is_mean = place == 0
+            is_dc = position == 0
             chroma = (block >= 4).to(tl.int32)
-            table = codes + (2 * chroma + tl.where(is_mean, 0, 1)) * TABLE
+            table = codes + (2 * chroma + tl.where(is_dc, 0, 1)) * TABLE
             entry = tl.load(table + (window >> (32 - SHORT_BITS)).to(tl.int32), mask=active, other=0).to(tl.int32)
             is_long = entry >= LONG
             rest = (window >> (32 - SHORT_BITS - LONG_BITS)).to(tl.int32) & ((1 << LONG_BITS) - 1)
@@ -91,28 +91,28 @@ def _huffman_kernel(
             value = tl.where(value < ((1 << size) >> 1), value - (1 << size) + 1, value)
             bit += tl.where(active, length + size, 0)
             ends_block = (entry & 255) == 0
-            nothing = tl.where(is_mean, False, size == 0)
-            to = place + zeros
-            wrong = (length == 0) | (bit > end) | (to > 63)
-            wrong |= tl.where(is_mean, (zeros > 0) | (size > 11), nothing & (zeros > 0) & (zeros < 15))
+            nothing = tl.where(is_dc, False, size == 0)
+            target = position + zeros
+            wrong = (length == 0) | (bit > end) | (target > 63)
+            wrong |= tl.where(is_dc, (zeros > 0) | (size > 11), nothing & (zeros > 0) & (zeros < 15))
             bad |= active & wrong
             active &= ~wrong
 
-            before = tl.where(block < 4, mean_y, tl.where(block == 4, mean_b, mean_r))
-            value += tl.where(is_mean, before, 0)
-            update = active & is_mean
-            mean_y = tl.where(update & (block < 4), value, mean_y)
-            mean_b = tl.where(update & (block == 4), value, mean_b)
-            mean_r = tl.where(update & (block == 5), value, mean_r)
-            factor = tl.load(factors + chroma * 64 + to, mask=active & ~nothing, other=0)
+            before = tl.where(block < 4, dc_y, tl.where(block == 4, dc_b, dc_r))
+            value += tl.where(is_dc, before, 0)
+            update = active & is_dc
+            dc_y = tl.where(update & (block < 4), value, dc_y)
+            dc_b = tl.where(update & (block == 4), value, dc_b)
+            dc_r = tl.where(update & (block == 5), value, dc_r)
+            factor = tl.load(factors + chroma * 64 + target, mask=active & ~nothing, other=0)
             inside = (row >= top) & (column >= left) & (column < right)
             index = (((row - top) * (right - left) + column - left) * 6 + block) * 64 + (factor >> 16)
             value *= factor & 0xFFFF
             tl.store(coefficients + index, value.to(tl.int16), mask=active & inside & ~nothing)
 
-            place = tl.where(~is_mean & ends_block, 64, to + 1)
-            block = tl.where(active & (place > 63), block + 1, block)
-            place = tl.where(place > 63, 0, place)
+            position = tl.where(~is_dc & ends_block, 64, target + 1)
+            block = tl.where(active & (position > 63), block + 1, block)
+            position = tl.where(position > 63, 0, position)
             column = tl.where(block == 6, column + 1, column)
             block = tl.where(block == 6, 0, block)
             row = tl.where(column == columns, row + 1, row)
