@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from data_prep.prep import Options, prepare
 from tests.cluster import cluster
 
-__all__ = ["cluster", "digits", "photos"]
+__all__ = ["cluster", "digits", "fresh_compiler", "photos"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def quiet(_line: str) -> None:
     """Take what `prepare` says."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """The compiler keeps eight versions of a function, and refuses a ninth: tests start without those of others."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.compilers import nop
 from torch.nn import functional as F
 
 from tests.test_train import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
@@ -31,12 +33,13 @@ from vitpa.data.counter_rng import Purpose, key, permutation
 from vitpa.data.mixup import Mixup
 from vitpa.data.resident import decoded
 from vitpa.datasets import facts_of
+from vitpa.distributed import Group
 from vitpa.logs import Logs
 from vitpa.models import build_model
 from vitpa.optim import adamw
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import AttemptDir, Result, RunDir
-from vitpa.train import learning_rates, main
+from vitpa.train import learning_rates, main, set_up
 
 SEEDS = [0, 1, 2]
 STEPS = EPOCHS * EPOCH_STEPS
@@ -553,12 +556,41 @@ def test_images_that_do_not_fit_are_streamed(
     assert "2 seeds cannot be trained together: their images do not lie on the device" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("seeds", [[0], SEEDS])
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_a_block_is_compiled_once_whatever_the_depth(
+    digits: Path, tmp_path: Path, attention: str, seeds: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = {"forward": 0, "backward": 0}
+
+    def counted(kind: str, graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+        graphs[kind] += 1
+        return nop(graph, examples)
+
+    backend = aot_autograd(fw_compiler=partial(counted, "forward"), bw_compiler=partial(counted, "backward"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    options = [f"model.attention={attention}", "train.precision=bfloat16", "runtime.step=compile", "model.drop_path_rate=0.1"]
+    for depth in (3, 6):
+        torch._dynamo.reset()
+        graphs |= {"forward": 0, "backward": 0}
+        words = arguments(digits, tmp_path, *options, f"model.depth={depth}", "runtime.cpu_threads=1")
+        steps = set_up([config_of([*words, f"seed={seed}"]) for seed in seeds], Group(0, 1, 0, 1, torch.device("cpu"))).steps
+        assert steps.prepare(0) == []
+        # the batch, the network's three parts, loss and update; the same without the update, and without gradients
+        assert graphs == {"forward": 6 + 5, "backward": 4}, f"depth {depth}"
+        steps.begin_epoch(0, 0)
+        for _ in range(2):
+            steps.step()
+        steps.evaluate()
+        assert graphs == {"forward": 6 + 5, "backward": 4}, f"depth {depth}: compiled again after the start"
+
+
 NOT_COMPILED = "the step could not be compiled"
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_same_to_rounding(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["model.depth=1", "train.epochs=2", "runtime.cpu_threads=1"]
+    options = ["model.depth=3", "train.epochs=2", "runtime.cpu_threads=1"]
     eager, compiled = (arguments(digits, tmp_path / step, *options, f"runtime.step={step}") for step in ("eager", "graph"))
     assert together(eager, [0, 1]) == together(compiled, [0, 1]) == 0
     error = capfd.readouterr().err

@@ -12,7 +12,7 @@ Axes: R replicas, B images of a replica in a micro-batch of this process, N toke
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class ReplicaSteps:
 
         self._batch: Callable[..., Any] = self._make_batch
         self._loss: Callable[..., Any] = self._compute_loss
+        self._eval_batch: Callable[..., Any] = self._make_eval_batch
         self._score: Callable[..., Any] = self._compute_scores
         self._update: Callable[..., Any] = self.adamw.update
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
@@ -108,9 +109,10 @@ class ReplicaSteps:
             notes.append(f"runtime.step=graph: {why}; compiled instead")
         self.adamw.copy_values()
         if self.compiles:
-            compiled = partial(torch.compile, dynamic=False, fullgraph=True)
-            eager = self._batch, self._loss, self._score, self._update
-            self._batch, self._loss, self._score, self._update = map(compiled, eager)
+            compiler = partial(torch.compile, dynamic=False, fullgraph=True)
+            network, eager = self.network, (self._batch, self._loss, self._eval_batch, self._score, self._update)
+            self._batch, self._loss, self._eval_batch, self._score, self._update = map(compiler, eager)
+            self.network = network.compiled(compiler)
             try:
                 with warnings.catch_warnings():
                     # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
@@ -120,7 +122,8 @@ class ReplicaSteps:
                     self._leaving_no_trace(self._evaluate_batch)
             except TorchDynamoException as error:
                 notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
-                self._batch, self._loss, self._score, self._update = eager
+                self._batch, self._loss, self._eval_batch, self._score, self._update = eager
+                self.network = network
                 captured = False
         if captured:
             try:
@@ -185,7 +188,7 @@ class ReplicaSteps:
         losses = torch.zeros(self.R, device=self.device)
         for micro in range(self.accum_steps):
             images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
-            micro_losses, correct = self._loss(self.weights, self.copies, images, targets, scales)
+            micro_losses, correct = self._loss(self.network(self.weights, self.copies, images, scales), targets)
             gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
             self.adamw.take_gradients(gradients, add=micro > 0)
             losses += micro_losses.detach()
@@ -213,16 +216,9 @@ class ReplicaSteps:
             scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
         return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
 
-    def _compute_loss(
-        self,
-        weights: Mapping[str, Tensor],
-        copies: Mapping[str, Tensor],
-        images: Tensor,
-        targets: Targets,
-        scales: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
-        logits = self.network(weights, copies, images, scales).float()  # R, B, K
+    def _compute_loss(self, logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Of logits (R, B, K) the mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
+        logits = logits.float()
         labels, partners, share = targets
         losses = self._cross_entropy(logits, labels)
         if partners is not None and share is not None:
@@ -238,17 +234,20 @@ class ReplicaSteps:
 
     def _evaluate_batch(self) -> None:
         with torch.no_grad():
-            self.eval_sums += self._score(self.weights, self.copies, self.feed.eval_inputs())
+            images, labels = self._eval_batch(self.feed.eval_inputs())
+            logits = self.network(self.weights, self.copies, images.expand(self.R, *images.shape))
+            self.eval_sums += self._score(logits, labels)
             self.feed.advance_eval()
 
-    def _compute_scores(
-        self, weights: Mapping[str, Tensor], copies: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
-    ) -> Tensor:
-        """Sums over the next val images: cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+    def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The next val images (E, 3, H, W), normalised, and their labels (E,)."""
         images, _, labels = self.feed.cut_eval(*inputs)
+        return self.augmentation.normalize(images), labels
+
+    def _compute_scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sums over images with logits (R, E, K) and labels (E,): cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+        logits = logits.float()
         real = labels >= 0  # the others fill up the last batch
-        images = self.augmentation.normalize(images)
-        logits = self.network(weights, copies, images.expand(self.R, *images.shape)).float()  # R, E, K
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), ignore_index=-1, reduction="none")
         hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]  # R, E, 5
         loss = losses.view(self.R, -1).double().sum(1)

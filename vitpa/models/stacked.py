@@ -6,6 +6,9 @@ The same functions as timm's VisionTransformer and PositionalVisionTransformer o
 - the bias of the keys, which adds the same to all scores of a row and so cancels in the softmax, is left out;
 - the bias of the values, which rows that sum to 1 hand through, becomes part of the bias of the projection after them.
 
+The pass has three parts, so that a compiler need not take each block anew: what comes before the blocks; a block, called with
+its own weights by the names they have in it; and the last block with the head.
+
 Axes: R replicas, B batch, P patches, N = 1 + P tokens (class token first), D embed_dim, H heads, d = D / H, K classes.
 """
 
@@ -90,6 +93,7 @@ class StackedViT:
     depth: int
     num_heads: int
     operations: Operations = PLAIN
+    parts: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None  # compiled
 
     def __call__(
         self,
@@ -104,33 +108,47 @@ class StackedViT:
         `weights` has the parameters (R, ...) by timm's names, and `copies` the same in bfloat16, in which products are then
         computed and tokens kept; without `copies` everything is of the type of the weights. Gradients are those of `weights`.
         """
-        R, B = images.shape[:2]
-        last = f"blocks.{self.depth - 1}."
-        w = _Weights(weights, copies)
-        matrices = self._positional(w) if self.attention == "positional" else None  # depth, R, H, N, N
-        tokens = self._embed(w, images)  # R, B*N, D
-        normed = norm(tokens, w["blocks.0.norm1.weight"], w["blocks.0.norm1.bias"], NORM_EPS)
-        for index in range(self.depth - 1):
-            block, following = f"blocks.{index}.", f"blocks.{index + 1}."
-            if matrices is None:
-                qkv = w.product(block + "attn.qkv", normed).view(R * B, -1, 3, self.num_heads, self._head_dim(tokens))
-                mixed = self.operations.attention(qkv, self._query_bias(w, block))
-            else:
-                v = w.product(block + "attn.v", normed).view(R, B, -1, self.num_heads, self._head_dim(tokens))
-                mixed = self.operations.mix(matrices[index], v)
-            branch = w.product(block + "attn.proj", mixed.view(tokens.shape))
-            scale, mlp_scale = (None, None) if scales is None else scales[index]
-            tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w, block), block + "norm2", scale)
-            branch = self._mlp(w, block + "mlp", normed)
-            tokens, normed = self._add_norm(w, tokens, branch, w[block + "mlp.fc2.bias"], following + "norm1", mlp_scale)
-        mixed = self._attend_class(w, last, normed.view(R, B, -1, normed.shape[2]), None if matrices is None else matrices[-1])
-        branch = w.product(last + "attn.proj", mixed)
-        tokens = tokens.view(R, B, -1, tokens.shape[2])[:, :, 0]  # R, B, D: the class tokens
+        begin, block, end = self.parts or (self._begin, self._block, self._end)
+        w, batch, nothing = _Weights(weights, copies), images.shape[1], (None,) * self.depth
+        *others, last = w.blocks(self.depth)
+        tokens, normed, matrices = begin(w, images)
+        # unbind, not [index]: its gradient is put together once
+        matrix_of, scales_of = (nothing if each is None else each.unbind() for each in (matrices, scales))
+        for index, own in enumerate(others):
+            tokens, normed = block(own, batch, tokens, normed, matrix_of[index], scales_of[index])
+        logits: Tensor = end(last, batch, tokens, normed, matrix_of[-1], scales_of[-1])
+        return logits
+
+    def compiled(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> StackedViT:
+        """The same network, its three parts each compiled by `compiler`: a block once, whatever the depth."""
+        return replace(self, parts=(compiler(self._begin), compiler(self._block), compiler(self._end)))
+
+    def _begin(self, w: _Weights, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images (R, B, 3, H, W) -> tokens (R, B*N, D), their norm for the first block, matrices (depth, R, H, N, N)."""
+        matrices = self._positional(w) if self.attention == "positional" else None
+        tokens = self._embed(w, images)
+        return tokens, norm(tokens, w["blocks.0.norm1.weight"], w["blocks.0.norm1.bias"], NORM_EPS), matrices
+
+    def _block(  # noqa: PLR0917
+        self, w: _Weights, batch: int, tokens: Tensor, normed: Tensor, matrix: Tensor | None, scales: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """A block but the last: tokens and their norm (R, B*N, D) -> the same for the next block."""
+        scale, mlp_scale = (None, None) if scales is None else scales
+        branch = self._attend(w, batch, normed, matrix)
+        tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w), "norm2", scale)
+        return self._add_norm(w, tokens, self._mlp(w, normed), w["mlp.fc2.bias"], "following", mlp_scale)
+
+    def _end(  # noqa: PLR0917
+        self, w: _Weights, batch: int, tokens: Tensor, normed: Tensor, matrix: Tensor | None, scales: Tensor | None
+    ) -> Tensor:
+        """The last block, for the class token alone, and the head: tokens and their norm (R, B*N, D) -> logits (R, B, K)."""
+        R, _, D = tokens.shape
+        scale, mlp_scale = (None, None) if scales is None else scales
+        branch = self._attend_class(w, normed.view(R, batch, -1, D), matrix)
+        tokens = tokens.view(R, batch, -1, D)[:, :, 0]  # R, B, D: the class tokens
         plain = replace(self, operations=PLAIN)  # a token per image is no work for a kernel
-        scale, mlp_scale = (None, None) if scales is None else scales[self.depth - 1]
-        tokens, normed = plain._add_norm(w, tokens, branch, self._projection_bias(w, last), last + "norm2", scale)
-        branch = plain._mlp(w, last + "mlp", normed)
-        _, normed = plain._add_norm(w, tokens, branch, w[last + "mlp.fc2.bias"], "norm", mlp_scale)
+        tokens, normed = plain._add_norm(w, tokens, branch, self._projection_bias(w), "norm2", scale)
+        _, normed = plain._add_norm(w, tokens, plain._mlp(w, normed), w["mlp.fc2.bias"], "following", mlp_scale)
         return w.linear("head", normed)
 
     def _embed(self, w: _Weights, images: Tensor) -> Tensor:
@@ -147,20 +165,31 @@ class StackedViT:
             tokens = tokens + w["pos_embed"]
         return tokens.to(w.dtype).flatten(1, 2)
 
-    def _attend_class(self, w: _Weights, block: str, x: Tensor, matrix: Tensor | None) -> Tensor:
-        """What the class token alone gets from all tokens x (R, B, N, D): (R, B, D). `matrix` as in `_positional`."""
+    def _attend(self, w: _Weights, batch: int, normed: Tensor, matrix: Tensor | None) -> Tensor:
+        """A block's attention without its last bias: (R, B*N, D) -> (R, B*N, D). `matrix`: that of `_positional`, if any."""
+        R, _, D = normed.shape
+        if matrix is None:
+            qkv = w.product("attn.qkv", normed).view(R * batch, -1, 3, self.num_heads, D // self.num_heads)
+            mixed = self.operations.attention(qkv, self._query_bias(w))
+        else:
+            v = w.product("attn.v", normed).view(R, batch, -1, self.num_heads, D // self.num_heads)
+            mixed = self.operations.mix(matrix, v)
+        return w.product("attn.proj", mixed.view(normed.shape))
+
+    def _attend_class(self, w: _Weights, x: Tensor, matrix: Tensor | None) -> Tensor:
+        """The same for the class token alone, from all tokens x (R, B, N, D): (R, B, D)."""
         R, B, N, D = x.shape
         H = self.num_heads
         if matrix is None:
-            weight, copy = w.pair(block + "attn.qkv")
-            q = product(x[:, :, 0], weight[:, :D], copy[:, :D]) + self._query_bias(w, block)[:, None]  # R, B, D: float32
+            weight, copy = w.pair("attn.qkv")
+            q = product(x[:, :, 0], weight[:, :D], copy[:, :D]) + self._query_bias(w)[:, None]  # R, B, D: float32
             kv = product(x.flatten(1, 2), weight[:, D:], copy[:, D:]).view(R, B, N, 2, H, -1)
             scores = (q.view(R, B, 1, H, -1) * kv[:, :, :, 0]).sum(-1) * (D // H) ** -0.5  # R, B, N, H
             shares, v = torch.softmax(scores, dim=2), kv[:, :, :, 1]
         else:
             shares = matrix[:, :, 0].transpose(1, 2)[:, None]  # R, 1, N, H
-            v = w.product(block + "attn.v", x.flatten(1, 2)).view(R, B, N, H, -1)
-        return (shares[..., None] * v).sum(2).to(x.dtype).flatten(2)
+            v = w.product("attn.v", x.flatten(1, 2)).view(R, B, N, H, -1)
+        return w.product("attn.proj", (shares[..., None] * v).sum(2).to(x.dtype).flatten(2))
 
     def _positional(self, w: _Weights) -> Tensor:
         """The attention matrices (depth, R, H, N, N) of all blocks, float32, from the positional encoding alone."""
@@ -177,25 +206,21 @@ class StackedViT:
         return torch.softmax(scores, dim=-1)
 
     @staticmethod
-    def _query_bias(w: _Weights, block: str) -> Tensor:
+    def _query_bias(w: _Weights) -> Tensor:
         """The bias (R, D) of a block's queries. That of the keys adds the same to all scores of a row: softmax cancels it."""
-        bias = w[block + "attn.qkv.bias"]
+        bias = w["attn.qkv.bias"]
         return bias[:, : bias.shape[1] // 3]
 
-    def _projection_bias(self, w: _Weights, block: str) -> Tensor:
+    def _projection_bias(self, w: _Weights) -> Tensor:
         """The last bias (R, D) of a block's attention, with that of the values, which rows that sum to 1 hand through."""
-        name = block + ("attn.qkv.bias" if self.attention == "content" else "attn.v.bias")
-        weight = w[block + "attn.proj.weight"]  # R, D, D
-        values = w[name][:, -weight.shape[2] :]
-        return w[block + "attn.proj.bias"] + (weight * values[:, None]).sum(2)
+        weight = w["attn.proj.weight"]  # R, D, D
+        values = w["attn.qkv.bias" if self.attention == "content" else "attn.v.bias"][:, -weight.shape[2] :]
+        return w["attn.proj.bias"] + (weight * values[:, None]).sum(2)
 
-    def _head_dim(self, tokens: Tensor) -> int:
-        return tokens.shape[-1] // self.num_heads
-
-    def _mlp(self, w: _Weights, name: str, normed: Tensor) -> Tensor:
+    def _mlp(self, w: _Weights, normed: Tensor) -> Tensor:
         """A block's MLP without its last bias: tokens (R, M, D) -> (R, M, D)."""
-        hidden = self.operations.bias_gelu(w.product(name + ".fc1", normed), w[name + ".fc1.bias"])
-        return w.product(name + ".fc2", hidden)
+        hidden = self.operations.bias_gelu(w.product("mlp.fc1", normed), w["mlp.fc1.bias"])
+        return w.product("mlp.fc2", hidden)
 
     def _add_norm(  # noqa: PLR0917
         self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str, scale: Tensor | None
@@ -217,13 +242,17 @@ class _Weights:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the tokens and of products."""
-        return self.pair("head")[1].dtype
+        return next(iter((self.copies or self.values).values())).dtype
 
     def pair(self, layer: str) -> tuple[Tensor, Tensor]:
         """The weight (R, out, in) of a layer, and the copy of it that enters products."""
         weight = self.values[layer + ".weight"]
         copy = self.copies.get(layer + ".weight", weight.detach())  # the compiler refuses a tensor that is given twice
         return weight.flatten(2), copy.flatten(2)
+
+    def blocks(self, depth: int) -> list[_Weights]:
+        """Those of each block by the names they have in it; `following` is the norm after it; the last block has the head."""
+        return [_Weights(*each) for each in zip(_by_block(self.values, depth), _by_block(self.copies, depth), strict=True)]
 
     def product(self, layer: str, x: Tensor) -> Tensor:
         """A layer without its bias: x (R, M, in) -> (R, M, out)."""
@@ -232,6 +261,20 @@ class _Weights:
     def linear(self, layer: str, x: Tensor) -> Tensor:
         """A layer: x (R, M, in) -> (R, M, out)."""
         return self.product(layer, x) + self.values[layer + ".bias"][:, None].to(x.dtype)
+
+
+def _by_block(tensors: Mapping[str, Tensor], depth: int) -> list[dict[str, Tensor]]:
+    blocks: list[dict[str, Tensor]] = [{} for _ in range(depth)]
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            number, _, own = rest.partition(".")
+            blocks[int(number)][own] = tensor
+            if own.startswith("norm1.") and number != "0":
+                blocks[int(number) - 1][own.replace("norm1", "following")] = tensor
+        elif part in ("norm", "head"):
+            blocks[-1][name.replace("norm", "following")] = tensor
+    return blocks
 
 
 class _Product(torch.autograd.Function):
