@@ -1,11 +1,13 @@
 """What the file of `vitpa bench imagenet --json FILE`, or of `small`, says of the speed of runs of which none has finished.
 
 A line counts for a job if network, precision, attention, batch size, GPUs and seeds in a step are the job's own. Nothing is
-scaled: where there is no such line, the answer is why. Of several lines the one nearest to a whole training counts.
+scaled: where there is no such line, the answer is why, and how to measure it. The line nearest to a whole training counts.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vitpa.config import ConfigError, RunConfig, load_config, parse_model, read_json, shipped_configs
+from vitpa.config import ConfigError, RunConfig, load_config, parse_model, read_json, shipped_configs, why_not_together
 
 LOADER_LEFT_OUT = "without the loader: the real rate is lower, or the same at best"
 MODEL_ALONE = "without the loader and augmentation: the real rate is lower"
+RECIPES = {"imagenet": "imagenet", "small": "cifar10"}  # whose network a benchmark measures, if not told otherwise
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class Line(BaseModel):
         """GPUs, batch size, seeds in a step."""
         return self.gpus or 1, self.batch_size, self.replicas
 
-    def rank(self, decoder: str) -> int | None:
-        """How near it is to a whole training with `runtime.decoder`, 0 the nearest; None: another one, or not ours."""
+    def distance(self, decoder: str) -> int | None:
+        """How far it is from a whole training with `runtime.decoder`, 0 the nearest; None: of something else, or not ours."""
         if self.attention is None or not self.augmentation:
             return None
         if self.step is not None:
@@ -87,14 +90,14 @@ class Line(BaseModel):
 
 
 class Benchmark(BaseModel):
-    """A whole file. One of an earlier version does not say which network it has measured: the recipe's, then."""
+    """A whole file."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     file: str
     gpu: str | None
     results: list[Line] = Field(min_length=1)
-    network: dict[str, Any] | None = None
+    network: dict[str, Any] | None = None  # None: of an earlier version
     augment: dict[str, Any] | None = None
     dataset: str | None = None
 
@@ -106,7 +109,7 @@ class Benchmark(BaseModel):
     @property
     def recipe(self) -> str:
         """Whose network it measures, if not told otherwise."""
-        return "imagenet" if self.name == "imagenet" else "cifar10"
+        return RECIPES[self.name]
 
     def rate(self, config: RunConfig, *, gpus: float, nodes: int, replicas: int) -> Rate | str:
         """The rate of a job, or why there is none.
@@ -127,20 +130,23 @@ class Benchmark(BaseModel):
         for has, what in unusual:
             if has:
                 return f"a job has {what}, which is not measured"
-        other = difference(self.network or {}, config.network())
+        advice = how_to_measure(config, gpus=int(gpus), replicas=replicas)
+        # what a file does not say, the version that wrote it had no key for: it measured the recipe's
+        other = difference(_network_of(self.recipe) | (self.network or {}), config.network())
         if other:
-            return f"it is of another network ({other})"
+            return f"it is of another network ({other}); {advice}"
+        if self.name == "small" and (cause := streamed(config)):
+            return f"vitpa bench small measures images on the device, and this run streams them ({cause}); {advice}"
         wanted = (int(gpus), config.train.global_batch_size, replicas)
-        ranked = [
-            (rank, line)
+        near = [
+            (distance, line)
             for line in self.results
-            if line.attention == config.model.attention and (rank := line.rank(config.runtime.decoder)) is not None
+            if line.attention == config.model.attention and (distance := line.distance(config.runtime.decoder)) is not None
         ]
-        fitting = [(rank, line) for rank, line in ranked if line.place == wanted]
+        fitting = [(distance, line) for distance, line in near if line.place == wanted]
         if not fitting:
-            there = "; ".join(map(_words, sorted({line.place for _, line in ranked}))) or "none of this attention"
-            option = f"--gpus {wanted[0]} --batch-size {wanted[1]}" if self.name == "imagenet" else f"--replicas {replicas}"
-            return f"it has no line for {_words(wanted)} (it has: {there}); to measure that: vitpa bench {self.name} {option}"
+            there = "; ".join(map(_words, sorted({line.place for _, line in near}))) or "none of this attention"
+            return f"it has no line for {_words(wanted)} (it has: {there}); {advice}"
         return self._rate_of(min(fitting, key=lambda pair: pair[0])[1])
 
     def _rate_of(self, line: Line) -> Rate:
@@ -163,22 +169,66 @@ def load_benchmark(path: Path) -> Benchmark:
     """The benchmark that was written to `path`.
 
     Raises:
-        ConfigError: there is no such file, it is not a benchmark's, or of a CPU.
+        ConfigError: there is no such file, it is not a benchmark's, of a CPU, or of a network with a key we do not know.
         RunError: it is not JSON.
     """
     document = read_json(path)
     if document is None:
         raise ConfigError(f"{path}: no such file; vitpa bench imagenet --json FILE writes one")
     try:
+        _check_lines(document.get("results"), path)
         found = parse_model(Benchmark, {**document, "file": str(path)}, str(path))
     except ConfigError as error:
         raise ConfigError(f"{error}; expected a file that vitpa bench imagenet or small wrote with --json") from None
     if found.gpu is None:
         raise ConfigError(f"{path}: was measured on a CPU, whose speed depends on the cores a run has; measure on a GPU")
-    if found.network is not None:
-        return found
-    recipe = load_config(shipped_configs()[found.recipe])
-    return found.model_copy(update={"network": recipe.network()})
+    known = _network_of(found.recipe)
+    unknown = sorted((found.network or {}).keys() - known.keys())
+    if unknown:
+        raise ConfigError(f"{path}: unknown key network.{unknown[0]}; known keys: {', '.join(known)}")
+    return found
+
+
+def _check_lines(lines: object, path: Path) -> None:
+    """Refuse the file if there is a line that is wrong; it is most often the same in all, so only the first is shown."""
+    problems = []
+    for index, line in enumerate(lines if isinstance(lines, list) else []):
+        try:
+            parse_model(Line, line, f"{path}: results.{index}")
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        more = len(problems) - 1
+        raise ConfigError(problems[0] + (f"; and {more} more line{'s' if more > 1 else ''} with a problem" if more else ""))
+
+
+def streamed(config: RunConfig) -> str:
+    """The setting because of which a run's images are streamed; empty if they may lie on the device."""
+    return why_not_together(config).partition(":")[0]  # replicas take what lies on the device, and nothing else
+
+
+def how_to_measure(config: RunConfig, *, gpus: int, replicas: int) -> str:
+    """The benchmark that gives a line for a job of such runs: its command, or that there is none."""
+    batch_size = config.train.global_batch_size
+    small = load_config(shipped_configs()[RECIPES["small"]])
+    if gpus == 1 and config.model.img_size == small.model.img_size and not streamed(config):
+        name, words = "small", ["--replicas", str(replicas)]
+        if batch_size != small.train.global_batch_size:
+            words.append(f"train.global_batch_size={batch_size}")
+    elif replicas == 1:
+        name, words = "imagenet", ["--gpus", str(gpus), "--batch-size", str(batch_size)]
+    else:
+        return "no benchmark measures that"
+    recipe = _network_of(RECIPES[name])
+    for key, value in config.network().items():
+        if value != recipe[key]:
+            section = "train" if key == "precision" else "model"
+            words.append(f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return f"to measure that: vitpa bench {name} {shlex.join(words)} --json FILE"
+
+
+def _network_of(recipe: str) -> dict[str, Any]:
+    return load_config(shipped_configs()[recipe]).network()
 
 
 def difference(measured: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

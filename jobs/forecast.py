@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Forecast:
     speeds: Mapping[Kind, Speed]
     unmeasured: tuple[Kind, ...]
     longest_s: float | None = None  # of the jobs
-    rates: Mapping[JobKind, Rate] = field(default_factory=dict)  # of a benchmark, where there are no speeds
+    rates: Mapping[JobKind, Rate] | None = None  # of a benchmark, where there are no speeds; None: no benchmark was given
     gpu_hour_price: float | None = None
 
     @property
@@ -89,7 +89,7 @@ class Forecast:
 
     @property
     def _rates(self) -> list[tuple[JobKind, Rate]]:
-        return sorted(self.rates.items(), key=lambda pair: pair[0])
+        return sorted((self.rates or {}).items(), key=lambda pair: pair[0])
 
     def as_json(self) -> dict[str, Any]:
         """As `plan --json` has it."""
@@ -110,10 +110,8 @@ class Forecast:
             if not self.unmeasured:
                 return ["GPU-hours and time: unknown until the number of images is known: run `vitpa prep` first"]
             kinds = ", ".join(map(" ".join, self.unmeasured))
-            return [
-                f"GPU-hours and time: unknown until a run of each kind has finished (not yet: {kinds}); "
-                "--speeds FILE takes a benchmark's figures instead"
-            ]
+            advice = "; --speeds FILE takes a benchmark's figures instead" if self.rates is None else ""
+            return [f"GPU-hours and time: unknown until a run of each kind has finished (not yet: {kinds}){advice}"]
         parts = [f"{self.gpu_hours:,.{1 if self.gpu_hours >= 10 else 2}f} GPU-hours"] if self.gpu_hours else []
         if self.cost:
             parts[-1] += f" ({self.cost:,.2f} at {self.gpu_hour_price:,.2f} each)"
@@ -151,9 +149,7 @@ def forecast(
 ) -> Forecast:
     """Add up what the groups take. They run side by side."""
     durations = [[seconds for seconds in group.durations_s if seconds is not None] for group in groups]
-    found = Forecast(
-        None, None, None, speeds, tuple(sorted(set(unmeasured))), rates=rates or {}, gpu_hour_price=gpu_hour_price
-    )
+    found = Forecast(None, None, None, speeds, tuple(sorted(set(unmeasured))), rates=rates, gpu_hour_price=gpu_hour_price)
     if any(len(known) < len(group.durations_s) for known, group in zip(durations, groups, strict=True)):
         return found
     walls = [makespan_s(known, group.at_a_time) for known, group in zip(durations, groups, strict=True)]
@@ -329,6 +325,6 @@ def rates_of(
             said.append(f"{benchmark.file} was measured with another augmentation than that of {dataset} ({other})")
         if found.images_of not in ("", dataset):
             said.append(f"{benchmark.file} was measured with images of {found.images_of}, not of {dataset}")
-    if rates and benchmark.augment is None:
+    if rates and benchmark.network is None:
         said.append(f"{benchmark.file} does not say what network it was measured with: taken for that of {benchmark.recipe}")
     return rates, list(dict.fromkeys(said))

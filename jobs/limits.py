@@ -122,15 +122,15 @@ def look_ahead(
     batches = by_resources(order.batches)
     runs = [state.run for batch in order.batches for state in batch.chosen]
     speeds = speeds_of(states, runs, root)
-    rates, said = ({}, []) if benchmark is None else rates_of(order.batches, benchmark, speeds)
-    groups = [group_of(same, speeds, rates) for same in batches]
+    rates, said = (None, []) if benchmark is None else rates_of(order.batches, benchmark, speeds)
+    groups = [group_of(same, speeds, rates or {}) for same in batches]
     findings = [Finding("info", "nodes", note) for note in order.notes]
     if order.batches and order.batches[0].how["executor"] == "slurm":
         groups, found = _review(batches, groups, scheduler, root, name) if scheduler else _unasked(batches, groups)
         findings += found
     findings += [Finding("warning", "speeds", text) for text in said]
     findings += [Finding("warning", "measured", text) for text in dict.fromkeys(_measured_otherwise(batches, groups, speeds))]
-    unmeasured = {kind[:2] for kind in job_kinds(order.batches).keys() - rates.keys()} - speeds.keys()
+    unmeasured = {kind[:2] for kind in job_kinds(order.batches).keys() - (rates or {}).keys()} - speeds.keys()
     details = [_details(same, group) for same, group in zip(batches, groups, strict=True)]
     expected = forecast(groups, speeds, unmeasured, rates=rates, gpu_hour_price=gpu_hour_price)
     return Outlook(expected, findings, details)

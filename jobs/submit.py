@@ -238,14 +238,20 @@ def check_data(order: Order) -> None:
     """Refuse what has no data.
 
     Raises:
-        SweepError: a data set has not been prepared.
+        SweepError: data sets have not been prepared.
     """
     configs = [config for batch in order.batches for config in batch.configs]
+    absent: dict[str, Path] = {}
     for dataset, data_dir in sorted({(config.dataset, config.runtime.data_dir) for config in configs}):
         for split in ("train", "val"):
             path = Path(data_dir) / dataset / f"{split}.beton"
             if not path.is_file():
-                raise SweepError(f"{path}: no such file; run `vitpa prep {dataset}` first, or say where it is with --data-dir")
+                absent.setdefault(dataset, path)
+    if absent:
+        paths = ", ".join(map(str, absent.values()))
+        commands = ", ".join(f"`vitpa prep {dataset}`" for dataset in absent)
+        what, it = ("file", "it is") if len(absent) == 1 else ("files", "they are")
+        raise SweepError(f"{paths}: no such {what}; run {commands} first, or say where {it} with --data-dir")
 
 
 def submit(

@@ -207,6 +207,8 @@ def _plan(context: Context) -> int:
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
     for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *outlook.lines()]):
         context.say(line)
+    if context.options.gpu_hour_price and not outlook.forecast.cost:
+        context.say("--gpu-hour-price is not used: there is no forecast of GPU-hours")
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.benchmark import Benchmark, Rate, load_benchmark
+from jobs.benchmark import Benchmark, Rate, how_to_measure, load_benchmark
 from jobs.grid import load_sweep
 from jobs.scheduler import Scheduler, SchedulerError
 from tests.jobs_sweeps import write_result
+from vitpa.bench import imagenet as bench_imagenet
+from vitpa.bench import small as bench_small
 from vitpa.cli import main
 from vitpa.config import RunConfig, load_config, shipped_configs, write_json
 
@@ -111,6 +115,7 @@ def test_the_papers_imagenet_by_hand(plan: Shell, tmp_path: Path) -> None:
     code, found = plan("paper_imagenet", "--speeds", file, "--gpu-hour-price", "3.60")
     assert (code, found["missing"], found["unmeasured"], found["measured"]) == (1, 10, [], {})
     assert "imagenet/train.beton: no such file; run `vitpa prep imagenet` first" in found["problem"]
+    assert "`vitpa prep cifar10`, `vitpa prep cifar100`, `vitpa prep svhn`" in plan("paper_small")[1]["problem"]
     assert found["estimated_train_s"] == pytest.approx(75_000)
     assert found["wall_s"] == pytest.approx(75_000)
     assert found["gpu_hours"] == pytest.approx(75_000 / 3600)
@@ -171,7 +176,8 @@ def test_four_gpus_without_slurm(plan: Shell, tmp_path: Path) -> None:
     assert code == 3
     assert (
         f"warning: {file} says nothing of imagenet content: it has no line for 2 GPUs at batch 1024 (it has: 1 GPU at batch "
-        "1024; 4 GPUs at batch 1024; 4 GPUs at batch 4096); to measure that: vitpa bench imagenet --gpus 2 --batch-size 1024\n"
+        "1024; 4 GPUs at batch 1024; 4 GPUs at batch 4096); to measure that: vitpa bench imagenet --gpus 2 --batch-size 1024 "
+        "--json FILE\n"
     ) in out
     assert "GPU-hours and time: unknown" in out
 
@@ -187,7 +193,11 @@ def test_seeds_that_train_together(plan: Shell, tmp_path: Path) -> None:
     _, found = plan("cifar10", "--speeds", file, "seed=0,1,2")  # nothing is scaled
     assert (found["gpu_hours"], found["unmeasured"]) == (None, ["cifar10 content", "cifar10 positional"])
     assert "no line for 1 GPU at batch 128, 3 seeds in a step" in findings(found, "speeds")[0]
-    assert findings(found, "speeds")[0].endswith("to measure that: vitpa bench small --replicas 3")
+    assert findings(found, "speeds")[0].endswith("to measure that: vitpa bench small --replicas 3 --json FILE")
+    _, out, _ = plan.text("cifar10", "--speeds", file, "seed=0,1,2", "--gpu-hour-price", "2")
+    assert "GPU-hours and time: unknown until a run of each kind has finished" in out
+    assert "--speeds FILE" not in out  # it was given
+    assert "--gpu-hour-price is not used: there is no forecast of GPU-hours\n" in out
 
 
 def test_other_data_sets_of_the_same_network_have_the_rate_in_common(plan: Shell, tmp_path: Path) -> None:
@@ -264,8 +274,10 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
         ("{", "not valid JSON"),
         ('{"runs": []}', "gpu is missing; results is missing; expected a file that vitpa bench imagenet or small wrote"),
         ({"results": []}, "results=[]: List should have at least 1 item"),
-        ({"results": [{**line(), "images_per_s": "fast"}]}, "results.0.images_per_s=fast: Input should be a valid number"),
-        ({"results": [{**line(), "images_per_s": 0}]}, "results.0.images_per_s=0: Input should be greater than 0"),
+        ({"results": [{**line(), "images_per_s": "fast"}]}, "results.0: images_per_s=fast: Input should be a valid number"),
+        ({"results": [{**line(), "images_per_s": 0}]}, "results.0: images_per_s=0: Input should be greater than 0"),
+        ({"results": [line(), *[line(images_per_s=-1.0)] * 9]}, "greater than 0; and 8 more lines with a problem; expected a"),
+        ({"network": {"depth": 12, "dept": 6}}, "unknown key network.dept; known keys: img_size, patch_size, "),
         ({"results": [{**line(), "gpus": None}]}, "expected either gpus (vitpa bench imagenet) or step (vitpa bench small)"),
         (
             {"gpu": None, "device": "cpu"},
@@ -288,6 +300,15 @@ def test_no_file(plan: Shell, tmp_path: Path) -> None:
     code, _, err = plan.text("paper_imagenet", "--speeds", tmp_path / "none.json")
     assert (code, err.count("\n")) == (1, 1)
     assert "none.json: no such file; vitpa bench imagenet --json FILE writes one" in err
+
+
+def test_only_a_file_without_its_network_is_taken_for_the_recipes(plan: Shell, tmp_path: Path) -> None:
+    lines = [small_line(80_000), small_line(160_000, "positional")]
+    file = written(tmp_path, SMALL, *lines, augment=None)
+    assert findings(plan("cifar10", "--speeds", file)[1], "speeds") == []
+    written(tmp_path, SMALL, *lines, network=None)
+    (found,) = findings(plan("cifar10", "--speeds", file)[1], "speeds")
+    assert found == f"{file} does not say what network it was measured with: taken for that of cifar10"
 
 
 # --- which line
@@ -328,6 +349,64 @@ def test_why_there_is_no_rate(tmp_path: Path, changes: list[str], job: dict[str,
     found = rate(load_benchmark(written(tmp_path, IMAGENET, line())), *changes, **job)
     assert isinstance(found, str)
     assert reason in found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "gpus", "replicas", "words"),
+    [
+        ("cifar10", ["train.global_batch_size=256"], 1, 5, "small --replicas 5 train.global_batch_size=256 --json FILE"),
+        ("cifar10", ["model.depth=9"], 1, 5, "small --replicas 5 model.depth=9 --json FILE"),
+        ("cifar10", ["model.mlp_ratio=2", "train.precision=float32"], 1, 2, None),
+        ("cifar10", ["train.order=quasi_random"], 1, 1, None),
+        ("cifar10", ["runtime.loader=stream"], 4, 1, None),
+        ("imagenet", ["model.drop_path_rate=1e-5"], 2, 1, None),
+        ("imagenet", [], 1, 1, "imagenet --gpus 1 --batch-size 1024 --json FILE"),
+    ],
+)
+def test_what_it_says_to_measure_is_of_the_network_and_batch_of_the_job(
+    recipe: str, changes: list[str], gpus: int, replicas: int, words: str | None
+) -> None:
+    config = load_config(shipped_configs()[recipe], changes)
+    command = how_to_measure(config, gpus=gpus, replicas=replicas).removeprefix("to measure that: vitpa bench ")
+    assert words in (None, command)
+    parser = argparse.ArgumentParser()
+    for bench in (bench_small, bench_imagenet):
+        if command.startswith(bench.__name__.rpartition(".")[2]):
+            bench.add_parser(parser.add_subparsers())
+    options = parser.parse_args(shlex.split(command))
+    if command.startswith("small"):
+        measured = bench_small.config_of(bench_small.Case("content", "graph", replicas, True), options.overrides)
+        assert (options.replicas, gpus) == ([replicas], 1)
+    else:
+        measured = bench_imagenet.config_of("content", options.batch_size, *options.overrides)
+        assert (options.gpus, replicas) == ([gpus], 1)
+    assert measured.network() == config.network()
+    assert measured.train.global_batch_size == config.train.global_batch_size
+    assert str(options.json) == "FILE"
+
+
+def test_what_no_benchmark_measures() -> None:
+    config = load_config(shipped_configs()["cifar10"], ["model.img_size=64"])
+    assert how_to_measure(config, gpus=1, replicas=5) == "no benchmark measures that"
+
+
+@pytest.mark.parametrize(
+    "change", ["runtime.loader=stream", "train.order=quasi_random", "augment.crop=random_resized", "augment.eval_crop_pct=0.5"]
+)
+def test_streamed_runs_are_not_as_fast_as_those_on_the_device(tmp_path: Path, change: str) -> None:
+    benchmark = load_benchmark(written(tmp_path, SMALL, small_line(1.0, replicas=1)))
+    assert isinstance(rate(benchmark), Rate)
+    found = rate(benchmark, change)
+    assert isinstance(found, str)
+    assert found.startswith(f"vitpa bench small measures images on the device, and this run streams them ({change}); ")
+
+
+def test_a_network_of_an_earlier_version_lacks_keys_and_is_the_recipes_in_them(tmp_path: Path) -> None:
+    benchmark = load_benchmark(written(tmp_path, SMALL, small_line(1.0, replicas=1), network={"depth": 9}))
+    assert isinstance(rate(benchmark, "model.depth=9"), Rate)
+    found = rate(benchmark, "model.depth=9", "model.embed_dim=24")
+    assert isinstance(found, str)
+    assert "another network (embed_dim=384, here 24)" in found
 
 
 def test_of_the_small_ones_only_whole_steps_of_ours_count(tmp_path: Path) -> None:

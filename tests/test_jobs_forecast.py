@@ -53,6 +53,7 @@ def test_nothing_is_added_up_while_a_kind_is_not_measured() -> None:
     assert (found.train_s, found.gpu_hours, found.wall_s) == (None, None, None)
     (line,) = found.lines()
     assert line.startswith("GPU-hours and time: unknown until a run of each kind has finished (not yet: digits positional); ")
+    assert line.endswith("; --speeds FILE takes a benchmark's figures instead")
     assert Group((3600.0, None), gpus=1).longest_s is None
 
 
