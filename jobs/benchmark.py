@@ -72,7 +72,7 @@ class Line(BaseModel):
         return self
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def setup(self) -> tuple[int, int, int]:
         """GPUs, batch size, seeds in a step."""
         return self.gpus or 1, self.batch_size, self.replicas
 
@@ -143,14 +143,14 @@ class Benchmark(BaseModel):
             for line in self.results
             if line.attention == config.model.attention and (distance := line.distance(config.runtime.decoder)) is not None
         ]
-        fitting = [(distance, line) for distance, line in near if line.place == wanted]
+        fitting = [(distance, line) for distance, line in near if line.setup == wanted]
         if not fitting:
-            there = "; ".join(map(_words, sorted({line.place for _, line in near}))) or "none of this attention"
+            there = "; ".join(map(_words, sorted({line.setup for _, line in near}))) or "none of this attention"
             return f"it has no line for {_words(wanted)} (it has: {there}); {advice}"
         return self._rate_of(min(fitting, key=lambda pair: pair[0])[1])
 
     def _rate_of(self, line: Line) -> Rate:
-        gpus, batch_size, replicas = line.place
+        gpus, batch_size, replicas = line.setup
         decoded = line.case.startswith("training, ") and line.case != "training, synthetic"
         return Rate(
             images_per_s=line.images_per_s,
@@ -238,8 +238,8 @@ def difference(measured: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return "; ".join(words) + (" ..." if len(unequal) > 3 else "")
 
 
-def _words(place: tuple[int, int, int]) -> str:
-    gpus, batch_size, replicas = place
+def _words(setup: tuple[int, int, int]) -> str:
+    gpus, batch_size, replicas = setup
     return f"{gpus} GPU{'s' if gpus > 1 else ''} at batch {batch_size}" + (
         f", {replicas} seeds in a step" if replicas > 1 else ""
     )

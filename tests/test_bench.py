@@ -50,7 +50,7 @@ def test_it_prints_a_table_and_writes_the_same(
     assert {"versions", "code_version", "gpu", "product_limit_tflops", "results"} <= set(document)
     assert "host" not in document
     written = measured_on_a_gpu(file)
-    assert (written.name, {line.place for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
+    assert (written.name, {line.setup for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
     assert written.network == load_config(shipped_configs()["cifar10"], TINY).network()
     assert written.augment == load_config(shipped_configs()["cifar10"]).augment.model_dump(mode="json")
     limit = document["product_limit_tflops"]

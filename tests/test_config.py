@@ -281,7 +281,9 @@ def test_a_bad_combination_names_its_keys(overrides: str, message: str) -> None:
 
 
 def test_several_mistakes_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"^command line: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"):
+    with pytest.raises(
+        ConfigError, match=r"^command line: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"
+    ):
         config("seed=-1", "model.dept=1")
 
 
