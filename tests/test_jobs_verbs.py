@@ -11,7 +11,7 @@ import yaml
 
 from jobs.command import VERBS
 from jobs.grid import SweepDir, shipped_sweeps
-from tests.jobs_sweeps import STAND_IN, make_sweep, write_result
+from tests.jobs_sweeps import STAND_IN, make_sweep, settle, write_result
 from vitpa.cli import main
 from vitpa.config import ProcessId, read_json, write_json
 
@@ -203,6 +203,7 @@ def test_where_a_sweep_runs_is_remembered(tmp_path: Path, capsys: pytest.Capture
         patch.setattr("jobs.submit.training_command", lambda processes: STAND_IN)
         assert "runs on this machine (profile " in shell("submit --profile two.yaml --data-dir data --wait")[1]
     write_result(shell.root, run, val_top1=float("nan"))
+    settle(shell.root, make_sweep(shell.root, seeds=1))  # a process may live a little longer than it takes to see its result
     retry = [line for line in shell("status")[1].splitlines() if "to run again: " in line]
     assert "--profile" not in retry[0], "it is remembered"
     _, text = shell("retry --dry-run")
