@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/vitpa sweep collect demo
 
 test: setup slurm-setup lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .
