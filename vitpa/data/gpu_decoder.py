@@ -256,11 +256,8 @@ def resize_plan(crops: Crops, first: Ints, planar: npt.NDArray[np.bool_]) -> Ten
 
     Where `planar` they lie there as (3, height, width), else as (height, width, 3).
     """
-    row, column, channel = (
-        np.where(planar, crops.width, 3 * crops.width),
-        np.where(planar, 1, 3),
-        np.where(planar, crops.height * crops.width, 1),
-    )
+    row, column = np.where(planar, crops.width, 3 * crops.width), np.where(planar, 1, 3)
+    channel = np.where(planar, crops.height * crops.width, 1)
     size = (crops.height, crops.width, crops.to_height, crops.to_width, crops.window_top, crops.window_left)
     return torch.from_numpy(np.stack([first, row, column, channel, *size], axis=1))
 
@@ -277,5 +274,5 @@ def why_not_gpu(beton: Beton, *, img_size: int, device: torch.device) -> str:
     except Exception as error:  # no Triton, no C compiler, a GPU that is too old: any of theirs
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if beton.is_jpeg.any() and not decoder.headers.known:
-        return f"the first JPEG of {beton.path} is none of baseline, 4:2:0, which FFCV writes"
+        return f"the first JPEG of {beton.path} is not a baseline JPEG in 4:2:0, as FFCV writes them"
     return ""

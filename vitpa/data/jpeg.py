@@ -27,7 +27,6 @@ SOF0, DHT, SOS, DQT = 0xC0, 0xC4, 0xDA, 0xDB
 HARMLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, application data but Adobe's (0xEE: what the colours are), comments
 COMPONENTS = ((1, 0x22), (2, 0x11), (3, 0x11))  # Y, Cb, Cr: their numbers, and how many samples in how many pixels
 
-COLUMNS = 18  # of a plan
 BLOCK = 64  # samples
 
 # where the k-th coefficient of a block lies in 8 x 8, row by row (T.81, figure 5)
@@ -214,7 +213,7 @@ class Plan:
     """What is to be decoded of a batch of JPEGs.
 
     Attributes:
-        table: (J, COLUMNS) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
+        table: (J, 18) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
             without stuffing; its kind of header; MCUs in a row, and rows of MCUs; of the MCUs that are wanted the first and
             the end of the rows, then of the columns; the first of its blocks; height and width of the image; top, left,
             height and width of the crop; where its pixels go.
