@@ -174,6 +174,8 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
         f"({manifest.file_size_bytes / 2**20:,.0f} MiB, {manifest.duration_s} s)"
         + (f"; {len(skipped)} corrupt ones left out, listed in {manifest_path(path).name}" if skipped else "")
     )
+    if split.note():
+        say(f"{options.dataset}/{split.name}: {split.note()}")
     wanted = {"train": facts_of(options.dataset).num_train, "val": facts_of(options.dataset).num_val}[split.name]
     if wanted not in (None, len(kept)):
         say(f"{options.dataset}/{split.name}: note that the full data set has {wanted:,} images")

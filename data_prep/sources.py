@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,10 @@ class Split(ABC):
     def keep(self, indices: Ints) -> Self:
         """The same split with these samples only."""
 
+    def note(self) -> str:
+        """What people should know of this split; empty if there is nothing."""
+        return ""
+
     def without(self, names: Collection[str]) -> Self:
         """The same split without the samples that `describe` calls so."""
         if not names:
@@ -102,10 +107,15 @@ class ArraySplit(Split):
 
 @dataclass(frozen=True)
 class FolderSplit(Split):
-    """Photos in class folders: `paths` are relative to `folder`, sorted by class and then by path."""
+    """Photos in class folders: `paths` are relative to `folder`, sorted by class and then by path.
+
+    Attributes:
+        other_files: Of each file in them that is no image by its name the suffix.
+    """
 
     folder: Path
     paths: tuple[str, ...]
+    other_files: tuple[str, ...] = ()
 
     def pixels(self, index: int) -> Pixels:
         """One photo, upright, (H, W, 3) uint8 RGB."""
@@ -114,6 +124,12 @@ class FolderSplit(Split):
     def describe(self, index: int) -> str:
         """`train/cats/1.jpg`; bytes of the name that are not UTF-8 are escaped."""
         return f"{self.name}/{_text(self.paths[index])}"
+
+    def note(self) -> str:
+        """`left out, for their names are not of images: 2 .gif, 1 .txt`."""
+        counts = sorted(Counter(self.other_files).items())
+        listed = ", ".join(f"{count:,} {_text(suffix) or 'without a suffix'}" for suffix, count in counts)
+        return f"left out, for their names are not of images: {listed}" if counts else ""
 
     def keep(self, indices: Ints) -> Self:
         """The same split with these photos only."""
@@ -239,9 +255,12 @@ def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> Folde
     folder = root / split
     paths: list[str] = []
     labels: list[int] = []
+    others: list[str] = []
     digest = hashlib.sha256()
     for label, name in enumerate(class_names):
-        found = sorted(_images_below(folder / name))
+        files = _files_below(folder / name)
+        found = sorted(path for path in files if path.name.lower().endswith(IMAGE_SUFFIXES))
+        others += [path.suffix.lower() for path in files if not path.name.lower().endswith(IMAGE_SUFFIXES)]
         if not found:
             raise PrepError(f"{folder / name}: no images in this class folder (looked for {' '.join(IMAGE_SUFFIXES)})")
         for path in found:
@@ -251,18 +270,13 @@ def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> Folde
             paths.append(relative)
             labels.append(label)
     names = tuple(map(_text, class_names))
-    return FolderSplit(
-        split, names, np.array(labels, np.int64), _text(str(root.resolve())), digest.hexdigest(), folder, tuple(paths)
-    )
+    source, source_sha256 = _text(str(root.resolve())), digest.hexdigest()
+    return FolderSplit(split, names, np.array(labels, np.int64), source, source_sha256, folder, tuple(paths), tuple(others))
 
 
-def _images_below(folder: Path) -> list[Path]:
-    return [
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-    ]
+def _files_below(folder: Path) -> list[Path]:
+    walk = os.walk(folder, followlinks=True)
+    return [Path(parent) / name for parent, _, names in walk for name in names if not name.startswith(".")]
 
 
 def _text(path: str) -> str:

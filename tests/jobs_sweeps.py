@@ -26,6 +26,7 @@ from jobs.status import nothing_live
 from slurm.devcluster import DevCluster
 from vitpa.cli import main as vitpa
 from vitpa.config import Result, RunError, read_json
+from vitpa.rundir import write_atomic
 
 HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # of a profile: what is submitted stays in the queue
 REPOSITORY = Path(__file__).parent.parent
@@ -111,7 +112,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
     line = command(root, where, verb, *terms, name=name)
-    return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def start_launcher(
@@ -128,13 +129,14 @@ def main(root: str, where: str, name: str, verb: str, *terms: str) -> int:
     profile = Path(where)
     if where.isdecimal():
         profile = Path(root) / f"slots-{where}.yaml"
-        profile.write_text(f"slots: {where}\nruntime: {{device: cpu, data_dir: {root}/data}}\n")
+        text = f"slots: {where}\nruntime: {{device: cpu, data_dir: {root}/data}}\n"
+        write_atomic(profile, text)  # others that start at the same time read and write it, too
     options = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
     return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *options, *terms])
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60, poll_s: float = 0.0005) -> None:
-    """Poll until `condition` holds."""
+def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: float = 0.0005) -> None:
+    """Poll until `condition` holds. The limit is for what never comes: machines that are busy with other tests are slow."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -191,7 +193,7 @@ def processes_of(root: Path) -> list[str]:
 
 def assert_no_process_left(root: Path) -> None:
     """Every process that worked below `root` ends by itself."""
-    wait_for(lambda: not processes_of(root), timeout_s=20, poll_s=0.1)
+    wait_for(lambda: not processes_of(root), timeout_s=60, poll_s=0.1)
 
 
 class Field:
@@ -212,7 +214,7 @@ class Field:
         return launch(self.root, profile or self.profile, verb, *terms, environment=self.environment)
 
     def slurm(self, *words: str) -> str:
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=180).stdout
 
     def states(self) -> list[RunState]:
         return Survey(self.root, self.scheduler).states(self.sweep.runs)

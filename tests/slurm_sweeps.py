@@ -53,7 +53,7 @@ class Cell:
         program = ["tests.slurm_sweeps"] if self.stand_in else ["vitpa.cli", "sweep"]
         line = [sys.executable, "-m", *program, *words]
         environment = {**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
     def submit(self, *terms: str, **profile: Any) -> None:
         """Submit runs, which has to work."""
@@ -62,7 +62,7 @@ class Cell:
 
     def slurm(self, *command: str) -> str:
         """What one of SLURM's programs prints."""
-        answer = subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, timeout=60, check=False)
+        answer = subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, timeout=99, check=False)
         assert answer.returncode == 0, f"{command}: {answer.stderr}"
         return answer.stdout.strip()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from jobs.benchmark import Benchmark, load_benchmark
 from vitpa.bench import main, measure, small
 from vitpa.config import ConfigError, load_config, shipped_configs
+from vitpa.data.beton import Beton, beton_path
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
 
@@ -148,6 +150,23 @@ def test_what_imagenet_cannot_measure_is_one_line(tmp_path: Path, capfd: pytest.
     error = capfd.readouterr().err
     assert "vitpa bench: " in error and "photos/train.beton: no such file" in error
     assert "Traceback" not in error.partition("ChildFailedError")[0].partition("vitpa bench: ")[2].splitlines()[0]
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(photos / "photos", tmp_path / "photos")
+    with Beton.open(beton_path(tmp_path, "photos", "train")) as beton, beton.path.open("r+b") as data:
+        data.seek(int(beton.offsets[5]))
+        data.write(bytes(int(beton.sizes[5])))
+    file = tmp_path / "figures.json"
+    words = [*SMALL_IMAGENET, f"runtime.data_dir={tmp_path}", "--dataset", "photos", "--parts", "model,loader"]
+    words += ["--attention", "positional", "--batch-size", "4", "--gpus", "1,2", "--window-s", "0.01", "--json", str(file)]
+    assert main(["imagenet", *words]) == 1
+    said = capfd.readouterr()
+    assert "the JPEG of sample 5 cannot be decoded" in said.err and "the processes for 1 GPUs have failed" in said.err
+    results = json.loads(file.read_text())["results"]
+    assert [(line["case"], line["gpus"]) for line in results] == [("timm, compiled", 1), ("model", 1)]
+    assert said.out.splitlines()[-1].startswith("model ")
 
 
 @pytest.mark.parametrize(

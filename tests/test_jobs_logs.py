@@ -114,7 +114,7 @@ def test_follow_goes_on_with_the_next_attempt(tmp_path: Path) -> None:
     screen, file = console()
     follower = threading.Thread(target=follow, args=([run], tmp_path, screen))
     follower.start()
-    wait_for(lambda: "first begins" in file.getvalue(), timeout_s=10)
+    wait_for(lambda: "first begins" in file.getvalue())
     second = run.directory(tmp_path).claim_attempt(2, {"process": ME})  # between two looks, as when SLURM restarts a job
     assert second is not None
     with first.log.open("a") as log:
@@ -124,9 +124,9 @@ def test_follow_goes_on_with_the_next_attempt(tmp_path: Path) -> None:
     assert follower.is_alive()
     second.log.write_text("second begins\n")
     write_json(second.start_json, {"process": ME})
-    wait_for(lambda: "second begins" in file.getvalue(), timeout_s=10)
+    wait_for(lambda: "second begins" in file.getvalue())
     end(second, "failed", "no")
-    follower.join(timeout=10)
+    follower.join(timeout=180)
     assert not follower.is_alive()
     assert file.getvalue().splitlines() == [
         f"== digits-content-s0 attempt 1: {first.log}",

@@ -69,6 +69,6 @@ def test_of_many_exactly_one_replaces_a_dead_holder(tmp_path: Path) -> None:
     processes = [fork.Process(target=contend, args=(tmp_path, start, taken)) for _ in range(8)]
     for process in processes:
         process.start()
-    assert sorted(taken.get(timeout=30) for _ in processes) == [False] * 7 + [True]
+    assert sorted(taken.get(timeout=300) for _ in processes) == [False] * 7 + [True]
     for process in processes:
         process.join()

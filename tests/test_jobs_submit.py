@@ -146,7 +146,7 @@ def test_worker_killed(tmp_path: Path) -> None:
     start = read_json(victim.attempts()[0].start_json)
     assert start is not None
     os.kill(start["process"]["pid"], signal.SIGKILL)
-    wait_for(lambda: not any("stand_in" in line and str(victim.path) in line for line in processes_of(root)), timeout_s=2)
+    wait_for(lambda: not any("stand_in" in line and str(victim.path) in line for line in processes_of(root)))
     states = settle(root, sweep)
     assert [state.state for state in states] == ["lost", "done"]
     assert "was killed" in states[0].reason
@@ -165,7 +165,7 @@ def test_all_workers_killed(tmp_path: Path) -> None:
         start = read_json(path)
         assert start is not None
         os.kill(start["process"]["pid"], signal.SIGKILL)
-    wait_for(lambda: not processes_of(tmp_path), timeout_s=10, poll_s=0.05)
+    wait_for(lambda: not processes_of(tmp_path), poll_s=0.05)
     states = [state.state for state in Survey(tmp_path).states(sweep.runs)]
     assert states == ["lost"] * 2 + ["uncertain"] * 6
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 0

@@ -102,7 +102,7 @@ def test_two_nodes_stopped_and_parted_by_a_kill_end_bit_identical_to_one_node(di
         nodes.wait_until(lambda: rows(run) >= 15)
         of_all = nodes.processes(0) + nodes.processes(1)
         nodes.agents[1].kill()
-        assert nodes.codes(timeout_s=30) == [1, -signal.SIGKILL], nodes.output()
+        assert nodes.codes(timeout_s=120) == [1, -signal.SIGKILL], nodes.output()
         assert not any(alive(pid) for pid in of_all)
 
     assert not run.result_json.exists()
@@ -122,6 +122,6 @@ def test_what_the_main_process_finds_ends_all_nodes_with_one_line(digits: Path, 
     run.path.mkdir(parents=True)
     run.config_yaml.write_text("dataset: cifar10\n")
     with Nodes(words, tmp_path / "refused", nodes=2, processes=1) as nodes:
-        assert nodes.codes(timeout_s=60) == [1, 1], nodes.output()
+        assert nodes.codes(timeout_s=120) == [1, 1], nodes.output()
         assert nodes.output().count("another experiment under the signature") == 1, nodes.output()
         assert "Connection" not in nodes.output()

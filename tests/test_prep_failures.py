@@ -77,7 +77,7 @@ class Run:
         wait_for(lambda: not any(path.exists() for path in extra), timeout_s=180)
 
 
-def wait_for(condition: Callable[[], Value], timeout_s: float = 60.0) -> Value:
+def wait_for(condition: Callable[[], Value], timeout_s: float = 180.0) -> Value:
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, "this took too long"

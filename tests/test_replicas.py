@@ -537,7 +537,7 @@ def test_one_seed_is_trained_in_either_way(digits: Path, tmp_path: Path) -> None
 def test_several_processes_do_not_take_several_seeds(digits: Path, tmp_path: Path) -> None:
     words = [*arguments(digits, tmp_path, "runtime.cpu_threads=1"), "--seeds", "0,1"]
     process = start(words, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     assert output.count("vitpa train: --seeds: several seeds are trained by one process, without torchrun") == 1
 

@@ -103,7 +103,7 @@ def test_runs_at_the_same_time_copy_once(digits: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     options = ["train.epochs=1", f"runtime.stage_dir={disk}"]
     processes = [slow_training(arguments(digits, tmp_path, *options, f"seed={seed}"), sleep_s=0.1) for seed in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     copier, other = sorted(outputs, key=copied_by, reverse=True)
     assert (copied_by(copier), copied_by(other)) == (2, 0)
@@ -126,7 +126,7 @@ def test_a_copy_that_is_killed_is_taken_over_by_who_waits_for_it(digits: Path, t
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     first.communicate()
-    output = second.communicate(timeout=120)[0]
+    output = second.communicate(timeout=300)[0]
     assert second.returncode == 0, output
     assert copied_by(output) == 2
     assert not left.exists()
@@ -141,7 +141,7 @@ def test_an_interrupted_copy_leaves_nothing_and_the_next_goes_on_at_once(digits:
     process = slow_training(words, sleep_s=0.5)
     wait_until(lambda: bool(half_copied(disk)), process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 130, output
     assert "interrupted" in output
     (copy,) = disk.glob("vitpa-*/*")

@@ -362,12 +362,12 @@ def damaged(photos: Path, tmp_path: Path) -> Beton:
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_undecodable_image_ends_the_loop_promptly(damaged: Beton, workers: int) -> None:
-    batches = [torch.arange(12).roll(-5 * turn) for turn in range(400)]
+    batches = [torch.arange(12).roll(-5 * turn) for turn in range(4000)]
     started_s = time.monotonic()
     with pytest.raises(BetonError, match=r"train\.beton: the JPEG of sample 5 cannot be decoded; .*vitpa prep photos"):
         for _ in stream(damaged, workers=workers).train_batches(batches, 0):
             pass
-    assert time.monotonic() - started_s < 2
+    assert time.monotonic() - started_s < 10
     assert not decoders()
 
 
@@ -391,16 +391,16 @@ def test_an_error_of_the_index_iterator_ends_the_loop(train: Beton) -> None:
 
 
 def test_leaving_the_loop_early_leaves_no_thread(train: Beton, val: Beton) -> None:
-    batches = [torch.arange(12)] * 200
+    batches = [torch.arange(12)] * 2000
     for iterator in (
         stream(train, workers=4).train_batches(batches, 0),
-        stream(val, workers=4).eval_batches([torch.arange(7)] * 200),
+        stream(val, workers=4).eval_batches([torch.arange(7)] * 2000),
     ):
         next(iterator)
         assert decoders()
         started_s = time.monotonic()
         close(iterator)
-        assert time.monotonic() - started_s < 1
+        assert time.monotonic() - started_s < 5
         assert not decoders()
     for _ in stream(train).train_batches(batches, 0):
         break

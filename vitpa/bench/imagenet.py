@@ -340,30 +340,42 @@ def parts(text: str) -> tuple[str, ...]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print the table: this process starts those that measure, or is one of them."""
+    """Measure and print the table: this process starts those that measure, or is one of them.
+
+    What was measured before something fails is kept.
+    """
     if "WORLD_SIZE" in os.environ:
         return work(options)
     check(options)
     lines: list[Line] = []
     facts: dict[str, Any] = {}
-    for gpus in options.gpus:
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "lines.json"
-            words = [*worker_words(options), "--json", str(file)]
-            launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
-            code = subprocess.run([sys.executable, "-m", *launcher, "vitpa.cli", "bench", "imagenet", *words], check=False)
-            if code.returncode or not file.exists():
+    try:
+        for gpus in options.gpus:
+            if not measure(gpus, options, lines, facts):
                 print(f"vitpa bench: the processes for {gpus} GPUs have failed; see above", file=sys.stderr)
                 return 1
-            document = json.loads(file.read_text())
-        lines += [Line(**{**each, "notes": tuple(each["notes"])}) for each in document.pop("results")]
-        facts = document
-    results = with_ratios(lines)
-    print(table(results))
-    if options.json:
-        config = config_of("content", options.batch_size, *options.overrides)
-        write_json(options.json, {**facts, **measured(config), "dataset": options.dataset, "results": results})
+    finally:
+        results = with_ratios(lines)
+        print(table(results))
+        if options.json and results:
+            config = config_of("content", options.batch_size, *options.overrides)
+            write_json(options.json, {**facts, **measured(config), "dataset": options.dataset, "results": results})
     return 0
+
+
+def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: dict[str, Any]) -> bool:
+    """Have processes measure on so many GPUs and add what they find to `lines` and `facts`; False if they fail."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "lines.json"
+        words = [*worker_words(options), "--json", str(file)]
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+        try:
+            code = subprocess.run([sys.executable, "-m", *launcher, "vitpa.cli", "bench", "imagenet", *words], check=False)
+        finally:
+            if file.exists():
+                facts.update(json.loads(file.read_text()))
+                lines += [Line(**{**each, "notes": tuple(each["notes"])}) for each in facts.pop("results")]
+    return code.returncode == 0
 
 
 def check(options: argparse.Namespace) -> None:
@@ -397,9 +409,11 @@ def worker_words(options: argparse.Namespace) -> list[str]:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Measure as one of the processes that torchrun has started; the main one writes the file."""
+    """Measure as one of the processes that torchrun has started; the main one writes the file, again after every line."""
     group = join("auto")
     try:
+        facts = environment(group.device)
+        facts.pop("host")
         sizes = sorted({options.batch_size, options.batch_size * group.world_size})
         bench = Bench(group, product_limit_tflops(group), options.window_s)
         lines = []
@@ -409,10 +423,7 @@ def work(options: argparse.Namespace) -> int:
                 if group.is_main:
                     notes = "".join(f"; {note}" for note in each.notes)
                     print(f"{each.case} {each.attention or ''}: {each.images_per_s:,.0f} images/s{notes}", file=sys.stderr)
-        if group.is_main:
-            facts = environment(group.device)
-            facts.pop("host")
-            write_json(options.json, {**facts, "results": [asdict(each) for each in lines]})
+                    write_json(options.json, {**facts, "results": [asdict(line) for line in lines]})
     finally:
         leave()
     return 0

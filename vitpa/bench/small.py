@@ -179,6 +179,8 @@ def run(options: argparse.Namespace) -> int:
     group, images = join("auto"), random_images()
     limit = product_limit_tflops(group)
     print(f"products of bfloat16 matrices: {limit:,.2f} TFLOP/s", file=sys.stderr, flush=True)
+    facts = {**environment(group.device), "product_limit_tflops": limit, **measured(next(iter(configs.values())))}
+    facts.pop("host")
     lines: list[dict[str, Any]] = []
     eager: dict[tuple[Attention, bool], float] = {}
     for case, config in configs.items():
@@ -202,9 +204,7 @@ def run(options: argparse.Namespace) -> int:
             }
         )
         print(table(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        if options.json:  # again after every line: an end before the last one loses none
+            write_json(options.json, {**facts, "results": lines})
     print(table(lines))
-    if options.json:
-        facts = {**environment(group.device), "product_limit_tflops": limit}
-        facts.pop("host")
-        write_json(options.json, {**facts, **measured(next(iter(configs.values()))), "results": lines})
     return 0
