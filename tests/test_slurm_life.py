@@ -1,8 +1,8 @@
 """The life of a job on a real SLURM: whatever happens to it, the run ends once, with the weights of an undisturbed run.
 
 A grid of 2 data sets x 2 models x 3 seeds goes through the cluster while its runs are disturbed, all at the same time, each
-in another way. The same grid, undisturbed, through the local executor is the reference. A run about to be disturbed is
-frozen (SIGSTOP) as soon as it has a checkpoint, so that no run is over before its turn comes.
+in another way. The same grid, undisturbed, through the local executor is the reference. A run about to be disturbed
+freezes itself (SIGSTOP) as soon as it has a checkpoint, so that no run is over before its turn comes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DIGITS = {
     "dataset": "digits",
     "model": MODEL,
     "augment": {"crop": "none", "hflip": False},
-    "train": {**TRAIN, "epochs": 50},  # long enough to be caught in the middle on a busy machine
+    "train": {**TRAIN, "epochs": 50},
     "optim": {"warmup_epochs": 0},
 }
 PHOTOS = {
@@ -47,6 +47,26 @@ PHOTOS = {
 }
 EVERY_STEPS = 20  # between checkpoints
 TERM = "interrupted: signal SIGTERM"
+FREEZE = f"""
+import os, pathlib, signal
+replace, frozen = pathlib.Path.replace, []
+def freezing(path, target):
+    result = replace(path, target)
+    if str(target).endswith("step_{EVERY_STEPS:09d}.pt") and not frozen:
+        frozen.append(target)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return result
+pathlib.Path.replace = freezing
+"""
+DISK_FULL = """
+import errno, os, pathlib
+replace = pathlib.Path.replace
+def full(path, target):
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and str(target).endswith("0001/exit.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    return replace(path, target)
+pathlib.Path.replace = full
+"""
 
 
 @dataclass
@@ -92,9 +112,23 @@ def send(cell: Cell, run: Run, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def freeze(cell: Cell, run: Run) -> None:
+def with_code(cell: Cell, code: str) -> list[str]:
+    """A profile's `setup` by which the processes of a job run `code` first."""
+    folder = cell.root / "first"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return [f"export PYTHONPATH={folder}:$PYTHONPATH"]
+
+
+def wait_until_frozen(cell: Cell, run: Run) -> None:
+    """Its trainer runs FREEZE."""
+
+    def stopped() -> bool:
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] for pid in trainers(cell.root, run)]
+        return bool(states) and set(states) == {"T"}
+
     cell.wait_until_trained(run)
-    send(cell, run, signal.SIGSTOP)
+    wait_for(stopped, timeout_s=WAIT_S, poll_s=0.05)
 
 
 def thaw_when_told_to_stop(cell: Cell, run: Run) -> None:
@@ -156,17 +190,6 @@ def run_into_the_time_limit(lives: Lives) -> None:
     cell.settle([run])
 
 
-DISK_FULL = """
-import errno, os, pathlib
-replace = pathlib.Path.replace
-def full(path, target):
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and str(target).endswith("0001/exit.json"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    return replace(path, target)
-pathlib.Path.replace = full
-"""
-
-
 def kill_trainers(lives: Lives) -> None:
     """Out of memory, say, each time that the run has advanced: requeued until its attempts are used up; then `retry`.
 
@@ -222,13 +245,12 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
         [sys.executable, "-m", "vitpa.cli", "sweep", "submit", *words], cwd=REPOSITORY, stdout=subprocess.DEVNULL
     )
 
+    grid.profile["setup"] = with_code(grid, FREEZE)
     grid.submit("attention=content", nodelist="127.0.0.1")  # an array of 3 digits and 3 photos
     grid.submit("attention=positional", "dataset=digits", "seed=0", partition="low", nodelist="127.0.0.2")
     grid.submit("attention=positional", "dataset=digits", "seed=1", exclude="127.0.0.1,127.0.0.2")
     grid.submit("attention=positional", "dataset=digits", "seed=2", nodelist="127.0.0.1", time="1:00", signal_delay_s=20)
-    (crash.root / "full").mkdir()
-    (crash.root / "full" / "sitecustomize.py").write_text(DISK_FULL)
-    crash.submit(nodelist="127.0.0.1", max_attempts=2, setup=[f"export PYTHONPATH={crash.root}/full:$PYTHONPATH"])
+    crash.submit(nodelist="127.0.0.1", max_attempts=2, setup=with_code(crash, DISK_FULL))
     (stand_in.root / "fail").mkdir()
     for attention in ("content", "positional"):
         (stand_in.root / "fail" / stand_in.run(attention, 0).signature).touch()
@@ -236,7 +258,7 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     with ThreadPoolExecutor(10) as pool:
         early = [pool.submit(kill_trainers, lives), pool.submit(interrupt_without_progress, lives)]
         long = [run for run in grid.sweep.runs if run.dataset == "digits"]
-        assert list(pool.map(lambda run: freeze(grid, run), long)) == [None] * 6
+        assert list(pool.map(lambda run: wait_until_frozen(grid, run), long)) == [None] * 6
         cluster.restart_controller()
         lives.during_restart |= {state.run.label: state.state for state in grid.states(long)}
         disturbances = [requeue, cancel_and_retry, preempt_then_kill_the_node, set_node_down, run_into_the_time_limit]
@@ -386,8 +408,8 @@ def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Pat
     cell = make_cell(tmp_path / "together", cluster, {"digits": recipe}, seeds=3, data=digits, **more)
     runs = first, cancelled, other = cell.sweep.runs
     assert "would start 3 runs in 1 job\n" in cell.vitpa("submit", "--dry-run").stdout
-    cell.submit()
-    freeze(cell, first)
+    cell.submit(setup=with_code(cell, FREEZE))
+    wait_until_frozen(cell, first)
     assert "1 asked to stop at their next step, with a checkpoint" in cell.vitpa("cancel", "seed=1").stdout
     send(cell, first, signal.SIGCONT)
     wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, timeout_s=WAIT_S, poll_s=0.01)
