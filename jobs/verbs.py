@@ -27,7 +27,7 @@ from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submission import Place, ran_other_code, settle
 from jobs.submit import WRITERS, Order, check_data, prepare, submit
-from vitpa.config import ConfigError, ProcessId, RunError, parse_config, read_json, utc_now, write_json
+from vitpa.config import ConfigError, ProcessId, RunError, os_error_line, parse_config, read_json, utc_now, write_json
 
 if TYPE_CHECKING:
     from jobs.limits import Outlook
@@ -107,7 +107,7 @@ def run_verb(options: argparse.Namespace) -> int:
         print("error: interrupted; the same command again goes on from here", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", file=sys.stderr)
+        print(f"error: {os_error_line(error)}", file=sys.stderr)
     return ERROR
 
 

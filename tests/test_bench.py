@@ -92,6 +92,20 @@ def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str], monkey
     assert "did you mean model.depth?" in error
 
 
+@pytest.mark.parametrize("name", ["small", "imagenet"])
+def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {tmp_path / "none" / "x.json": "No such file or directory", tmp_path: "Is a directory"}
+    for place, reason in places.items():
+        assert main([name, "--json", str(place)]) == 1
+        assert capsys.readouterr().err == f"vitpa bench: {place}: {reason}\n"
+    (tmp_path / "x.json").write_text("what was there")
+    assert main([name, "model.dept=1", "--json", str(tmp_path / "x.json")]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert (tmp_path / "x.json").read_text() == "what was there"
+
+
 def test_fewer_lines_on_request() -> None:
     assert [str(case) for case in small.cases(["positional"], [5], ablation=False)] == [
         "positional eager R=1", "positional compile R=1", "positional graph R=5",

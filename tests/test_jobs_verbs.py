@@ -170,7 +170,7 @@ def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device", "/root/table.md")
 
     monkeypatch.setattr("jobs.verbs.write_report", full)
-    assert sweep("collect") == (1, "error: /root/table.md: No space left on device\n")
+    assert sweep("collect") == (1, "error: /root/table.md: No space left on device; free some space and start again\n")
 
 
 def test_interrupted_by_ctrl_c(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

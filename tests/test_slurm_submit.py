@@ -254,7 +254,7 @@ def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
                 pass
         failed = field.vitpa("submit")
         assert failed.returncode == 1
-        assert re.fullmatch(r"error: /\S+: No space left on device\n", failed.stderr)
+        assert re.fullmatch(r"error: /\S+: No space left on device; free some space and start again\n", failed.stderr)
         filler.unlink()
         assert field.vitpa("submit").returncode == 0
         field.assert_one_job_each()

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import memory_gib, why_not_together
 from vitpa.rundir import (
     CLAIMED,
@@ -61,6 +62,7 @@ __all__ = [
     "load_config",
     "load_model",
     "memory_gib",
+    "os_error_line",
     "parse_config",
     "parse_model",
     "read_json",

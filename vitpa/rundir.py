@@ -7,6 +7,7 @@ clock of one host is compared with another's.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -84,6 +85,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         raise RunError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that writing `path` would raise; what is there stays as it is."""
+    _write_temporary(path, b"").unlink()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _write_temporary(path: Path, data: bytes | str) -> Path:

@@ -47,6 +47,7 @@ from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rate
+from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, write_json
@@ -767,8 +768,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"vitpa train: {out_of_memory(configs)} ({str(error).partition('. ')[0]})", file=sys.stderr)
         return 1
-    except (ConfigError, RunError, BetonError, TrainError, OSError) as error:  # OSError: a full disk, a missing right
+    except (ConfigError, RunError, BetonError, TrainError) as error:
         print(f"vitpa train: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a missing right
+        print(f"vitpa train: {os_error_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from vitpa.bench import imagenet, small
 from vitpa.config import ConfigError
 from vitpa.data.beton import BetonError
+from vitpa.os_errors import os_error_line
+from vitpa.rundir import check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     imagenet.add_parser(benchmarks)
     options = parser.parse_args(arguments)
     try:
+        if options.json:  # before anything is measured
+            check_writable(options.json)
         return int(options.measure(options))
-    except (ConfigError, BetonError, OSError) as error:
+    except (ConfigError, BetonError) as error:
         print(f"vitpa bench: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        print(f"vitpa bench: {os_error_line(error)}", file=sys.stderr)
+    return 1
