@@ -111,11 +111,13 @@ class FolderSplit(Split):
 
     Attributes:
         other_files: Of each file in them that is no image by its name the suffix.
+        beside: Number of files beside the class folders.
     """
 
     folder: Path
     paths: tuple[str, ...]
     other_files: tuple[str, ...] = ()
+    beside: int = 0
 
     def pixels(self, index: int) -> Pixels:
         """One photo, upright, (H, W, 3) uint8 RGB."""
@@ -126,10 +128,14 @@ class FolderSplit(Split):
         return f"{self.name}/{_text(self.paths[index])}"
 
     def note(self) -> str:
-        """`left out, for their names are not of images: 2 .gif, 1 .txt`."""
+        """`left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders`."""
         counts = sorted(Counter(self.other_files).items())
-        listed = ", ".join(f"{count:,} {_text(suffix) or 'without a suffix'}" for suffix, count in counts)
-        return f"left out, for their names are not of images: {listed}" if counts else ""
+        parts = [f"{count:,} {_text(suffix) or 'without a suffix'}" for suffix, count in counts]
+        if parts:
+            parts[-1] += " (not names of images)"
+        if self.beside:
+            parts.append(f"{self.beside:,} beside the class folders")
+        return f"left out: {', '.join(parts)}" if parts else ""
 
     def keep(self, indices: Ints) -> Self:
         """The same split with these photos only."""
@@ -271,7 +277,9 @@ def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> Folde
             labels.append(label)
     names = tuple(map(_text, class_names))
     source, source_sha256 = _text(str(root.resolve())), digest.hexdigest()
-    return FolderSplit(split, names, np.array(labels, np.int64), source, source_sha256, folder, tuple(paths), tuple(others))
+    beside = sum(entry.is_file() and not entry.name.startswith(".") for entry in folder.iterdir())
+    array = np.array(labels, np.int64)
+    return FolderSplit(split, names, array, source, source_sha256, folder, tuple(paths), tuple(others), beside)
 
 
 def _files_below(folder: Path) -> list[Path]:

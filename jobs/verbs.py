@@ -119,9 +119,10 @@ def _context(options: argparse.Namespace) -> Context:
     recorded = SweepDir(root, sweep.name).recorded()
     drift = Drift.between(sweep, recorded)
     if options.verb not in ("plan", "submit"):
-        if recorded is None:
+        if recorded is not None:
+            sweep = Sweep(sweep.config, recorded)
+        elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
             raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
-        sweep = Sweep(sweep.config, recorded)
     filters, overrides = parse_terms(options.terms, sweep.runs)
     if overrides and options.verb not in ("submit", "retry"):
         raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
@@ -308,7 +309,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
             context.say("  " + " + ".join(f"{state.run.label} ({state.state})" for state in group))
         return OK
     directory = SweepDir(context.root, context.sweep.name)
-    if context.options.verb == "submit":
+    if context.options.verb == "submit" or directory.recorded() is None:  # retry of what `vitpa train` has left
         directory.record(context.sweep)
     if chosen:
         code = make_snapshot(context.root) if context.options.code == "snapshot" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -45,12 +46,15 @@ def test_it_prints_a_table_and_writes_the_same(
     monkeypatch.setattr(small, "NUM_IMAGES", {"train": 40, "val": 8})
     monkeypatch.setattr(measure, "MIN_WINDOW_S", 0.01)
     monkeypatch.setattr(measure, "WINDOWS", 2)
-    file = tmp_path / "figures.json"
-    assert main(["small", *TINY, "--replicas", "1,2", "--json", str(file)]) == 0
+    file, link = tmp_path / "figures.json", tmp_path / "link.json"
+    file.write_text("{}")
+    link.symlink_to(file)
+    assert main(["small", *TINY, "--replicas", "1,2", "--json", str(link)]) == 0
+    assert link.is_symlink()
     head, *rows = capsys.readouterr().out.splitlines()
     document = json.loads(file.read_text())
     assert {"versions", "code_version", "gpu", "product_limit_tflops", "results"} <= set(document)
-    assert "host" not in document
+    assert "host" not in document and document["complete"]
     written = measured_on_a_gpu(file)
     assert (written.name, {line.setup for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
     assert written.network == load_config(shipped_configs()["cifar10"], TINY).network()
@@ -96,14 +100,24 @@ def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str], monkey
 def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {tmp_path / "none" / "x.json": "No such file or directory", tmp_path: "Is a directory"}
+    os.mkfifo(tmp_path / "pipe")
+    places = {
+        tmp_path / "none" / "x.json": "No such file or directory",
+        tmp_path / "pipe" / "x.json": "Not a directory",
+        tmp_path / "pipe": "not a regular file; name a file",
+        tmp_path: "not a regular file; name a file",
+    }
     for place, reason in places.items():
         assert main([name, "--json", str(place)]) == 1
         assert capsys.readouterr().err == f"vitpa bench: {place}: {reason}\n"
     (tmp_path / "x.json").write_text("what was there")
     assert main([name, "model.dept=1", "--json", str(tmp_path / "x.json")]) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "x.json"}
+    assert (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "x.json").read_text() == "what was there"
+    with pytest.raises(SystemExit, match="2"):
+        main([name, "--json", ""])
+    assert "argument --json: expected the name of a file" in capsys.readouterr().err
 
 
 def test_fewer_lines_on_request() -> None:
@@ -135,7 +149,7 @@ def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd:
     assert main(["imagenet", *words, "--attention", "positional", "--window-s", "0.01", "--json", str(file)]) == 0
     document = json.loads(file.read_text())
     lines = document["results"]
-    assert {"versions", "code_version", "gpu"} <= set(document)
+    assert {"versions", "code_version", "gpu"} <= set(document) and document["complete"]
     written = measured_on_a_gpu(file)
     config = load_config(shipped_configs()["imagenet"], [*SMALL_IMAGENET, "model.attention=positional"])
     assert (written.name, written.dataset, written.network) == ("imagenet", "photos", config.network())
@@ -178,7 +192,9 @@ def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path
     assert main(["imagenet", *words]) == 1
     said = capfd.readouterr()
     assert "the JPEG of sample 5 cannot be decoded" in said.err and "the processes for 1 GPUs have failed" in said.err
-    results = json.loads(file.read_text())["results"]
+    document = json.loads(file.read_text())
+    results = document["results"]
+    assert not document["complete"]
     assert [(line["case"], line["gpus"]) for line in results] == [("timm, compiled", 1), ("model", 1)]
     assert said.out.splitlines()[-1].startswith("model ")
 

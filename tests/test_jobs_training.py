@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,17 +21,19 @@ from vitpa.config import read_json
 pytestmark = pytest.mark.slow
 
 
+OVERRIDES = {"model.depth": 1, "train.epochs": 3, "optim.warmup_epochs": 1, "runtime.checkpoint_every_steps": 5}
+
+
 def make(root: Path) -> Sweep:
     root.mkdir()
-    overrides = {"model.depth": 1, "train.epochs": 3, "optim.warmup_epochs": 1, "runtime.checkpoint_every_steps": 5}
     grid = {"name": "real", "recipes": ["digits"], "attentions": ["content", "positional"], "seeds": [0]}
-    (root / "real.yaml").write_text(yaml.safe_dump({**grid, "overrides": overrides | {"runtime.log_every_steps": 5}}))
+    (root / "real.yaml").write_text(yaml.safe_dump({**grid, "overrides": OVERRIDES | {"runtime.log_every_steps": 5}}))
     return load_sweep(str(root / "real.yaml"), root)
 
 
 def vitpa_sweep(root: Path, data: Path, verb: str, *rest: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "vitpa.cli", "sweep", verb, f"{root}/real.yaml", "--root", str(root), *rest]
-    if verb == "submit":
+    if verb in ("submit", "retry"):
         line += ["--data-dir", str(data), "runtime.device=cpu"]
     return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
 
@@ -56,6 +59,29 @@ def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
     assert collected.returncode == 0, collected.stderr
     assert "1/1" in collected.stdout
     assert_no_process_left(root)
+
+
+def test_what_a_training_without_data_has_left_is_retried_as_plan_says(tmp_path: Path, digits: Path) -> None:
+    """Though the sweep was never submitted."""
+    root = tmp_path / "refused"
+    sweep = make(root)
+    nothing = vitpa_sweep(root, digits, "retry")
+    assert (nothing.returncode, "was never submitted" in nothing.stderr) == (1, True)
+    changes = [f"{key}={value}" for key, value in OVERRIDES.items()]
+    words = ["digits", *changes, f"runtime.root={root}", f"runtime.data_dir={tmp_path}", "runtime.device=cpu"]
+    line = [sys.executable, "-m", "vitpa.train", *words]
+    refused = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert "no such file; make it with `vitpa prep digits`" in refused.stderr
+    planned = vitpa_sweep(root, digits, "plan").stdout
+    advice = re.search(
+        r"1 failed, not touched by submit; to run again: vitpa (sweep retry .* state=failed)$", planned, re.MULTILINE
+    )
+    assert advice is not None, planned
+    line = [sys.executable, "-m", "vitpa.cli", *advice[1].split(), "--wait", "--data-dir", str(digits), "runtime.device=cpu"]
+    retried = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert "submitted 1 of 2 runs" in retried.stdout, retried.stderr
+    assert [state.state for state in Survey(root).states(sweep.runs)] == ["done", "missing"]
+    assert vitpa_sweep(root, digits, "collect").returncode == 4  # it is a sweep now
 
 
 def test_several_processes_die_with_their_worker(tmp_path: Path, digits: Path) -> None:

@@ -203,13 +203,14 @@ def test_image_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (folder / "train" / "cats" / "notes.txt").write_text("not an image")
     for name in ("a.gif", "b.GIF"):  # what torchvision's ImageFolder passes over, too
         (folder / "train" / "dogs" / name).write_bytes(b"GIF89a")
+    photo(98).save(folder / "train" / "beside.jpg")
     (folder / "train" / "cats" / ".hidden.jpg").write_text("not an image")
     (folder / "train" / "cats" / "deep").mkdir()
     photo(99, 30, 90).save(folder / "train" / "cats" / "deep" / "PHOTO.PNG")
     assert prep("pets", "--source", folder, "--out", tmp_path / "out", "--short-side-px", 20, "--workers", 2, "--verify") == 0
     out = capsys.readouterr().out
     assert "pets/train: 13 images of 2 classes" in out and "13 labels, 13 of 13 images" in out
-    assert "pets/train: left out, for their names are not of images: 2 .gif, 1 .txt\n" in out
+    assert "pets/train: left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders\n" in out
     assert "pets/val: left out" not in out
     path = beton_path(tmp_path / "out", "pets", "train")
     with Beton.open(path, "pets", "train") as beton:

@@ -360,6 +360,16 @@ def test_errors_are_one_line(
     assert re.search(message, error), error
 
 
+@pytest.mark.parametrize(("place", "reason"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_a_root_that_cannot_be_a_folder(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, reason: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(arguments(digits, tmp_path / place)) == 1
+    root = f"runtime.root={tmp_path / place}"
+    assert capsys.readouterr().err == f"vitpa train: {root}: cannot be made a folder ({reason}); name another one\n"
+
+
 def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = arguments(digits, tmp_path)
     trained(words)

@@ -7,13 +7,13 @@ clock of one host is compared with another's.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError that writing `path` would raise; what is there stays as it is."""
+    """Raise the OSError that `write_atomic` would raise; what is there stays as it is.
+
+    Raises:
+        RunError: it is no regular file, which would be replaced: a device, a pipe, a folder.
+    """
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path}: not a regular file; name a file")
     _write_temporary(path, b"").unlink()
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _write_temporary(path: Path, data: bytes | str) -> Path:
@@ -102,7 +106,8 @@ def _write_temporary(path: Path, data: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # a full disk leaves nothing half-written behind
+        with suppress(OSError):
+            temporary.unlink()  # a full disk leaves nothing half-written behind
         raise OSError(error.errno, error.strerror, str(path)) from error
     return temporary
 

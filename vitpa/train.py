@@ -713,7 +713,17 @@ def seed_list(text: str) -> list[int]:
 
 
 def claim(config: RunConfig, stack: ExitStack) -> bool:
-    """Take a run for this process, until `stack` closes; False if it is finished."""
+    """Take a run for this process, until `stack` closes; False if it is finished.
+
+    Raises:
+        RunError: its directory cannot be used.
+        OSError: it cannot be made or written.
+    """
+    root = Path(config.runtime.root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
     run = record_config(config)
     if run.result() is not None:
         print(f"{run.result_json}: the run is finished already", file=sys.stderr)

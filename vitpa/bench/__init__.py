@@ -10,7 +10,7 @@ from vitpa.bench import imagenet, small
 from vitpa.config import ConfigError
 from vitpa.data.beton import BetonError
 from vitpa.os_errors import os_error_line
-from vitpa.rundir import check_writable
+from vitpa.rundir import RunError, check_writable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.json:  # before anything is measured
+            options.json = options.json.resolve()  # what a link points to is written, not the link
             check_writable(options.json)
         return int(options.measure(options))
-    except (ConfigError, BetonError) as error:
+    except (ConfigError, BetonError, RunError) as error:
         print(f"vitpa bench: {error}", file=sys.stderr)
     except OSError as error:
         print(f"vitpa bench: {os_error_line(error)}", file=sys.stderr)

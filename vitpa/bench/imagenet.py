@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.measure import file_name, gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
 from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.feed import ResidentFeed, StreamedFeed
@@ -297,7 +297,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument(
         "--window-s", type=seconds, default=0.5, metavar="S", help="how long each of 5 windows lasts at least: 0.5"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(measure=run)
 
 
@@ -349,17 +349,20 @@ def run(options: argparse.Namespace) -> int:
     check(options)
     lines: list[Line] = []
     facts: dict[str, Any] = {}
+    complete = False
     try:
         for gpus in options.gpus:
             if not measure(gpus, options, lines, facts):
                 print(f"vitpa bench: the processes for {gpus} GPUs have failed; see above", file=sys.stderr)
                 return 1
+        complete = True
     finally:
         results = with_ratios(lines)
         print(table(results))
         if options.json and results:
             config = config_of("content", options.batch_size, *options.overrides)
-            write_json(options.json, {**facts, **measured(config), "dataset": options.dataset, "results": results})
+            facts |= {**measured(config), "dataset": options.dataset, "complete": complete}
+            write_json(options.json, {**facts, "results": results})
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,13 @@ WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at leas
 LEARNING_RATE = 1e-4
 MOST_STEPS = 1_000_000  # of one benchmark
 LOG_EVERY_STEPS = 50
+
+
+def file_name(text: str) -> Path:
+    """The file that `--json` names."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file")
+    return Path(text)
 
 
 def make_steps(

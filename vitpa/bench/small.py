@@ -13,12 +13,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.measure import file_name, gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
 from vitpa.data.feed import ResidentFeed
@@ -143,7 +142,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--replicas", type=_counts, default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10")
     parser.add_argument("--no-ablation", action="store_true", help="leave out the lines without augmentation")
     parser.add_argument("--only-graph", action="store_true", help="leave out timm's module")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(measure=run)
 
 
@@ -205,6 +204,6 @@ def run(options: argparse.Namespace) -> int:
         )
         print(table(lines[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
         if options.json:  # again after every line: an end before the last one loses none
-            write_json(options.json, {**facts, "results": lines})
+            write_json(options.json, {**facts, "complete": len(lines) == len(configs), "results": lines})
     print(table(lines))
     return 0
