@@ -165,9 +165,8 @@ def test_all_workers_killed(tmp_path: Path) -> None:
         start = read_json(path)
         assert start is not None
         os.kill(start["process"]["pid"], signal.SIGKILL)
-    wait_for(lambda: not processes_of(tmp_path), poll_s=0.05)
-    states = [state.state for state in Survey(tmp_path).states(sweep.runs)]
-    assert states == ["lost"] * 2 + ["uncertain"] * 6
+    assert [state.state for state in settle(tmp_path, sweep)] == ["lost"] * 2 + ["uncertain"] * 6
+    assert_no_process_left(tmp_path)
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 0
     assert_each_done_once(tmp_path, sweep)
 
