@@ -123,7 +123,7 @@ def test_an_event_file_from_the_future_is_waited_for_only_a_little(run: RunDir) 
     wait_until_newest(run.tensorboard)
     (run.tensorboard / f"events.out.tfevents.{int(time.time()) + 3600}.other.1.0").write_bytes(b"")
     wait_until_newest(run.tensorboard)
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 0.5
 
 
 def test_hparams_land_in_the_runs_own_folder(run: RunDir) -> None:

@@ -130,11 +130,11 @@ def test_what_hangs_is_given_up_at_the_deadline_and_blames_the_node(data: Path, 
     os.mkfifo(path)  # opening it waits for ever, as for a file server that is gone
     began_s = time.monotonic()
     found = report(data, tmp_path, "--deadline-s=2")
-    assert time.monotonic() - began_s < 100
+    assert time.monotonic() - began_s < 30
     assert failures(found) == [("data_train", "node")]
     assert detail(found, "data_train") == "no answer in 2 s"
     assert detail(found, "disk").endswith("GiB free")  # what was found before counts
-    assert found["duration_s"] < 20
+    assert found["duration_s"] < 10
 
 
 def test_a_check_that_dies_blames_the_node_and_one_that_fails_the_run(capfd: pytest.CaptureFixture[str]) -> None:

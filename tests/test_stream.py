@@ -367,7 +367,7 @@ def test_an_undecodable_image_ends_the_loop_promptly(damaged: Beton, workers: in
     with pytest.raises(BetonError, match=r"train\.beton: the JPEG of sample 5 cannot be decoded; .*vitpa prep photos"):
         for _ in stream(damaged, workers=workers).train_batches(batches, 0):
             pass
-    assert time.monotonic() - started_s < 10
+    assert time.monotonic() - started_s < 2  # all of them take 9 s and more
     assert not decoders()
 
 
@@ -400,7 +400,7 @@ def test_leaving_the_loop_early_leaves_no_thread(train: Beton, val: Beton) -> No
         assert decoders()
         started_s = time.monotonic()
         close(iterator)
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 2  # all of them take 10 s and more
         assert not decoders()
     for _ in stream(train).train_batches(batches, 0):
         break

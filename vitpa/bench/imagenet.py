@@ -358,8 +358,9 @@ def run(options: argparse.Namespace) -> int:
         complete = True
     finally:
         results = with_ratios(lines)
-        print(table(results))
-        if options.json and results:
+        if results:
+            print(table(results))
+        if results and options.json:
             config = config_of("content", options.batch_size, *options.overrides)
             facts |= {**measured(config), "dataset": options.dataset, "complete": complete}
             write_json(options.json, {**facts, "results": results})
