@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,17 +59,23 @@ class SlowJpeg:
     def unstuff(self, plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
         self.stored = stored
 
-    def read_codes(self, *arguments: Any, short_bits: int) -> None:
-        arguments[-1].zero_()
+    def find_rows(self, plan: Tensor, *arguments: Any, short_bits: int) -> None:
+        damaged: Tensor = arguments[-1]
+        for number, (begin, size, _, kind, *_) in enumerate(plan.tolist()):
+            damaged[number] = bytes(64) in self.jpeg_of(begin, size, kind)  # Pillow takes no offence
+
+    def read_rows(self, *arguments: Any, short_bits: int) -> None: ...
 
     def to_samples(self, coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None: ...
 
     def to_rgb(self, plan: Tensor, samples: Tensor, rgb: Tensor, *, most_pixels: int) -> None:
-        for begin, size, _, kind, *_, top, left, height, width, to in plan.tolist():
-            jpeg = self.stored[begin - self.decoder.headers.known[kind].size : begin + size + 2].numpy().tobytes()
-            pixels = np.array(Image.open(BytesIO(jpeg)))[top : top + height, left : left + width]
+        for begin, size, _, kind, *_, top, left, height, width, _, to in plan.tolist():
+            pixels = np.array(Image.open(BytesIO(self.jpeg_of(begin, size, kind))))[top : top + height, left : left + width]
             rgb[to : to + 3 * height * width] = torch.from_numpy(pixels).permute(2, 0, 1).flatten()
             assert height * width <= most_pixels
+
+    def jpeg_of(self, begin: int, size: int, kind: int) -> bytes:
+        return self.stored[begin - self.decoder.headers.known[kind].size : begin + size + 2].numpy().tobytes()
 
 
 @pytest.fixture
@@ -92,7 +99,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
     def make(beton: Beton) -> GpuDecoder:
         decoder = GpuDecoder(beton, img_size=32, device=torch.device("cuda:0"), workers=2)
-        decoder.device, decoder.resize = CPU, slow_resize
+        decoder.device = CPU
+        monkeypatch.setattr(decoder, "resize", SimpleNamespace(resize=slow_resize, room=lambda *_: 0))
         monkeypatch.setattr(decoder, "jpeg", SlowJpeg(decoder))
         return decoder
 
@@ -229,6 +237,32 @@ def test_an_error_of_the_index_iterator_ends_the_loop(pretended: Decoder, beton:
 
 
 @pytest.fixture
+def cut(beton: Beton, tmp_path: Path) -> Beton:
+    """The images, of which the last JPEG has zeros from its middle on but for its end."""
+    if not beton.is_jpeg.any():
+        pytest.skip("has no JPEGs")
+    path = beton_path(tmp_path, "photos", "train")
+    path.parent.mkdir()
+    shutil.copy(beton.path, path)
+    shutil.copy(manifest_path(beton.path), manifest_path(path))
+    last = int(np.flatnonzero(beton.is_jpeg)[-1])
+    size = int(beton.sizes[last])
+    with path.open("r+b") as file:
+        file.seek(int(beton.offsets[last]) + size // 2)
+        file.write(bytes(size - size // 2 - 2))
+    return Beton.open(path)
+
+
+def check_cut(images: StreamedImages, cut: Beton) -> None:
+    last = int(np.flatnonzero(cut.is_jpeg)[-1])
+    said = rf"train\.beton: the JPEG of sample {last} cannot be decoded; .*vitpa prep photos"
+    for _ in range(2):
+        with pytest.raises(BetonError, match=said):
+            next(images.train_batches([torch.arange(2)] * 9, 0))
+    assert not decoders()
+
+
+@pytest.fixture
 def damaged(photos: Path, tmp_path: Path) -> Beton:
     """The training images, sample 5 of which is no JPEG any more."""
     path = tmp_path / "photos" / "train.beton"
@@ -257,6 +291,12 @@ def test_a_damaged_jpeg_is_named(pretended: Decoder, damaged: Beton) -> None:
     images = stream(damaged)
     images.decoder = pretended(damaged)
     check_damaged(images, damaged)
+
+
+def test_damaged_codes_are_found_before_the_first_batch(pretended: Decoder, cut: Beton) -> None:
+    images = stream(cut)
+    images.decoder = pretended(cut)
+    check_cut(images, cut)
 
 
 def test_without_a_gpu_it_is_said(beton: Beton) -> None:
@@ -302,3 +342,6 @@ class TestOnGpu:
 
     def test_a_damaged_jpeg_is_named(self, damaged: Beton) -> None:
         check_damaged(stream(damaged, torch.device("cuda")), damaged)
+
+    def test_damaged_codes_are_found_before_the_first_batch(self, cut: Beton) -> None:
+        check_cut(stream(cut, torch.device("cuda")), cut)

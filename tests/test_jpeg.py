@@ -19,7 +19,7 @@ from PIL import Image
 from tests.interpreter import report_of
 from vitpa.data.beton import Pixels
 from vitpa.data.crops import Crops
-from vitpa.data.jpeg import BLOCK, IS_LONG, LONG_BITS, SHORT_BITS, ZIGZAG, Headers, code_table, plan_of, read_header
+from vitpa.data.jpeg import BLOCK, IS_LONG, LONG_BITS, SHORT_BITS, ZIGZAG, Headers, code_table, mcu_rows, plan_of, read_header
 from vitpa.kernels import jpeg as kernels
 
 
@@ -47,19 +47,24 @@ def decoded(jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, dev
     in_header = np.array([headers.known[kind].size for kind in kinds if kind is not None])
     lengths = np.array([len(each) for each in jpegs])
     begins = np.cumsum(lengths) - lengths + in_header
-    plan = plan_of(begins, lengths - in_header - 2, np.array(kinds), crops, heights=heights, widths=widths)
+    num_rows = mcu_rows(heights)
+    first_rows = np.cumsum(num_rows) - num_rows
+    plan = plan_of(begins, lengths - in_header - 2, np.array(kinds), first_rows, crops, heights=heights, widths=widths)
 
     def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, 77, dtype=dtype, device=device)
 
-    table, stored = torch.from_numpy(plan.table).to(device), torch.from_numpy(np.concatenate(jpegs)).to(device)
+    table, jobs = torch.from_numpy(plan.table).to(device), torch.from_numpy(plan.jobs).to(device)
+    stored = torch.from_numpy(np.concatenate(jpegs)).to(device)
+    entries = room(int(num_rows.sum()), 4, dtype=torch.int32)
     codes = torch.from_numpy(np.stack([each.codes for each in headers.known])).to(device)
     factors = torch.from_numpy(np.stack([each.factors for each in headers.known])).to(device)
     words, bits, damaged = (room(count, dtype=torch.int32) for count in (plan.words, len(jpegs), len(jpegs)))
     samples, rgb = room(plan.blocks, BLOCK, dtype=torch.uint8), room(plan.pixel_bytes, dtype=torch.uint8)
     coefficients = room(plan.blocks, BLOCK, dtype=torch.int16).zero_()
     kernels.unstuff(table, stored, words, bits)
-    kernels.read_codes(table, words, bits, codes, factors, coefficients, damaged, short_bits=SHORT_BITS)
+    kernels.find_rows(table, words, bits, codes, entries, damaged, short_bits=SHORT_BITS)
+    kernels.read_rows(table, jobs, words, bits, codes, factors, entries, coefficients, short_bits=SHORT_BITS)
     kernels.to_samples(coefficients, kernels.idct_matrix().to(device), samples)
     kernels.to_rgb(table, samples, rgb, most_pixels=plan.most_pixels)
     pixels = []
@@ -229,10 +234,12 @@ def test_all_chroma_that_a_crop_needs_is_decoded() -> None:
     """With one row more above and below, which interpolation takes in; and no MCU more than that."""
     crops = Crops(*np.array([[0, 0, 1, 1, 8, 8, 0, 0], [16, 32, 16, 16, 8, 8, 0, 0], [18, 34, 12, 12, 8, 8, 0, 0]]).T)
     same = np.full(3, 100)
-    plan = plan_of(0 * same, same, 0 * same, crops, heights=same, widths=same)
+    plan = plan_of(0 * same, same, 0 * same, 7 * np.arange(3), crops, heights=same, widths=same)
     assert plan.table[:, 6:10].tolist() == [[0, 1, 0, 1], [1, 4, 0, 3], [2, 3, 1, 2]]
     assert plan.table[:, 10].tolist() == [0, 6, 60] and plan.blocks == 66
-    assert plan.table[:, 17].tolist() == [0, 3, 771] and plan.pixel_bytes == 1203 and plan.most_pixels == 256
+    assert plan.jobs.tolist() == [[0, 0], [1, 1], [1, 2], [1, 3], [2, 2]]
+    assert plan.table[:, 17].tolist() == [0, 7, 14]
+    assert plan.table[:, 18].tolist() == [0, 3, 771] and plan.pixel_bytes == 1203 and plan.most_pixels == 256
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from tests.interpreter import report_of
 from vitpa.data.beton import Pixels
-from vitpa.kernels.resize import resize
+from vitpa.data.gpu_decoder import most_taps
+from vitpa.kernels import resize as kernels
 
 BILINEAR = Image.Resampling.BILINEAR
 
 
-def slow_resize(plan: Tensor, out: Tensor) -> None:
-    """What `resize` does, on the CPU by Pillow, along rows first in any version of it."""
+def slow_resize(plan: Tensor, weights: Tensor, out: Tensor, *, taps: int) -> None:
+    """What `vitpa.kernels.resize.resize` does, on the CPU by Pillow, along rows first in any version of it."""
     size = out.shape[-1]
     for row, (address, *strides, height, width, to_height, to_width, top, left) in enumerate(plan.tolist()):
         out[row] = 0
@@ -34,6 +35,13 @@ def slow_resize(plan: Tensor, out: Tensor) -> None:
             resized = Image.fromarray(region).resize((to_width, height), BILINEAR).resize((to_width, to_height), BILINEAR)
             window = resized.crop((left, top, left + size, top + size))
             out[row] = torch.from_numpy(np.array(window)).permute(2, 0, 1)
+
+
+def resize(plan: Tensor, out: Tensor) -> None:
+    """With the weights in memory of its own."""
+    taps = most_taps(*plan[:, 4:8].cpu().numpy().T)
+    weights = torch.full((kernels.room(len(out), out.shape[-1], taps),), 77, dtype=torch.int32, device=out.device)
+    kernels.resize(plan, weights, out, taps=taps)
 
 
 def images_and_plan(rng: np.random.Generator, size: int, longest: int, count: int) -> tuple[list[Pixels], np.ndarray]:
@@ -76,7 +84,7 @@ def differences(device: str, size: int, longest: int, count: int) -> list[int]:
     expected = torch.empty(out.shape, dtype=torch.uint8)
     on_cpu, its_plan = placed(images, shown, "cpu")
     its_plan[-1, 4:] = plan[-1, 4:].cpu()
-    slow_resize(its_plan, expected)
+    slow_resize(its_plan, torch.empty(0), expected, taps=0)
     assert len(tensors) == len(on_cpu)
     return [int(each) for each in (out.cpu().int() - expected.int()).abs().amax((1, 2, 3))]
 
@@ -103,7 +111,7 @@ def test_rows_first_differs_from_any_pillow_by_one_grey_level() -> None:
     images, shown = images_and_plan(np.random.default_rng(), 32, 90, 40)
     tensors, plan = placed(images, shown, "cpu")
     out = torch.empty(len(tensors), 3, 32, 32, dtype=torch.uint8)
-    slow_resize(plan, out)
+    slow_resize(plan, torch.empty(0), out, taps=0)
     for got, pixels, (_, _, to_height, to_width, top, left) in zip(out, images, shown.tolist(), strict=True):
         whole = Image.fromarray(pixels).resize((to_width, to_height), BILINEAR).crop((left, top, left + 32, top + 32))
         assert (got.int() - torch.from_numpy(np.array(whole)).permute(2, 0, 1).int()).abs().max() <= 1

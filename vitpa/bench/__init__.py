@@ -23,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     small.add_parser(benchmarks)
     imagenet.add_parser(benchmarks)
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)  # argparse takes values of `overrides` in one place only
+    if any(word.startswith("-") or "=" not in word for word in others):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.overrides += others
     try:
         if options.json:  # before anything is measured
             options.json = options.json.resolve()  # what a link points to is written, not the link

@@ -213,8 +213,8 @@ def streamed_lines(options: argparse.Namespace, batch_size: int, bench: Bench) -
     config = configs[attentions[0]]
     betons = open_betons(config, options.dataset)
     stored = "JPEG" if betons["train"].is_jpeg.any() else "raw"
-    decoders: list[Decoder] = ["gpu", "cpu"]
-    reason = why_not_gpu(betons["train"], img_size=config.model.img_size, device=group.device)
+    decoders: list[Decoder] = ["gpu", "cpu"] if config.runtime.decoder == "auto" else [config.runtime.decoder]
+    reason = why_not_gpu(betons["train"], img_size=config.model.img_size, device=group.device) if "gpu" in decoders else ""
     if reason:
         decoders.remove("gpu")
         print(f"without decoding on the GPU: {reason}", file=sys.stderr)

@@ -1,10 +1,12 @@
 """Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only those of the crop.
 
-Each batch in the making has a stream and memory of its own. Reading the codes of JPEGs (vitpa/kernels/jpeg.py) takes long and
-little of the device, so several batches are decoded side by side, and beside the training. Nothing is allocated once
-the memory is large enough: an allocation waits for all that the device has to do. Then one kernel (vitpa/kernels/resize.py)
-crops images of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that
-the kernels cannot decode (FFCV writes none) are decoded by the threads.
+Before the first batch all JPEGs are read once, to find where in each of them its rows begin, and any damage: from these
+places the kernels (vitpa/kernels/jpeg.py) read all rows at the same time. Then one kernel (vitpa/kernels/resize.py) crops
+images of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that the
+kernels cannot decode (FFCV writes none) are decoded by the threads.
+
+Each batch in the making has a stream and memory of its own. Nothing is allocated once the memory is large enough: an
+allocation waits for all that the device has to do.
 
 Axes: B batch, J JPEGs of it that the device decodes, S img_size.
 """
@@ -15,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,9 +28,10 @@ from torch import Tensor
 from vitpa.data.batches import Batch, labels_of
 from vitpa.data.beton import Beton, Ints
 from vitpa.data.crops import Crops
-from vitpa.data.jpeg import BLOCK, SHORT_BITS, TABLE, Headers, Plan, plan_of
+from vitpa.data.jpeg import BLOCK, SHORT_BITS, TABLE, Headers, Plan, mcu_rows, plan_of
 
 BATCHES_AHEAD = 2
+ROW_SEARCH = 2048  # images at a time
 MOST_HEADERS = 16  # kinds; 29 kB of tables each
 
 
@@ -40,8 +44,6 @@ class Stored:
     is_jpeg: npt.NDArray[np.bool_]  # (B,)
     ends: Ints  # (B + 1,): image i has the bytes ends[i] to ends[i + 1] of `bytes`
     bytes: Tensor  # uint8
-    headers: Ints  # (B,) which kind; -1 where the device does not decode
-    header_bytes: Ints  # (B,)
     decoded: dict[int, Tensor] = field(default_factory=dict)  # (crop's height, crop's width, 3), by threads
 
 
@@ -55,13 +57,13 @@ class Slot:
             self.numbers = torch.empty(0, 2, dtype=torch.int64, device=device)  # samples and labels
             self.bits, self.damaged = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))  # J
             self.stored, self.rgb = (torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2))
-            self.words = torch.empty(0, dtype=torch.int32, device=device)
+            self.words, self.weights = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))
             self.coefficients = torch.empty(0, BLOCK, dtype=torch.int16, device=device)
             self.samples = torch.empty(0, BLOCK, dtype=torch.uint8, device=device)
         self.pinned = torch.empty(0, dtype=torch.uint8)
         self.was_damaged = torch.empty(0, dtype=torch.int32)  # pinned
         self.batch: Stored | None = None
-        self.rows: Ints = np.empty(0, np.int64)  # (J,) of the batch
+        self.jpegs: Ints = np.empty(0, np.int64)  # (J,) which of the batch
         self.ready, self.used = (torch.cuda.Event(blocking=True) for _ in range(2))
 
     def with_room(self, memory: Tensor, length: int) -> Tensor:
@@ -83,12 +85,19 @@ class GpuDecoder:
         """`workers` threads read."""
         from vitpa.kernels import jpeg, resize  # noqa: PLC0415 - Triton is needed on a GPU only
 
-        self.beton, self.img_size, self.workers, self.jpeg, self.resize = beton, img_size, workers, jpeg, resize.resize
+        self.beton, self.img_size, self.workers, self.jpeg, self.resize = beton, img_size, workers, jpeg, resize
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.free: list[Slot] = []
         self.headers = Headers(MOST_HEADERS)
         self.turn = threading.Lock()  # an evaluation may go on beside a training epoch
         self.num_headers = 0  # whose tables are on the device
+        # of each sample, once it is known:
+        self.is_known = ~beton.is_jpeg
+        self.header = np.full(len(beton), -1)  # which kind; -1 where the device does not decode
+        self.header_bytes = np.zeros(len(beton), np.int64)
+        num_rows = np.where(beton.is_jpeg, mcu_rows(beton.heights), 0)
+        self.first_row = np.cumsum(num_rows) - num_rows
+        self.entries = torch.empty(int(num_rows.sum()), 4, dtype=torch.int32, device=self.device)  # where rows begin
         self.codes = torch.empty(MOST_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
         self.factors = torch.empty(MOST_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
         self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
@@ -96,12 +105,28 @@ class GpuDecoder:
 
     def check(self) -> None:
         """Decode one image; raises whatever goes wrong."""
-        first_jpeg = int(self.beton.is_jpeg.argmax())  # or 0
-        size = np.full(1, self.img_size)
-        height, width = (sides[[first_jpeg]] for sides in (self.beton.heights, self.beton.widths))
-        whole = Crops(0 * size, 0 * size, width, height, size, size, 0 * size, 0 * size)
-        for _ in self.batches([torch.tensor([first_jpeg])], lambda _: whole):
+        first_jpeg = torch.tensor([int(self.beton.is_jpeg.argmax())])  # or 0
+        if self.beton.is_jpeg.any():
+            self.find_rows(first_jpeg)
+        crops = self._whole(first_jpeg)._replace(to_width=np.full(1, self.img_size), to_height=np.full(1, self.img_size))
+        for _ in self._batches([first_jpeg], lambda _: crops):
             torch.cuda.synchronize(self.device)
+
+    def find_rows(self, samples: Tensor) -> None:
+        """Find where the rows of these samples (n,) begin, and which kinds of headers they have.
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
+        parts = samples[np.argsort(self.beton.offsets[samples.numpy()])].split(ROW_SEARCH)  # in the file's order
+        with closing(self._ahead(parts, self._whole, self._read_unknown, self._find_rows)) as slots:
+            for slot in slots:
+                slot.ready.synchronize()
+                assert slot.batch is not None
+                damaged = slot.was_damaged[: len(slot.jpegs)].numpy() > 0
+                if damaged.any():
+                    raise self.beton.undecodable(int(slot.batch.samples[slot.jpegs[damaged.argmax()]]))
+                self.is_known[slot.batch.samples.numpy()] = True
 
     def batches(self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops]) -> Generator[Batch, None, None]:
         """The crops that `crops_of` finds for each of `indices` (B,), in order, BATCHES_AHEAD batches ahead.
@@ -109,19 +134,41 @@ class GpuDecoder:
         A batch may be used, on the stream that is current, until the next one is asked for.
 
         Raises:
-            BetonError: an image cannot be decoded.
+            BetonError: an image cannot be decoded, of whatever batch.
         """
+        if not self.is_known.all():
+            self.find_rows(torch.from_numpy(np.flatnonzero(~self.is_known)))
+        with closing(self._batches(indices, crops_of)) as batches:
+            yield from batches
+
+    def _batches(self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops]) -> Generator[Batch, None, None]:
+        """The same, of samples that are known."""
+        with closing(self._ahead(indices, crops_of, self._read, self._decode)) as slots:
+            for slot in slots:
+                slot.ready.synchronize()
+                torch.cuda.current_stream(self.device).wait_event(slot.ready)
+                assert slot.batch is not None
+                B = len(slot.batch.samples)
+                yield Batch(slot.images[:B], *slot.numbers[:B].unbind(1))
+
+    def _ahead(
+        self,
+        indices: Iterable[Tensor],
+        crops_of: Callable[[Tensor], Crops],
+        read: Callable[[Future[Stored], Ints], None],
+        decode: Callable[[Future[Stored], list[Future[None]], Slot], Slot],
+    ) -> Generator[Slot, None, None]:
+        """The slots of batches on which threads do `read` and `decode`, in the order of `indices`, BATCHES_AHEAD ahead."""
         readers = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-read")
         decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         waiting: deque[Future[Slot]] = deque()
         slots = [self.free.pop() if self.free else Slot(self.device, self.img_size) for _ in range(BATCHES_AHEAD + 1)]
         spare = deque(slots)
 
-        def hand_over() -> Generator[Batch, None, None]:
+        def hand_over() -> Generator[Slot, None, None]:
             slot = waiting.popleft().result()
-            batch = self._finished(slot)
             try:
-                yield batch
+                yield slot
             finally:
                 slot.used.record(torch.cuda.current_stream(self.device))
             spare.append(slot)
@@ -131,8 +178,8 @@ class GpuDecoder:
                 slot = spare.popleft()
                 located = readers.submit(self._locate, samples, crops_of, slot)
                 parts = np.array_split(np.arange(len(samples)), self.workers)
-                reads = [readers.submit(self._read, located, rows) for rows in parts if len(rows)]
-                waiting.append(decoder.submit(self._decode, located, reads, slot))
+                reads = [readers.submit(read, located, rows) for rows in parts if len(rows)]
+                waiting.append(decoder.submit(decode, located, reads, slot))
                 if len(waiting) > BATCHES_AHEAD:
                     yield from hand_over()
             while waiting:
@@ -143,6 +190,11 @@ class GpuDecoder:
             readers.shutdown()
             self.free += slots  # whoever takes one waits for its event first
 
+    def _whole(self, samples: Tensor) -> Crops:
+        """All of the images of `samples` (B,)."""
+        heights, widths = (sides[samples.numpy()] for sides in (self.beton.heights, self.beton.widths))
+        return Crops(0 * widths, 0 * widths, widths, heights, widths, heights, 0 * widths, 0 * widths)
+
     def _locate(self, samples: Tensor, crops_of: Callable[[Tensor], Crops], slot: Slot) -> Stored:
         """What is to be read of `samples` (B,), and memory for it."""
         beton, index, crops = self.beton, samples.numpy(), crops_of(samples)
@@ -152,103 +204,127 @@ class GpuDecoder:
         slot.ready.synchronize()  # nothing is read from its memory any more, should the last loop have been left early
         with torch.cuda.device(self.device):
             slot.pinned = slot.with_room(slot.pinned, int(ends[-1]))
-        none = np.full(len(index), -1)
-        return Stored(samples, crops, is_jpeg, ends, slot.pinned[: ends[-1]], headers=none, header_bytes=0 * none)
+        return Stored(samples, crops, is_jpeg, ends, slot.pinned[: ends[-1]])
 
     def _read(self, located: Future[Stored], rows: Ints) -> None:
-        """Copy the bytes of `rows` (n,) of a batch."""
+        """Copy the bytes of `rows` (n,) of a batch: of JPEGs all, of raw images those of the crop."""
         batch = located.result()
         beton, out = self.beton, batch.bytes.numpy()
         samples, ends, jpegs, crops = batch.samples.tolist(), batch.ends.tolist(), batch.is_jpeg.tolist(), batch.crops
         for row in rows.tolist():
             sample, begin, end = samples[row], ends[row], ends[row + 1]
-            if begin == end:
-                continue
-            top, left, height, width = (int(x[row]) for x in (crops.top, crops.left, crops.height, crops.width))
-            crop = slice(top, top + height), slice(left, left + width)
-            size = int(beton.heights[sample]), int(beton.widths[sample])
-            stored = beton.stored(sample)
-            if not jpegs[row]:
-                out[begin:end].reshape(height, width, 3)[:] = stored.reshape(*size, 3)[crop]
-                continue
-            out[begin:end] = stored
-            header = self.headers.find(out[begin:end], *size)
-            if header is None:
-                batch.decoded[row] = torch.from_numpy(beton.read_image(sample)[crop].copy())
-            else:
-                batch.headers[row], batch.header_bytes[row] = header, self.headers.known[header].size
+            if jpegs[row] and self.header[sample] >= 0:
+                out[begin:end] = beton.stored(sample)
+            elif end > begin:
+                top, left, height, width = (int(x[row]) for x in (crops.top, crops.left, crops.height, crops.width))
+                crop = slice(top, top + height), slice(left, left + width)
+                if jpegs[row]:
+                    batch.decoded[row] = torch.from_numpy(beton.read_image(sample)[crop].copy())
+                else:
+                    size = int(beton.heights[sample]), int(beton.widths[sample]), 3
+                    out[begin:end].reshape(height, width, 3)[:] = beton.stored(sample).reshape(size)[crop]
+
+    def _read_unknown(self, located: Future[Stored], rows: Ints) -> None:
+        """Copy the bytes of `rows` (n,) of JPEGs, and find out what their headers are."""
+        batch = located.result()
+        beton, out = self.beton, batch.bytes.numpy()
+        for row in rows.tolist():
+            sample, jpeg = int(batch.samples[row]), out[batch.ends[row] : batch.ends[row + 1]]
+            jpeg[:] = beton.stored(sample)
+            header = self.headers.find(jpeg, int(beton.heights[sample]), int(beton.widths[sample]))
+            if header is not None:
+                self.header[sample], self.header_bytes[sample] = header, self.headers.known[header].size
+
+    def _find_rows(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
+        """Let the device find where the rows of JPEGs begin, when their bytes are there."""
+        batch = self._read_by(located, reads)
+        with self.turn, torch.cuda.stream(slot.stream):
+            plan, table = self._unstuff(batch, slot)
+            J = len(plan.table)
+            slot.damaged, slot.was_damaged = slot.with_room(slot.damaged, J), slot.with_room(slot.was_damaged, J)
+            if J:
+                self.jpeg.find_rows(
+                    table, slot.words, slot.bits, self.codes, self.entries, slot.damaged, short_bits=SHORT_BITS
+                )
+                slot.was_damaged[:J].copy_(slot.damaged[:J], non_blocking=True)
+            slot.ready.record(slot.stream)
+        return slot
 
     def _decode(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
         """Let the device decode a batch into its slot, when its bytes are there."""
-        for read in reads:
-            read.result()
-        batch = located.result()
+        batch = self._read_by(located, reads)
         B = len(batch.samples)
         with self.turn, torch.cuda.stream(slot.stream):
             slot.stream.wait_event(slot.used)
             slot.images, slot.numbers = slot.with_room(slot.images, B), slot.with_room(slot.numbers, B)
-            slot.stored = slot.with_room(slot.stored, len(batch.bytes))
-            slot.stored[: len(batch.bytes)].copy_(batch.bytes, non_blocking=True)
+            plan, table = self._unstuff(batch, slot)
+            self._decode_jpegs(plan, table, slot)
             first = batch.ends[:-1] + slot.stored.data_ptr()  # address of the first byte of each crop
-            slot.rows = np.flatnonzero(batch.headers >= 0)
-            plan = self._decode_jpegs(batch, slot)
-            first[slot.rows] = slot.rgb.data_ptr() + plan.table[:, -1]
+            first[slot.jpegs] = slot.rgb.data_ptr() + plan.table[:, -1]
             decoded = [(row, pixels.to(self.device)) for row, pixels in batch.decoded.items()]
             for row, pixels in decoded:
                 first[row] = pixels.data_ptr()
-            on_device = resize_plan(batch.crops, first, batch.headers >= 0).pin_memory().to(self.device, non_blocking=True)
-            self.resize(on_device, slot.images[:B])
+            is_planar = np.zeros(B, np.bool_)
+            is_planar[slot.jpegs] = True
+            on_device = resize_plan(batch.crops, first, is_planar).pin_memory().to(self.device, non_blocking=True)
+            crops = batch.crops
+            taps = most_taps(crops.height, crops.width, crops.to_height, crops.to_width)
+            slot.weights = slot.with_room(slot.weights, self.resize.room(B, self.img_size, taps))
+            self.resize.resize(on_device, slot.weights, slot.images[:B], taps=taps)
             numbers = torch.stack([batch.samples, labels_of(self.beton.labels, batch.samples)], 1).pin_memory()
             slot.numbers[:B].copy_(numbers, non_blocking=True)
             slot.ready.record(slot.stream)
-        slot.batch = batch
         return slot
 
-    def _decode_jpegs(self, batch: Stored, slot: Slot) -> Plan:
-        """Decode the rows of the slot; where their pixels come to lie in `slot.rgb` is said in the plan."""
-        rows, room, kernels = slot.rows, slot.with_room, self.jpeg
-        samples, skipped, J = batch.samples.numpy()[rows], batch.header_bytes[rows], len(rows)
-        begins = batch.ends[rows] + skipped
-        crops = Crops(*(each[rows] for each in batch.crops))
+    def _read_by(self, located: Future[Stored], reads: list[Future[None]]) -> Stored:
+        """The batch, when it has been read."""
+        for read in reads:
+            read.result()
+        return located.result()
+
+    def _unstuff(self, batch: Stored, slot: Slot) -> tuple[Plan, Tensor]:
+        """Bring the bytes of a batch to its slot, and have JPEGs unstuffed; the plan for them, and its table on the device."""
+        slot.batch = batch
+        slot.stored = slot.with_room(slot.stored, len(batch.bytes))
+        slot.stored[: len(batch.bytes)].copy_(batch.bytes, non_blocking=True)
+        index = batch.samples.numpy()
+        slot.jpegs = np.flatnonzero(batch.is_jpeg & (self.header[index] >= 0))
+        samples = index[slot.jpegs]
+        begins = batch.ends[slot.jpegs] + self.header_bytes[samples]
         plan = plan_of(
             begins,
-            batch.ends[rows + 1] - begins - 2,  # the last two mark the end
-            batch.headers[rows],
-            crops,
+            batch.ends[slot.jpegs + 1] - begins - 2,  # the last two mark the end
+            self.header[samples],
+            self.first_row[samples],
+            Crops(*(each[slot.jpegs] for each in batch.crops)),
             heights=self.beton.heights[samples],
             widths=self.beton.widths[samples],
         )
-        if not J:
-            return plan
         while self.num_headers < len(self.headers.known):  # hardly ever
             kind = self.headers.known[self.num_headers]
             self.codes[self.num_headers], self.factors[self.num_headers] = map(torch.from_numpy, (kind.codes, kind.factors))
             slot.stream.synchronize()  # other slots use them, too
             self.num_headers += 1
-        slot.bits, slot.damaged, slot.was_damaged = (room(x, J) for x in (slot.bits, slot.damaged, slot.was_damaged))
-        slot.words, slot.rgb = room(slot.words, plan.words), room(slot.rgb, plan.pixel_bytes)
-        slot.coefficients, slot.samples = room(slot.coefficients, plan.blocks), room(slot.samples, plan.blocks)
         table = torch.from_numpy(plan.table).pin_memory().to(self.device, non_blocking=True)
+        slot.bits, slot.words = slot.with_room(slot.bits, len(plan.table)), slot.with_room(slot.words, plan.words)
+        if len(plan.table):
+            self.jpeg.unstuff(table, slot.stored, slot.words, slot.bits)
+        return plan, table
+
+    def _decode_jpegs(self, plan: Plan, table: Tensor, slot: Slot) -> None:
+        """Decode the JPEGs of the slot into its `rgb`."""
+        slot.rgb = slot.with_room(slot.rgb, plan.pixel_bytes)
+        slot.coefficients = slot.with_room(slot.coefficients, plan.blocks)
+        slot.samples = slot.with_room(slot.samples, plan.blocks)
+        if not plan.blocks:
+            return
+        jobs = torch.from_numpy(plan.jobs).pin_memory().to(self.device, non_blocking=True)
         coefficients = slot.coefficients[: plan.blocks]
         coefficients.zero_()
-        kernels.unstuff(table, slot.stored, slot.words, slot.bits)
-        kernels.read_codes(
-            table, slot.words, slot.bits, self.codes, self.factors, coefficients, slot.damaged, short_bits=SHORT_BITS
-        )
-        kernels.to_samples(coefficients, self.matrix, slot.samples)
-        kernels.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
-        slot.was_damaged[:J].copy_(slot.damaged[:J], non_blocking=True)
-        return plan
-
-    def _finished(self, slot: Slot) -> Batch:
-        """The batch of a slot, for the stream that is current."""
-        slot.ready.synchronize()
-        assert slot.batch is not None
-        B, damaged = len(slot.batch.samples), slot.was_damaged[: len(slot.rows)].numpy() > 0
-        if damaged.any():
-            raise self.beton.undecodable(int(slot.batch.samples[slot.rows[damaged.argmax()]]))
-        torch.cuda.current_stream(self.device).wait_event(slot.ready)
-        return Batch(slot.images[:B], *slot.numbers[:B].unbind(1))
+        known = self.codes, self.factors, self.entries
+        self.jpeg.read_rows(table, jobs, slot.words, slot.bits, *known, coefficients, short_bits=SHORT_BITS)
+        self.jpeg.to_samples(coefficients, self.matrix, slot.samples)
+        self.jpeg.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
 
 
 def resize_plan(crops: Crops, first: Ints, planar: npt.NDArray[np.bool_]) -> Tensor:
@@ -260,6 +336,12 @@ def resize_plan(crops: Crops, first: Ints, planar: npt.NDArray[np.bool_]) -> Ten
     channel = np.where(planar, crops.height * crops.width, 1)
     size = (crops.height, crops.width, crops.to_height, crops.to_width, crops.window_top, crops.window_left)
     return torch.from_numpy(np.stack([first, row, column, channel, *size], axis=1))
+
+
+def most_taps(height: Ints, width: Ints, to_height: Ints, to_width: Ints) -> int:
+    """`taps` for `vitpa.kernels.resize` of regions of these sizes (B,), resized to those."""
+    sizes, to = np.concatenate([height, width]), np.concatenate([to_height, to_width])
+    return int((-(-2 * np.maximum(sizes, to) // to)).max(initial=2)) + 1
 
 
 def why_not_gpu(beton: Beton, *, img_size: int, device: torch.device) -> str:

@@ -213,10 +213,11 @@ class Plan:
     """What is to be decoded of a batch of JPEGs.
 
     Attributes:
-        table: (J, 18) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
+        table: (J, 19) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
             without stuffing; its kind of header; MCUs in a row, and rows of MCUs; of the MCUs that are wanted the first and
             the end of the rows, then of the columns; the first of its blocks; height and width of the image; top, left,
-            height and width of the crop; where its pixels go.
+            height and width of the crop; the first of its rows in the table of those; where its pixels go.
+        jobs: (n, 2) int32: image and row of MCUs of each row that is wanted.
         words: Of all images.
         blocks: The same.
         pixel_bytes: The same: (3, height, width) of each crop, in order.
@@ -224,19 +225,21 @@ class Plan:
     """
 
     table: Ints
+    jobs: npt.NDArray[np.int32]
     words: int
     blocks: int
     pixel_bytes: int
     most_pixels: int
 
 
-def plan_of(begins: Ints, sizes: Ints, kinds: Ints, crops: Crops, *, heights: Ints, widths: Ints) -> Plan:
-    """What the kernels have to do for J images, of which only what `crops` shows is decoded further than to coefficients.
+def plan_of(begins: Ints, sizes: Ints, kinds: Ints, first_rows: Ints, crops: Crops, *, heights: Ints, widths: Ints) -> Plan:
+    """What the kernels have to do for J images, of which only what `crops` shows is decoded.
 
     Args:
         begins: (J,) where each image's codes begin, bytes.
         sizes: (J,) of the codes, bytes.
         kinds: (J,) of headers.
+        first_rows: (J,) of each image's rows of MCUs in the table that says where they begin.
         crops: Of the J images; none is empty.
         heights: (J,) of the images.
         widths: (J,) of the images.
@@ -258,6 +261,14 @@ def plan_of(begins: Ints, sizes: Ints, kinds: Ints, crops: Crops, *, heights: In
     first_block, blocks = starts((bottom - top) * (right - left) * 6)
     pixels = crops.height * crops.width
     first_pixel, pixel_bytes = starts(3 * pixels)
-    columns = [begins, sizes, first_word, kinds, -(-widths // 16), -(-heights // 16), top, bottom, left, right, first_block]
-    columns += [heights, widths, crops.top, crops.left, crops.height, crops.width, first_pixel]
-    return Plan(np.stack(columns, axis=1), words, blocks, pixel_bytes, int(pixels.max(initial=0)))
+    columns = [begins, sizes, first_word, kinds, -(-widths // 16), mcu_rows(heights), top, bottom, left, right, first_block]
+    columns += [heights, widths, crops.top, crops.left, crops.height, crops.width, first_rows, first_pixel]
+    first_job, num_jobs = starts(bottom - top)
+    image = np.repeat(np.arange(len(top)), bottom - top)
+    jobs = np.stack([image, np.arange(num_jobs) - (first_job - top)[image]], axis=1).astype(np.int32)
+    return Plan(np.stack(columns, axis=1), jobs, words, blocks, pixel_bytes, int(pixels.max(initial=0)))
+
+
+def mcu_rows(heights: Ints) -> Ints:
+    """Rows of MCUs (n,) in images of these heights (n,)."""
+    return -(-heights // 16)

@@ -1,9 +1,10 @@
 """Baseline JPEGs decoded on the GPU: the pixels of libjpeg (and so of Pillow), to the bit.
 
-Huffman codes can only be read one after the other, so each image is read by one thread, and all images of a batch at once:
-that takes long, but hardly anything of the GPU, which trains meanwhile. What follows is done for all blocks in parallel:
-the inverse cosine transform (libjpeg's jidctint.c: a product with integers, rounded twice), the chroma interpolated to full
-size (jdsample.c, "fancy upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
+Huffman codes can only be read one after the other: an image takes one thread of a GPU some 20 ms, whatever the others do.
+So where each row of MCUs begins is found once and kept, and from then on a thread reads one row of one image, and only rows
+that are wanted. What follows is done for all blocks in parallel: the inverse cosine transform (libjpeg's jidctint.c: a product
+with integers, rounded twice), the chroma interpolated to full size (jdsample.c, "fancy upsampling") and RGB (jdcolor.c).
+Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
 
 Axes: J images. A block has 8 x 8 samples; an MCU has 6 blocks, 4 of Y for 16 x 16 pixels, one of Cb and one of Cr.
 """
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 UNSTUFF_BYTES = 4096  # at a time
-LANES = 32  # images of a program: a warp
+LANES = 32  # images or rows of a program: a warp
 BURST = 64  # codes of each, until it is asked whether all are done
 ROWS = 256  # of blocks, a program
 PIXELS = 1024  # a program
@@ -45,24 +46,38 @@ def _unstuff_kernel(plan, stored, words, bits, PLAN: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
-def _huffman_kernel(
-    plan, words, bits, codes, factors, coefficients, damaged, J,
-    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
-):  # fmt: skip
+def _code(words, bit, table, active, SHORT_BITS: tl.constexpr):
+    """The code at `bit`: its length (0: there is none), its symbol, and the value in the bits that follow it."""
     LONG_BITS: tl.constexpr = 16 - SHORT_BITS
     LONG: tl.constexpr = 0x4000
+    high = tl.load(words + (bit >> 5), mask=active, other=0).to(tl.uint32, bitcast=True)
+    low = tl.load(words + (bit >> 5) + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
+    shift = (bit & 31).to(tl.uint32)
+    window = (high << shift) | ((low >> 1) >> (31 - shift))
+    entry = tl.load(table + (window >> (32 - SHORT_BITS)).to(tl.int32), mask=active, other=0).to(tl.int32)
+    is_long = entry >= LONG
+    rest = (window >> (32 - SHORT_BITS - LONG_BITS)).to(tl.int32) & ((1 << LONG_BITS) - 1)
+    longer = (1 << SHORT_BITS) + ((entry & (LONG - 1)) << LONG_BITS) + rest
+    entry = tl.where(is_long, tl.load(table + longer, mask=active & is_long, other=0).to(tl.int32), entry)
+    length, size = entry >> 8, entry & 15
+    value = (((window << length.to(tl.uint32)) >> 1) >> (31 - size).to(tl.uint32)).to(tl.int32)
+    value = tl.where(value < ((1 << size) >> 1), value - (1 << size) + 1, value)
+    return length, entry & 255, value
+
+
+@triton.jit
+def _find_rows_kernel(
+    plan, words, bits, codes, entries, damaged, J,
+    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
+):  # fmt: skip
     image = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = image < J
     at = plan + image * PLAN
     end = tl.load(bits + image, mask=there, other=0)
     words += tl.load(at + 2, mask=there, other=0)
-    kind = tl.load(at + 3, mask=there, other=0).to(tl.int32)
-    codes += kind * (4 * TABLE)
-    factors += kind * 128
+    codes += tl.load(at + 3, mask=there, other=0).to(tl.int32) * (4 * TABLE)
     columns, rows = tl.load(at + 4, mask=there, other=0).to(tl.int32), tl.load(at + 5, mask=there, other=0).to(tl.int32)
-    top, bottom = tl.load(at + 6, mask=there, other=0).to(tl.int32), tl.load(at + 7, mask=there, other=0).to(tl.int32)
-    left, right = tl.load(at + 8, mask=there, other=0).to(tl.int32), tl.load(at + 9, mask=there, other=0).to(tl.int32)
-    coefficients += tl.load(at + 10, mask=there, other=0) * 64
+    entries += tl.load(at + 17, mask=there, other=0) * 4
 
     bit = tl.zeros((LANES,), tl.int32)
     row, column, block = bit, bit, bit  # MCU, and block in it
@@ -72,55 +87,89 @@ def _huffman_kernel(
     bad = end < 0
     while tl.max(active.to(tl.int32), 0) > 0:
         for _ in range(BURST):
-            high = tl.load(words + (bit >> 5), mask=active, other=0).to(tl.uint32, bitcast=True)
-            low = tl.load(words + (bit >> 5) + 1, mask=active, other=0).to(tl.uint32, bitcast=True)
-            shift = (bit & 31).to(tl.uint32)
-            window = (high << shift) | ((low >> 1) >> (31 - shift))
+            begins = active & (column == 0) & (block == 0) & (position == 0)
+            tl.store(entries + row * 4, bit, mask=begins)
+            tl.store(entries + row * 4 + 1, dc_y, mask=begins)
+            tl.store(entries + row * 4 + 2, dc_b, mask=begins)
+            tl.store(entries + row * 4 + 3, dc_r, mask=begins)
             is_dc = position == 0
-            chroma = (block >= 4).to(tl.int32)
-            table = codes + (2 * chroma + tl.where(is_dc, 0, 1)) * TABLE
-            entry = tl.load(table + (window >> (32 - SHORT_BITS)).to(tl.int32), mask=active, other=0).to(tl.int32)
-            is_long = entry >= LONG
-            rest = (window >> (32 - SHORT_BITS - LONG_BITS)).to(tl.int32) & ((1 << LONG_BITS) - 1)
-            longer = (1 << SHORT_BITS) + ((entry & (LONG - 1)) << LONG_BITS) + rest
-            entry = tl.where(is_long, tl.load(table + longer, mask=active & is_long, other=0).to(tl.int32), entry)
-
-            # the code: its length, how many zeros it stands for, how many bits of a value follow
-            length, zeros, size = entry >> 8, (entry >> 4) & 15, entry & 15
-            value = (((window << length.to(tl.uint32)) >> 1) >> (31 - size).to(tl.uint32)).to(tl.int32)
-            value = tl.where(value < ((1 << size) >> 1), value - (1 << size) + 1, value)
+            table = codes + (2 * (block >= 4).to(tl.int32) + tl.where(is_dc, 0, 1)) * TABLE
+            length, symbol, value = _code(words, bit, table, active, SHORT_BITS)
+            zeros, size = symbol >> 4, symbol & 15
             bit += tl.where(active, length + size, 0)
-            ends_block = (entry & 255) == 0
-            nothing = tl.where(is_dc, False, size == 0)
             target = position + zeros
             wrong = (length == 0) | (bit > end) | (target > 63)
-            wrong |= tl.where(is_dc, (zeros > 0) | (size > 11), nothing & (zeros > 0) & (zeros < 15))
+            wrong |= tl.where(is_dc, (zeros > 0) | (size > 11), (size == 0) & (zeros > 0) & (zeros < 15))
             bad |= active & wrong
             active &= ~wrong
 
-            before = tl.where(block < 4, dc_y, tl.where(block == 4, dc_b, dc_r))
-            value += tl.where(is_dc, before, 0)
             update = active & is_dc
-            dc_y = tl.where(update & (block < 4), value, dc_y)
-            dc_b = tl.where(update & (block == 4), value, dc_b)
-            dc_r = tl.where(update & (block == 5), value, dc_r)
-            factor = tl.load(factors + chroma * 64 + target, mask=active & ~nothing, other=0)
-            inside = (row >= top) & (column >= left) & (column < right)
-            index = (((row - top) * (right - left) + column - left) * 6 + block) * 64 + (factor >> 16)
-            value *= factor & 0xFFFF
-            tl.store(coefficients + index, value.to(tl.int16), mask=active & inside & ~nothing)
-
-            position = tl.where(~is_dc & ends_block, 64, target + 1)
+            dc_y += tl.where(update & (block < 4), value, 0)
+            dc_b += tl.where(update & (block == 4), value, 0)
+            dc_r += tl.where(update & (block == 5), value, 0)
+            position = tl.where(~is_dc & (symbol == 0), 64, target + 1)
             block = tl.where(active & (position > 63), block + 1, block)
             position = tl.where(position > 63, 0, position)
             column = tl.where(block == 6, column + 1, column)
             block = tl.where(block == 6, 0, block)
             row = tl.where(column == columns, row + 1, row)
             column = tl.where(column == columns, 0, column)
-            active &= (row < bottom - 1) | ((row < bottom) & (column < right))
+            active &= row < rows
     # behind the last block there are fewer than 8 bits
     bad |= (row == rows) & (end - bit >= 8)
     tl.store(damaged + image, bad.to(tl.int32), mask=there)
+
+
+@triton.jit
+def _read_rows_kernel(
+    plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs,
+    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
+):  # fmt: skip
+    job = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    active = job < num_jobs
+    image, row = tl.load(jobs + 2 * job, mask=active, other=0), tl.load(jobs + 2 * job + 1, mask=active, other=0)
+    at = plan + image * PLAN
+    end = tl.load(bits + image, mask=active, other=0)
+    words += tl.load(at + 2, mask=active, other=0)
+    kind = tl.load(at + 3, mask=active, other=0).to(tl.int32)
+    codes += kind * (4 * TABLE)
+    factors += kind * 128
+    top = tl.load(at + 6, mask=active, other=0).to(tl.int32)
+    left, right = tl.load(at + 8, mask=active, other=0).to(tl.int32), tl.load(at + 9, mask=active, other=0).to(tl.int32)
+    coefficients += (tl.load(at + 10, mask=active, other=0) + (row - top) * (right - left) * 6) * 64
+    entries += (tl.load(at + 17, mask=active, other=0) + row) * 4
+    bit, dc_y = tl.load(entries, mask=active, other=0), tl.load(entries + 1, mask=active, other=0)
+    dc_b, dc_r = tl.load(entries + 2, mask=active, other=0), tl.load(entries + 3, mask=active, other=0)
+
+    column = tl.zeros((LANES,), tl.int32)
+    block, position = column, column
+    while tl.max(active.to(tl.int32), 0) > 0:
+        for _ in range(BURST):
+            is_dc = position == 0
+            chroma = (block >= 4).to(tl.int32)
+            table = codes + (2 * chroma + tl.where(is_dc, 0, 1)) * TABLE
+            length, symbol, value = _code(words, bit, table, active, SHORT_BITS)
+            size = symbol & 15
+            target = position + (symbol >> 4)
+            bit += length + size
+            active &= (length > 0) & (bit <= end) & (target < 64)  # hold where `find_rows` has found no damage
+
+            before = tl.where(block < 4, dc_y, tl.where(block == 4, dc_b, dc_r))
+            value += tl.where(is_dc, before, 0)
+            dc_y = tl.where(is_dc & (block < 4), value, dc_y)
+            dc_b = tl.where(is_dc & (block == 4), value, dc_b)
+            dc_r = tl.where(is_dc & (block == 5), value, dc_r)
+            wanted = active & (column >= left) & (is_dc | (size > 0))
+            factor = tl.load(factors + chroma * 64 + target, mask=wanted, other=0)
+            index = ((column - left) * 6 + block) * 64 + (factor >> 16)
+            tl.store(coefficients + index, (value * (factor & 0xFFFF)).to(tl.int16), mask=wanted)
+
+            position = tl.where(~is_dc & (symbol == 0), 64, target + 1)
+            block += (position > 63).to(tl.int32)
+            position = tl.where(position > 63, 0, position)
+            column += (block == 6).to(tl.int32)
+            block = tl.where(block == 6, 0, block)
+            active &= column < right
 
 
 @triton.jit
@@ -159,7 +208,7 @@ def _rgb_kernel(plan, samples, rgb, PLAN: tl.constexpr, PIXELS: tl.constexpr):
     height, width = tl.load(at + 11).to(tl.int32), tl.load(at + 12).to(tl.int32)
     crop_top, crop_left = tl.load(at + 13).to(tl.int32), tl.load(at + 14).to(tl.int32)
     crop_height, crop_width = tl.load(at + 15).to(tl.int32), tl.load(at + 16).to(tl.int32)
-    rgb += tl.load(at + 17)
+    rgb += tl.load(at + 18)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     there = pixel < crop_height * crop_width
     inside = tl.where(there, pixel, 0)
@@ -217,33 +266,56 @@ def unstuff(plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
     kernel[(len(plan),)](plan, stored, words.view(torch.uint8), bits, plan.shape[1], UNSTUFF_BYTES, num_warps=4)
 
 
-def read_codes(
-    plan: Tensor,
-    words: Tensor,
-    bits: Tensor,
-    codes: Tensor,
-    factors: Tensor,
-    coefficients: Tensor,
-    damaged: Tensor,
-    *,
-    short_bits: int,
+def find_rows(
+    plan: Tensor, words: Tensor, bits: Tensor, codes: Tensor, entries: Tensor, damaged: Tensor, *, short_bits: int
 ) -> None:
-    """Read all images' codes, as far as they are needed.
+    """Find where each row of MCUs begins: all codes before it must be read for that, one after the other.
 
     Args:
         plan: As above.
         words: From `unstuff`.
         bits: From `unstuff`.
         codes: (headers, 2, 2, T) int16: `vitpa.data.jpeg.Header.codes` of each kind of header.
-        factors: (headers, 2, 64) int32: `vitpa.data.jpeg.Header.factors`.
-        coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
+        entries: (rows, 4) int32, those of the J images to be filled: first bit, and what Y, Cb and Cr had in the block before.
         damaged: (J,) int32, to be filled: 1 where the codes cannot be read, or do not end where they should.
         short_bits: How many bits of a code are looked up first in `codes`.
     """
     J = len(plan)
-    kernel: Any = _huffman_kernel
+    kernel: Any = _find_rows_kernel
     sizes = plan.shape[1], codes.shape[-1], short_bits, LANES, BURST
-    kernel[(triton.cdiv(J, LANES),)](plan, words, bits, codes, factors, coefficients, damaged, J, *sizes, num_warps=1)
+    kernel[(triton.cdiv(J, LANES),)](plan, words, bits, codes, entries, damaged, J, *sizes, num_warps=1)
+
+
+def read_rows(
+    plan: Tensor,
+    jobs: Tensor,
+    words: Tensor,
+    bits: Tensor,
+    codes: Tensor,
+    factors: Tensor,
+    entries: Tensor,
+    coefficients: Tensor,
+    *,
+    short_bits: int,
+) -> None:
+    """Read rows of MCUs, all at once.
+
+    Args:
+        plan: As above.
+        jobs: (n, 2) int32: the image and the row of each.
+        words: From `unstuff`.
+        bits: From `unstuff`.
+        codes: As above.
+        factors: (headers, 2, 64) int32: `vitpa.data.jpeg.Header.factors`.
+        entries: From `find_rows`, of undamaged images.
+        coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
+        short_bits: As above.
+    """
+    num_jobs = len(jobs)
+    kernel: Any = _read_rows_kernel
+    sizes = plan.shape[1], codes.shape[-1], short_bits, LANES, BURST
+    grid = (triton.cdiv(num_jobs, LANES),)
+    kernel[grid](plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs, *sizes, num_warps=1)
 
 
 def to_samples(coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None:

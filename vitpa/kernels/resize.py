@@ -19,56 +19,74 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _resize_kernel(plan, out, S, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _weights_kernel(plan, weights, S, taps, PIXELS: tl.constexpr):
     ONE: tl.constexpr = 1 << 22  # of the weights
+    image = tl.program_id(0).to(tl.int64)
+    axis = tl.program_id(1)
+    at = plan + image * 10 + axis
+    # integers in float64, which holds all of them exactly
+    size, to, window = tl.load(at + 4).to(tl.float64), tl.load(at + 6).to(tl.float64), tl.load(at + 8)
+    reach = 2 * tl.maximum(size, to)  # half width of the triangle
+    # distances are in units of 1 / (2 * to) pixels: pixel u weighs reach - |(2u + 1) to - (2x + 1) size|
+    pixel = tl.arange(0, PIXELS)
+    centre = (2 * (window + pixel).to(tl.float64) + 1) * size
+    first = tl.maximum(tl.floor((centre - reach + to) / (2 * to)), 0.0)
+    total = tl.zeros((PIXELS,), tl.float64)
+    for tap in range(taps):
+        weight = tl.maximum(reach - tl.abs((2 * (first + tap) + 1) * to - centre), 0.0)
+        total += tl.where(first + tap < size, weight, 0.0)
+    scale = ONE / tl.maximum(total, 1.0)
+    target = weights + (image * 2 + axis) * (taps + 1) * S + pixel
+    tl.store(target, first.to(tl.int32), mask=pixel < S)
+    for tap in range(taps):
+        weight = tl.maximum(reach - tl.abs((2 * (first + tap) + 1) * to - centre), 0.0)
+        weight = tl.where(first + tap < size, weight, 0.0)
+        tl.store(target + (tap + 1) * S, tl.floor(weight * scale + 0.5).to(tl.int32), mask=pixel < S)
+
+
+@triton.jit
+def _resize_kernel(plan, weights, out, S, taps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    HALF: tl.constexpr = 1 << 21
     image = tl.program_id(2).to(tl.int64)
     at = plan + image * 10
     pixels = tl.load(at).to(tl.pointer_type(tl.uint8)) + tl.program_id(1) * tl.load(at + 3)
-    row_stride, column_stride = tl.load(at + 1), tl.load(at + 2)
-    # integers in float64, which holds all of them exactly
-    height, width = tl.load(at + 4).to(tl.float64), tl.load(at + 5).to(tl.float64)
-    to_height, to_width = tl.load(at + 6).to(tl.float64), tl.load(at + 7).to(tl.float64)
-    window_y, window_x = tl.load(at + 8), tl.load(at + 9)
-    reach_y, reach_x = 2 * tl.maximum(height, to_height), 2 * tl.maximum(width, to_width)  # half width of the triangle
+    row_stride, column_stride = tl.load(at + 1), tl.load(at + 2).to(tl.int32)
+    height, width = tl.load(at + 4).to(tl.int32), tl.load(at + 5).to(tl.int32)
+    to_height, to_width = tl.load(at + 6).to(tl.int32), tl.load(at + 7).to(tl.int32)
+    taps_y = tl.cdiv(2 * tl.maximum(height, to_height), to_height) + 1
+    taps_x = tl.cdiv(2 * tl.maximum(width, to_width), to_width) + 1
 
-    # Distances are in units of 1 / (2 * to_width) pixels: pixel u weighs reach_x - |(2u + 1) to_width - (2x + 1) width|.
-    column = tl.arange(0, COLUMNS)
-    centre_x = (2 * (window_x + column).to(tl.float64) + 1) * width
-    left = tl.maximum(tl.floor((centre_x - reach_x + to_width) / (2 * to_width)), 0.0)
-    taps = tl.ceil(reach_x / to_width).to(tl.int32) + 1
-    total_x = tl.zeros((COLUMNS,), tl.float64)
-    for tap in range(taps):
-        weight = tl.maximum(reach_x - tl.abs((2 * (left + tap) + 1) * to_width - centre_x), 0.0)
-        total_x += tl.where(left + tap < width, weight, 0.0)
-    scale_x = ONE / tl.maximum(total_x, 1.0)
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    along_y = weights + image * 2 * (taps + 1) * S
+    along_x = along_y + (taps + 1) * S + column
+    first_y = tl.load(along_y + row, mask=row < S, other=0)
+    first_x = tl.load(along_x, mask=column < S, other=0)
+    top = tl.load(along_y + tl.program_id(0) * ROWS)
+    bottom = tl.minimum(tl.load(along_y + tl.minimum(tl.program_id(0) * ROWS + ROWS, S) - 1) + taps_y, height)
 
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    centre_y = (2 * (window_y + row).to(tl.float64) + 1) * height
-    first_y = (2 * (window_y + tl.program_id(0) * ROWS).to(tl.float64) + 1) * height
-    last_y = (2 * (window_y + tl.minimum(tl.program_id(0) * ROWS + ROWS, S) - 1).to(tl.float64) + 1) * height
-    top = tl.maximum(tl.floor((first_y - reach_y + to_height) / (2 * to_height)), 0.0).to(tl.int32)
-    bottom = tl.minimum(tl.floor((last_y + reach_y + to_height) / (2 * to_height)), height).to(tl.int32)
-    total_y = tl.zeros((ROWS,), tl.float64)
+    result = tl.full((ROWS, COLUMNS), HALF, tl.int32)
     for v in range(top, bottom):
-        total_y += tl.maximum(reach_y - tl.abs((2 * v + 1) * to_height - centre_y), 0.0)
-    scale_y = ONE / tl.maximum(total_y, 1.0)
-
-    result = tl.full((ROWS, COLUMNS), ONE // 2, tl.int32)
-    for v in range(top, bottom):
-        along = tl.full((COLUMNS,), ONE // 2, tl.int32)
-        for tap in range(taps):
-            u = left + tap
-            weight = tl.maximum(reach_x - tl.abs((2 * u + 1) * to_width - centre_x), 0.0)
+        line = pixels + v * row_stride
+        value = tl.full((COLUMNS,), HALF, tl.int32)
+        for tap in range(taps_x):
+            u = first_x + tap
             inside = (u < width) & (column < S)
-            value = tl.load(pixels + v * row_stride + u.to(tl.int64) * column_stride, mask=inside, other=0)
-            along += tl.floor(weight * scale_x + 0.5).to(tl.int32) * value.to(tl.int32)
-        weight = tl.maximum(reach_y - tl.abs((2 * v + 1) * to_height - centre_y), 0.0)
-        result += tl.floor(weight * scale_y + 0.5).to(tl.int32)[:, None] * (along >> 22)[None, :]
+            weight = tl.load(along_x + (tap + 1) * S, mask=inside, other=0)
+            value += weight * tl.load(line + u * column_stride, mask=inside, other=0).to(tl.int32)
+        tap_y = v - first_y
+        there = (tap_y >= 0) & (tap_y < taps_y) & (row < S)
+        weight = tl.load(along_y + (tap_y + 1) * S + row, mask=there, other=0)
+        result += weight[:, None] * (value >> 22)[None, :]
     to = ((image * 3 + tl.program_id(1)) * S + row)[:, None] * S + column[None, :]
     tl.store(out + to, (result >> 22).to(tl.uint8), mask=(row < S)[:, None] & (column < S)[None, :])
 
 
-def resize(plan: Tensor, out: Tensor) -> None:
+def room(B: int, S: int, taps: int) -> int:
+    """How many numbers `resize` needs as weights."""
+    return B * 2 * (taps + 1) * S
+
+
+def resize(plan: Tensor, weights: Tensor, out: Tensor, *, taps: int) -> None:
     """Fill `out` with a window of each image, resized.
 
     Args:
@@ -76,9 +94,16 @@ def resize(plan: Tensor, out: Tensor) -> None:
             strides of a row, a column and a channel in bytes; height and width of the region; height and width to which
             all of the region is resized; top and left of the window in that. Pixels beyond the region have no influence.
             A region without pixels is black.
+        weights: (n,) int32, n >= `room(B, S, taps)`, for the use of this function.
         out: (B, 3, S, S) uint8, contiguous: the windows.
+        taps: How many pixels of a region make one along an axis: 1 + 2 * size / (what it is resized to), rounded up, and at
+            least 3; the largest of all.
     """
     B, _, S, _ = out.shape
+    assert len(weights) >= room(B, S, taps)
+    find_weights: Any = _weights_kernel
     kernel: Any = _resize_kernel
     if B:
-        kernel[(triton.cdiv(S, ROWS), 3, B)](plan, out, S, ROWS, triton.next_power_of_2(S), num_warps=NUM_WARPS)
+        power = triton.next_power_of_2(S)
+        find_weights[(B, 2)](plan, weights, S, taps, power, num_warps=4)
+        kernel[(triton.cdiv(S, ROWS), 3, B)](plan, weights, out, S, taps, ROWS, power, num_warps=NUM_WARPS)
