@@ -59,12 +59,12 @@ class SlowJpeg:
     def unstuff(self, plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
         self.stored = stored
 
-    def find_rows(self, plan: Tensor, *arguments: Any, short_bits: int) -> None:
+    def find_segments(self, plan: Tensor, *arguments: Any, **options: int) -> None:
         damaged: Tensor = arguments[-1]
         for number, (begin, size, _, kind, *_) in enumerate(plan.tolist()):
             damaged[number] = bytes(64) in self.jpeg_of(begin, size, kind)  # Pillow takes no offence
 
-    def read_rows(self, *arguments: Any, short_bits: int) -> None: ...
+    def read_segments(self, *arguments: Any, **options: int) -> None: ...
 
     def to_samples(self, coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None: ...
 

@@ -19,7 +19,19 @@ from PIL import Image
 from tests.interpreter import report_of
 from vitpa.data.beton import Pixels
 from vitpa.data.crops import Crops
-from vitpa.data.jpeg import BLOCK, IS_LONG, LONG_BITS, SHORT_BITS, ZIGZAG, Headers, code_table, mcu_rows, plan_of, read_header
+from vitpa.data.jpeg import (
+    BLOCK,
+    IS_LONG,
+    LONG_BITS,
+    SEGMENT,
+    SHORT_BITS,
+    ZIGZAG,
+    Headers,
+    code_table,
+    num_segments,
+    plan_of,
+    read_header,
+)
 from vitpa.kernels import jpeg as kernels
 
 
@@ -47,24 +59,26 @@ def decoded(jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, dev
     in_header = np.array([headers.known[kind].size for kind in kinds if kind is not None])
     lengths = np.array([len(each) for each in jpegs])
     begins = np.cumsum(lengths) - lengths + in_header
-    num_rows = mcu_rows(heights)
-    first_rows = np.cumsum(num_rows) - num_rows
-    plan = plan_of(begins, lengths - in_header - 2, np.array(kinds), first_rows, crops, heights=heights, widths=widths)
+    segments = num_segments(heights, widths)
+    first_segments = np.cumsum(segments) - segments
+    plan = plan_of(begins, lengths - in_header - 2, np.array(kinds), first_segments, crops, heights=heights, widths=widths)
 
     def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, 77, dtype=dtype, device=device)
 
     table, jobs = torch.from_numpy(plan.table).to(device), torch.from_numpy(plan.jobs).to(device)
     stored = torch.from_numpy(np.concatenate(jpegs)).to(device)
-    entries = room(int(num_rows.sum()), 4, dtype=torch.int32)
+    entries = room(int(segments.sum()), dtype=torch.int64)
     codes = torch.from_numpy(np.stack([each.codes for each in headers.known])).to(device)
     factors = torch.from_numpy(np.stack([each.factors for each in headers.known])).to(device)
     words, bits, damaged = (room(count, dtype=torch.int32) for count in (plan.words, len(jpegs), len(jpegs)))
     samples, rgb = room(plan.blocks, BLOCK, dtype=torch.uint8), room(plan.pixel_bytes, dtype=torch.uint8)
     coefficients = room(plan.blocks, BLOCK, dtype=torch.int16).zero_()
     kernels.unstuff(table, stored, words, bits)
-    kernels.find_rows(table, words, bits, codes, entries, damaged, short_bits=SHORT_BITS)
-    kernels.read_rows(table, jobs, words, bits, codes, factors, entries, coefficients, short_bits=SHORT_BITS)
+    kernels.find_segments(table, words, bits, codes, entries, damaged, short_bits=SHORT_BITS, segment=SEGMENT)
+    kernels.read_segments(
+        table, jobs, words, bits, codes, factors, entries, coefficients, short_bits=SHORT_BITS, segment=SEGMENT
+    )
     kernels.to_samples(coefficients, kernels.idct_matrix().to(device), samples)
     kernels.to_rgb(table, samples, rgb, most_pixels=plan.most_pixels)
     pixels = []
@@ -83,11 +97,13 @@ def crop_of(rng: np.random.Generator, height: int, width: int) -> tuple[int, ...
 
 
 def differences(device: str, longest: int, count: int) -> list[int]:
-    """The largest difference of each image to Pillow, in grey levels; -1 if it was found damaged."""
+    """The largest difference of each image to Pillow, in grey levels; -1 if it was found damaged. The first image is wide."""
     rng = np.random.default_rng()
     jpegs, sizes, crops, expected = [], [], [], []
     for number in range(count):
         height, width = (int(side) for side in rng.integers(1, longest + 1, 2))
+        if not number:
+            height, width = 20, 300
         options = {"quality": int(rng.integers(5, 101)), "optimize": bool(number % 2)}
         jpegs.append(encoded(picture(rng, height, width, noise=(2, 40)[number % 2]), **options))
         sizes.append((height, width))
@@ -100,6 +116,15 @@ def differences(device: str, longest: int, count: int) -> list[int]:
         -1 if bad else int(np.abs(got.astype(np.int64) - wanted).max())
         for got, wanted, bad in zip(found, expected, damaged, strict=True)
     ]
+
+
+def test_segments_that_a_crop_needs_are_read() -> None:
+    crops = Crops(*np.array([[125, 20, 20, 20, 8, 8, 0, 0], [200, 0, 8, 1, 8, 8, 0, 0]]).T)
+    same = np.full(2, 300)  # 3 segments in each of 19 rows
+    plan = plan_of(0 * same, same, 0 * same, 0 * same, crops, heights=same, widths=same)
+    assert plan.table[:, 6:10].tolist() == [[1, 3, 7, 10], [0, 1, 12, 14]]
+    assert plan.jobs.tolist() == [[0, 3], [0, 4], [0, 6], [0, 7], [1, 1]]
+    assert num_segments(same, same).tolist() == [57, 57]
 
 
 def whole(jpegs: list[Pixels], height: int, width: int) -> Crops:
@@ -237,7 +262,7 @@ def test_all_chroma_that_a_crop_needs_is_decoded() -> None:
     plan = plan_of(0 * same, same, 0 * same, 7 * np.arange(3), crops, heights=same, widths=same)
     assert plan.table[:, 6:10].tolist() == [[0, 1, 0, 1], [1, 4, 0, 3], [2, 3, 1, 2]]
     assert plan.table[:, 10].tolist() == [0, 6, 60] and plan.blocks == 66
-    assert plan.jobs.tolist() == [[0, 0], [1, 1], [1, 2], [1, 3], [2, 2]]
+    assert plan.jobs.tolist() == [[0, 0], [1, 1], [1, 2], [1, 3], [2, 2]]  # an MCU row has one segment
     assert plan.table[:, 17].tolist() == [0, 7, 14]
     assert plan.table[:, 18].tolist() == [0, 3, 771] and plan.pixel_bytes == 1203 and plan.most_pixels == 256
 

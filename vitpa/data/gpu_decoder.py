@@ -1,7 +1,7 @@
 """Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only those of the crop.
 
-Before the first batch all JPEGs are read once, to find where in each of them its rows begin, and any damage: from these
-places the kernels (vitpa/kernels/jpeg.py) read all rows at the same time. Then one kernel (vitpa/kernels/resize.py) crops
+Before the first batch all JPEGs are read once, to find where in each of them its segments begin, and any damage: from these
+places the kernels (vitpa/kernels/jpeg.py) read all segments at the same time. Then one kernel (vitpa/kernels/resize.py) crops
 images of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that the
 kernels cannot decode (FFCV writes none) are decoded by the threads.
 
@@ -28,10 +28,11 @@ from torch import Tensor
 from vitpa.data.batches import Batch, labels_of
 from vitpa.data.beton import Beton, Ints
 from vitpa.data.crops import Crops
-from vitpa.data.jpeg import BLOCK, SHORT_BITS, TABLE, Headers, Plan, mcu_rows, plan_of
+from vitpa.data.jpeg import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, num_segments, plan_of
 
 BATCHES_AHEAD = 2
-ROW_SEARCH = 2048  # images at a time
+SEARCH = 2048  # images at a time
+MOST_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
 MOST_HEADERS = 16  # kinds; 29 kB of tables each
 
 
@@ -82,10 +83,11 @@ class GpuDecoder:
     """Decodes the images of one .beton on a CUDA device."""
 
     def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
-        """`workers` threads read."""
+        """`workers` threads read, MOST_READERS at most."""
         from vitpa.kernels import jpeg, resize  # noqa: PLC0415 - Triton is needed on a GPU only
 
-        self.beton, self.img_size, self.workers, self.jpeg, self.resize = beton, img_size, workers, jpeg, resize
+        self.beton, self.img_size, self.jpeg, self.resize = beton, img_size, jpeg, resize
+        self.workers = min(workers, MOST_READERS)
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.free: list[Slot] = []
         self.headers = Headers(MOST_HEADERS)
@@ -95,9 +97,9 @@ class GpuDecoder:
         self.is_known = ~beton.is_jpeg
         self.header = np.full(len(beton), -1)  # which kind; -1 where the device does not decode
         self.header_bytes = np.zeros(len(beton), np.int64)
-        num_rows = np.where(beton.is_jpeg, mcu_rows(beton.heights), 0)
-        self.first_row = np.cumsum(num_rows) - num_rows
-        self.entries = torch.empty(int(num_rows.sum()), 4, dtype=torch.int32, device=self.device)  # where rows begin
+        segments = np.where(beton.is_jpeg, num_segments(beton.heights, beton.widths), 0)
+        self.first_segment = np.cumsum(segments) - segments
+        self.entries = torch.empty(int(segments.sum()), dtype=torch.int64, device=self.device)  # where segments begin
         self.codes = torch.empty(MOST_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
         self.factors = torch.empty(MOST_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
         self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
@@ -107,19 +109,19 @@ class GpuDecoder:
         """Decode one image; raises whatever goes wrong."""
         first_jpeg = torch.tensor([int(self.beton.is_jpeg.argmax())])  # or 0
         if self.beton.is_jpeg.any():
-            self.find_rows(first_jpeg)
+            self.find_segments(first_jpeg)
         crops = self._whole(first_jpeg)._replace(to_width=np.full(1, self.img_size), to_height=np.full(1, self.img_size))
         for _ in self._batches([first_jpeg], lambda _: crops):
             torch.cuda.synchronize(self.device)
 
-    def find_rows(self, samples: Tensor) -> None:
-        """Find where the rows of these samples (n,) begin, and which kinds of headers they have.
+    def find_segments(self, samples: Tensor) -> None:
+        """Find where the segments of these samples (n,) begin, and which kinds of headers they have.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
-        parts = samples[np.argsort(self.beton.offsets[samples.numpy()])].split(ROW_SEARCH)  # in the file's order
-        with closing(self._ahead(parts, self._whole, self._read_unknown, self._find_rows)) as slots:
+        parts = samples[np.argsort(self.beton.offsets[samples.numpy()])].split(SEARCH)  # in the file's order
+        with closing(self._ahead(parts, self._whole, self._read_unknown, self._find_segments)) as slots:
             for slot in slots:
                 slot.ready.synchronize()
                 assert slot.batch is not None
@@ -137,7 +139,7 @@ class GpuDecoder:
             BetonError: an image cannot be decoded, of whatever batch.
         """
         if not self.is_known.all():
-            self.find_rows(torch.from_numpy(np.flatnonzero(~self.is_known)))
+            self.find_segments(torch.from_numpy(np.flatnonzero(~self.is_known)))
         with closing(self._batches(indices, crops_of)) as batches:
             yield from batches
 
@@ -227,24 +229,32 @@ class GpuDecoder:
     def _read_unknown(self, located: Future[Stored], rows: Ints) -> None:
         """Copy the bytes of `rows` (n,) of JPEGs, and find out what their headers are."""
         batch = located.result()
-        beton, out = self.beton, batch.bytes.numpy()
-        for row in rows.tolist():
-            sample, jpeg = int(batch.samples[row]), out[batch.ends[row] : batch.ends[row + 1]]
-            jpeg[:] = beton.stored(sample)
-            header = self.headers.find(jpeg, int(beton.heights[sample]), int(beton.widths[sample]))
+        out, samples, ends = batch.bytes.numpy(), batch.samples.numpy()[rows], batch.ends.tolist()
+        sizes = (each[rows].tolist() for each in (batch.crops.height, batch.crops.width))
+        for row, sample, height, width in zip(rows.tolist(), samples.tolist(), *sizes, strict=True):
+            jpeg = out[ends[row] : ends[row + 1]]
+            jpeg[:] = self.beton.stored(sample)
+            header = self.headers.find(jpeg, height, width)
             if header is not None:
                 self.header[sample], self.header_bytes[sample] = header, self.headers.known[header].size
 
-    def _find_rows(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
-        """Let the device find where the rows of JPEGs begin, when their bytes are there."""
+    def _find_segments(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
+        """Let the device find where the segments of JPEGs begin, when their bytes are there."""
         batch = self._read_by(located, reads)
         with self.turn, torch.cuda.stream(slot.stream):
             plan, table = self._unstuff(batch, slot)
             J = len(plan.table)
             slot.damaged, slot.was_damaged = slot.with_room(slot.damaged, J), slot.with_room(slot.was_damaged, J)
             if J:
-                self.jpeg.find_rows(
-                    table, slot.words, slot.bits, self.codes, self.entries, slot.damaged, short_bits=SHORT_BITS
+                self.jpeg.find_segments(
+                    table,
+                    slot.words,
+                    slot.bits,
+                    self.codes,
+                    self.entries,
+                    slot.damaged,
+                    short_bits=SHORT_BITS,
+                    segment=SEGMENT,
                 )
                 slot.was_damaged[:J].copy_(slot.damaged[:J], non_blocking=True)
             slot.ready.record(slot.stream)
@@ -295,7 +305,7 @@ class GpuDecoder:
             begins,
             batch.ends[slot.jpegs + 1] - begins - 2,  # the last two mark the end
             self.header[samples],
-            self.first_row[samples],
+            self.first_segment[samples],
             Crops(*(each[slot.jpegs] for each in batch.crops)),
             heights=self.beton.heights[samples],
             widths=self.beton.widths[samples],
@@ -322,7 +332,9 @@ class GpuDecoder:
         coefficients = slot.coefficients[: plan.blocks]
         coefficients.zero_()
         known = self.codes, self.factors, self.entries
-        self.jpeg.read_rows(table, jobs, slot.words, slot.bits, *known, coefficients, short_bits=SHORT_BITS)
+        self.jpeg.read_segments(
+            table, jobs, slot.words, slot.bits, *known, coefficients, short_bits=SHORT_BITS, segment=SEGMENT
+        )
         self.jpeg.to_samples(coefficients, self.matrix, slot.samples)
         self.jpeg.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
 

@@ -28,6 +28,8 @@ HARMLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, application data but Adobe'
 COMPONENTS = ((1, 0x22), (2, 0x11), (3, 0x11))  # Y, Cb, Cr: their numbers, and how many samples in how many pixels
 
 BLOCK = 64  # samples
+SEGMENT = 8  # MCUs of a row, which has an MCU for 16 x 16 pixels
+MOST_BYTES = 1 << 25  # of a JPEG: where a segment begins is kept in 28 bits
 
 # where the k-th coefficient of a block lies in 8 x 8, row by row (T.81, figure 5)
 ZIGZAG = np.array(sorted(range(64), key=lambda at: (s := at // 8 + at % 8, at // 8 if s % 2 else at % 8)))
@@ -73,6 +75,8 @@ class Headers:
             width: The same.
         """
         head, end = jpeg[:LONGEST].tobytes(), jpeg[-2:].tobytes()
+        if len(jpeg) > MOST_BYTES:
+            return None
         size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
         for number, kind in enumerate(self.known):
             at = len(kind.before)
@@ -216,8 +220,8 @@ class Plan:
         table: (J, 19) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
             without stuffing; its kind of header; MCUs in a row, and rows of MCUs; of the MCUs that are wanted the first and
             the end of the rows, then of the columns; the first of its blocks; height and width of the image; top, left,
-            height and width of the crop; the first of its rows in the table of those; where its pixels go.
-        jobs: (n, 2) int32: image and row of MCUs of each row that is wanted.
+            height and width of the crop; the first of its segments in the table of those; where its pixels go.
+        jobs: (n, 2) int32: of each segment that is wanted the image, and which of its segments it is.
         words: Of all images.
         blocks: The same.
         pixel_bytes: The same: (3, height, width) of each crop, in order.
@@ -232,14 +236,16 @@ class Plan:
     most_pixels: int
 
 
-def plan_of(begins: Ints, sizes: Ints, kinds: Ints, first_rows: Ints, crops: Crops, *, heights: Ints, widths: Ints) -> Plan:
+def plan_of(
+    begins: Ints, sizes: Ints, kinds: Ints, first_segments: Ints, crops: Crops, *, heights: Ints, widths: Ints
+) -> Plan:
     """What the kernels have to do for J images, of which only what `crops` shows is decoded.
 
     Args:
         begins: (J,) where each image's codes begin, bytes.
         sizes: (J,) of the codes, bytes.
         kinds: (J,) of headers.
-        first_rows: (J,) of each image's rows of MCUs in the table that says where they begin.
+        first_segments: (J,) of each image in the table that says where segments begin.
         crops: Of the J images; none is empty.
         heights: (J,) of the images.
         widths: (J,) of the images.
@@ -261,14 +267,17 @@ def plan_of(begins: Ints, sizes: Ints, kinds: Ints, first_rows: Ints, crops: Cro
     first_block, blocks = starts((bottom - top) * (right - left) * 6)
     pixels = crops.height * crops.width
     first_pixel, pixel_bytes = starts(3 * pixels)
-    columns = [begins, sizes, first_word, kinds, -(-widths // 16), mcu_rows(heights), top, bottom, left, right, first_block]
-    columns += [heights, widths, crops.top, crops.left, crops.height, crops.width, first_rows, first_pixel]
-    first_job, num_jobs = starts(bottom - top)
-    image = np.repeat(np.arange(len(top)), bottom - top)
-    jobs = np.stack([image, np.arange(num_jobs) - (first_job - top)[image]], axis=1).astype(np.int32)
+    columns = [begins, sizes, first_word, kinds, -(-widths // 16), -(-heights // 16), top, bottom, left, right, first_block]
+    columns += [heights, widths, crops.top, crops.left, crops.height, crops.width, first_segments, first_pixel]
+    first, width = left // SEGMENT, -(-right // SEGMENT) - left // SEGMENT  # segments of a row
+    first_job, num_jobs = starts((bottom - top) * width)
+    image = np.repeat(np.arange(len(top)), (bottom - top) * width)
+    row, column = np.divmod(np.arange(num_jobs) - first_job[image], width[image])
+    segment = (top[image] + row) * -(-widths // (16 * SEGMENT))[image] + first[image] + column
+    jobs = np.stack([image, segment], axis=1).astype(np.int32)
     return Plan(np.stack(columns, axis=1), jobs, words, blocks, pixel_bytes, int(pixels.max(initial=0)))
 
 
-def mcu_rows(heights: Ints) -> Ints:
-    """Rows of MCUs (n,) in images of these heights (n,)."""
-    return -(-heights // 16)
+def num_segments(heights: Ints, widths: Ints) -> Ints:
+    """How many segments (n,) images of these sizes (n,) have."""
+    return -(-heights // 16) * -(-widths // (16 * SEGMENT))

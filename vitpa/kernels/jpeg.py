@@ -1,10 +1,10 @@
 """Baseline JPEGs decoded on the GPU: the pixels of libjpeg (and so of Pillow), to the bit.
 
 Huffman codes can only be read one after the other: an image takes one thread of a GPU some 20 ms, whatever the others do.
-So where each row of MCUs begins is found once and kept, and from then on a thread reads one row of one image, and only rows
-that are wanted. What follows is done for all blocks in parallel: the inverse cosine transform (libjpeg's jidctint.c: a product
-with integers, rounded twice), the chroma interpolated to full size (jdsample.c, "fancy upsampling") and RGB (jdcolor.c).
-Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
+So rows of MCUs are cut into segments, where each of these begins is found once and kept, and from then on a thread reads one
+segment, and only those that are wanted. What follows is done for all blocks in parallel: the inverse cosine transform
+(libjpeg's jidctint.c: a product with integers, rounded twice), the chroma interpolated to full size (jdsample.c, "fancy
+upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
 
 Axes: J images. A block has 8 x 8 samples; an MCU has 6 blocks, 4 of Y for 16 x 16 pixels, one of Cb and one of Cr.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 UNSTUFF_BYTES = 4096  # at a time
-LANES = 32  # images or rows of a program: a warp
+LANES = 32  # images or segments of a program: a warp
 BURST = 64  # codes of each, until it is asked whether all are done
 ROWS = 256  # of blocks, a program
 PIXELS = 1024  # a program
@@ -66,9 +66,10 @@ def _code(words, bit, table, active, SHORT_BITS: tl.constexpr):
 
 
 @triton.jit
-def _find_rows_kernel(
+def _find_segments_kernel(
     plan, words, bits, codes, entries, damaged, J,
-    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
+    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, SEGMENT: tl.constexpr,
+    LANES: tl.constexpr, BURST: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0) * LANES + tl.arange(0, LANES)
     there = image < J
@@ -77,7 +78,8 @@ def _find_rows_kernel(
     words += tl.load(at + 2, mask=there, other=0)
     codes += tl.load(at + 3, mask=there, other=0).to(tl.int32) * (4 * TABLE)
     columns, rows = tl.load(at + 4, mask=there, other=0).to(tl.int32), tl.load(at + 5, mask=there, other=0).to(tl.int32)
-    entries += tl.load(at + 17, mask=there, other=0) * 4
+    entries += tl.load(at + 17, mask=there, other=0)
+    in_row = tl.cdiv(columns, SEGMENT)
 
     bit = tl.zeros((LANES,), tl.int32)
     row, column, block = bit, bit, bit  # MCU, and block in it
@@ -87,11 +89,10 @@ def _find_rows_kernel(
     bad = end < 0
     while tl.max(active.to(tl.int32), 0) > 0:
         for _ in range(BURST):
-            begins = active & (column == 0) & (block == 0) & (position == 0)
-            tl.store(entries + row * 4, bit, mask=begins)
-            tl.store(entries + row * 4 + 1, dc_y, mask=begins)
-            tl.store(entries + row * 4 + 2, dc_b, mask=begins)
-            tl.store(entries + row * 4 + 3, dc_r, mask=begins)
+            begins = active & (column % SEGMENT == 0) & (block == 0) & (position == 0)
+            # 28 bits, and 12 of each DC
+            entry = bit.to(tl.int64) | ((dc_y & 4095).to(tl.int64) << 28) | ((dc_b & 4095).to(tl.int64) << 40)
+            tl.store(entries + row * in_row + column // SEGMENT, entry | (dc_r.to(tl.int64) << 52), mask=begins)
             is_dc = position == 0
             table = codes + (2 * (block >= 4).to(tl.int32) + tl.where(is_dc, 0, 1)) * TABLE
             length, symbol, value = _code(words, bit, table, active, SHORT_BITS)
@@ -107,6 +108,9 @@ def _find_rows_kernel(
             dc_y += tl.where(update & (block < 4), value, 0)
             dc_b += tl.where(update & (block == 4), value, 0)
             dc_r += tl.where(update & (block == 5), value, 0)
+            wrong = (dc_y >> 11 != dc_y >> 31) | (dc_b >> 11 != dc_b >> 31) | (dc_r >> 11 != dc_r >> 31)
+            bad |= active & wrong
+            active &= ~wrong
             position = tl.where(~is_dc & (symbol == 0), 64, target + 1)
             block = tl.where(active & (position > 63), block + 1, block)
             position = tl.where(position > 63, 0, position)
@@ -121,28 +125,32 @@ def _find_rows_kernel(
 
 
 @triton.jit
-def _read_rows_kernel(
+def _read_segments_kernel(
     plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs,
-    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, LANES: tl.constexpr, BURST: tl.constexpr,
+    PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, SEGMENT: tl.constexpr,
+    LANES: tl.constexpr, BURST: tl.constexpr,
 ):  # fmt: skip
     job = tl.program_id(0) * LANES + tl.arange(0, LANES)
     active = job < num_jobs
-    image, row = tl.load(jobs + 2 * job, mask=active, other=0), tl.load(jobs + 2 * job + 1, mask=active, other=0)
+    image, segment = tl.load(jobs + 2 * job, mask=active, other=0), tl.load(jobs + 2 * job + 1, mask=active, other=0)
     at = plan + image * PLAN
     end = tl.load(bits + image, mask=active, other=0)
     words += tl.load(at + 2, mask=active, other=0)
     kind = tl.load(at + 3, mask=active, other=0).to(tl.int32)
     codes += kind * (4 * TABLE)
     factors += kind * 128
-    top = tl.load(at + 6, mask=active, other=0).to(tl.int32)
+    columns, top = tl.load(at + 4, mask=active, other=1).to(tl.int32), tl.load(at + 6, mask=active, other=0).to(tl.int32)
     left, right = tl.load(at + 8, mask=active, other=0).to(tl.int32), tl.load(at + 9, mask=active, other=0).to(tl.int32)
+    in_row = tl.cdiv(columns, SEGMENT)
+    row, column = segment // in_row, segment % in_row * SEGMENT
     coefficients += (tl.load(at + 10, mask=active, other=0) + (row - top) * (right - left) * 6) * 64
-    entries += (tl.load(at + 17, mask=active, other=0) + row) * 4
-    bit, dc_y = tl.load(entries, mask=active, other=0), tl.load(entries + 1, mask=active, other=0)
-    dc_b, dc_r = tl.load(entries + 2, mask=active, other=0), tl.load(entries + 3, mask=active, other=0)
+    right = tl.minimum(right, column + SEGMENT)
+    entry = tl.load(entries + tl.load(at + 17, mask=active, other=0) + segment, mask=active, other=0)
+    bit, dc_y = (entry & ((1 << 28) - 1)).to(tl.int32), ((entry << 24) >> 52).to(tl.int32)
+    dc_b, dc_r = ((entry << 12) >> 52).to(tl.int32), (entry >> 52).to(tl.int32)
 
-    column = tl.zeros((LANES,), tl.int32)
-    block, position = column, column
+    block = tl.zeros((LANES,), tl.int32)
+    position = block
     while tl.max(active.to(tl.int32), 0) > 0:
         for _ in range(BURST):
             is_dc = position == 0
@@ -152,7 +160,7 @@ def _read_rows_kernel(
             size = symbol & 15
             target = position + (symbol >> 4)
             bit += length + size
-            active &= (length > 0) & (bit <= end) & (target < 64)  # hold where `find_rows` has found no damage
+            active &= (length > 0) & (bit <= end) & (target < 64)  # hold where no damage was found
 
             before = tl.where(block < 4, dc_y, tl.where(block == 4, dc_b, dc_r))
             value += tl.where(is_dc, before, 0)
@@ -266,27 +274,36 @@ def unstuff(plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
     kernel[(len(plan),)](plan, stored, words.view(torch.uint8), bits, plan.shape[1], UNSTUFF_BYTES, num_warps=4)
 
 
-def find_rows(
-    plan: Tensor, words: Tensor, bits: Tensor, codes: Tensor, entries: Tensor, damaged: Tensor, *, short_bits: int
+def find_segments(
+    plan: Tensor,
+    words: Tensor,
+    bits: Tensor,
+    codes: Tensor,
+    entries: Tensor,
+    damaged: Tensor,
+    *,
+    short_bits: int,
+    segment: int,
 ) -> None:
-    """Find where each row of MCUs begins: all codes before it must be read for that, one after the other.
+    """Find where each segment begins: all codes before it must be read for that, one after the other.
 
     Args:
         plan: As above.
         words: From `unstuff`.
         bits: From `unstuff`.
         codes: (headers, 2, 2, T) int16: `vitpa.data.jpeg.Header.codes` of each kind of header.
-        entries: (rows, 4) int32, those of the J images to be filled: first bit, and what Y, Cb and Cr had in the block before.
+        entries: (segments,) int64, those of the J images to be filled: first bit, and DC of Y, Cb and Cr in the block before.
         damaged: (J,) int32, to be filled: 1 where the codes cannot be read, or do not end where they should.
         short_bits: How many bits of a code are looked up first in `codes`.
+        segment: MCUs of a segment.
     """
     J = len(plan)
-    kernel: Any = _find_rows_kernel
-    sizes = plan.shape[1], codes.shape[-1], short_bits, LANES, BURST
+    kernel: Any = _find_segments_kernel
+    sizes = plan.shape[1], codes.shape[-1], short_bits, segment, LANES, BURST
     kernel[(triton.cdiv(J, LANES),)](plan, words, bits, codes, entries, damaged, J, *sizes, num_warps=1)
 
 
-def read_rows(
+def read_segments(
     plan: Tensor,
     jobs: Tensor,
     words: Tensor,
@@ -297,23 +314,25 @@ def read_rows(
     coefficients: Tensor,
     *,
     short_bits: int,
+    segment: int,
 ) -> None:
-    """Read rows of MCUs, all at once.
+    """Read segments, all at the same time.
 
     Args:
         plan: As above.
-        jobs: (n, 2) int32: the image and the row of each.
+        jobs: (n, 2) int32: image, and which of its segments.
         words: From `unstuff`.
         bits: From `unstuff`.
         codes: As above.
         factors: (headers, 2, 64) int32: `vitpa.data.jpeg.Header.factors`.
-        entries: From `find_rows`, of undamaged images.
+        entries: From `find_segments`, of undamaged images.
         coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
         short_bits: As above.
+        segment: As above.
     """
     num_jobs = len(jobs)
-    kernel: Any = _read_rows_kernel
-    sizes = plan.shape[1], codes.shape[-1], short_bits, LANES, BURST
+    kernel: Any = _read_segments_kernel
+    sizes = plan.shape[1], codes.shape[-1], short_bits, segment, LANES, BURST
     grid = (triton.cdiv(num_jobs, LANES),)
     kernel[grid](plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs, *sizes, num_warps=1)
 

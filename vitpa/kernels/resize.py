@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # of the output, a program
-NUM_WARPS = 4
+ROWS = 8  # of the output, a program
+NUM_WARPS = 1
 
 
 @triton.jit
