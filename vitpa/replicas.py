@@ -3,8 +3,8 @@
 R replicas of one configuration are trained as if each were alone: with its own weights, order of images, augmentation,
 gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On one GPU
 everything between two steps, from choosing or augmenting the images to the optimiser, is one CUDA graph, so that the host
-only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer;
-their steps are compiled but not captured: with NCCL in its graph a process did not end.
+only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer:
+between two graphs, since with NCCL inside of one a process did not end.
 
 Axes: R replicas, B images of a replica in a micro-batch of this process, N tokens, K classes, P purposes of random numbers.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -83,6 +83,7 @@ class ReplicaSteps:
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.learning_rate = learning_rates.tolist().__getitem__
         self.factors = self.adamw.factors(learning_rates)
+        self.losses = torch.zeros(self.R, device=self.device)  # of the step
         self.window = Window(self.R, self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
 
@@ -103,10 +104,9 @@ class ReplicaSteps:
     def prepare(self, step: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
         notes: list[str] = []
-        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda" and self.group.world_size == 1
+        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
         if self.config.runtime.step == "graph" and not captured:
-            why = "a CPU has no CUDA graphs" if self.device.type == "cpu" else "not for several processes"
-            notes.append(f"runtime.step=graph: {why}; compiled instead")
+            notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
         self.adamw.copy_values()
         if self.compiles:
             compiler = partial(torch.compile, dynamic=False, fullgraph=True)
@@ -127,7 +127,7 @@ class ReplicaSteps:
                 captured = False
         if captured:
             try:
-                self._run_step = self._leaving_no_trace(self._captured, self._step)
+                self._run_step = self._captured_step()
                 self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
             except torch.OutOfMemoryError:
                 raise
@@ -185,20 +185,30 @@ class ReplicaSteps:
         return self.eval_sums
 
     def _step(self) -> None:
-        losses = torch.zeros(self.R, device=self.device)
+        self._find_gradients()
+        self._add_up()
+        self._apply_gradients()
+
+    def _find_gradients(self) -> None:
+        """Those of this process."""
+        self.losses.zero_()
         for micro in range(self.accum_steps):
             images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
             micro_losses, correct = self._loss(self.network(self.weights, self.copies, images, scales), targets)
             gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
             self.adamw.take_gradients(gradients, add=micro > 0)
-            losses += micro_losses.detach()
+            self.losses += micro_losses.detach()
             self.window.add(micro_losses.detach(), correct, self.B)
             self.feed.advance()
+
+    def _add_up(self) -> None:
         self.group.sum(self.adamw.gradients)
-        losses = self.group.sum(losses)  # so that all processes agree on what is finite
-        norms = self._update(losses, self.factors.index_select(0, self.done.view(1))[0])
+        self.group.sum(self.losses)  # so that all processes agree on what is finite
+
+    def _apply_gradients(self) -> None:
+        norms = self._update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
         self.done += 1
-        self.window.check(self.done, losses, norms)
+        self.window.check(self.done, self.losses, norms)
 
     def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
         """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
@@ -265,6 +275,19 @@ class ReplicaSteps:
             for tensor, value in zip(changed, before, strict=True):
                 tensor.copy_(value)
             self.adamw.copy_values()
+
+    def _captured_step(self) -> Callable[[], None]:
+        """A step made of CUDA graphs."""
+        if self.group.world_size == 1:
+            return cast(Callable[[], None], self._leaving_no_trace(self._captured, self._step))
+        find, apply = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._apply_gradients))
+
+        def step() -> None:
+            find()
+            self._add_up()
+            apply()
+
+        return step
 
     def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of `function`."""
