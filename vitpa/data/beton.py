@@ -233,6 +233,24 @@ class BetonFile:
             raise BetonError(f"{self.path}: there is no sample {index}, only 0 to {len(self) - 1}")
         return self._bytes[self.offsets[index] : self.offsets[index] + self.sizes[index]]
 
+    def copy(self, begins: Ints, sizes: Ints, out: npt.NDArray[np.uint8]) -> None:
+        """Copy pieces of the file, one after the other, other threads of Python running meanwhile.
+
+        Args:
+            begins: (P,) where each begins, bytes.
+            sizes: (P,) bytes of each.
+            out: (n,) uint8, to be filled; n is the sum of `sizes`.
+
+        Raises:
+            BetonError: the file is closed.
+        """
+        data = self._bytes
+        if data is None:
+            raise BetonError(f"{self.path}: read after it was closed")
+        if len(begins):
+            pieces = zip(begins.tolist(), (begins + sizes).tolist(), strict=True)
+            np.concatenate([data[begin:end] for begin, end in pieces], out=out)
+
     def content_sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """SHA-256 over the samples in order: label, storage mode, height, width, number of bytes, stored bytes.
 

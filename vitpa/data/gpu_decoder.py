@@ -1,4 +1,4 @@
-"""Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only those of the crop.
+"""Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only the crop's rows.
 
 Before the first batch all JPEGs are read once, to find where in each of them its segments begin, and any damage: from these
 places the kernels (vitpa/kernels/jpeg.py) read all segments at the same time. Then one kernel (vitpa/kernels/resize.py) crops
@@ -30,7 +30,7 @@ from vitpa.data.beton import Beton, Ints
 from vitpa.data.crops import Crops
 from vitpa.data.jpeg import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, num_segments, plan_of
 
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 3
 SEARCH = 2048  # images at a time
 MOST_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
 MOST_HEADERS = 16  # kinds; 29 kB of tables each
@@ -43,6 +43,8 @@ class Stored:
     samples: Tensor  # (B,) int64
     crops: Crops
     is_jpeg: npt.NDArray[np.bool_]  # (B,)
+    by_threads: npt.NDArray[np.bool_]  # (B,) whether the device cannot decode it: of these there are no bytes here
+    begins: Ints  # (B,): where in the file each image's bytes begin: of a JPEG all, else whole rows of pixels
     ends: Ints  # (B + 1,): image i has the bytes ends[i] to ends[i + 1] of `bytes`
     bytes: Tensor  # uint8
     decoded: dict[int, Tensor] = field(default_factory=dict)  # (crop's height, crop's width, 3), by threads
@@ -201,40 +203,37 @@ class GpuDecoder:
         """What is to be read of `samples` (B,), and memory for it."""
         beton, index, crops = self.beton, samples.numpy(), crops_of(samples)
         is_jpeg = beton.is_jpeg[index] & (index >= 0)
-        sizes = np.where(is_jpeg, beton.sizes[index], 3 * crops.height * crops.width)
+        by_threads = is_jpeg & self.is_known[index] & (self.header[index] < 0)
+        line = 3 * beton.widths[index]  # bytes
+        sizes = np.where(is_jpeg, beton.sizes[index], line * crops.height)
+        sizes[by_threads] = 0
+        begins = beton.offsets[index] + np.where(is_jpeg, 0, line * crops.top)
         ends = np.concatenate([[0], np.cumsum(sizes)])
         slot.ready.synchronize()  # nothing is read from its memory any more, should the last loop have been left early
         with torch.cuda.device(self.device):
             slot.pinned = slot.with_room(slot.pinned, int(ends[-1]))
-        return Stored(samples, crops, is_jpeg, ends, slot.pinned[: ends[-1]])
+        return Stored(samples, crops, is_jpeg, by_threads, begins, ends, slot.pinned[: ends[-1]])
 
     def _read(self, located: Future[Stored], rows: Ints) -> None:
-        """Copy the bytes of `rows` (n,) of a batch: of JPEGs all, of raw images those of the crop."""
+        """Copy the bytes of `rows` (n,) of a batch, consecutive ones, or decode the images where the device cannot."""
         batch = located.result()
-        beton, out = self.beton, batch.bytes.numpy()
-        samples, ends, jpegs, crops = batch.samples.tolist(), batch.ends.tolist(), batch.is_jpeg.tolist(), batch.crops
-        for row in rows.tolist():
-            sample, begin, end = samples[row], ends[row], ends[row + 1]
-            if jpegs[row] and self.header[sample] >= 0:
-                out[begin:end] = beton.stored(sample)
-            elif end > begin:
-                top, left, height, width = (int(x[row]) for x in (crops.top, crops.left, crops.height, crops.width))
-                crop = slice(top, top + height), slice(left, left + width)
-                if jpegs[row]:
-                    batch.decoded[row] = torch.from_numpy(beton.read_image(sample)[crop].copy())
-                else:
-                    size = int(beton.heights[sample]), int(beton.widths[sample]), 3
-                    out[begin:end].reshape(height, width, 3)[:] = beton.stored(sample).reshape(size)[crop]
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        begin, end = int(batch.ends[first]), int(batch.ends[last])
+        self.beton.copy(batch.begins[first:last], np.diff(batch.ends[first : last + 1]), batch.bytes[begin:end].numpy())
+        crops = batch.crops
+        for row in rows[batch.by_threads[rows]].tolist():
+            top, left, height, width = (int(x[row]) for x in (crops.top, crops.left, crops.height, crops.width))
+            pixels = self.beton.read_image(int(batch.samples[row]))[top : top + height, left : left + width]
+            batch.decoded[row] = torch.from_numpy(pixels.copy())
 
     def _read_unknown(self, located: Future[Stored], rows: Ints) -> None:
-        """Copy the bytes of `rows` (n,) of JPEGs, and find out what their headers are."""
+        """The same of JPEGs, and find out what their headers are."""
+        self._read(located, rows)
         batch = located.result()
         out, samples, ends = batch.bytes.numpy(), batch.samples.numpy()[rows], batch.ends.tolist()
         sizes = (each[rows].tolist() for each in (batch.crops.height, batch.crops.width))
         for row, sample, height, width in zip(rows.tolist(), samples.tolist(), *sizes, strict=True):
-            jpeg = out[ends[row] : ends[row + 1]]
-            jpeg[:] = self.beton.stored(sample)
-            header = self.headers.find(jpeg, height, width)
+            header = self.headers.find(out[ends[row] : ends[row + 1]], height, width)
             if header is not None:
                 self.header[sample], self.header_bytes[sample] = header, self.headers.known[header].size
 
@@ -269,14 +268,15 @@ class GpuDecoder:
             slot.images, slot.numbers = slot.with_room(slot.images, B), slot.with_room(slot.numbers, B)
             plan, table = self._unstuff(batch, slot)
             self._decode_jpegs(plan, table, slot)
-            first = batch.ends[:-1] + slot.stored.data_ptr()  # address of the first byte of each crop
+            first = batch.ends[:-1] + slot.stored.data_ptr() + 3 * batch.crops.left  # address of the first byte of each crop
             first[slot.jpegs] = slot.rgb.data_ptr() + plan.table[:, -1]
+            widths = self.beton.widths[batch.samples.numpy()]  # of what is there of an image
             decoded = [(row, pixels.to(self.device)) for row, pixels in batch.decoded.items()]
             for row, pixels in decoded:
-                first[row] = pixels.data_ptr()
+                first[row], widths[row] = pixels.data_ptr(), pixels.shape[1]
             is_planar = np.zeros(B, np.bool_)
             is_planar[slot.jpegs] = True
-            on_device = resize_plan(batch.crops, first, is_planar).pin_memory().to(self.device, non_blocking=True)
+            on_device = resize_plan(batch.crops, first, widths, is_planar).pin_memory().to(self.device, non_blocking=True)
             crops = batch.crops
             taps = most_taps(crops.height, crops.width, crops.to_height, crops.to_width)
             slot.weights = slot.with_room(slot.weights, self.resize.room(B, self.img_size, taps))
@@ -339,12 +339,12 @@ class GpuDecoder:
         self.jpeg.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
 
 
-def resize_plan(crops: Crops, first: Ints, planar: npt.NDArray[np.bool_]) -> Tensor:
+def resize_plan(crops: Crops, first: Ints, widths: Ints, planar: npt.NDArray[np.bool_]) -> Tensor:
     """The plan (B, 10) int64 for `vitpa.kernels.resize` of crops whose first byte lies at `first` (B,).
 
-    Where `planar` they lie there as (3, height, width), else as (height, width, 3).
+    Where `planar` they lie there as (3, height, width), else as (height, width, 3) in rows of `widths` (B,) pixels.
     """
-    row, column = np.where(planar, crops.width, 3 * crops.width), np.where(planar, 1, 3)
+    row, column = np.where(planar, crops.width, 3 * widths), np.where(planar, 1, 3)
     channel = np.where(planar, crops.height * crops.width, 1)
     size = (crops.height, crops.width, crops.to_height, crops.to_width, crops.window_top, crops.window_left)
     return torch.from_numpy(np.stack([first, row, column, channel, *size], axis=1))
