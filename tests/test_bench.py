@@ -145,7 +145,7 @@ SMALL_IMAGENET = ["model.img_size=32", "model.depth=1", "model.embed_dim=24", "r
 @pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
 def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    words = [*SMALL_IMAGENET, f"runtime.data_dir={photos}", "--dataset", "photos", "--gpus", "1,2", "--batch-size", "4"]
+    words = [*SMALL_IMAGENET, "--dataset", "photos", f"runtime.data_dir={photos}", "--gpus", "1,2", "--batch-size", "4"]
     assert main(["imagenet", *words, "--attention", "positional", "--window-s", "0.01", "--json", str(file)]) == 0
     document = json.loads(file.read_text())
     lines = document["results"]
@@ -204,7 +204,7 @@ def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path
     [
         (["--dataset", "nope"], r"nope/train\.beton: no such file"),
         (["--batch-size", "7"], r"--batch-size 7 is not even for each of 1 processes$"),
-        (["modle.depth=3"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
+        (["modle.depth=3", "--batch-size", "4"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_anything_starts(
@@ -213,6 +213,13 @@ def test_what_cannot_be_measured_is_one_line_before_anything_starts(
     assert main(["imagenet", *words, f"runtime.data_dir={tmp_path}"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and re.search(message, said[0])
+
+
+@pytest.mark.parametrize("word", ["model", "--gpu-count"])
+def test_words_that_mean_nothing_are_refused(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["small", "model.depth=1", "--replicas", "1", word])
+    assert f"vitpa bench: error: unrecognized arguments: {word}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--batch-size", "0"], ["--batch-size", "4,8"], ["--window-s", "-1"], ["--gpus", "x"]])

@@ -153,6 +153,17 @@ def test_reading_into_an_array(data_dir: Path) -> None:
         beton.read_image(0)
 
 
+def test_copying_pieces(data_dir: Path) -> None:
+    with Beton.open(beton_path(data_dir, "noise", "val")) as beton:
+        begins, sizes = beton.offsets[[5, 5, 0]] + np.array([0, 10, 3]), np.array([40, 0, 7])
+        out = np.full(50, 77, np.uint8)
+        beton.copy(begins, sizes, out[1:48])
+        assert out.tolist() == [77, *beton.stored(5)[:40], *beton.stored(0)[3:10], 77, 77]
+        beton.copy(begins[:0], sizes[:0], out[:0])
+    with pytest.raises(BetonError, match="after it was closed"):
+        beton.copy(begins, sizes, out[:47])
+
+
 def test_content_hash_is_over_the_samples(digits: Path) -> None:
     with Beton.open(digits) as beton:
         progress: list[int] = []

@@ -79,6 +79,16 @@ def test_a_step_comes_when_its_windows_have_been_read_and_one_more_is_begun(
     assert not readers()
 
 
+def test_of_some_samples_the_last_step_being_short(train: Beton, bytes_read: np.ndarray) -> None:
+    window_of = np.full(len(train), -1)
+    window_of[300:500] = np.arange(200) // 70
+    steps = read_ahead.read_ahead(range(4), train, window_of, batch_size=60, start_step=0, share=(0, 1))
+    for step in steps:
+        due = of_samples(train, np.arange(300, 300 + min(200, 60 * (step + 1))))
+        assert (bytes_read[due] == 1).all()
+    assert bytes_read.sum() == len(of_samples(train, np.arange(300, 500)))
+
+
 def test_the_processes_of_a_node_share_the_reading(train: Beton, bytes_read: np.ndarray) -> None:
     for process in range(3):
         assert list(ahead(train, share=(process, 3))) == list(range(22))

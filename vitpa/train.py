@@ -37,7 +37,7 @@ from vitpa.data.batches import steps_per_epoch
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
-from vitpa.data.gpu_decoder import why_not_gpu
+from vitpa.data.gpu_decoder import GpuDecoder, why_not_gpu
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import staged
 from vitpa.data.stream import StreamedImages
@@ -302,6 +302,13 @@ def open_feed(
         split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=device, workers=workers, decoder=decoder)
         for split, beton in betons.items()
     }
+    for each in streamed.values():
+        if isinstance(each.decoder, GpuDecoder):
+            if group.is_main and each.beton.is_jpeg.any():
+                print(
+                    f"{each.beton.path}: JPEGs are read once, so that the GPU can decode parts side by side", file=sys.stderr
+                )
+            each.decoder.prepare()
     feed = StreamedFeed(
         streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps, order=config.train.order
     )

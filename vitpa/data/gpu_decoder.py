@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,9 +29,11 @@ from vitpa.data.batches import Batch, labels_of
 from vitpa.data.beton import Beton, Ints
 from vitpa.data.crops import Crops
 from vitpa.data.jpeg import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, num_segments, plan_of
+from vitpa.data.read_ahead import read_ahead
 
 BATCHES_AHEAD = 3
 SEARCH = 2048  # images at a time
+SEARCH_BYTES = 256 << 20  # of which so many are read ahead
 MOST_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
 MOST_HEADERS = 16  # kinds; 29 kB of tables each
 
@@ -116,14 +118,28 @@ class GpuDecoder:
         for _ in self._batches([first_jpeg], lambda _: crops):
             torch.cuda.synchronize(self.device)
 
+    def prepare(self) -> None:
+        """Find where the segments of all images begin, if that has not been done.
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
+        if not self.is_known.all():
+            self.find_segments(torch.from_numpy(np.flatnonzero(~self.is_known)))
+
     def find_segments(self, samples: Tensor) -> None:
         """Find where the segments of these samples (n,) begin, and which kinds of headers they have.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
-        parts = samples[np.argsort(self.beton.offsets[samples.numpy()])].split(SEARCH)  # in the file's order
-        with closing(self._ahead(parts, self._whole, self._read_unknown, self._find_segments)) as slots:
+        samples = samples[np.argsort(self.beton.offsets[samples.numpy()])]  # in the file's order
+        windows = np.full(len(self.beton), -1)
+        windows[samples.numpy()] = np.cumsum(self.beton.sizes[samples.numpy()]) // SEARCH_BYTES
+        with ExitStack() as stack:
+            steps = read_ahead(samples.split(SEARCH), self.beton, windows, batch_size=SEARCH, start_step=0, share=(0, 1))
+            parts = stack.enter_context(closing(steps))
+            slots = stack.enter_context(closing(self._ahead(parts, self._whole, self._read_unknown, self._find_segments)))
             for slot in slots:
                 slot.ready.synchronize()
                 assert slot.batch is not None
@@ -140,8 +156,7 @@ class GpuDecoder:
         Raises:
             BetonError: an image cannot be decoded, of whatever batch.
         """
-        if not self.is_known.all():
-            self.find_segments(torch.from_numpy(np.flatnonzero(~self.is_known)))
+        self.prepare()
         with closing(self._batches(indices, crops_of)) as batches:
             yield from batches
 

@@ -32,7 +32,7 @@ def read_ahead(
     Args:
         steps: What stands for the steps of an epoch from `start_step` on.
         beton: The file.
-        windows: (N,) int64, in which window of the epoch each sample comes: 0, 1, ...
+        windows: (N,) int64, in which window of the epoch each sample comes: 0, 1, ...; -1 for those that do not come.
         batch_size: Samples of a step, of all processes.
         start_step: Number of the first of `steps` in the epoch.
         share: (i, n) if this is process i of n on the node; each reads its part of a window.
@@ -41,13 +41,13 @@ def read_ahead(
         OSError: the file cannot be read.
         BetonError: it has become shorter.
     """
-    ends = np.cumsum(np.bincount(windows))  # positions in the epoch
+    ends = np.cumsum(np.bincount(windows[windows >= 0]))  # positions in the epoch
     begun = ready = int(np.searchsorted(ends, start_step * batch_size, side="right"))  # windows
     reading: deque[list[Future[None]]] = deque()
     with beton.path.open("rb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead") as pool:
         try:
             for number, step in enumerate(steps, start_step):
-                last = int(np.searchsorted(ends, (number + 1) * batch_size - 1, side="right"))
+                last = int(np.searchsorted(ends, min((number + 1) * batch_size, ends[-1]) - 1, side="right"))
                 while begun < min(last + 2, len(ends)):
                     parts = extents(beton, np.flatnonzero(windows == begun))[share[0] :: share[1]]
                     reading.append([pool.submit(_read, beton, file.fileno(), *part) for part in parts])
