@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +200,32 @@ def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path
     assert not document["complete"]
     assert [(line["case"], line["gpus"]) for line in results] == [("timm, compiled", 1), ("model", 1)]
     assert said.out.splitlines()[-1].startswith("model ")
+
+
+def descendants(pid: int | str) -> list[str]:
+    """Processes that this one has started, and theirs."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
+def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    words = [*SMALL_IMAGENET, "--parts", "model", "--attention", "positional", "--batch-size", "4", "--json", str(file)]
+    command = [sys.executable, "-m", "vitpa.cli", "bench", "imagenet", *words, "--gpus", "1,2", "--window-s", "0.01"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None and bench.stderr is not None
+        line = next(line for line in bench.stderr if line.startswith("model positional: "))
+        started = [Path("/proc", pid) for pid in descendants(bench.pid)]
+        bench.terminate()
+        out = bench.stdout.read()
+    assert bench.returncode == 128 + signal.SIGTERM
+    assert len(started) >= 2 and not any(process.exists() for process in started)
+    document = json.loads(file.read_text())
+    assert not document["complete"]
+    assert f"{document['results'][1]['images_per_s']:,.0f} images/s" in line
+    assert out.splitlines()[-1].startswith("model ")
 
 
 @pytest.mark.parametrize(

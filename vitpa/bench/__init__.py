@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from vitpa.bench import imagenet, small
 from vitpa.config import ConfigError
 from vitpa.data.beton import BetonError
 from vitpa.os_errors import os_error_line
 from vitpa.rundir import RunError, check_writable
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if "WORLD_SIZE" in os.environ:  # torchrun's processes just end
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:  # before anything is measured
             options.json = options.json.resolve()  # what a link points to is written, not the link
             check_writable(options.json)
-        return int(options.measure(options))
+        with sigterm_as_exit():
+            return int(options.measure(options))
     except (ConfigError, BetonError, RunError) as error:
         print(f"vitpa bench: {error}", file=sys.stderr)
     except OSError as error:

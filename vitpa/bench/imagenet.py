@@ -373,13 +373,17 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
         file = Path(folder) / "lines.json"
         words = [*worker_words(options), "--json", str(file)]
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+        process = subprocess.Popen([sys.executable, "-m", *launcher, "vitpa.cli", "bench", "imagenet", *words])
         try:
-            code = subprocess.run([sys.executable, "-m", *launcher, "vitpa.cli", "bench", "imagenet", *words], check=False)
+            process.wait()
         finally:
+            if process.returncode is None:  # asked to stop
+                process.terminate()
+                process.wait()
             if file.exists():
                 facts.update(json.loads(file.read_text()))
                 lines += [Line(**{**each, "notes": tuple(each["notes"])}) for each in facts.pop("results")]
-    return code.returncode == 0
+    return process.returncode == 0
 
 
 def check(options: argparse.Namespace) -> None:
@@ -426,8 +430,8 @@ def work(options: argparse.Namespace) -> int:
                 lines.append(each)
                 if group.is_main:
                     notes = "".join(f"; {note}" for note in each.notes)
-                    print(f"{each.case} {each.attention or ''}: {each.images_per_s:,.0f} images/s{notes}", file=sys.stderr)
                     write_json(options.json, {**facts, "results": [asdict(line) for line in lines]})
+                    print(f"{each.case} {each.attention or ''}: {each.images_per_s:,.0f} images/s{notes}", file=sys.stderr)
     finally:
         leave()
     return 0
