@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 8  # of the output, a program
-NUM_WARPS = 1
+ROWS = 4  # of the output, a program
+NUM_WARPS = 2
 
 
 @triton.jit
@@ -47,10 +47,10 @@ def _weights_kernel(plan, weights, S, taps, PIXELS: tl.constexpr):
 @triton.jit
 def _resize_kernel(plan, weights, out, S, taps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     HALF: tl.constexpr = 1 << 21
-    image = tl.program_id(2).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     at = plan + image * 10
-    pixels = tl.load(at).to(tl.pointer_type(tl.uint8)) + tl.program_id(1) * tl.load(at + 3)
-    row_stride, column_stride = tl.load(at + 1), tl.load(at + 2).to(tl.int32)
+    pixels = tl.load(at).to(tl.pointer_type(tl.uint8))
+    row_stride, column_stride, channel_stride = tl.load(at + 1), tl.load(at + 2).to(tl.int32), tl.load(at + 3)
     height, width = tl.load(at + 4).to(tl.int32), tl.load(at + 5).to(tl.int32)
     to_height, to_width = tl.load(at + 6).to(tl.int32), tl.load(at + 7).to(tl.int32)
     taps_y = tl.cdiv(2 * tl.maximum(height, to_height), to_height) + 1
@@ -64,21 +64,31 @@ def _resize_kernel(plan, weights, out, S, taps, ROWS: tl.constexpr, COLUMNS: tl.
     top = tl.load(along_y + tl.program_id(0) * ROWS)
     bottom = tl.minimum(tl.load(along_y + tl.minimum(tl.program_id(0) * ROWS + ROWS, S) - 1) + taps_y, height)
 
-    result = tl.full((ROWS, COLUMNS), HALF, tl.int32)
+    red = tl.full((ROWS, COLUMNS), HALF, tl.int32)
+    green, blue = red, red
     for v in range(top, bottom):
         line = pixels + v * row_stride
-        value = tl.full((COLUMNS,), HALF, tl.int32)
+        r = tl.full((COLUMNS,), HALF, tl.int32)
+        g, b = r, r
         for tap in range(taps_x):
             u = first_x + tap
             inside = (u < width) & (column < S)
             weight = tl.load(along_x + (tap + 1) * S, mask=inside, other=0)
-            value += weight * tl.load(line + u * column_stride, mask=inside, other=0).to(tl.int32)
+            pixel = line + u * column_stride
+            r += weight * tl.load(pixel, mask=inside, other=0).to(tl.int32)
+            g += weight * tl.load(pixel + channel_stride, mask=inside, other=0).to(tl.int32)
+            b += weight * tl.load(pixel + 2 * channel_stride, mask=inside, other=0).to(tl.int32)
         tap_y = v - first_y
         there = (tap_y >= 0) & (tap_y < taps_y) & (row < S)
-        weight = tl.load(along_y + (tap_y + 1) * S + row, mask=there, other=0)
-        result += weight[:, None] * (value >> 22)[None, :]
-    to = ((image * 3 + tl.program_id(1)) * S + row)[:, None] * S + column[None, :]
-    tl.store(out + to, (result >> 22).to(tl.uint8), mask=(row < S)[:, None] & (column < S)[None, :])
+        weight = tl.load(along_y + (tap_y + 1) * S + row, mask=there, other=0)[:, None]
+        red += weight * (r >> 22)[None, :]
+        green += weight * (g >> 22)[None, :]
+        blue += weight * (b >> 22)[None, :]
+    to = out + ((image * 3 * S + row)[:, None] * S + column[None, :])
+    mask = (row < S)[:, None] & (column < S)[None, :]
+    tl.store(to, (red >> 22).to(tl.uint8), mask=mask)
+    tl.store(to + S * S, (green >> 22).to(tl.uint8), mask=mask)
+    tl.store(to + 2 * S * S, (blue >> 22).to(tl.uint8), mask=mask)
 
 
 def room(B: int, S: int, taps: int) -> int:
@@ -106,4 +116,4 @@ def resize(plan: Tensor, weights: Tensor, out: Tensor, *, taps: int) -> None:
     if B:
         power = triton.next_power_of_2(S)
         find_weights[(B, 2)](plan, weights, S, taps, power, num_warps=4)
-        kernel[(triton.cdiv(S, ROWS), 3, B)](plan, weights, out, S, taps, ROWS, power, num_warps=NUM_WARPS)
+        kernel[(triton.cdiv(S, ROWS), B)](plan, weights, out, S, taps, ROWS, power, num_warps=NUM_WARPS)
