@@ -32,7 +32,7 @@ from vitpa.data.jpeg import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, nu
 from vitpa.data.read_ahead import read_ahead
 
 BATCHES_AHEAD = 3
-SEARCH = 2048  # images at a time
+SEARCH = 1024  # images at a time
 SEARCH_BYTES = 256 << 20  # of which so many are read ahead
 MOST_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
 MOST_HEADERS = 16  # kinds; 29 kB of tables each
