@@ -1,7 +1,7 @@
 """`vitpa bench imagenet`: ViT-tiny on images of 224 pixels: the model alone, the loader alone, both together; several GPUs.
 
-`model` are whole steps (forward, backward, AdamW) on random images that lie on the device, without augmentation: timm's module
-compiled, as the yardstick, and ours. `training, synthetic` is ours with all that the recipe does to cropped images. `loader`
+`timm` and `model` are whole steps (forward, backward, AdamW) on random images that lie on the device, without augmentation: those
+of timm's module compiled, the yardstick on one GPU, and ours. `training, synthetic` is ours with all that the recipe does to cropped images. `loader`
 gives cropped uint8 batches on the device from a .beton, `training` is both. Every number of GPUs has processes of its own.
 """
 
@@ -41,7 +41,7 @@ Attention = Literal["content", "positional"]
 Decoder = Literal["cpu", "gpu"]
 
 ATTENTIONS: tuple[Attention, ...] = ("content", "positional")
-PARTS = ("model", "loader", "train")
+PARTS = ("timm", "model", "loader", "train")
 
 NUM_CLASSES = 1000
 SYNTHETIC_STEPS = 4  # batches of random images on the device; they come again and again
@@ -190,11 +190,11 @@ def lines_of(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iter
     """The lines of the table at one batch size, for the processes that are there."""
     group, step = bench.group, f"runtime.step={options.step}"
     for attention in options.attention or ATTENTIONS:
+        bare = partial(config_of, attention, batch_size, *BARE)
+        if "timm" in options.parts and group.world_size == 1:
+            config = bare("runtime.step=compile", *options.overrides)
+            yield time_steps("timm, compiled", config, bench, synthetic_feed(config, group), timm=True)
         if "model" in options.parts:
-            bare = partial(config_of, attention, batch_size, *BARE)
-            if group.world_size == 1:
-                config = bare("runtime.step=compile", *options.overrides)
-                yield time_steps("timm, compiled", config, bench, synthetic_feed(config, group), timm=True)
             config = bare(step, *options.overrides)
             yield time_steps("model", config, bench, synthetic_feed(config, group))
         if "train" in options.parts:
