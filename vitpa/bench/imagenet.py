@@ -1,9 +1,9 @@
 """`vitpa bench imagenet`: ViT-tiny on images of 224 pixels: the model alone, the loader alone, both together; several GPUs.
 
 `timm` and `model` are whole steps (forward, backward, AdamW) on random images that lie on the device, without augmentation:
-those of timm's module compiled, the yardstick on one GPU, and ours. `training, synthetic` is ours with all that the recipe does
-to cropped images. `loader` gives cropped uint8 batches on the device from a .beton, `training` is both. Every number of GPUs
-has processes of its own.
+those of timm's module compiled, the yardstick on one GPU, and ours. `training, synthetic` is ours with all that the recipe
+does to cropped images. `loader` gives cropped uint8 batches on the device from a .beton, `training` is both. Every number of
+GPUs has processes of its own.
 """
 
 from __future__ import annotations
