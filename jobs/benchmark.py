@@ -100,6 +100,7 @@ class Benchmark(BaseModel):
     network: dict[str, Any] | None = None  # None: of an earlier version
     augment: dict[str, Any] | None = None
     dataset: str | None = None
+    step: str | None = None  # --step of `imagenet`; None: of an earlier version
 
     @property
     def name(self) -> str:
@@ -127,6 +128,8 @@ class Benchmark(BaseModel):
             (config.runtime.accum_steps > 1, f"runtime.accum_steps={config.runtime.accum_steps}"),
             (config.runtime.step == "eager", "runtime.step=eager"),
         )
+        if self.step not in (None, "auto", config.runtime.step):
+            return f"its steps were made by --step {self.step}, and the run has runtime.step={config.runtime.step}"
         for has, what in unusual:
             if has:
                 return f"a job has {what}, which is not measured"

@@ -153,6 +153,7 @@ def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd:
     document = json.loads(file.read_text())
     lines = document["results"]
     assert {"versions", "code_version", "gpu"} <= set(document) and document["complete"]
+    assert document["step"] == "eager"
     written = measured_on_a_gpu(file)
     config = load_config(shipped_configs()["imagenet"], [*SMALL_IMAGENET, "model.attention=positional"])
     assert (written.name, written.dataset, written.network) == ("imagenet", "photos", config.network())
@@ -233,6 +234,10 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
     [
         (["--dataset", "nope"], r"nope/train\.beton: no such file"),
         (["--batch-size", "7"], r"--batch-size 7 is not even for each of 1 processes$"),
+        (["model.attention=positional"], r"model\.attention=positional: say it by --attention$"),
+        (["train.global_batch_size=8", "--batch-size", "4"], r"train\.global_batch_size=8: say it by --batch-size$"),
+        (["runtime.step=eager", "--step", "compile"], r"runtime\.step=eager and --step compile: say one of the two$"),
+        (["--parts", "loader"], r"--parts loader: say with --dataset what is to be loaded$"),
         (["modle.depth=3", "--batch-size", "4"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
     ],
 )

@@ -351,6 +351,13 @@ def test_why_there_is_no_rate(tmp_path: Path, changes: list[str], job: dict[str,
     assert reason in found
 
 
+def test_steps_made_another_way_do_not_count(tmp_path: Path) -> None:
+    benchmark = load_benchmark(written(tmp_path, IMAGENET, line(), step="compile"))
+    assert rate(benchmark) == "its steps were made by --step compile, and the run has runtime.step=auto"
+    assert isinstance(rate(benchmark, "runtime.step=compile"), Rate)
+    assert isinstance(rate(load_benchmark(written(tmp_path, IMAGENET, line(), step="auto"))), Rate)
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes", "gpus", "replicas", "words"),
     [

@@ -61,24 +61,31 @@ def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
     assert_no_process_left(root)
 
 
-def test_what_a_training_without_data_has_left_is_retried_as_plan_says(tmp_path: Path, digits: Path) -> None:
-    """Though the sweep was never submitted."""
+def test_what_a_training_of_its_own_has_left_is_retried_as_plan_says(tmp_path: Path, digits: Path) -> None:
+    """Though the sweep was never submitted. One that had no data has left nothing."""
     root = tmp_path / "refused"
     sweep = make(root)
     nothing = vitpa_sweep(root, digits, "retry")
     assert (nothing.returncode, "was never submitted" in nothing.stderr) == (1, True)
     changes = [f"{key}={value}" for key, value in OVERRIDES.items()]
-    words = ["digits", *changes, f"runtime.root={root}", f"runtime.data_dir={tmp_path}", "runtime.device=cpu"]
-    line = [sys.executable, "-m", "vitpa.train", *words]
-    refused = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert "no such file; make it with `vitpa prep digits`" in refused.stderr
+    line = [sys.executable, "-m", "vitpa.train", "digits", *changes, f"runtime.root={root}", "runtime.device=cpu"]
+
+    def refused(*words: str) -> str:
+        found = subprocess.run([*line, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+        assert found.returncode == 1
+        return found.stderr
+
+    assert "no such file; make it with `vitpa prep digits`" in refused(f"runtime.data_dir={tmp_path}")
+    assert [state.state for state in Survey(root).states(sweep.runs)] == ["missing", "missing"]
+    (tmp_path / "file").touch()
+    assert refused(f"runtime.data_dir={digits}", f"runtime.stage_dir={tmp_path}/file")
     planned = vitpa_sweep(root, digits, "plan").stdout
     advice = re.search(
         r"1 failed, not touched by submit; to run again: vitpa (sweep retry .* state=failed)$", planned, re.MULTILINE
     )
     assert advice is not None, planned
-    line = [sys.executable, "-m", "vitpa.cli", *advice[1].split(), "--wait", "--data-dir", str(digits), "runtime.device=cpu"]
-    retried = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    again = [sys.executable, "-m", "vitpa.cli", *advice[1].split(), "--wait", "--data-dir", str(digits), "runtime.device=cpu"]
+    retried = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert "submitted 1 of 2 runs" in retried.stdout, retried.stderr
     assert [state.state for state in Survey(root).states(sweep.runs)] == ["done", "missing"]
     assert vitpa_sweep(root, digits, "collect").returncode == 4  # it is a sweep now

@@ -723,6 +723,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     """Take a run for this process, until `stack` closes; False if it is finished.
 
     Raises:
+        BetonError: its data cannot be used; the run is as it was.
         RunError: its directory cannot be used.
         OSError: it cannot be made or written.
     """
@@ -735,6 +736,8 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     if run.result() is not None:
         print(f"{run.result_json}: the run is finished already", file=sys.stderr)
         return False
+    for split in SPLITS:
+        Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split).close()
     stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
     return True
 
@@ -771,7 +774,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         if len(configs) > 1 and group.world_size > 1:
                             raise ConfigError("--seeds: several seeds are trained by one process, without torchrun")
                         unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
-                    except (ConfigError, RunError, OSError) as error:
+                    except (ConfigError, BetonError, RunError, OSError) as error:
                         refused = error
                 unfinished, stays_out = group.from_main((unfinished, refused is not None))
                 if stays_out:  # all processes end, not only the main one

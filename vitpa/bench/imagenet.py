@@ -46,6 +46,11 @@ PARTS = ("timm", "model", "loader", "train")
 
 NUM_CLASSES = 1000
 SYNTHETIC_STEPS = 4  # batches of random images on the device; they come again and again
+OPTIONS = {  # which say what these keys would
+    "dataset": "--dataset",
+    "model.attention": "--attention",
+    "train.global_batch_size": "--batch-size",
+}
 LOADER_BATCHES = 24  # of each window in which the loader is timed
 BARE = (
     "augment.crop=none",
@@ -363,7 +368,7 @@ def run(options: argparse.Namespace) -> int:
             print(table(results))
         if results and options.json:
             config = config_of("content", options.batch_size, *options.overrides)
-            facts |= {**measured(config), "dataset": options.dataset, "complete": complete}
+            facts |= {**measured(config), "dataset": options.dataset, "step": step_of(options), "complete": complete}
             write_json(options.json, {**facts, "results": results})
     return 0
 
@@ -387,6 +392,12 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
     return process.returncode == 0
 
 
+def step_of(options: argparse.Namespace) -> str:
+    """How the steps run: as the options say, or an override."""
+    config = config_of("content", options.batch_size, f"runtime.step={options.step}", *options.overrides)
+    return config.runtime.step
+
+
 def check(options: argparse.Namespace) -> None:
     """Find out before anything is started whether it could be measured.
 
@@ -394,6 +405,16 @@ def check(options: argparse.Namespace) -> None:
         ConfigError: a wrong override, a batch that cannot be divided, too few GPUs.
         BetonError: the data set cannot be used.
     """
+    for override in options.overrides:
+        key = override.partition("=")[0]
+        if key in OPTIONS:
+            raise ConfigError(f"{override}: say it by {OPTIONS[key]}")
+        if key == "runtime.step":
+            if options.step != "auto":
+                raise ConfigError(f"{override} and --step {options.step}: say one of the two")
+            print(f"your {override} is what is measured, of timm's module, too", file=sys.stderr)
+    if options.dataset is None and options.parts == ("loader",):
+        raise ConfigError("--parts loader: say with --dataset what is to be loaded")
     for gpus in options.gpus:
         if options.batch_size % (2 * gpus):
             raise ConfigError(f"--batch-size {options.batch_size} is not even for each of {gpus} processes")
