@@ -263,6 +263,9 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     assert f"{found['gpu_hours']:.2f} GPU-hours, {minutes[0]:.1f} minutes for the five seeds of content" in readme
     assert f"and {minutes[1]:.1f} for those of positional" in readme
     assert f"{plan('paper_small', '--speeds', SHIPPED)[1]['gpu_hours']:.2f} GPU-hours on one H200 for the 30 runs" in readme
+    imagenet = plan("paper_imagenet", "--speeds", SHIPPED.with_name("imagenet_h100.json"), "--gpu-hour-price", "2.5")[1]
+    assert f"is {imagenet['gpu_hours']:.1f} GPU-hours on H100s" in readme
+    assert f"at 2.50 an hour that is {2.5 * imagenet['gpu_hours']:.0f}." in readme
     assert findings(found, "speeds") == [
         f"{SHIPPED} does not say what network it was measured with: taken for that of cifar10"
     ]
