@@ -736,8 +736,9 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     if run.result() is not None:
         print(f"{run.result_json}: the run is finished already", file=sys.stderr)
         return False
-    for split in SPLITS:
-        Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split).close()
+    if not config.runtime.stage_dir:  # else the node may have a copy
+        for split in SPLITS:
+            Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split).close()
     stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
     return True
 
