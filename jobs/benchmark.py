@@ -128,11 +128,11 @@ class Benchmark(BaseModel):
             (config.runtime.accum_steps > 1, f"runtime.accum_steps={config.runtime.accum_steps}"),
             (config.runtime.step == "eager", "runtime.step=eager"),
         )
-        if self.step not in (None, "auto", config.runtime.step):
-            return f"its steps were made by --step {self.step}, and the run has runtime.step={config.runtime.step}"
         for has, what in unusual:
             if has:
                 return f"a job has {what}, which is not measured"
+        if self.step not in (None, "auto", config.runtime.step):
+            return f"its steps were made by --step {self.step}, and the run has runtime.step={config.runtime.step}"
         advice = how_to_measure(config, gpus=int(gpus), replicas=replicas)
         # what a file does not say, the version that wrote it had no key for: it measured the recipe's
         other = difference(_network_of(self.recipe) | (self.network or {}), config.network())

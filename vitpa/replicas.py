@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -279,7 +279,8 @@ class ReplicaSteps:
     def _captured_step(self) -> Callable[[], None]:
         """A step made of CUDA graphs."""
         if self.group.world_size == 1:
-            return cast(Callable[[], None], self._leaving_no_trace(self._captured, self._step))
+            whole: Callable[[], None] = self._leaving_no_trace(self._captured, self._step)
+            return whole
         find, apply = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._apply_gradients))
 
         def step() -> None:

@@ -305,9 +305,7 @@ def open_feed(
     for each in streamed.values():
         if isinstance(each.decoder, GpuDecoder):
             if group.is_main and each.beton.is_jpeg.any():
-                print(
-                    f"{each.beton.path}: JPEGs are read once, so that the GPU can decode parts side by side", file=sys.stderr
-                )
+                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
             each.decoder.prepare()
     feed = StreamedFeed(
         streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps, order=config.train.order

@@ -100,7 +100,6 @@ class GpuDecoder:
         # of each sample, once it is known:
         self.is_known = ~beton.is_jpeg
         self.header = np.full(len(beton), -1)  # which kind; -1 where the device does not decode
-        self.header_bytes = np.zeros(len(beton), np.int64)
         segments = np.where(beton.is_jpeg, num_segments(beton.heights, beton.widths), 0)
         self.first_segment = np.cumsum(segments) - segments
         self.entries = torch.empty(int(segments.sum()), dtype=torch.int64, device=self.device)  # where segments begin
@@ -250,7 +249,7 @@ class GpuDecoder:
         for row, sample, height, width in zip(rows.tolist(), samples.tolist(), *sizes, strict=True):
             header = self.headers.find(out[ends[row] : ends[row + 1]], height, width)
             if header is not None:
-                self.header[sample], self.header_bytes[sample] = header, self.headers.known[header].size
+                self.header[sample] = header
 
     def _find_segments(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
         """Let the device find where the segments of JPEGs begin, when their bytes are there."""
@@ -315,7 +314,8 @@ class GpuDecoder:
         index = batch.samples.numpy()
         slot.jpegs = np.flatnonzero(batch.is_jpeg & (self.header[index] >= 0))
         samples = index[slot.jpegs]
-        begins = batch.ends[slot.jpegs] + self.header_bytes[samples]
+        header_bytes = np.array([kind.size for kind in self.headers.known], np.int64)
+        begins = batch.ends[slot.jpegs] + header_bytes[self.header[samples]]
         plan = plan_of(
             begins,
             batch.ends[slot.jpegs + 1] - begins - 2,  # the last two mark the end
