@@ -17,6 +17,7 @@ import torch
 
 from jobs.benchmark import Benchmark, load_benchmark
 from vitpa.bench import main, measure, small
+from vitpa.bench.measure import going_on
 from vitpa.config import ConfigError, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
 
@@ -182,6 +183,40 @@ def test_what_imagenet_cannot_measure_is_one_line(tmp_path: Path, capfd: pytest.
     error = capfd.readouterr().err
     assert "vitpa bench: " in error and "photos/train.beton: no such file" in error
     assert "Traceback" not in error.partition("ChildFailedError")[0].partition("vitpa bench: ")[2].splitlines()[0]
+
+
+def test_a_data_set_of_less_than_a_batch_is_refused(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL_IMAGENET, "--dataset", "photos", f"runtime.data_dir={photos}", "--gpus", "1,2", "--batch-size", "4096"]
+    assert main(["imagenet", *words]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert re.search(r"--dataset photos: 12 images, less than a batch of 8192; say --batch-size$", said[-1])
+
+
+class CountedSteps:
+    """Steps of which only their order matters."""
+
+    def __init__(self) -> None:
+        self.said: list[int | str] = []
+        self.window = self
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        self.said.append(f"epoch {epoch} from {step}")
+
+    def step(self) -> None:
+        self.said.append(len([word for word in self.said if not isinstance(word, str)]))
+
+    def take(self) -> None:
+        self.said.append("window")
+
+
+def test_measured_windows_go_on_where_the_last_one_ended() -> None:
+    steps = CountedSteps()
+    run = going_on(steps, 3)  # type: ignore[arg-type]
+    for count in (2, 1, 2):
+        run(count)
+    assert steps.said == ["epoch 0 from 0", 0, 1, 2, "epoch 1 from 0", 3, 4]
+    run(45)
+    assert steps.said.count("window") == 1 and steps.said[-1] == "window"
 
 
 @pytest.mark.slow

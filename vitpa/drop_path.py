@@ -33,4 +33,4 @@ def branch_scales(samples: Tensor, stream: int | Tensor, keep: Tensor) -> Tensor
     draws = kept(uniform(streams, samples[:, None], draw=torch.arange(depth * BRANCHES, device=samples.device)))
     keep = keep.to(samples.device)[:, None, None]
     draws = draws.T.reshape(depth, BRANCHES, len(samples))
-    return torch.where(draws < keep, 1 / keep, 0.0)
+    return torch.where(draws < keep, 1 / keep, 0.0).contiguous()  # once here, not before each use of a row

@@ -43,9 +43,11 @@ class ReplicaAdamW:
             if number == 0:
                 self.decayed = end
         like = next(models[0].parameters())
-        self.values, self.gradients, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(self.R, end, dtype=like.dtype, device=like.device) for _ in range(4)
+        self.values, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(self.R, end, dtype=like.dtype, device=like.device) for _ in range(3)
         )
+        self.shared = torch.zeros(self.R * (end + 1), dtype=like.dtype, device=like.device)  # what processes add up, at once
+        self.gradients, self.losses = self.shared[: self.R * end].view(self.R, end), self.shared[self.R * end :]  # R, P; R
         for replica, model in enumerate(models):
             for name, view in self.of_replica(self.values, replica).items():
                 parameter = model.get_parameter(name)

@@ -83,7 +83,7 @@ class ReplicaSteps:
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.learning_rate = learning_rates.tolist().__getitem__
         self.factors = self.adamw.factors(learning_rates)
-        self.losses = torch.zeros(self.R, device=self.device)  # of the step
+        self.losses = self.adamw.losses  # of the step
         self.window = Window(self.R, self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
 
@@ -91,7 +91,8 @@ class ReplicaSteps:
         self._loss: Callable[..., Any] = self._compute_loss
         self._eval_batch: Callable[..., Any] = self._make_eval_batch
         self._score: Callable[..., Any] = self._compute_scores
-        self._update: Callable[..., Any] = self.adamw.update
+        self._count: Callable[..., Any] = self._count_batch
+        self._update: Callable[..., Any] = self._update_weights
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -110,8 +111,9 @@ class ReplicaSteps:
         self.adamw.copy_values()
         if self.compiles:
             compiler = partial(torch.compile, dynamic=False, fullgraph=True)
-            network, eager = self.network, (self._batch, self._loss, self._eval_batch, self._score, self._update)
-            self._batch, self._loss, self._eval_batch, self._score, self._update = map(compiler, eager)
+            network = self.network
+            eager = self._batch, self._loss, self._count, self._update, self._eval_batch, self._score
+            self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = map(compiler, eager)
             self.network = network.compiled(compiler)
             try:
                 with warnings.catch_warnings():
@@ -122,7 +124,7 @@ class ReplicaSteps:
                     self._leaving_no_trace(self._evaluate_batch)
             except TorchDynamoException as error:
                 notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
-                self._batch, self._loss, self._eval_batch, self._score, self._update = eager
+                self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = eager
                 self.network = network
                 captured = False
         if captured:
@@ -187,7 +189,7 @@ class ReplicaSteps:
     def _step(self) -> None:
         self._find_gradients()
         self._add_up()
-        self._apply_gradients()
+        self._update()
 
     def _find_gradients(self) -> None:
         """Those of this process."""
@@ -197,16 +199,20 @@ class ReplicaSteps:
             micro_losses, correct = self._loss(self.network(self.weights, self.copies, images, scales), targets)
             gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
             self.adamw.take_gradients(gradients, add=micro > 0)
-            self.losses += micro_losses.detach()
-            self.window.add(micro_losses.detach(), correct, self.B)
+            self._count(micro_losses.detach(), correct)
             self.feed.advance()
 
     def _add_up(self) -> None:
-        self.group.sum(self.adamw.gradients)
-        self.group.sum(self.losses)  # so that all processes agree on what is finite
+        self.group.sum(self.adamw.shared)  # the losses, too: so all processes agree on what is finite
 
-    def _apply_gradients(self) -> None:
-        norms = self._update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
+    def _count_batch(self, losses: Tensor, correct: Tensor) -> None:
+        """Note the mean losses (R,) and the numbers of correct predictions (R,) of a micro-batch."""
+        self.losses += losses
+        self.window.add(losses, correct, self.B)
+
+    def _update_weights(self) -> None:
+        """Apply the gradients of the step."""
+        norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
         self.done += 1
         self.window.check(self.done, self.losses, norms)
 
@@ -281,12 +287,12 @@ class ReplicaSteps:
         if self.group.world_size == 1:
             whole: Callable[[], None] = self._leaving_no_trace(self._captured, self._step)
             return whole
-        find, apply = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._apply_gradients))
+        find, update = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._update))
 
         def step() -> None:
             find()
             self._add_up()
-            apply()
+            update()
 
         return step
 

@@ -9,6 +9,7 @@ GPUs has processes of its own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,8 +27,9 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import file_name, gflop_per_image, make_steps, measured, product_limit_tflops, rates, run_steps, wait
+from vitpa.bench.measure import file_name, gflop_per_image, going_on, make_steps, measured, product_limit_tflops, rates, wait
 from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
+from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.gpu_decoder import why_not_gpu
@@ -117,7 +119,7 @@ def time_steps(case: str, config: RunConfig, bench: Bench, feed: ResidentFeed | 
     notes = steps.prepare(0)
     train = feed.images["train"]
     num_images = len(train.labels if isinstance(train, ResidentImages) else train.beton)
-    run = partial(run_steps, steps, num_images // batch_size)
+    run = going_on(steps, num_images // batch_size)
     run(3)
     wait(group.device)
     start_s = time.monotonic() - began_s
@@ -176,19 +178,21 @@ def time_loader(case: str, config: RunConfig, bench: Bench, feed: StreamedFeed) 
     """Cropped uint8 batches on the device, as fast as they come."""
     group, images, began_s = bench.group, feed.images["train"], time.monotonic()
 
-    def run(count: int) -> None:
-        left = count
-        while left:
-            with closing(feed.indices(left, 0)) as indices, closing(images.train_batches(indices, left)) as batches:
-                for _ in batches:
-                    left -= 1
-                    if not left:
-                        break
+    def endless() -> Generator[Batch, None, None]:
+        for epoch in itertools.count():
+            with closing(feed.indices(epoch, 0)) as indices, closing(images.train_batches(indices, epoch)) as batches:
+                yield from batches
 
-    run(3)
-    wait(group.device)
-    start_s = time.monotonic() - began_s
-    found = rates(run, feed.global_batch_size, group, least=LOADER_BATCHES, window_s=bench.window_s)
+    with closing(endless()) as batches:
+
+        def run(count: int) -> None:
+            for _ in itertools.islice(batches, count):
+                pass
+
+        run(3)
+        wait(group.device)
+        start_s = time.monotonic() - began_s
+        found = rates(run, feed.global_batch_size, group, least=LOADER_BATCHES, window_s=bench.window_s)
     return as_line(case, config, group, found, start_s)
 
 
@@ -421,7 +425,11 @@ def check(options: argparse.Namespace) -> None:
         for attention in options.attention or ATTENTIONS:
             config = config_of(attention, options.batch_size * gpus, *options.overrides)
     if options.dataset is not None:
-        open_betons(config, options.dataset)
+        num_images, most = len(open_betons(config, options.dataset)["train"]), options.batch_size * max(options.gpus)
+        if num_images < most:
+            raise ConfigError(
+                f"--dataset {options.dataset}: {num_images} images, less than a batch of {most}; say --batch-size"
+            )
     visible = torch.cuda.device_count()
     if visible and max(options.gpus) > visible:
         raise ConfigError(f"--gpus {max(options.gpus)}: {visible} are visible here")

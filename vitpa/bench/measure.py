@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,14 +65,22 @@ def make_steps(
     )
 
 
-def run_steps(steps: ReplicaSteps | TimmSteps, epoch_steps: int, count: int) -> None:
-    """`count` steps from the start of an epoch as train.py does them, with a closed window every 50."""
-    for step in range(count):
-        if step % epoch_steps == 0:
-            steps.begin_epoch(step // epoch_steps, 0)
-        steps.step()
-        if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
-            steps.window.take()
+def going_on(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[int], None]:
+    """What does so many steps as train.py does them, with a closed window every 50, and each time goes on where it stopped.
+
+    An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode, and not in each measured window.
+    """
+    numbers = itertools.count()
+
+    def run(count: int) -> None:
+        for step in itertools.islice(numbers, count):
+            if step % epoch_steps == 0:
+                steps.begin_epoch(step // epoch_steps, 0)
+            steps.step()
+            if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
+                steps.window.take()
+
+    return run
 
 
 def rates(

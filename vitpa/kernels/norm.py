@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitpa.kernels.partials import rows_apart, sum_partials, tokens_a_program
+from vitpa.kernels.partials import PROGRAMS, rows_apart, sum_partials, tokens_a_program
 
 ROWS_FORWARD = 4  # tokens a program; with the warps, the best of a sweep on an H200 at 41,600 tokens of 384
 NUM_WARPS_FORWARD = 4
-BACKWARD_MANY, BACKWARD_FEW = (1, 1), (4, 4)  # tokens at a time and warps; as above, the few at 8,320 tokens
-MANY_TOKENS = 2**15  # of all replicas
+# Tokens at a time, warps, and programs at most of the backward pass, from so many tokens of all replicas on; swept on an H100
+# at 100,864 tokens of 192 (70 us; with the row below 80), on an H200 at 41,600 and at 8,320 of 384.
+BACKWARD = {2**16: (2, 1, 2112), 2**15: (1, 1, PROGRAMS), 0: (4, 4, PROGRAMS)}
 
 
 def unfit(embed_dim: int) -> str:
@@ -147,9 +148,9 @@ def _backward(
     R, M, D = total.shape
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if scale is not None else total.new_empty(0)
-    rows, warps = BACKWARD_MANY if R * M >= MANY_TOKENS else BACKWARD_FEW
+    rows, warps, most = next(launch for tokens, launch in BACKWARD.items() if tokens <= R * M)
     block = triton.next_power_of_2(D)
-    steps = triton.cdiv(tokens_a_program(R * M), rows)
+    steps = triton.cdiv(tokens_a_program(R * M, most), rows)
     programs = triton.cdiv(M, steps * rows)
     parts = torch.empty(3 * R, programs, D, dtype=torch.float32, device=total.device)
     scales, tokens = _per_image(scale, M)

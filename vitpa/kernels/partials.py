@@ -14,9 +14,9 @@ ONE_PASS = 512  # so many partial results are summed by one program for each col
 MIN_TOKENS, PROGRAMS = 32, 4096  # a program's partial sums are less than a tenth of what it reads; 32 for each multiprocessor
 
 
-def tokens_a_program(tokens: int) -> int:
-    """How many of all `tokens` a program sums: few enough to fill a GPU, and no fewer than pays."""
-    return max(MIN_TOKENS, (tokens + PROGRAMS - 1) // PROGRAMS)
+def tokens_a_program(tokens: int, programs: int = PROGRAMS) -> int:
+    """How many of all `tokens` one of about `programs` programs sums: few enough to fill a GPU, and no fewer than pays."""
+    return max(MIN_TOKENS, (tokens + programs - 1) // programs)
 
 
 def rows_apart(vectors: Tensor) -> Tensor:

@@ -292,9 +292,16 @@ class _Product(torch.autograd.Function):
         transposed = dy.transpose(1, 2)
         if x.dtype == ctx.out_dtype:
             return torch.bmm(dy, copy), torch.bmm(transposed, x), None
-        if x.device.type == "cuda":  # the sum over all tokens is not rounded to x's type
-            return torch.bmm(dy, copy), torch.bmm(transposed, x, out_dtype=ctx.out_dtype), None
-        return torch.bmm(dy, copy), torch.bmm(transposed, x).to(ctx.out_dtype), None
+        if x.device.type != "cuda":
+            return torch.bmm(dy, copy), torch.bmm(transposed, x).to(ctx.out_dtype), None
+        # The sum over all tokens is not rounded to x's type.
+        if (
+            dy.shape[2] < x.shape[2]
+        ):  # cuBLAS finds a better way to more rows than columns: 139 us for 168 (201,728 x 192, 768)
+            gradient = torch.bmm(x.transpose(1, 2), dy, out_dtype=ctx.out_dtype).transpose(1, 2).contiguous()
+        else:
+            gradient = torch.bmm(transposed, x, out_dtype=ctx.out_dtype)
+        return torch.bmm(dy, copy), gradient, None
 
 
 def product(x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
