@@ -98,12 +98,12 @@ def config_of(attention: Attention, batch_size: int, *changes: str) -> RunConfig
 def synthetic_feed(config: RunConfig, group: Group) -> ResidentFeed:
     """Random images on the device."""
     local, size = config.train.global_batch_size // group.world_size, config.model.img_size
-    generator = torch.Generator().manual_seed(group.rank)
+    generator = torch.Generator(group.device).manual_seed(group.rank)
     images = {}
     for split, count in (("train", SYNTHETIC_STEPS * config.train.global_batch_size), ("val", local)):
-        pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
-        labels = torch.randint(0, NUM_CLASSES, (count,), generator=generator)
-        images[split] = ResidentImages(pixels, labels, device=group.device)
+        random = partial(torch.randint, generator=generator, device=group.device)
+        pixels = random(0, 256, (count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        images[split] = ResidentImages(pixels, random(0, NUM_CLASSES, (count,)), device=group.device)
     return ResidentFeed(images, group, seeds=[config.seed], batch_size=local, accum_steps=1)
 
 
