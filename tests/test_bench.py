@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -254,6 +255,8 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
         assert bench.stdout is not None and bench.stderr is not None
         line = next(line for line in bench.stderr if line.startswith("model positional: "))
         started = [Path("/proc", pid) for pid in descendants(bench.pid)]
+        bench.terminate()
+        time.sleep(0.2)  # the first one is being seen to
         bench.terminate()
         out = bench.stdout.read()
     assert bench.returncode == 128 + signal.SIGTERM

@@ -21,6 +21,7 @@ def sigterm_as_exit() -> Iterator[None]:
     """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before."""
 
     def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
         raise SystemExit(128 + signal.SIGTERM)
 
     if "WORLD_SIZE" in os.environ:  # torchrun's processes just end
