@@ -215,6 +215,13 @@ def main() -> None:
         for sizes in INTERPRETED:
             for name, kernel, reference, inputs in cases("cpu", dtype, sizes):
                 report[f"{name} {dtype} {sizes}"] = errors(kernel, reference, inputs)
+    launches = vitpa.kernels.norm.BACKWARD
+    for launch in launches.values():  # however many tokens there are
+        vitpa.kernels.norm.BACKWARD = {0: launch}
+        for name, kernel, reference, inputs in cases("cpu", torch.float32, (2, 5, 70, 1, 32)):
+            if name == "add_norm, scaled":
+                report[f"launch {launch}"] = errors(kernel, reference, inputs)
+    vitpa.kernels.norm.BACKWARD = launches
     report["sum_partials"] = []
     for count in (1, 70, ONE_PASS + 1, 3000):
         parts = torch.randn(2, count, 40)
@@ -246,6 +253,15 @@ def test_kernels_and_their_gradients_are_those_of_the_reference(
     found = interpreted[f"{name} {dtype} {sizes}"]
     assert len(found) == RESULTS[name]
     assert all(error < LIMITS[dtype] for error in found), found  # NaN is not below
+
+
+@pytest.mark.parametrize("launch", vitpa.kernels.norm.BACKWARD.values())
+def test_the_norm_does_not_depend_on_how_it_is_launched(
+    interpreted: dict[str, list[float]], launch: tuple[int, int, int]
+) -> None:
+    found = interpreted[f"launch {launch}"]
+    assert len(found) == RESULTS["add_norm, scaled"]
+    assert all(error < LIMITS[torch.float32] for error in found), found
 
 
 def test_kernels_compile_whole_and_give_the_same(interpreted: dict[str, list[float]]) -> None:
@@ -325,6 +341,7 @@ GPU_SIZES: list[Sizes] = [
     (1, 7, 65, 6, 64),
     (2, 260, 65, 4, 32),
     (1, 40, 197, 3, 64),
+    (1, 340, 197, 1, 64),
     (3, 5, 70, 1, 16),
 ]
 

@@ -141,13 +141,14 @@ def test_what_is_computed_with_is_the_copy() -> None:
     assert not torch.equal(network(weights, copies, images), before)
 
 
-def test_product_is_a_linear_layer_per_replica_with_the_gradient_of_the_weight_itself() -> None:
+@pytest.mark.parametrize("out", [6, 8])  # less or more than 7
+def test_product_is_a_linear_layer_per_replica_with_the_gradient_of_the_weight_itself(out: int) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(R, 5, 7, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(R, 6, 7, generator=generator).requires_grad_()
+    weight = torch.randn(R, out, 7, generator=generator).requires_grad_()
     copy = weight.detach().bfloat16().requires_grad_()
     y = product(x, weight, copy)
-    assert (y.dtype, y.shape) == (torch.bfloat16, (R, 5, 6))
+    assert (y.dtype, y.shape) == (torch.bfloat16, (R, 5, out))
     for replica in range(R):
         expected = torch.nn.functional.linear(x[replica].float(), copy[replica].float())
         torch.testing.assert_close(y[replica].float(), expected, rtol=0.01, atol=0.01)
