@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from jobs.benchmark import Benchmark, load_benchmark
-from vitpa.bench import main, measure, small
+from vitpa.bench import imagenet, main, measure, small
 from vitpa.bench.measure import going_on
 from vitpa.config import ConfigError, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
@@ -143,7 +143,7 @@ def test_arithmetic_of_the_papers_small_vit() -> None:
     assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)
 
 
-SMALL_IMAGENET = ["model.img_size=32", "model.depth=1", "model.embed_dim=24", "runtime.step=eager", "runtime.cpu_threads=1"]
+SMALL_IMAGENET = ["model.img_size=32", "model.depth=1", "model.embed_dim=24", "runtime.step=eager"]
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path
     words += ["--attention", "positional", "--batch-size", "4", "--gpus", "1,2", "--window-s", "0.01", "--json", str(file)]
     assert main(["imagenet", *words]) == 1
     said = capfd.readouterr()
-    assert "the JPEG of sample 5 cannot be decoded" in said.err and "the processes for 1 GPUs have failed" in said.err
+    assert "the JPEG of sample 5 cannot be decoded" in said.err and "measuring with 1 processes has failed" in said.err
     document = json.loads(file.read_text())
     results = document["results"]
     assert not document["complete"]
@@ -275,6 +275,10 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
         (["model.attention=positional"], r"model\.attention=positional: say it by --attention$"),
         (["train.global_batch_size=8", "--batch-size", "4"], r"train\.global_batch_size=8: say it by --batch-size$"),
         (["runtime.step=eager", "--step", "compile"], r"runtime\.step=eager and --step compile: say one of the two$"),
+        (
+            ["runtime.accum_steps=2", "--batch-size", "4"],
+            r"runtime\.accum_steps=2: this benchmark does without; leave it out$",
+        ),
         (["--parts", "loader"], r"--parts loader: say with --dataset what is to be loaded$"),
         (["modle.depth=3", "--batch-size", "4"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
     ],
@@ -285,6 +289,21 @@ def test_what_cannot_be_measured_is_one_line_before_anything_starts(
     assert main(["imagenet", *words, f"runtime.data_dir={tmp_path}"]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and re.search(message, said[0])
+
+
+def test_that_nothing_could_be_measured_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def measures_nothing(gpus: int, *_: object) -> bool:
+        asked.append(gpus)
+        return True
+
+    monkeypatch.setattr(imagenet, "measure", measures_nothing)
+    assert main(["imagenet", "--parts", "timm", "--gpus", "1,1", "--json", str(tmp_path / "figures.json")]) == 1
+    assert asked == [1]
+    assert capsys.readouterr().err.splitlines()[-1] == "vitpa bench: none of these parts could be measured here"
 
 
 @pytest.mark.parametrize("word", ["model", "--gpu-count"])

@@ -188,6 +188,23 @@ def test_a_damaged_copy_is_made_again(
         assert in_use.content_sha256() == in_use.manifest.beton_sha256
 
 
+def test_pixels_of_a_copy_that_were_damaged_later_are_not_put_down_to_the_data(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    options = ["dataset=photos", "train.epochs=1", "train.global_batch_size=6", "model.img_size=32", "runtime.loader=stream"]
+    words = arguments(photos, tmp_path, *options, f"runtime.stage_dir={disk}")
+    copy = staged(photos, "photos", str(disk), ALONE)
+    with Beton.open(beton_path(copy, "photos", "train")) as beton, beton.path.open("r+b") as file:
+        file.seek(int(beton.offsets[5]))
+        file.write(bytes(int(beton.sizes[5])))
+    assert main(words) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"the JPEG of sample 5 cannot be decoded; delete {copy}, a copy on this node: it is made again")
+    shutil.rmtree(copy)
+    assert main(words) == 0
+
+
 def test_what_goes_wrong_in_copying_is_noticed(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flips_a_bit(source: int, target: int, start: int, size: int) -> int:
         count = honest(source, target, start, size)

@@ -162,6 +162,8 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     if config.runtime.stage_dir is not None:
         data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
     betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
+    for beton in betons.values():
+        beton.is_copy = config.runtime.stage_dir is not None
     num_samples = {split: len(beton) for split, beton in betons.items()}
     epoch_steps = steps_per_epoch(num_samples["train"], config.train.global_batch_size)
     if not epoch_steps:

@@ -53,6 +53,7 @@ OPTIONS = {  # which say what these keys would
     "model.attention": "--attention",
     "train.global_batch_size": "--batch-size",
 }
+IGNORED = ("runtime.accum_steps", "runtime.device", "runtime.stage_dir", "runtime.cpu_threads")  # keys without a meaning here
 LOADER_BATCHES = 24  # of each window in which the loader is timed
 BARE = (
     "augment.crop=none",
@@ -85,7 +86,7 @@ class Line:
     spread: float  # (largest - smallest window) / median
     peak_memory_gib: float | None  # of the first GPU; None: not on a GPU
     start_s: float  # until the first step: building, compiling, capturing
-    of_limit: float | None  # of what products of bfloat16 matrices alone would allow
+    of_limit: float | None  # of what products of bfloat16 matrices alone would allow on a GPU
     notes: tuple[str, ...] = ()
 
 
@@ -125,7 +126,9 @@ def time_steps(case: str, config: RunConfig, bench: Bench, feed: ResidentFeed | 
     start_s = time.monotonic() - began_s
     found = rates(run, batch_size, group, window_s=bench.window_s)
     steps.close()
-    of_limit = statistics.median(found) * gflop_per_image(config) / 1000 / (bench.limit_tflops * group.world_size)
+    of_limit = None
+    if group.device.type == "cuda":
+        of_limit = statistics.median(found) * gflop_per_image(config) / 1000 / (bench.limit_tflops * group.world_size)
     result = as_line(case, config, group, found, start_s)
     return replace(result, attention=config.model.attention, of_limit=of_limit, notes=tuple(notes))
 
@@ -152,7 +155,8 @@ def open_betons(config: RunConfig, dataset: str) -> dict[str, Beton]:
     Raises:
         BetonError: they cannot be used.
     """
-    return {split: Beton.open(beton_path(Path(config.runtime.data_dir), dataset, split)) for split in SPLITS}
+    folder = Path(config.runtime.data_dir)
+    return {split: Beton.open(beton_path(folder, dataset, split), dataset, split) for split in SPLITS}
 
 
 def streamed_feed(config: RunConfig, group: Group, betons: dict[str, Beton], decoder: Decoder) -> StreamedFeed:
@@ -356,6 +360,8 @@ def run(options: argparse.Namespace) -> int:
     """
     if "WORLD_SIZE" in os.environ:
         return work(options)
+    options.gpus = list(dict.fromkeys(options.gpus))  # each once
+    options.attention = list(dict.fromkeys(options.attention or ATTENTIONS))
     check(options)
     lines: list[Line] = []
     facts: dict[str, Any] = {}
@@ -363,7 +369,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         for gpus in options.gpus:
             if not measure(gpus, options, lines, facts):
-                print(f"vitpa bench: the processes for {gpus} GPUs have failed; see above", file=sys.stderr)
+                print(f"vitpa bench: measuring with {gpus} processes has failed; see above", file=sys.stderr)
                 return 1
         complete = True
     finally:
@@ -374,7 +380,9 @@ def run(options: argparse.Namespace) -> int:
             config = config_of("content", options.batch_size, *options.overrides)
             facts |= {**measured(config), "dataset": options.dataset, "step": step_of(options), "complete": complete}
             write_json(options.json, {**facts, "results": results})
-    return 0
+    if not results:
+        print("vitpa bench: none of these parts could be measured here", file=sys.stderr)
+    return 0 if results else 1
 
 
 def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: dict[str, Any]) -> bool:
@@ -409,14 +417,7 @@ def check(options: argparse.Namespace) -> None:
         ConfigError: a wrong override, a batch that cannot be divided, too few GPUs.
         BetonError: the data set cannot be used.
     """
-    for override in options.overrides:
-        key = override.partition("=")[0]
-        if key in OPTIONS:
-            raise ConfigError(f"{override}: say it by {OPTIONS[key]}")
-        if key == "runtime.step":
-            if options.step != "auto":
-                raise ConfigError(f"{override} and --step {options.step}: say one of the two")
-            print(f"your {override} is what is measured, of timm's module, too", file=sys.stderr)
+    check_overrides(options)
     if options.dataset is None and options.parts == ("loader",):
         raise ConfigError("--parts loader: say with --dataset what is to be loaded")
     for gpus in options.gpus:
@@ -435,6 +436,24 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus {max(options.gpus)}: {visible} are visible here")
     if not visible:
         print("no GPU is visible here: what is measured is the CPU", file=sys.stderr)
+
+
+def check_overrides(options: argparse.Namespace) -> None:
+    """Find out whether an override contradicts an option, or has no meaning here.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for override in options.overrides:
+        key = override.partition("=")[0]
+        if key in OPTIONS:
+            raise ConfigError(f"{override}: say it by {OPTIONS[key]}")
+        if key in IGNORED:
+            raise ConfigError(f"{override}: this benchmark does without; leave it out")
+        if key == "runtime.step" and options.step != "auto":
+            raise ConfigError(f"{override} and --step {options.step}: say one of the two")
+        if key == "runtime.step" and "timm" in options.parts:
+            print(f"your {override} is what is measured, of timm's module, too", file=sys.stderr)
 
 
 def worker_words(options: argparse.Namespace) -> list[str]:

@@ -172,6 +172,7 @@ class BetonFile:
             BetonError: no such file, not a .beton of ours, or damaged; the message says which.
         """
         self.path = path
+        self.is_copy = False  # on a node's disk (staging.py), which errors then say
         self._bytes: npt.NDArray[np.uint8] | None = _map(path)
         self._read_tables(self._bytes)
         same_size = np.ptp(self.heights) == 0 and np.ptp(self.widths) == 0
@@ -219,7 +220,10 @@ class BetonFile:
 
     def undecodable(self, index: int) -> BetonError:
         """What to raise if the JPEG of a sample is damaged."""
-        return BetonError(f"{self.path}: the JPEG of sample {index} cannot be decoded; {_mend(self.path, '--force')}")
+        mend = _mend(self.path, "--force")
+        if self.is_copy:
+            mend = f"delete {self.path.parent.parent}, a copy on this node: it is made again"
+        return BetonError(f"{self.path}: the JPEG of sample {index} cannot be decoded; {mend}")
 
     def stored(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one sample as they lie in the file, read-only and not copied: a JPEG, or (H, W, 3) RGB, flat.
