@@ -14,9 +14,9 @@ from vitpa.kernels.partials import PROGRAMS, rows_apart, sum_partials, tokens_a_
 
 ROWS_FORWARD = 4  # tokens a program; with the warps, the best of a sweep on an H200 at 41,600 tokens of 384
 NUM_WARPS_FORWARD = 4
-# Tokens at a time, warps, and programs at most of the backward pass, from so many tokens of all replicas on; swept on an H100
-# at 100,864 tokens of 192 (70 us; with the row below 80), on an H200 at 41,600 and at 8,320 of 384.
-BACKWARD = {2**16: (2, 1, 2112), 2**15: (1, 1, PROGRAMS), 0: (4, 4, PROGRAMS)}
+# For so many tokens of all replicas or more, and embed_dim or less: tokens at a time, warps and most programs of the backward
+# pass. Swept on an H100 at 100,864 tokens of 192 (70 us; as the line below 80), on an H200 at 41,600 and 8,320 of 384.
+BACKWARD = {(2**16, 256): (2, 1, 2112), (2**15, 2048): (1, 1, PROGRAMS), (0, 2048): (4, 4, PROGRAMS)}
 
 
 def unfit(embed_dim: int) -> str:
@@ -148,7 +148,7 @@ def _backward(
     R, M, D = total.shape
     dx = torch.empty_like(total)
     dbranch = torch.empty_like(total) if scale is not None else total.new_empty(0)
-    rows, warps, most = next(launch for tokens, launch in BACKWARD.items() if tokens <= R * M)
+    rows, warps, most = next(launch for (tokens, dim), launch in BACKWARD.items() if tokens <= R * M and dim >= D)
     block = triton.next_power_of_2(D)
     steps = triton.cdiv(tokens_a_program(R * M, most), rows)
     programs = triton.cdiv(M, steps * rows)
