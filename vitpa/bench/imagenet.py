@@ -203,7 +203,7 @@ def time_loader(case: str, config: RunConfig, bench: Bench, feed: StreamedFeed) 
 def lines_of(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iterator[Line]:
     """The lines of the table at one batch size, for the processes that are there."""
     group, step = bench.group, f"runtime.step={options.step}"
-    for attention in options.attention or ATTENTIONS:
+    for attention in options.attention:
         bare = partial(config_of, attention, batch_size, *BARE)
         if "timm" in options.parts and group.world_size == 1:
             config = bare("runtime.step=compile", *options.overrides)
@@ -221,7 +221,7 @@ def lines_of(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iter
 
 def streamed_lines(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iterator[Line]:
     """Those that need images of a .beton."""
-    group, attentions = bench.group, tuple(options.attention or ATTENTIONS)
+    group, attentions = bench.group, options.attention
     step = f"runtime.step={options.step}"
     configs = {attention: config_of(attention, batch_size, step, *options.overrides) for attention in attentions}
     config = configs[attentions[0]]
@@ -358,10 +358,10 @@ def run(options: argparse.Namespace) -> int:
 
     What was measured before something fails is kept.
     """
-    if "WORLD_SIZE" in os.environ:
-        return work(options)
     options.gpus = list(dict.fromkeys(options.gpus))  # each once
     options.attention = list(dict.fromkeys(options.attention or ATTENTIONS))
+    if "WORLD_SIZE" in os.environ:
+        return work(options)
     check(options)
     lines: list[Line] = []
     facts: dict[str, Any] = {}
@@ -423,7 +423,7 @@ def check(options: argparse.Namespace) -> None:
     for gpus in options.gpus:
         if options.batch_size % (2 * gpus):
             raise ConfigError(f"--batch-size {options.batch_size} is not even for each of {gpus} processes")
-        for attention in options.attention or ATTENTIONS:
+        for attention in options.attention:
             config = config_of(attention, options.batch_size * gpus, *options.overrides)
     if options.dataset is not None:
         num_images, most = len(open_betons(config, options.dataset)["train"]), options.batch_size * max(options.gpus)
@@ -460,7 +460,7 @@ def worker_words(options: argparse.Namespace) -> list[str]:
     """The command line for the processes that measure."""
     words = [*options.overrides, "--batch-size", str(options.batch_size), "--parts", ",".join(options.parts)]
     words += ["--step", options.step, "--window-s", str(options.window_s)]
-    for attention in options.attention or ():
+    for attention in options.attention:
         words += ["--attention", attention]
     return [*words, "--dataset", options.dataset] if options.dataset else words
 
