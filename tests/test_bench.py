@@ -18,7 +18,7 @@ import torch
 
 from jobs.benchmark import Benchmark, load_benchmark
 from vitpa.bench import imagenet, main, measure, small
-from vitpa.bench.measure import going_on
+from vitpa.bench.measure import step_runner
 from vitpa.config import ConfigError, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
 
@@ -212,7 +212,7 @@ class CountedSteps:
 
 def test_measured_windows_go_on_where_the_last_one_ended() -> None:
     steps = CountedSteps()
-    run = going_on(steps, 3)  # type: ignore[arg-type]
+    run = step_runner(steps, 3)  # type: ignore[arg-type]
     for count in (2, 1, 2):
         run(count)
     assert steps.said == ["epoch 0 from 0", 0, 1, 2, "epoch 1 from 0", 3, 4]

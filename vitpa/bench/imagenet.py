@@ -27,7 +27,16 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import file_name, gflop_per_image, going_on, make_steps, measured, product_limit_tflops, rates, wait
+from vitpa.bench.measure import (
+    file_name,
+    gflop_per_image,
+    make_steps,
+    measured,
+    product_limit_tflops,
+    rates,
+    step_runner,
+    wait,
+)
 from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
 from vitpa.data.batches import Batch
 from vitpa.data.beton import Beton, beton_path
@@ -120,7 +129,7 @@ def time_steps(case: str, config: RunConfig, bench: Bench, feed: ResidentFeed | 
     notes = steps.prepare(0)
     train = feed.images["train"]
     num_images = len(train.labels if isinstance(train, ResidentImages) else train.beton)
-    run = going_on(steps, num_images // batch_size)
+    run = step_runner(steps, num_images // batch_size)
     run(3)
     wait(group.device)
     start_s = time.monotonic() - began_s

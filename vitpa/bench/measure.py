@@ -65,10 +65,10 @@ def make_steps(
     )
 
 
-def going_on(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[int], None]:
-    """What does so many steps as train.py does them, with a closed window every 50, and each time goes on where it stopped.
+def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[int], None]:
+    """A function that does so many steps as train.py does them, with a closed window every 50, and goes on where it stopped.
 
-    An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode, and not in each measured window.
+    An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode; not with each call.
     """
     numbers = itertools.count()
 

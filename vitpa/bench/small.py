@@ -16,7 +16,16 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.bench.measure import file_name, gflop_per_image, going_on, make_steps, measured, product_limit_tflops, rates, wait
+from vitpa.bench.measure import (
+    file_name,
+    gflop_per_image,
+    make_steps,
+    measured,
+    product_limit_tflops,
+    rates,
+    step_runner,
+    wait,
+)
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
 from vitpa.data.feed import ResidentFeed
@@ -97,7 +106,7 @@ def measure(case: Case, config: RunConfig, group: Group, images: Images) -> Rate
     steps = build(case, config, group, images)
     epoch_steps = len(images["train"][1]) // config.train.global_batch_size
     notes = steps.prepare(0)
-    run = going_on(steps, epoch_steps)
+    run = step_runner(steps, epoch_steps)
     run(3)
     wait(device)
     start_s = time.monotonic() - began_s
