@@ -1,9 +1,10 @@
-# make demo: the whole job on a small data set.  make test: all checks.  Both set everything up first.
+# make demo: the whole job on a small data set.  make test: all checks.  make fuzz: mutations by the thousand, for hours.
+# All set everything up first.
 # make PYTHON=python3.12 ... chooses the interpreter of the virtual environment.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint setup slurm-setup clean
+.PHONY: demo test fuzz lint setup slurm-setup clean
 
 demo: setup
 	$(BIN)/vitpa prep digits
@@ -12,6 +13,9 @@ demo: setup
 
 test: setup slurm-setup lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: setup
+	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=long --timeout=0
 
 lint: setup
 	$(BIN)/ruff check .

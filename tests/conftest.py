@@ -8,12 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from data_prep.prep import Options, prepare
 from tests.cluster import cluster
 
 __all__ = ["cluster", "digits", "fresh_compiler", "photos"]
+
+# The same examples in every run of CI; `make fuzz` draws new ones, many more.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("ci", _PATIENT, derandomize=True, database=None, max_examples=25)
+settings.register_profile("long", _PATIENT, max_examples=2000, print_blob=True)
+settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
