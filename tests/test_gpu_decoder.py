@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.prep import Options, prepare
+from tests.betons import Sample, jpeg_of, jpeg_sample, write_data
 from tests.conftest import quiet
 from tests.test_resize import slow_resize
 from vitpa.config import AugmentConfig, parse_config
@@ -291,6 +292,17 @@ def test_a_damaged_jpeg_is_named(pretended: Decoder, damaged: Beton) -> None:
     images = stream(damaged)
     images.decoder = pretended(damaged)
     check_damaged(images, damaged)
+
+
+def test_a_jpeg_of_another_size_than_its_table_says_is_named(pretended: Decoder, tmp_path: Path) -> None:
+    samples = [jpeg_sample(40, 56, 0), Sample(jpeg_of(40, 56, 1), 56, 56), jpeg_sample(48, 48, 2, label=1)]
+    beton = Beton.open(write_data(tmp_path, samples))
+    images = stream(beton)
+    images.decoder = pretended(beton)
+    for _ in range(2):
+        with pytest.raises(BetonError, match=r"sample 1 cannot be decoded: it has 56 x 40 pixels, its table says 56 x 56"):
+            list(images.eval_batches([torch.arange(3)]))
+    assert not decoders()
 
 
 def test_damaged_codes_are_found_before_the_first_batch(pretended: Decoder, cut: Beton) -> None:

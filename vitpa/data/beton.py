@@ -1,17 +1,21 @@
 """The only file that knows the .beton format: opening, checking, decoding, hashing, and the manifest beside the file.
 
 FFCV 1.0.2 writes the format (its writer.py and types.py are the reference). It is not imported here: that costs 5 s, its
-reader crashes on a file cut short, and its loader ignores undecodable images. Only its JPEG decoder is used, through ctypes.
+reader crashes on a file cut short, and its loader ignores undecodable images. Only the JPEG library that it is linked with is
+used, through ctypes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import importlib.util
 import mmap
+import os
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +42,7 @@ __all__ = [
     "beton_path",
     "create_exclusive",
     "decode_jpeg",
+    "jpeg_size",
     "manifest_path",
     "read_json",
     "utc_now",
@@ -57,8 +62,12 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 SAMPLE = np.dtype([("", IMAGE), ("", "<i8")], align=True)  # f0 the image, f1 the label
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = ((2, "image"), (1, "label"))  # (type_id, name) in order; ffcv.types.TYPE_ID_HANDLER: 1 IntField, 2 RGBImageField
+TJPF_RGB, TJ_FLAGS = 0, 2048 | 32768  # turbojpeg.h: red, green, blue; TJFLAG_FASTDCT, and TJFLAG_LIMITSCANS: 500 at most
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 MIN_PAGE_BYTES = 1 << 21
+MOST_PIXELS = 178_956_970  # of a JPEG: Pillow, which reads the sources of `vitpa prep`, refuses larger images
+MOST_PIXELS_PER_BYTE = 1024  # of a JPEG: one bit for a block of 64 pixels is Huffman's least, in channels of half the size
+MOST_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
 
 
 class BetonError(Exception):
@@ -127,14 +136,17 @@ class Manifest(_Record):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Read a manifest.
+    def read(cls, path: Path, dir_fd: int | None = None) -> Manifest:
+        """Read a manifest; `dir_fd` as for `Beton.open`.
 
         Raises:
             BetonError: there is none, or it is not a whole manifest.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            with os.fdopen(open_regular(path, dir_fd), "rb") as file:
+                if os.fstat(file.fileno()).st_size > MOST_MANIFEST_BYTES:
+                    raise BetonError(f"{path}: not a manifest: larger than {MOST_MANIFEST_BYTES >> 20} MiB; {_mend(path)}")
+                return cls.model_validate_json(file.read(MOST_MANIFEST_BYTES))
         except FileNotFoundError:
             raise BetonError(f"{path}: no manifest beside the .beton, it was not finished; {_mend(path)}") from None
         except ValidationError as error:
@@ -156,6 +168,7 @@ class BetonFile:
         is_jpeg: (N,) bool; False where the pixels are stored as they are.
         offsets: (N,) int64, where in the file the bytes of each image begin.
         sizes: (N,) int64, how many they are.
+        status: Of the file when it was opened: size, inode and so on.
     """
 
     labels: Ints
@@ -164,16 +177,22 @@ class BetonFile:
     is_jpeg: npt.NDArray[np.bool_]
     offsets: Ints
     sizes: Ints
+    status: os.stat_result
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dir_fd: int | None = None) -> None:
         """Open and check `path`.
+
+        Args:
+            path: The file.
+            dir_fd: The folder of `path`, opened: the file is looked for there, by its name, and is no link. None for `path`.
 
         Raises:
             BetonError: no such file, not a .beton of ours, or damaged; the message says which.
         """
         self.path = path
         self.is_copy = False  # on a node's disk (staging.py), which errors then say
-        self._bytes: npt.NDArray[np.uint8] | None = _map(path)
+        self._bytes: npt.NDArray[np.uint8] | None
+        self._bytes, self.status = _map(path, dir_fd)
         self._read_tables(self._bytes)
         same_size = np.ptp(self.heights) == 0 and np.ptp(self.widths) == 0
         self.image_size_px = (int(self.heights[0]), int(self.widths[0])) if same_size else None
@@ -209,6 +228,8 @@ class BetonFile:
         stored = self.stored(index)
         shape = (int(self.heights[index]), int(self.widths[index]), 3)
         if out is None:
+            if self.is_jpeg[index] and jpeg_size(stored) != shape[:2]:
+                raise self.undecodable(index)  # before there is memory for what the table claims
             out = np.empty(shape, np.uint8)
         elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"out must be a writable C-contiguous uint8 array {shape}, not {out.dtype} {out.shape}")
@@ -219,11 +240,15 @@ class BetonFile:
         return out
 
     def undecodable(self, index: int) -> BetonError:
-        """What to raise if the JPEG of a sample is damaged."""
+        """What to raise if the JPEG of a sample is damaged, or of another size than the table says."""
         mend = _mend(self.path, "--force")
         if self.is_copy:
             mend = f"delete {self.path.parent.parent}, a copy on this node: it is made again"
-        return BetonError(f"{self.path}: the JPEG of sample {index} cannot be decoded; {mend}")
+        found, wanted = jpeg_size(self.stored(index)), (int(self.heights[index]), int(self.widths[index]))
+        what = "cannot be decoded"
+        if found not in (None, wanted):
+            what += f": it has {found[1]} x {found[0]} pixels, its table says {wanted[1]} x {wanted[0]}"
+        return BetonError(f"{self.path}: the JPEG of sample {index} {what}; {mend}")
 
     def stored(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one sample as they lie in the file, read-only and not copied: a JPEG, or (H, W, 3) RGB, flat.
@@ -305,11 +330,23 @@ class BetonFile:
         self.is_jpeg = images["mode"] == JPEG
         self.offsets, self.sizes = self._allocations(data[table_start:].view(ALLOCATION), images["data_ptr"])
 
-        outside = (self.offsets < data_start) | (self.sizes < 0) | (self.sizes > table_start - self.offsets)
-        raw_of_other_size = (images["mode"] == RAW) & (self.sizes != self.heights * self.widths * 3)
-        strange = outside | raw_of_other_size | (images["mode"] > RAW) | (self.heights == 0) | (self.widths == 0)
+        self._check_samples(images["mode"], data_start, table_start)
+
+    def _check_samples(self, modes: npt.NDArray[np.uint8], data_start: int, data_end: int) -> None:
+        """Refuse a table by which samples lie outside of the pages or on each other, or are larger than their bytes can be."""
+        outside = (self.offsets < data_start) | (self.sizes < 0) | (self.sizes > data_end - self.offsets)
+        pixels = self.heights * self.widths
+        raw_of_other_size = ~self.is_jpeg & (self.sizes != 3 * pixels)
+        too_large = self.is_jpeg & ((pixels > MOST_PIXELS) | (pixels // MOST_PIXELS_PER_BYTE >= self.sizes))
+        strange = outside | raw_of_other_size | too_large | (modes > RAW) | (pixels == 0)
+        if not strange.any():
+            order = np.argsort(self.offsets, kind="stable")
+            ends = self.offsets + self.sizes
+            strange[order[1:]] = self.offsets[order[1:]] < ends[order[:-1]]
         if strange.any():
-            raise self._damaged(f"sample {int(strange.argmax())} of its table is impossible")
+            at = int(strange.argmax())
+            claim = f"{self.widths[at]} x {self.heights[at]} pixels in {self.sizes[at]} bytes"
+            raise self._damaged(f"sample {at} of its table is impossible ({claim})")
 
     def _check_fields(self, fields: npt.NDArray[np.void]) -> None:
         found = tuple((int(field["type_id"]), field["name"].tobytes().rstrip(b"\0")) for field in fields)
@@ -334,26 +371,27 @@ class Beton(BetonFile):
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path, dataset: str | None = None, split: str | None = None) -> Beton:
+    def open(cls, path: Path, dataset: str | None = None, split: str | None = None, dir_fd: int | None = None) -> Beton:
         """Open a finished .beton.
 
         Args:
             path: The .beton; its manifest lies beside it.
             dataset: The data set it has to be of; None for any.
             split: The split it has to be; None for any.
+            dir_fd: The folder of `path`, opened: both files are looked for there, and are no links. None for `path`.
 
         Raises:
             BetonError: missing, not finished, damaged, of another data set or split, or not what its manifest says.
         """
-        beton = cls(path)
-        beton.manifest = manifest = Manifest.read(manifest_path(path))
+        beton = cls(path, dir_fd)
+        beton.manifest = manifest = Manifest.read(manifest_path(path), dir_fd)
         num_classes = len(manifest.class_names)
         for what, wanted, found in (("data set", dataset, manifest.dataset), ("split", split, manifest.split)):
             if wanted is not None and wanted != found:
                 raise BetonError(f"{path}: holds the {what} {found}, not {wanted}; {_mend(path, '--force')}")
-        if (manifest.num_samples, manifest.file_size_bytes) != (len(beton), path.stat().st_size):
+        if (manifest.num_samples, manifest.file_size_bytes) != (len(beton), beton.status.st_size):
             raise BetonError(
-                f"{path}: {len(beton)} samples in {path.stat().st_size} bytes where its manifest says "
+                f"{path}: {len(beton)} samples in {beton.status.st_size} bytes where its manifest says "
                 f"{manifest.num_samples} in {manifest.file_size_bytes}; {_mend(path, '--force')}"
             )
         in_range = beton.labels.min() >= 0 and beton.labels.max() < num_classes
@@ -365,41 +403,109 @@ class Beton(BetonFile):
 def decode_jpeg(stored: npt.NDArray[np.uint8], out: Pixels) -> bool:
     """Decode a JPEG into `out`, (H, W, 3) uint8 C-contiguous RGB; False if it is damaged or of another size.
 
-    FFCV's own C function (libffcv.cpp, `imdecode`: TurboJPEG with the fast DCT), so the pixels are those of FFCV's loader.
-    It runs without Python's global lock and keeps its state per thread.
+    If True, each pixel of `out` has been written. The call and the flags are those of FFCV's `imdecode` (libffcv.cpp:
+    TurboJPEG with the fast DCT), so the pixels are those of FFCV's loader. That one does not ask for the size, though: of a
+    JPEG that is smaller than `out` it writes what there is, and a larger one it shrinks. Runs without Python's global lock.
     """
     height, width = out.shape[:2]
-    code = _imdecode()(
-        stored.ctypes.data, stored.size, height, width, out.ctypes.data, height, width, 0, 0, 1, 1, False, False
-    )
-    return code == 0
+    with _decompressor() as (library, handle):
+        if _size(library, handle, stored) != (height, width):
+            return False
+        place = stored.ctypes.data, stored.size, out.ctypes.data
+        code: int = library.tjDecompress2(handle, *place, width, 0, height, TJPF_RGB, TJ_FLAGS)
+    return code == 0  # after a warning, too, it is not
+
+
+def jpeg_size(stored: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Height and width that a JPEG's header says; None if it cannot be read."""
+    with _decompressor() as (library, handle):
+        return _size(library, handle, stored)
+
+
+def _size(library: ctypes.CDLL, handle: int, stored: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
+    found = _FOUND()
+    at = ctypes.addressof(found)
+    code = library.tjDecompressHeader3(handle, stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12)
+    return (found[1], found[0]) if code == 0 else None
+
+
+_FOUND = ctypes.c_int * 4  # width, height, subsampling, colours
+
+
+class _decompressor:  # noqa: N801 - used as a function
+    """TurboJPEG's decoder, new for each image: it keeps tables of the one before, and where in its header an error was."""
+
+    def __enter__(self) -> tuple[ctypes.CDLL, int]:
+        self.library = _turbojpeg()
+        self.handle = self.library.tjInitDecompress()
+        if not self.handle:
+            raise MemoryError("TurboJPEG's decoder cannot be made")
+        return self.library, self.handle
+
+    def __exit__(self, *_: object) -> None:
+        self.library.tjDestroy(self.handle)
 
 
 @functools.cache
-def _imdecode() -> Callable[..., int]:
+def _turbojpeg() -> ctypes.CDLL:
+    """TurboJPEG, by way of FFCV's compiled library, which is linked with it."""
     spec = importlib.util.find_spec("ffcv")
     folders = spec.submodule_search_locations if spec else None
     libraries = [path for folder in folders or () for path in Path(folder).glob("_libffcv*.so")]
     if not libraries:
         raise BetonError("FFCV's compiled library is not installed; JPEG images need it: pip install ffcv")
     try:
-        function = ctypes.CDLL(str(libraries[0])).imdecode
-    except OSError as error:
-        raise BetonError(f"{libraries[0]}: FFCV's compiled library cannot be loaded: {error}") from error
-    size, flag = ctypes.c_uint32, ctypes.c_bool
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, size, size, ctypes.c_void_p, *([size] * 6), flag, flag]
-    function.restype = ctypes.c_int
-    return function
+        library = ctypes.CDLL(str(libraries[0]))
+        pointer, length, number = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
+        for name, result, arguments in (
+            ("tjInitDecompress", pointer, []),
+            ("tjDestroy", number, [pointer]),
+            ("tjDecompressHeader3", number, [pointer, pointer, length, *[pointer] * 4]),
+            ("tjDecompress2", number, [pointer, pointer, length, pointer, *[number] * 5]),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise BetonError(f"{libraries[0]}: FFCV's compiled library cannot be used: {error}") from error
+    return library
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
+def open_regular(path: Path, dir_fd: int | None = None) -> int:
+    """A descriptor of `path` to read from, which neither waits, as a pipe would have it, nor is one.
+
+    Args:
+        path: A regular file.
+        dir_fd: The folder of `path`, opened: the file is looked for there, by its name, and is no link. None for `path`.
+
+    Raises:
+        BetonError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with path.open("rb") as file:
-            if path.stat().st_size < HEADER.itemsize:
-                raise BetonError(f"{path}: too short for a .beton file; {_mend(path, '--force')}")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        descriptor = os.open(path, flags) if dir_fd is None else os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+            raise BetonError(f"{path}: not a regular file; {_mend(path)}") from None
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BetonError(f"{path}: not a regular file; {_mend(path)}")
+    return descriptor
+
+
+def _map(path: Path, dir_fd: int | None) -> tuple[npt.NDArray[np.uint8], os.stat_result]:
+    try:
+        descriptor = open_regular(path, dir_fd)
     except FileNotFoundError:
         raise BetonError(f"{path}: no such file; {_mend(path)}") from None
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size < HEADER.itemsize:
+            raise BetonError(f"{path}: too short for a .beton file; {_mend(path, '--force')}")
+        return np.frombuffer(mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ), np.uint8), status
+    finally:
+        os.close(descriptor)
 
 
 def _mend(path: Path, option: str = "") -> str:
