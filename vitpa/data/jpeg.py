@@ -97,8 +97,19 @@ class Headers:
         return True
 
 
+class _UnusualError(Exception):
+    """The kernels cannot decode this, or libjpeg would not."""
+
+
 def read_header(head: bytes) -> Header | None:
     """What the first bytes of a JPEG say; None unless it is a baseline JPEG in YCbCr 4:2:0 with all in one scan."""
+    try:
+        return _read_header(head)
+    except _UnusualError:
+        return None
+
+
+def _read_header(head: bytes) -> Header | None:
     if not head.startswith(b"\xff\xd8"):
         return None
     quantisation: dict[int, Ints] = {}
@@ -115,6 +126,8 @@ def read_header(head: bytes) -> Header | None:
         elif marker == DHT:
             huffman |= _huffman(body)
         elif marker == SOF0:
+            if frame:
+                raise _UnusualError("a second frame")
             frame = at + 5, body
         elif marker == SOS:
             return _header(head[: at + 2 + size], frame, body, quantisation, huffman)
@@ -138,7 +151,7 @@ def _header(
     factors = [body[i] for i in (8, 11, 14)]  # which tables
     codes = [(scan[i] >> 4, 16 + (scan[i] & 15)) for i in (2, 4, 6)]
     usual = (
-        body[0] == 8  # bits
+        (body[0], body[5]) == (8, 3)  # bits, components
         and components == COMPONENTS
         and (scan[1], scan[3], scan[5]) == (1, 2, 3)
         and scan[0] == 3
@@ -158,21 +171,25 @@ def _header(
 
 
 def _quantisation(body: bytes) -> dict[int, Ints]:
-    """Tables (64,) in the order of coefficients, by number; those of 16 bits are left out."""
+    """Tables (64,) in the order of coefficients, by number."""
     tables: dict[int, Ints] = {}
-    while len(body) >= 65 and body[0] < 16:
+    while len(body) >= 65 and body[0] < 4:
         tables[body[0]] = np.frombuffer(body[1:65], np.uint8).astype(np.int64)
         body = body[65:]
+    if body:
+        raise _UnusualError("a table of 16 bits, or part of one")
     return tables
 
 
 def _huffman(body: bytes) -> dict[int, npt.NDArray[np.int16]]:
     """Tables by number, 16 more for those of AC coefficients."""
     tables = {}
-    while len(body) >= 17:
+    while len(body) >= 17 and body[0] & 0xEF < 4 and len(body) >= 17 + sum(body[1:17]):
         counts = body[1:17]
         tables[body[0]] = code_table(counts, body[17 : 17 + sum(counts)])
         body = body[17 + sum(counts) :]
+    if body:
+        raise _UnusualError("a table with an impossible number, or part of one")
     return tables
 
 
