@@ -16,6 +16,10 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+SAMPLE_S = 1.0  # between two looks at the processes
+LONGEST_S = 30.0  # that counts of what is between two looks: longer ones mean that this machine, or process, stood still
+MOVED_S = 0.1  # of a CPU since the last sign of life: less says nothing
+BUSY_SHARE = 0.03  # of a CPU: what only looks whether it may go on takes less, what computes gets more, at a load of 30, too
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +61,44 @@ def _processes() -> Iterable[tuple[int, str, int]]:
             with contextlib.suppress(OSError):
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
                 yield int(entry.name), state, int(parent)
+
+
+class SignsOfLife:
+    """Whether processes get on: how long none of them has computed or waited for a disk.
+
+    For waits that end when nothing moves any more. Any fixed limit is too short for a busy machine and too long for a quiet
+    one; what hangs sleeps, or looks now and then whether it may go on.
+    """
+
+    def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
+        self._pids = pids
+        self._idle_s = 0.0
+        self._looked_s = time.monotonic()
+        self._disk_s: dict[tuple[int, str], float] = {}
+        self._at_last_sign: dict[tuple[int, str], float] = {}
+
+    def idle_s(self) -> float:
+        """Seconds since the last sign of life, as far as this process itself was awake; looks at most once a second."""
+        passed_s = time.monotonic() - self._looked_s
+        if passed_s >= SAMPLE_S:
+            self._looked_s += passed_s
+            self._idle_s += min(passed_s, LONGEST_S)
+            busy_s, needed_s = self._busy_s(passed_s), max(MOVED_S, BUSY_SHARE * self._idle_s)
+            if any(seconds - self._at_last_sign.get(process, 0.0) >= needed_s for process, seconds in busy_s.items()):
+                self._idle_s, self._at_last_sign = 0.0, busy_s
+        return self._idle_s
+
+    def _busy_s(self, passed_s: float) -> dict[tuple[int, str], float]:
+        """By process (pid and start): seconds that it, and its children that have ended, computed or waited for a disk."""
+        found: dict[tuple[int, str], float] = {}
+        for pid in self._pids():
+            with contextlib.suppress(OSError):
+                columns = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5): from the third on
+                process = pid, columns[19]
+                if columns[0] == "D":
+                    self._disk_s[process] = self._disk_s.get(process, 0.0) + passed_s
+                found[process] = sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK") + self._disk_s.get(process, 0.0)
+        return found
 
 
 def writes_below(pid: int, folder: Path) -> bool:

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytest_timeout
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from data_prep.prep import Options, prepare
+from slurm.devcluster_processes import SignsOfLife
 from tests.cluster import cluster
+from tests.waiting import MARK, in_vain, ours, still
+
+os.environ[MARK] = str(os.getpid())  # what is started from here is known by it
 
 __all__ = ["cluster", "digits", "fresh_compiler", "photos"]
+
+LOOK_EVERY_S = 20.0
+SPIN = 12
 
 # The same examples in every run of CI; `make fuzz` draws new ones, many more.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("ci", _PATIENT, derandomize=True, database=None, max_examples=25)
 settings.register_profile("long", _PATIENT, max_examples=2000, print_blob=True)
 settings.load_profile("ci")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
+    """Have `timeout` count from the last sign of life of a test and its processes: on a busy machine all take their time.
+
+    What moves without an end is given up at SPIN times `timeout`.
+    """
+
+    began_s, life = time.monotonic(), SignsOfLife(lambda: [os.getpid(), *ours()])
+
+    def look(*_: object) -> None:
+        idle_s, passed_s = life.idle_s(), time.monotonic() - began_s
+        if idle_s < settings.timeout and passed_s < SPIN * settings.timeout:
+            return
+        moves = f"it has moved for {passed_s:.0f} s without an end"
+        print(in_vain(item.nodeid, moves if idle_s < settings.timeout else still(idle_s)), file=sys.stderr)
+        pytest_timeout.timeout_sigalrm(item, settings)
+
+    def cancel() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    vars(item)["cancel_timeout"] = cancel  # pytest-timeout calls it
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, *[min(LOOK_EVERY_S, settings.timeout)] * 2)
+    return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

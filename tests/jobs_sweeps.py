@@ -11,8 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -24,6 +23,7 @@ from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
 from slurm.devcluster import DevCluster
+from tests.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
 from vitpa.config import Result, RunError, read_json
 from vitpa.rundir import write_atomic
@@ -112,7 +112,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end."""
     line = command(root, where, verb, *terms, name=name)
-    return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return run_to_end(line, cwd=REPOSITORY, env=environment)
 
 
 def start_launcher(
@@ -133,14 +133,6 @@ def main(root: str, where: str, name: str, verb: str, *terms: str) -> int:
         write_atomic(profile, text)  # others that start at the same time read and write it, too
     options = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
     return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *options, *terms])
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 180, poll_s: float = 0.0005) -> None:
-    """Poll until `condition` holds. The limit is for what never comes: machines that are busy with other tests are slow."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(poll_s)
 
 
 def settle(root: Path, sweep: Sweep) -> list[RunState]:
@@ -193,7 +185,7 @@ def processes_of(root: Path) -> list[str]:
 
 def assert_no_process_left(root: Path) -> None:
     """Every process that worked below `root` ends by itself."""
-    wait_for(lambda: not processes_of(root), timeout_s=60, poll_s=0.1)
+    wait_for(lambda: not processes_of(root), poll_s=0.1)
 
 
 class Field:
@@ -214,7 +206,9 @@ class Field:
         return launch(self.root, profile or self.profile, verb, *terms, environment=self.environment)
 
     def slurm(self, *words: str) -> str:
-        return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=180).stdout
+        done = run_to_end(words, env=self.environment)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
 
     def states(self) -> list[RunState]:
         return Survey(self.root, self.scheduler).states(self.sweep.runs)

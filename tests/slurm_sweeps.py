@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from jobs.scheduler import Scheduler, scheduler_environment
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
 from slurm.devcluster import DevCluster
-from tests.jobs_sweeps import REPOSITORY, STAND_IN, wait_for
+from tests.jobs_sweeps import REPOSITORY, STAND_IN
+from tests.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
 from vitpa.config import Result, RunDir, read_json
 
 MODEL = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}
 RUNTIME = {"device": "cpu", "cpu_threads": 1, "tensorboard": False, "poll_every_steps": 1, "log_every_steps": 10}
 PROFILE = {"executor": "slurm", "partition": "main", "gpus_per_node": 0, "cpus_per_task": 1, "time": "30:00"}
-WAIT_S = 240  # for anything that happens by itself; far more than it takes
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Cell:
         program = ["tests.slurm_sweeps"] if self.stand_in else ["vitpa.cli", "sweep"]
         line = [sys.executable, "-m", *program, *words]
         environment = {**self.cluster.environment, "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return run_to_end(line, cwd=REPOSITORY, env=environment)
 
     def submit(self, *terms: str, **profile: Any) -> None:
         """Submit runs, which has to work."""
@@ -62,7 +62,7 @@ class Cell:
 
     def slurm(self, *command: str) -> str:
         """What one of SLURM's programs prints."""
-        answer = subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, timeout=99, check=False)
+        answer = run_to_end(command, env=self.cluster.environment)
         assert answer.returncode == 0, f"{command}: {answer.stderr}"
         return answer.stdout.strip()
 
@@ -86,12 +86,12 @@ class Cell:
 
     def settle(self, runs: list[Run] | None = None) -> list[RunState]:
         """Wait until nothing is in progress; the states then."""
-        wait_for(lambda: nothing_live(self.states(runs)), timeout_s=WAIT_S, poll_s=0.5)
+        wait_for(lambda: nothing_live(self.states(runs)), poll_s=0.5)
         return self.states(runs)
 
     def wait_until_trained(self, run: Run, step: int = 1) -> None:
         """Wait until a run has a checkpoint of at least `step` steps."""
-        wait_for(lambda: self.directory(run).newest_step() >= step, timeout_s=WAIT_S, poll_s=0.05)
+        wait_for(lambda: self.directory(run).newest_step() >= step, poll_s=0.05)
 
     def start(self, run: Run, attempt: int = -1) -> dict[str, Any]:
         """The start.json of an attempt, the last one by default."""
@@ -176,9 +176,8 @@ def processes_below(root: Path, module: str = "") -> list[int]:
 
 def processes_left(cells: list[Cell]) -> list[str]:
     """Command lines of what is still there when everything has had the time to end by itself."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(processes_below(cell.root) for cell in cells):
-        time.sleep(0.2)
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not any(processes_below(cell.root) for cell in cells), poll_s=0.2, idle_s=60)
     pids = [pid for cell in cells for pid in processes_below(cell.root)]
     return [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
 

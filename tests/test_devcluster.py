@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,10 @@ from slurm.devcluster_config import Layout, free_ports
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
 from tests.cluster import require_slurm, short_folder
+from tests.waiting import run_to_end, wait_for
 
 pytestmark = pytest.mark.slurm
 CHECKOUT = Path(__file__).parent.parent
-TIMEOUT_S = 120
 SLEEP = "sleep 98.7654"  # found again in the list of processes
 
 
@@ -48,17 +47,8 @@ def jobs(cluster: DevCluster) -> Iterator[DevCluster]:
     wait_for(lambda: set(ask(cluster, "sinfo", "-h", "-p", "main", "-o", "%t").split()) == {"idle"})
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
 def ask(cluster: DevCluster, *command: str) -> str:
-    answer = subprocess.run(
-        command, env=cluster.environment, cwd=cluster.root, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-    )
+    answer = run_to_end(command, env=cluster.environment, cwd=cluster.root)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 
@@ -261,7 +251,7 @@ def test_kill_9_leaves_no_process(victim: str) -> None:
         if victim == "both":  # the daemons end with it; what jobs leave behind is ended by the next start or stop
             wait_for(lambda: not is_running(root))
             assert stop_cluster(root) is False
-        wait_for(lambda: not any(is_alive(pid) for pid in everything), 20)
+        wait_for(lambda: not any(is_alive(pid) for pid in everything))
         wait_for(lambda: not is_running(root))
         user.kill()
     assert job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from jobs.causes import CAUSES, OTHER, cause_of, essence
 from tests.jobs_sweeps import REPOSITORY
+from tests.waiting import run_to_end
 from vitpa.train import main as train
 
 FRAMES = """[rank1]: Traceback (most recent call last):
@@ -119,7 +119,7 @@ def test_real_non_finite_loss(tmp_path: Path, digits: Path, capsys: pytest.Captu
     ],
 )
 def test_real_failures_of_a_process(name: str, program: str) -> None:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = run_to_end([sys.executable, "-c", program])
     assert done.returncode != 0
     assert cause_of(done.stderr.splitlines()[-1], done.stderr).name == name, done.stderr
     assert cause_of("", done.stderr).name == name
@@ -131,7 +131,7 @@ def torchrun(tmp_path: Path, program: str) -> str:
     script.write_text(program)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = run_to_end(line, cwd=REPOSITORY, env=environment)
     assert done.returncode == 1
     return done.stdout + done.stderr
 
@@ -164,7 +164,7 @@ def test_a_process_killed_under_torchrun(tmp_path: Path) -> None:
 
 def test_chained_errors_stay_together() -> None:
     program = "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('b')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = run_to_end([sys.executable, "-c", program])
     log = ["Traceback (most recent call last):", "OSError: an earlier one, mended", *done.stderr.splitlines()]
     told = essence(log)
     assert "KeyError: 'a'" in told

@@ -28,8 +28,8 @@ from tests.jobs_sweeps import (
     processes_of,
     results,
     settle,
-    wait_for,
 )
+from tests.waiting import wait_for
 from vitpa.config import RunConfig, RunDir, load_config, memory_gib, parse_config, read_json, shipped_configs
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from jobs.profile import SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
 from slurm.devcluster import DevCluster
 from tests.cluster import require_slurm, short_folder
-from tests.jobs_sweeps import make_sweep, wait_for, write_result
+from tests.jobs_sweeps import make_sweep, write_result
+from tests.waiting import wait_for
 from vitpa.cli import main
 
 PARTITION = "PartitionName={} Default={} State=UP MaxTime=1-00:00:00 MaxNodes=2 MinNodes=1 QoS=N/A MaxCPUsPerNode=UNLIMITED"
@@ -248,12 +248,10 @@ def test_groups_of_unequal_resources_are_looked_at_each(plan: Shell) -> None:
 def test_a_thousand_runs_take_a_handful_of_questions(plan: Shell) -> None:
     make_sweep(plan.root, seeds=500)
     words = Words(scontrol_show_config="MaxArraySize = 100\nMaxJobCount = 10000\n")
-    began = time.monotonic()
     code, found = plan(words)
     assert code == 0
     assert "1000 runs in 10 job arrays" in said(found, "MaxArraySize")
     assert len(words.asked) < 10
-    assert time.monotonic() - began < 20
 
 
 def test_shares_of_a_node() -> None:

@@ -12,7 +12,8 @@ from rich.console import Console
 from jobs.grid import Run, Sweep
 from jobs.logs import follow, show, show_failures
 from jobs.state import Survey
-from tests.jobs_sweeps import make_sweep, wait_for
+from tests.jobs_sweeps import make_sweep
+from tests.waiting import wait_for
 from vitpa.config import AttemptDir, ProcessId, write_json
 
 ME = ProcessId.mine().model_dump()
@@ -126,8 +127,7 @@ def test_follow_goes_on_with_the_next_attempt(tmp_path: Path) -> None:
     write_json(second.start_json, {"process": ME})
     wait_for(lambda: "second begins" in file.getvalue())
     end(second, "failed", "no")
-    follower.join(timeout=180)
-    assert not follower.is_alive()
+    wait_for(lambda: not follower.is_alive())
     assert file.getvalue().splitlines() == [
         f"== digits-content-s0 attempt 1: {first.log}",
         "first begins",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.slots import Slot, take_slot
+from tests.waiting import wait_for
 from vitpa.config import ProcessId, write_json
 
 DEAD = ProcessId.mine().model_copy(update={"start_ticks": 1})
@@ -69,6 +70,5 @@ def test_of_many_exactly_one_replaces_a_dead_holder(tmp_path: Path) -> None:
     processes = [fork.Process(target=contend, args=(tmp_path, start, taken)) for _ in range(8)]
     for process in processes:
         process.start()
-    assert sorted(taken.get(timeout=300) for _ in processes) == [False] * 7 + [True]
-    for process in processes:
-        process.join()
+    wait_for(lambda: not any(process.is_alive() for process in processes))
+    assert sorted(taken.get() for _ in processes) == [False] * 7 + [True]

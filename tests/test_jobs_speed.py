@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 
 from jobs.grid import Run, Sweep, SweepDir, load_sweep
 from tests.jobs_sweeps import RECIPE, REPOSITORY, result_document
+from tests.waiting import run_to_end
 from vitpa.config import ProcessId, to_json, to_yaml
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def time_command(root: Path, *words: str, times: int = 3) -> Taken:
     taken = []
     for _ in range(times):
         began, cpu_began_s = time.perf_counter(), _cpu_of_children_s()
-        done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300)
+        done = run_to_end(line, cwd=REPOSITORY)
         taken.append(Taken(time.perf_counter() - began, _cpu_of_children_s() - cpu_began_s, done.stdout))
         assert done.returncode in (0, 4), done.stderr
     return min(taken)

@@ -27,8 +27,8 @@ from tests.jobs_sweeps import (
     results,
     settle,
     start_launcher,
-    wait_for,
 )
+from tests.waiting import wait_for
 from vitpa.config import read_json
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,8 @@ import yaml
 from jobs.grid import Sweep, load_sweep
 from jobs.state import Survey
 from jobs.training import BOUND, training_command
-from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, processes_of, results, settle, wait_for
+from tests.jobs_sweeps import REPOSITORY, assert_no_process_left, processes_of, results, settle
+from tests.waiting import run_to_end, wait_for
 from vitpa.config import read_json
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def vitpa_sweep(root: Path, data: Path, verb: str, *rest: str) -> subprocess.Com
     line = [sys.executable, "-m", "vitpa.cli", "sweep", verb, f"{root}/real.yaml", "--root", str(root), *rest]
     if verb in ("submit", "retry"):
         line += ["--data-dir", str(data), "runtime.device=cpu"]
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    return run_to_end(line, cwd=REPOSITORY)
 
 
 def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
@@ -71,7 +72,7 @@ def test_what_a_training_of_its_own_has_left_is_retried_as_plan_says(tmp_path: P
     line = [sys.executable, "-m", "vitpa.train", "digits", *changes, f"runtime.root={root}", "runtime.device=cpu"]
 
     def refused(*words: str) -> str:
-        found = subprocess.run([*line, *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+        found = run_to_end([*line, *words], cwd=REPOSITORY)
         assert found.returncode == 1
         return found.stderr
 
@@ -85,7 +86,7 @@ def test_what_a_training_of_its_own_has_left_is_retried_as_plan_says(tmp_path: P
     )
     assert advice is not None, planned
     again = [sys.executable, "-m", "vitpa.cli", *advice[1].split(), "--wait", "--data-dir", str(digits), "runtime.device=cpu"]
-    retried = subprocess.run(again, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    retried = run_to_end(again, cwd=REPOSITORY)
     assert "submitted 1 of 2 runs" in retried.stdout, retried.stderr
     assert [state.state for state in Survey(root).states(sweep.runs)] == ["done", "missing"]
     assert vitpa_sweep(root, digits, "collect").returncode == 4  # it is a sweep now

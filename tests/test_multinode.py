@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.test_train import arguments, config_of, result_of, rows
+from tests.waiting import wait_for
 from vitpa.rundir import CLAIMED
 
 pytestmark = pytest.mark.slow
@@ -48,17 +48,17 @@ class Nodes:
             agent.kill()  # its processes are bound to it
             agent.wait()
 
-    def codes(self, timeout_s: float = 120) -> list[int]:
+    def codes(self) -> list[int]:
         """The agents' exit codes, once all have ended."""
-        deadline_s = time.monotonic() + timeout_s
-        return [agent.wait(timeout=max(0.1, deadline_s - time.monotonic())) for agent in self.agents]
+        wait_for(lambda: all(agent.poll() is not None for agent in self.agents))
+        return [agent.returncode for agent in self.agents]
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + 120
-        while not condition():
+        def looked() -> bool:
             assert all(agent.poll() is None for agent in self.agents), f"ended too early: {self.output()}"
-            assert time.monotonic() < deadline_s
-            time.sleep(0.002)
+            return condition()
+
+        wait_for(looked)
 
     def processes(self, node: int) -> list[int]:
         """The training processes of a node, in the order of their ranks."""
@@ -102,7 +102,7 @@ def test_two_nodes_stopped_and_parted_by_a_kill_end_bit_identical_to_one_node(di
         nodes.wait_until(lambda: rows(run) >= 15)
         of_all = nodes.processes(0) + nodes.processes(1)
         nodes.agents[1].kill()
-        assert nodes.codes(timeout_s=120) == [1, -signal.SIGKILL], nodes.output()
+        assert nodes.codes() == [1, -signal.SIGKILL], nodes.output()
         assert not any(alive(pid) for pid in of_all)
 
     assert not run.result_json.exists()
@@ -122,6 +122,6 @@ def test_what_the_main_process_finds_ends_all_nodes_with_one_line(digits: Path, 
     run.path.mkdir(parents=True)
     run.config_yaml.write_text("dataset: cifar10\n")
     with Nodes(words, tmp_path / "refused", nodes=2, processes=1) as nodes:
-        assert nodes.codes(timeout_s=120) == [1, 1], nodes.output()
+        assert nodes.codes() == [1, 1], nodes.output()
         assert nodes.output().count("another experiment under the signature") == 1, nodes.output()
         assert "Connection" not in nodes.output()

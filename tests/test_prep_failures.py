@@ -7,8 +7,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +17,7 @@ from PIL import Image
 from data_prep.prep import Options, prepare
 from data_prep.sources import FolderSplit, PrepError
 from data_prep.write import Job, Writer, WriterError
+from tests.waiting import finish, wait_for
 from vitpa.data.beton import Beton, BetonError, ImageSettings, beton_path
 
 PREP = """
@@ -67,22 +66,14 @@ class Run:
 
     def finish(self) -> tuple[int, str]:
         """Wait for the end; exit code and stderr."""
-        _, errors = self.process.communicate(timeout=240)
+        _, errors = finish(self.process)
         return self.process.returncode, errors
 
     def assert_nothing_left(self) -> None:
         """No process and no shared memory."""
         wait_for(lambda: not self.descendants())
         extra = set(Path("/dev/shm").iterdir()) - self.shared_memory  # those of tests beside this one go by themselves
-        wait_for(lambda: not any(path.exists() for path in extra), timeout_s=180)
-
-
-def wait_for(condition: Callable[[], Value], timeout_s: float = 180.0) -> Value:
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "this took too long"
-        time.sleep(0.05)
-    return value
+        wait_for(lambda: not any(path.exists() for path in extra))
 
 
 @pytest.fixture

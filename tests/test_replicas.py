@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from torch._functorch.compilers import nop
 from torch.nn import functional as F
 
 from tests.test_train import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
+from tests.waiting import finish, run_to_end
 from vitpa import checkpoint
 from vitpa.config import RunConfig, load_config
 from vitpa.data.augment import Augmentation, epoch_keys
@@ -277,7 +277,7 @@ def test_killed_at_any_moment_a_group_ends_bit_identical(digits: Path, tmp_path:
         ["result.json", 2],  # seed 0 is finished
     ]
     command = [sys.executable, "-c", KILLED, json.dumps(moments), *words, "--seeds", "0,1,2"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    process = run_to_end(command)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("killed at") == len(moments)
     resumed = re.findall(r"digits-content-s0,1,2: (?:starts|resumed) at step (\d+) of", process.stderr)
@@ -537,7 +537,7 @@ def test_one_seed_is_trained_in_either_way(digits: Path, tmp_path: Path) -> None
 def test_several_processes_do_not_take_several_seeds(digits: Path, tmp_path: Path) -> None:
     words = [*arguments(digits, tmp_path, "runtime.cpu_threads=1"), "--seeds", "0,1"]
     process = start(words, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
-    output = process.communicate(timeout=300)[0]
+    output = finish(process)[0]
     assert process.returncode == 1
     assert output.count("vitpa train: --seeds: several seeds are trained by one process, without torchrun") == 1
 
@@ -611,7 +611,7 @@ def test_without_a_compiler_it_trains_uncompiled_and_says_so(digits: Path, tmp_p
     eager, words = (arguments(digits, tmp_path / step, *options, f"runtime.step={step}") for step in ("eager", "compile"))
     environment = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "vitpa.train", *words, "--seeds", "0,1"]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    process = run_to_end(command, env=environment)
     assert process.returncode == 0, process.stderr
     lines = [line for line in process.stderr.splitlines() if NOT_COMPILED in line]
     assert len(lines) == 1
@@ -732,7 +732,7 @@ class TestOnGpu:
         options = [*GPU, *AUGMENTED, "train.precision=bfloat16", "train.epochs=2", f"runtime.step={step}"]
         two, one = (arguments(digits, tmp_path / name, *options) for name in ("two", "one"))
         process = start(two, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
-        said = process.communicate(timeout=240)[0]
+        said = finish(process)[0]
         assert process.returncode == 0, said
         assert main(one) == 0
         assert result_of(two).val_loss == pytest.approx(result_of(one).val_loss, rel=0.02)

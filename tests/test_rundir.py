@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import finish
 from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, write_atomic, write_json
 
 RESULT: dict[str, Any] = {
@@ -56,7 +57,7 @@ def at_once(code: str, count: int, *arguments: object) -> list[str]:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-        answers = [process.communicate(timeout=300)[0].strip() for process in processes]
+        answers = [finish(process)[0].strip() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -79,7 +80,7 @@ def watched(code: str, *arguments: object) -> Iterator[list[str]]:
     try:
         assert process.stdout.readline() == "ready\n"
         yield printed
-        printed += process.communicate(timeout=300)[0].split()
+        printed += finish(process)[0].split()
         assert process.returncode == 0
     finally:
         process.kill()
@@ -123,7 +124,7 @@ def write_too_much(folder: Path, before: str = "") -> list[str]:
             print(error.strerror)
     """
     process = start(code, folder)
-    printed = process.communicate(timeout=300)[0].splitlines()
+    printed = finish(process)[0].splitlines()
     assert process.returncode == 0
     return printed
 
@@ -284,7 +285,7 @@ def test_a_process_is_recognised_by_another_process_and_whatever_its_name(tmp_pa
         recorded = json.dumps(ProcessId.of(process.pid).model_dump())
         ask = "import sys; from vitpa.rundir import ProcessId; print(ProcessId.model_validate_json(sys.argv[1]).alive())"
         other = start(ask, recorded)
-        assert other.communicate(timeout=300)[0] == "True\n"
+        assert finish(other)[0] == "True\n"
     finally:
         process.kill()
         process.wait()

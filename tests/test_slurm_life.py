@@ -25,8 +25,9 @@ import yaml
 from jobs.grid import Run
 from jobs.training import last_error
 from slurm.devcluster import DevCluster
-from tests.jobs_sweeps import REPOSITORY, wait_for
-from tests.slurm_sweeps import MODEL, RUNTIME, WAIT_S, Cell, make_cell, processes_left, started, trainers
+from tests.jobs_sweeps import REPOSITORY
+from tests.slurm_sweeps import MODEL, RUNTIME, Cell, make_cell, processes_left, started, trainers
+from tests.waiting import wait_for
 from vitpa.config import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -128,13 +129,13 @@ def wait_until_frozen(cell: Cell, run: Run) -> None:
         return bool(states) and set(states) == {"T"}
 
     cell.wait_until_trained(run)
-    wait_for(stopped, timeout_s=WAIT_S, poll_s=0.05)
+    wait_for(stopped, poll_s=0.05)
 
 
 def thaw_when_told_to_stop(cell: Cell, run: Run) -> None:
     """Or killed: on a slow machine KillWait may be over first."""
     stop = cell.directory(run).stop
-    wait_for(lambda: stop.exists() or not trainers(cell.root, run), timeout_s=WAIT_S, poll_s=0.02)
+    wait_for(lambda: stop.exists() or not trainers(cell.root, run), poll_s=0.02)
     send(cell, run, signal.SIGCONT)
 
 
@@ -163,12 +164,12 @@ def preempt_then_kill_the_node(lives: Lives) -> None:
     more_important = ["sbatch", "--partition=main", f"--nodelist={node}", "--cpus-per-task=8", "--output=/dev/null"]
     cell.slurm(*more_important, "--wrap=sleep 1")
     thaw_when_told_to_stop(cell, run)
-    wait_for(lambda: started(cell, run, 2), timeout_s=WAIT_S, poll_s=0.1)
+    wait_for(lambda: started(cell, run, 2), poll_s=0.1)
     lives.steps["after preemption"] = int(cell.start(run)["step"])
     cell.wait_until_trained(run, lives.steps["after preemption"] + 1)
     cell.cluster.kill_node(node)
     lives.steps["at the loss of power"] = cell.directory(run).newest_step()
-    wait_for(lambda: cell.states([run])[0].state == "pending", timeout_s=WAIT_S, poll_s=0.5)  # SlurmdTimeout
+    wait_for(lambda: cell.states([run])[0].state == "pending", poll_s=0.5)  # SlurmdTimeout
     cell.cluster.start_node(node)
     cell.settle([run])
 
@@ -178,7 +179,7 @@ def set_node_down(lives: Lives) -> None:
     send(cell, run, signal.SIGCONT)
     node = str(cell.start(run)["nodes"])
     cell.slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    wait_for(lambda: started(cell, run, 2), timeout_s=WAIT_S, poll_s=0.1)
+    wait_for(lambda: started(cell, run, 2), poll_s=0.1)
     cell.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
     cell.settle([run])
 
@@ -197,7 +198,7 @@ def kill_trainers(lives: Lives) -> None:
     """
     cell, run = lives.crash, lives.crash.run("content", 0)
     for attempt in (1, 2):
-        wait_for(partial(started, cell, run, attempt), timeout_s=WAIT_S, poll_s=0.1)
+        wait_for(partial(started, cell, run, attempt), poll_s=0.1)
         cell.wait_until_trained(run, int(cell.start(run)["step"]) + 1)
         send(cell, run, signal.SIGKILL)
     lives.states["killed twice"] = cell.settle([run])[0].state
@@ -211,12 +212,12 @@ def interrupt_without_progress(lives: Lives) -> None:
     cell = lives.stand_in
     idle, waiting = cell.run("content", 1), cell.run("positional", 1)
     for attempt in (1, 2):
-        wait_for(partial(started, cell, idle, attempt), timeout_s=WAIT_S, poll_s=0.1)
+        wait_for(partial(started, cell, idle, attempt), poll_s=0.1)
         cell.slurm("scontrol", "requeue", cell.job(idle))
         if attempt == 1:
-            wait_for(partial(started, cell, waiting, 1), timeout_s=WAIT_S, poll_s=0.1)
+            wait_for(partial(started, cell, waiting, 1), poll_s=0.1)
             cell.slurm("scontrol", "requeue", cell.job(waiting))
-            wait_for(lambda: cell.states([waiting])[0].state == "pending", timeout_s=WAIT_S, poll_s=0.1)
+            wait_for(lambda: cell.states([waiting])[0].state == "pending", poll_s=0.1)
             cell.vitpa("cancel", "attention=positional", "seed=1")
     cell.settle()
 
@@ -263,13 +264,14 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
         lives.during_restart |= {state.run.label: state.state for state in grid.states(long)}
         disturbances = [requeue, cancel_and_retry, preempt_then_kill_the_node, set_node_down, run_into_the_time_limit]
         futures = [pool.submit(disturb, lives) for disturb in disturbances]
-        wait_for(lambda: "scancel" in lives.states or any(future.done() for future in futures), timeout_s=WAIT_S, poll_s=0.1)
+        wait_for(lambda: "scancel" in lives.states or any(future.done() for future in futures), poll_s=0.1)
         send(grid, lives.untouched, signal.SIGCONT)
         for future in [*early, *futures]:
             future.result()
     grid.submit()  # what is missing
     grid.settle()
-    assert undisturbed.wait(timeout=WAIT_S) == 0
+    wait_for(lambda: undisturbed.poll() is not None, poll_s=0.01)
+    assert undisturbed.returncode == 0
     lives.left += processes_left([grid, crash, stand_in])
     return lives
 
@@ -412,9 +414,9 @@ def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Pat
     wait_until_frozen(cell, first)
     assert "1 asked to stop at their next step, with a checkpoint" in cell.vitpa("cancel", "seed=1").stdout
     send(cell, first, signal.SIGCONT)
-    wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, timeout_s=WAIT_S, poll_s=0.01)
+    wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, poll_s=0.01)
     send(cell, first, signal.SIGSTOP)
-    wait_for(lambda: [state.state for state in cell.states()] == ["running", "cancelled", "running"], timeout_s=WAIT_S)
+    wait_for(lambda: [state.state for state in cell.states()] == ["running", "cancelled", "running"])
     assert len({cell.job(run) for run in (first, other)}) == 1
     cell.slurm("scontrol", "requeue", cell.job(first))
     thaw_when_told_to_stop(cell, first)
@@ -425,7 +427,7 @@ def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Pat
         assert_ended(cell, run, TERM, "done")
         assert cell.start(run)["job"]["restart"] == 1
         assert cell.start(run)["step"] > 0
-    wait_for(lambda: cell.ends(cancelled) == ["cancelled: cancel", "done"], timeout_s=WAIT_S)  # it comes after the result
+    wait_for(lambda: cell.ends(cancelled) == ["cancelled: cancel", "done"])  # it comes after the result
     assert cell.start(cancelled)["step"] > 0
     together = [
         [(read_json(each.env_json) or {})["trained_with_seeds"] for each in cell.directory(run).attempts()] for run in runs

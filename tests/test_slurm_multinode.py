@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import yaml
 
 from jobs.grid import Run
 from slurm.devcluster import DevCluster
-from tests.jobs_sweeps import REPOSITORY, wait_for
-from tests.slurm_sweeps import RUNTIME, WAIT_S, Cell, make_cell, processes_left, started, trainers, variable
+from tests.jobs_sweeps import REPOSITORY
+from tests.slurm_sweeps import RUNTIME, Cell, make_cell, processes_left, started, trainers, variable
 from tests.test_slurm_life import DIGITS, TERM, assert_ended
+from tests.waiting import run_to_end, wait_for
 from vitpa.config import Result, read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -55,7 +55,7 @@ def disturb_two_nodes(cell: Cell, places: list[tuple[str, str, str]]) -> None:
     for pid in trainers(cell.root, run):
         places.append((variable(pid, "RANK"), variable(pid, "SLURMD_NODENAME"), variable(pid, "MASTER_ADDR")))
     cell.slurm("scontrol", "requeue", cell.job(run))
-    wait_for(partial(started, cell, run, 2), timeout_s=WAIT_S, poll_s=0.1)
+    wait_for(partial(started, cell, run, 2), poll_s=0.1)
     cell.wait_until_trained(run, int(cell.start(run)["step"]) + 1)
     victim = next(pid for pid in trainers(cell.root, run) if variable(pid, "RANK") == "3")
     os.kill(victim, signal.SIGKILL)
@@ -77,14 +77,10 @@ def undisturbed(cell: Cell, processes: int) -> Result:
     runtime = {**RUNTIME, "data_dir": cell.profile["runtime"]["data_dir"], "root": str(cell.root)}
     config.write_text(yaml.safe_dump({**run.config.experiment(), "runtime": runtime}))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "vitpa.train"]
-    done = subprocess.run(
+    done = run_to_end(
         [sys.executable, *torchrun, str(config)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return cell.result(run)

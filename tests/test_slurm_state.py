@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 from jobs.grid import Run
 from jobs.state import RunState
 from slurm.devcluster import DevCluster
-from tests.jobs_sweeps import HOLD, Field, exits, finished_trainings, slurm_profile, wait_for
+from tests.jobs_sweeps import HOLD, Field, exits, finished_trainings, slurm_profile
+from tests.waiting import wait_for
 from vitpa.config import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -181,9 +181,7 @@ def test_squeue_fails_for_a_while(field: Field) -> None:
     field.environment = {**field.environment, "SLURM_CONF": f"{field.root}/unreachable.conf"}
     conf = field.cluster.layout.slurm_conf.read_text()
     (field.root / "unreachable.conf").write_text(conf.replace("SlurmctldPort=", "SlurmctldPort=9\n# "))
-    began = time.monotonic()
     looked = field.vitpa("status")
-    assert time.monotonic() - began < 60
     assert looked.stderr.startswith("warning: squeue: ")
     assert looked.stderr.count("\n") == 1
     assert "2 pending" in looked.stdout

@@ -23,8 +23,8 @@ from tests.jobs_sweeps import (
     most_at_a_time,
     slurm_profile,
     start_launcher,
-    wait_for,
 )
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LOADED = 3  # a machine that does other things, too

@@ -20,6 +20,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
+from tests.waiting import IDLE_S
 from vitpa.config import AugmentConfig
 from vitpa.data import crops
 from vitpa.data.batches import Batch, eval_batches, train_batches
@@ -301,7 +302,7 @@ def test_results_come_in_order_though_the_first_image_is_slow(train: Beton, monk
 
     def slow_at_first(self: Beton, index: int, out: np.ndarray | None = None) -> np.ndarray:
         if index == 11:
-            assert overtaken.wait(10)
+            assert overtaken.wait(IDLE_S)
         order.append(index)
         overtaken.set()
         return read(self, index, out)
@@ -416,13 +417,13 @@ def test_leaving_the_loop_early_decodes_nothing_more(train: Beton, monkeypatch: 
         asked.append(index)
         if index == 1:
             begun.set()
-            assert left.wait(10)
+            assert left.wait(IDLE_S)
         return read(self, index, out)
 
     monkeypatch.setattr(Beton, "read_image", blocked_at_second)
     iterator = stream(train, workers=1).train_batches(torch.arange(12).split(1), 0)
     next(iterator)
-    assert begun.wait(10)
+    assert begun.wait(IDLE_S)
     timer = threading.Timer(0.2, left.set)
     timer.start()
     close(iterator)

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.waiting import finish, wait_for
 from vitpa import checkpoint
 from vitpa.config import RunConfig, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
@@ -59,11 +59,11 @@ def start(words: list[str], *launcher: str) -> subprocess.Popen[str]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline_s = time.monotonic() + 120
-    while not condition():
+    def looked() -> bool:
         assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
-        assert time.monotonic() < deadline_s
-        time.sleep(0.0005)
+        return condition()
+
+    wait_for(looked)
 
 
 def rows(run: RunDir) -> int:
@@ -261,12 +261,13 @@ def test_several_processes_train_the_same_run_and_resume(
     process = start(words, *launcher)
     wait_until(lambda: rows(run) >= 30, process)
     run.stop.write_text('{"reason": "test"}\n')
-    assert process.wait(timeout=300) == 0, process.communicate()[0]
+    wait_for(lambda: process.poll() is not None, poll_s=0.01)
+    assert process.returncode == 0, process.communicate()[0]
     process.communicate()
     assert not run.result_json.exists()
 
     process = start(words, *launcher)
-    output = process.communicate(timeout=300)[0]
+    output = finish(process)[0]
     assert process.returncode == 0, output
     assert "resumed at step" in output
     expected, got = read_metrics(config_of(alone).run_dir.metrics_jsonl), read_metrics(run.metrics_jsonl)
@@ -282,7 +283,8 @@ def test_stop_file_leaves_a_checkpoint_and_no_result(digits: Path, tmp_path: Pat
     process = start(words)
     wait_until(lambda: rows(run) >= 5, process)
     run.stop.touch()
-    assert process.wait(timeout=300) == 0
+    wait_for(lambda: process.poll() is not None, poll_s=0.01)
+    assert process.returncode == 0
     process.communicate()
     assert not run.result_json.exists()
     newest = checkpoint.load_newest(run)
@@ -326,7 +328,7 @@ def test_a_run_that_another_process_trains_is_refused(
             assert main([*words, f"runtime.takeover={takeover}"]) == 1
             assert f"this run is being trained by process {process.pid}" in capsys.readouterr().err
         launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
-        output = start(words, *launcher).communicate(timeout=300)[0]
+        output = finish(start(words, *launcher))[0]
         assert output.count(f"this run is being trained by process {process.pid}") == 1
         assert "DistNetworkError" not in output and "Connection closed" not in output
     finally:
@@ -398,7 +400,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
         options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", "runtime.log_every_steps=1"]
         words = arguments(digits, root, *options, "model.embed_dim=32", "runtime.cpu_threads=1")
         process = start(words)
-        output = process.communicate(timeout=300)[0]
+        output = finish(process)[0]
         assert process.returncode == 1, output
         assert re.search(r"vitpa train: /\S+: No space left on device; free some space and start again\n", output)
         assert "Traceback" not in output
@@ -429,7 +431,8 @@ def test_a_stop_that_cancels_is_recorded_as_such(digits: Path, tmp_path: Path) -
     process = start(words)
     wait_until(lambda: rows(run) >= 5, process)
     run.stop.write_text('{"reason": "cancel"}\n')
-    assert process.wait(timeout=300) == 0
+    wait_for(lambda: process.poll() is not None, poll_s=0.01)
+    assert process.returncode == 0
     process.communicate()
     exit_record = json.loads(run.attempts()[-1].exit_json.read_text())
     assert exit_record["state"] == "cancelled"
