@@ -9,10 +9,11 @@ import math
 import os
 import pwd
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jobs.gres import Gres, parse_gres
 from jobs.profile import parse_time_s
 from jobs.scheduler import Scheduler, SchedulerError
 
@@ -40,11 +41,15 @@ class Nodes:
     """Equal nodes of a partition."""
 
     count: int
-    gpus: Mapping[str, int]  # by type; "" where it has none
+    resources: tuple[Gres, ...]  # GPUs by type, local scratch
     cpus: int
     mem_mib: int
     state: str
     features: frozenset[str]
+
+    def has(self, name: str, of_type: str) -> int:
+        """How many of a resource each has, of any type if that is empty."""
+        return sum(each.count for each in self.resources if each.name == name and of_type in ("", each.type))
 
     @property
     def usable(self) -> bool:
@@ -96,10 +101,11 @@ def ask(scheduler: Scheduler) -> Cluster:
 
 def _nodes_of(columns: Sequence[str]) -> Nodes:
     count, gres, cpus, mem, state, features = columns
-    gpus: dict[str, int] = {}
-    for kind, number in re.findall(r"(?:^|,)gpu(?::([^:(,]+))?:(\d+)(?=[(,]|$)", gres):
-        gpus[kind] = gpus.get(kind, 0) + int(number)
-    return Nodes(int(count), gpus, int(cpus.rstrip("+")), int(mem.rstrip("+")), state, frozenset(features.split(",")))
+    try:
+        resources = parse_gres(gres)
+    except ValueError:  # of a SLURM that writes them otherwise
+        resources = ()
+    return Nodes(int(count), resources, int(cpus.rstrip("+")), int(mem.rstrip("+")), state, frozenset(features.split(",")))
 
 
 def _ask_for_the_load(scheduler: Scheduler, cluster: Cluster) -> None:

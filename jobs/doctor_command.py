@@ -86,10 +86,13 @@ def _examine(options: argparse.Namespace) -> Generator[Check, None, None]:
     from jobs.doctor import examine_cluster, examine_machine  # noqa: PLC0415
     from jobs.profile import LocalProfile, load_profile  # noqa: PLC0415
     from jobs.scheduler import Scheduler  # noqa: PLC0415
+    from jobs.submission import check_root  # noqa: PLC0415
 
     profile, root = load_profile(options.profile), Path(options.root).resolve()
     if isinstance(profile, LocalProfile):
         return examine_machine(profile, root, options.data_dir)
+
+    check_root(root, profile.executor)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

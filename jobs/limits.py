@@ -15,6 +15,7 @@ from typing import Any
 from jobs.benchmark import Benchmark
 from jobs.cluster import Cluster, Finding, Nodes, ask, mem_mib, seconds_of
 from jobs.forecast import Forecast, Group, Kind, Speed, attempts, forecast, group_of, job_kinds, rates_of, speeds_of
+from jobs.gres import Gres, gpu_count, gpus_by_type
 from jobs.profile import SlurmProfile
 from jobs.sbatch import slurm_executor
 from jobs.scheduler import Scheduler, SchedulerError
@@ -35,37 +36,47 @@ class Need:
     """What one job asks for, in all, and what a node has to have for it."""
 
     nodes: int
-    gpus: int  # per node
-    gpu_type: str
+    resources: tuple[Gres, ...]  # per node: GPUs, local scratch
     cpus: int  # per node
     mem_mib: int  # per node; 0: the partition's default
+    alone: bool = False  # on its nodes
 
     @staticmethod
     def of(profile: SlurmProfile) -> Need:
         """What the profile asks for."""
-        typed = re.fullmatch(r"gpu:([^:]+):\d+", profile.gres or "")
-        gpu_type = typed[1] if typed else ""
-        return Need(profile.nodes, profile.gpus_per_node, gpu_type, profile.cpus_per_node or 1, mem_mib(profile.mem or "0"))
+        more, cpus = profile.additional_parameters, profile.cpus_per_node or 1
+        mem = mem_mib(profile.mem or "0")
+        mem += cpus * mem_mib(str(more.get("mem_per_cpu", "0"))) + gpu_count(profile.resources) * mem_mib(
+            str(more.get("mem_per_gpu", "0"))
+        )
+        return Need(profile.nodes, profile.resources, cpus, mem, alone="exclusive" in more)
 
     def words(self, mem: str | None) -> str:
         """What a node has to have, for people."""
-        gpus = f"{self.gpus} {self.gpu_type + ' ' if self.gpu_type else ''}GPU{'s' if self.gpus > 1 else ''}"
+        asked = [_words_of(each) for each in self.resources if each.count]
         cpus = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}"
-        return ", ".join([*([gpus] if self.gpus else []), cpus, *([f"{mem} of memory"] if mem else [])])
+        return ", ".join([*asked, cpus, *([f"{mem} of memory"] if mem else [])])
 
     def fits(self, nodes: Nodes) -> int:
         """How many such shares one of these nodes has room for."""
-        gpus = nodes.gpus.get(self.gpu_type, 0) if self.gpu_type else sum(nodes.gpus.values())
-        rooms = [nodes.cpus // self.cpus]
-        rooms += [gpus // self.gpus] if self.gpus else []
+        rooms = [nodes.cpus // self.cpus, *([1] if self.alone else [])]
+        rooms += [nodes.has(each.name, each.type) // each.count for each in self.resources if each.count]
         rooms += [nodes.mem_mib // self.mem_mib] if self.mem_mib else []
         return min(rooms)
 
     def total(self, kind: str) -> int | None:
         """What a run takes of a trackable resource, as sacctmgr names it; None for one that we do not count."""
-        if kind == "gres/gpu" or (self.gpu_type and kind == f"gres/gpu:{self.gpu_type}"):
-            return self.nodes * self.gpus
+        if kind.startswith("gres/"):
+            name, _, of_type = kind.removeprefix("gres/").partition(":")
+            counts = [each.count for each in self.resources if each.name == name and of_type in ("", each.type)]
+            return self.nodes * sum(counts) if counts else None
         return {"node": self.nodes, "cpu": self.nodes * self.cpus, "mem": self.nodes * self.mem_mib}.get(kind)
+
+
+def _words_of(resource: Gres) -> str:
+    if resource.name == "gpu":
+        return f"{resource.count} {resource.type + ' ' if resource.type else ''}GPU{'s' if resource.count > 1 else ''}"
+    return str(resource)
 
 
 @dataclass(frozen=True)
@@ -391,8 +402,10 @@ def _of_nodes(profile: SlurmProfile, need: Need, partition: str, cluster: Cluste
 
 
 def _describe(nodes: Nodes) -> str:
-    gpus = ", ".join(f"{number} {kind + ' ' if kind else ''}GPUs" for kind, number in nodes.gpus.items()) or "no GPU"
-    return f"{nodes.count} x {gpus}, {nodes.cpus} CPUs, {nodes.mem_mib / 1024:.0f}G"
+    gpus = [f"{number} {kind + ' ' if kind else ''}GPUs" for kind, number in gpus_by_type(nodes.resources).items()]
+    others = [str(each) for each in nodes.resources if each.name != "gpu"]
+    rest = [*others, f"{nodes.cpus} CPUs", f"{nodes.mem_mib / 1024:.0f}G"]
+    return ", ".join([f"{nodes.count} x {', '.join(gpus) or 'no GPU'}", *rest])
 
 
 def _limits_of(

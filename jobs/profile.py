@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from jobs.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
 from jobs.grid import SweepError
+from jobs.slurm_options import check_srun_args, sbatch_option
 from vitpa.config import ConfigError, Float, Section, load_model, parse_model, read_yaml
 
 SHIPPED = Path(__file__).parent.parent / "slurm"
@@ -48,6 +50,13 @@ class LocalProfile(Section):
         return self
 
 
+# keys of a profile that are sbatch's own options: they may be said among additional_parameters, too
+SBATCH_KEYS = (
+    *("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist", "nice", "mail_type", "mail_user"),
+    *("gpus_per_node", "gres", "cpus_per_gpu", "cpus_per_task", "mem"),
+)
+
+
 class SlurmProfile(Section):
     """A cluster, in SLURM's own names: `slurm/cluster.yaml` explains each key.
 
@@ -64,9 +73,13 @@ class SlurmProfile(Section):
     exclude: str | None = Field(None, description="sbatch --exclude: nodes never to use")
     nodelist: str | None = Field(None, description="sbatch --nodelist")
     nodes: int = Field(1, ge=1, description="sbatch --nodes: nodes of one run")
-    gpus_per_node: int = Field(1, ge=0, description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only")
+    gpus_per_node: int = Field(
+        1,
+        ge=0,
+        description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only; default: those of gres, or 1",
+    )
     gres: str | None = Field(
-        None, description="sbatch --gres, asked for instead of gpus_per_node (which says how many GPUs it gives)"
+        None, description="sbatch --gres: GPUs in it are asked for instead of gpus_per_node, anything else on top of that"
     )
     cpus_per_gpu: int | None = Field(None, ge=1, description="CPUs per GPU")
     cpus_per_task: int | None = Field(None, ge=1, description="CPUs per node, instead of cpus_per_gpu")
@@ -102,6 +115,23 @@ class SlurmProfile(Section):
     runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
     per_dataset: dict[str, dict[str, Any]] = Field({}, description="other values of the keys above for a data set")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_place(cls, document: Any) -> Any:
+        """What is said among additional_parameters and has a key of its own is moved there; gres says how many GPUs."""
+        if not isinstance(document, dict):
+            return document
+        document = dict(document)
+        more = document.get("additional_parameters")
+        if isinstance(more, dict):
+            document["additional_parameters"] = _own_keys_moved(document, more)
+        if document.get("gpus_per_node") is None and isinstance(document.get("gres"), str):
+            asked = _resources(document["gres"])
+            document.pop("gpus_per_node", None)
+            if gpus_by_type(asked):
+                document["gpus_per_node"] = gpu_count(asked)
+        return document
+
     @field_validator("time", mode="before")
     @classmethod
     def _quoted(cls, value: object) -> object:
@@ -113,8 +143,15 @@ class SlurmProfile(Section):
     @field_validator("mem", mode="before")
     @classmethod
     def _with_unit(cls, value: object) -> object:
-        if value is not None and not (isinstance(value, str) and re.fullmatch(r"\d+[KMGT]", value)):
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r"\d+[KMGT]|0", value)):
             raise ValueError(f"mem={value}: expected a whole number and a unit, such as 64G")
+        return value
+
+    @field_validator("gres", mode="before")
+    @classmethod
+    def _of_gres(cls, value: object) -> object:
+        if isinstance(value, str):
+            _resources(value)
         return value
 
     @field_validator("setup", "srun_args", mode="before")
@@ -126,8 +163,7 @@ class SlurmProfile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.gres is not None and "gpu" in self.gres and not self.gpus_per_node:
-            raise ValueError(f"gres={self.gres} with gpus_per_node=0: say in gpus_per_node how many GPUs a node then has")
+        self._check_resources()
         if self.time_s < 60:
             raise ValueError(f"time={self.time}: SLURM counts in whole minutes; at least '1:00'")
         if 2 * self.signal_delay_s > self.time_s:
@@ -137,11 +173,36 @@ class SlurmProfile(Section):
             )
         if self.cpus_per_gpu is not None and (self.cpus_per_task is not None or not self.gpus_per_node):
             raise ValueError("cpus_per_gpu: not together with cpus_per_task, and not with gpus_per_node=0")
-        for key in {"array", "comment", "output", "error", "time", "nodes", "signal", "requeue"} & set(
-            self.additional_parameters
-        ):
-            raise ValueError(f"additional_parameters.{key}: is set by vitpa" + (" (key `time`)" if key == "time" else ""))
+        _check_texts(self.model_dump(exclude={"setup", "per_dataset", "runtime"}))
+        for line in "\n".join(self.setup).splitlines():
+            if line.startswith("#SBATCH"):
+                raise ValueError(f"setup: {line!r}: sbatch would not see it there; write it among additional_parameters")
+        check_srun_args(self.srun_args, gpus_by_type(self.resources), self.nodes)
         return self
+
+    def _check_resources(self) -> None:
+        asked, more = _resources(self.gres or ""), self.additional_parameters
+        if gpus_by_type(asked) and gpu_count(asked) != self.gpus_per_node:
+            raise ValueError(
+                f"gres={self.gres} with gpus_per_node={self.gpus_per_node}: by gres a node gives {gpu_count(asked)} GPUs; say "
+                "the same in both, or leave out gpus_per_node"
+            )
+        memory = {**({"mem": self.mem} if self.mem else {}), **more}
+        said = [f"{key}={memory[key]}" for key in ("mem", "mem_per_cpu", "mem_per_gpu") if key in memory]
+        if len(said) > 1:
+            raise ValueError(f"{' with '.join(said)}: SLURM takes one of them only")
+
+    @property
+    def resources(self) -> tuple[Gres, ...]:
+        """Everything of SLURM's generic resources that a run gets on each node."""
+        asked = _resources(self.gres or "")
+        counted = self.gpus_per_node and not self.gpus_in_gres
+        return (Gres("gpu", "", self.gpus_per_node), *asked) if counted else asked
+
+    @property
+    def gpus_in_gres(self) -> bool:
+        """Whether GPUs, or shares of one, are asked for with gres and not with gpus_per_node."""
+        return any(each.name in ("gpu", *SHARES) for each in _resources(self.gres or ""))
 
     @property
     def time_s(self) -> int:
@@ -164,13 +225,55 @@ class SlurmProfile(Section):
         Raises:
             ConfigError: a key that does not exist, or values that do not fit together.
         """
-        document = self.model_dump(mode="json", exclude={"per_dataset"})
-        if "array_parallelism" in self.per_dataset.get(dataset, {}):
+        document, special = self.model_dump(mode="json", exclude={"per_dataset"}), self.per_dataset.get(dataset, {})
+        if "array_parallelism" in special:
             raise ConfigError(f"{where}.array_parallelism: is for all runs of a submission together")
-        return parse_model(SlurmProfile, {**document, **self.per_dataset.get(dataset, {})}, where)
+        if special.get("gres") and gpus_by_type(self.resources):  # which says how many GPUs it gives
+            document["gpus_per_node"] = None if "gpu" in str(special["gres"]) else self.gpus_per_node
+        return parse_model(SlurmProfile, {**document, **special}, where)
 
 
 Profile = LocalProfile | SlurmProfile
+
+
+def _resources(text: str) -> tuple[Gres, ...]:
+    try:
+        return parse_gres(text)
+    except ValueError as error:
+        raise ValueError(f"gres={text}: {error}") from None
+
+
+def _own_keys_moved(document: dict[str, Any], more: dict[Any, Any]) -> dict[str, Any]:
+    """The additional parameters by their usual names, without those that have a key of their own or say what vitpa says.
+
+    Raises:
+        ValueError: vitpa sets an option, or the profile says two things of it.
+    """
+    kept: dict[str, Any] = {}
+    same = {"ntasks_per_node": "1", "tasks_per_node": "1", "ntasks": str(document.get("nodes") or 1)}
+    for name, value in more.items():
+        plain = str(name).replace("-", "_")
+        if value is None or value is False or (plain in same and str(value) == same[plain]):  # nothing to ask for
+            continue
+        key = sbatch_option(str(name))
+        if not isinstance(value, bool | int | float | str):
+            raise ValueError(f"additional_parameters.{key}={value}: expected a text, a number or true")
+        if key in SBATCH_KEYS:
+            if document.get(key) not in (None, value):
+                raise ValueError(f"{key}={document[key]}, but additional_parameters say {key}={value}: say it once")
+            document[key] = value
+        elif kept.setdefault(key, value) != value:
+            raise ValueError(f"additional_parameters: {key} comes up twice, as {kept[key]} and {value}")
+    return kept
+
+
+def _check_texts(document: dict[str, Any]) -> None:
+    """Refuse what would end a line of the job script."""
+    for key, value in document.items():
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for text in texts:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(f"{key}: {text!r} holds a line break or another control character")
 
 
 def parse_time_s(text: str) -> int:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import submitit
 
+from jobs.gres import parse_gres
 from jobs.profile import SlurmProfile, minutes
 from jobs.scheduler import COMMENT, ranges
 
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
-PYTHON = f'bash -c \'trap "" USR1 USR2; exec "$@"\' bash {shlex.quote(sys.executable)}'
+PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
+# where `setup` ends the job, its output says so
+BEFORE_SETUP = (
+    "VITPA_SETUP=1",
+    """trap 'code=$?; [ -z "$VITPA_SETUP" ] || echo "setup ended the job with exit code $code: $BASH_COMMAND" >&2' EXIT""",
+)
+AFTER_SETUP = "VITPA_SETUP="
 EXPORTED = ("PYTHONPATH", "PYTHONSAFEPATH")  # also where a cluster does not pass on the environment
 
 
@@ -55,8 +63,8 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
         "nodes": profile.nodes,
         "ntasks_per_node": 1,  # it starts torchrun, which starts a process per GPU
         "cpus_per_task": cpus,
-        "gpus_per_node": None if profile.gres else profile.gpus_per_node or None,
-        "gres": profile.gres,
+        "gpus_per_node": None if profile.gpus_in_gres else profile.gpus_per_node or None,
+        "gres": ",".join(map(str, parse_gres(profile.gres or ""))) or None,
         "mem": profile.mem,
         "partition": profile.partition,
         "account": profile.account,
@@ -68,7 +76,11 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
         "mail_user": profile.mail_user,
     }
     more = {"chdir": str(root), "requeue": True, "nice": profile.nice, "reservation": profile.reservation}
-    srun = ["--kill-on-bad-exit=0"]  # node 0 has to write down why
+    srun = [
+        "--kill-on-bad-exit=0",  # node 0 has to write down why
+        f"--ntasks={profile.nodes}",  # whatever `setup` exports
+        "--export=ALL",  # what the job has, also where the job itself got little (additional_parameters.export)
+    ]
     if cpus is not None:
         srun.append(f"--cpus-per-task={cpus}")  # not inherited from sbatch since SLURM 22.05
     return {
@@ -78,9 +90,13 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
             **profile.additional_parameters,
         },
         "srun_args": [*srun, *profile.srun_args],
-        "setup": [*_exports(), *profile.setup],
+        "setup": [*BEFORE_SETUP, *_exports(), *profile.setup, AFTER_SETUP],
     }
 
 
 def _exports() -> list[str]:
-    return [f"export {name}={shlex.quote(os.environ[name])}" for name in EXPORTED if name in os.environ]
+    """Lines that give a job the variables it needs, also where a cluster does not pass on the environment."""
+    lines = [f"export {name}={shlex.quote(os.environ[name])}" for name in EXPORTED if name in os.environ]
+    srun = shutil.which("srun")
+    programs = f' command -v srun > /dev/null || PATH="$PATH:"{shlex.quote(str(Path(srun).parent))}' if srun else ""
+    return [*lines, 'export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"' + (f";{programs}" if programs else "")]

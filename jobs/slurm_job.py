@@ -76,6 +76,7 @@ class Place:
     node: str
     node_rank: int
     num_nodes: int
+    task_on_node: int = 0
 
     @staticmethod
     def here(environment: Mapping[str, str]) -> Place:
@@ -89,6 +90,7 @@ class Place:
             node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
             node_rank=int(environment.get("SLURM_NODEID", "0")),
             num_nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+            task_on_node=int(environment.get("SLURM_LOCALID", "0")),
         )
 
     @property
@@ -104,6 +106,9 @@ def run_task(root: str, submission: str) -> None:
     intent = read_json(Path(root) / submission / "intent.json")
     assert intent is not None, "a job is started only after the intent is written"
     place = Place.here(os.environ)
+    if place.task_on_node:  # a profile asks for one task per node, and refuses what says otherwise
+        _say(f"task {place.task_on_node} on {place.node}: the job has several tasks on a node; the first one trains, not this")
+        sys.exit(0)
     job = _Job(Path(root), Path(root) / submission, intent, place, signals)
     sys.exit(job.lead() if place.node_rank == 0 else job.follow())
 

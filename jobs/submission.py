@@ -9,6 +9,7 @@ taken-N.json   on this machine: a worker has task N, a group of several runs
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from jobs.grid import SweepError
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.state import RunState
 from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
@@ -35,6 +37,21 @@ class SubmissionDir:
         self.receipt_json = path / "receipt.json"
         self.launch_log = path / "launch.log"
         self.submitit = path / "submitit"  # pickles and output of the jobs
+
+
+def check_root(root: Path, executor: str) -> None:
+    """Refuse a root in whose name submitit, or SLURM, would put something else.
+
+    Raises:
+        SweepError: it holds such characters.
+    """
+    patterns = r"%[jtaA]" if executor == "local" else r"%|\\|[\x00-\x1f\x7f]"
+    found = re.search(patterns, str(root))
+    if found is not None:
+        by = "submitit puts the job's number in its place" if executor == "local" else "SLURM does not take it literally"
+        raise SweepError(
+            f"--root {str(root)!r}: jobs cannot work below a name with {found[0]!r} in it ({by}); choose another folder"
+        )
 
 
 @dataclass(frozen=True)

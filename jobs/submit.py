@@ -40,7 +40,7 @@ from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.scheduler import Scheduler, scheduler_environment
 from jobs.slots import gpu_memory_gib, slots_of, threads_per_process
 from jobs.state import RunState, withdraw
-from jobs.submission import Place, SubmissionDir, adopt, close
+from jobs.submission import Place, SubmissionDir, adopt, check_root, close
 from jobs.training import training_command
 from vitpa.config import (
     AttemptDir,
@@ -116,11 +116,12 @@ def prepare(
         gpus: Those of this machine, as if it had these.
 
     Raises:
-        SweepError: too few GPUs, contradicting devices, or SLURM does not answer.
+        SweepError: too few GPUs, contradicting devices, a root that jobs cannot use, or SLURM does not answer.
         ConfigError: a runtime setting that does not exist.
     """
     if not chosen:
         return Order([], 0)
+    check_root(root, profile.executor)
     if isinstance(profile, LocalProfile):
         return _prepare_local(chosen, profile, root, overrides, gpus)
     return _prepare_slurm(chosen, profile, root, overrides, scheduler)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from jobs.cluster import Nodes, mem_mib
+from jobs.gres import parse_gres
 from jobs.limits import Need
 from jobs.profile import SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
@@ -255,13 +256,17 @@ def test_a_thousand_runs_take_a_handful_of_questions(plan: Shell) -> None:
 
 
 def test_shares_of_a_node() -> None:
-    nodes = Nodes(1, {"a100": 4, "h100": 2}, 48, 512_000, "idle", frozenset())
+    nodes = Nodes(1, parse_gres("gpu:a100:4(S:0,1),gpu:h100:2,lscratch:100"), 48, 512_000, "idle", frozenset())
     base = {"executor": "slurm", "time": "60"}
     assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2})).fits(nodes) == 3
     assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2, "gres": "gpu:h100:2"})).fits(nodes) == 1
     assert Need.of(SlurmProfile.model_validate({**base, "cpus_per_gpu": 24})).fits(nodes) == 2
     assert Need.of(SlurmProfile.model_validate({**base, "mem": "400G"})).fits(nodes) == 1
     assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 0})).fits(nodes) == 48
+    assert Need.of(SlurmProfile.model_validate({**base, "gres": "lscratch:40"})).fits(nodes) == 2
+    assert Need.of(SlurmProfile.model_validate({**base, "gres": "gpu:h100:1,lscratch:10"})).fits(nodes) == 2
+    assert Need.of(SlurmProfile.model_validate({**base, "additional_parameters": {"exclusive": True}})).fits(nodes) == 1
+    assert Need.of(SlurmProfile.model_validate({**base, "additional_parameters": {"mem_per_gpu": "200G"}})).fits(nodes) == 2
     assert (mem_mib("64G"), mem_mib("1.5T"), mem_mib("100"), mem_mib("2048K"), mem_mib("")) == (65536, 1572864, 100, 2, 0)
 
 

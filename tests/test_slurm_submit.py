@@ -20,6 +20,7 @@ from tests.jobs_sweeps import (
     REPOSITORY,
     Field,
     command,
+    exits,
     most_at_a_time,
     slurm_profile,
     start_launcher,
@@ -261,3 +262,22 @@ def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
         field.clear()
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_odd_folders_and_little_environment(tmp_path: Path, cluster: DevCluster) -> None:
+    """Whatever SLURM takes literally is fine as a root; a job needs nothing of the environment in which it was submitted."""
+    field = Field(tmp_path / "a b'c\"$HOME#d,ü(e)&;[f]", cluster)
+    assert field.vitpa("submit", profile=slurm_profile(field.root, additional_parameters={"export": "NONE"})).returncode == 0
+    field.assert_each_done_once()
+
+
+def test_two_tasks_lead_no_run_together(field: Field) -> None:
+    """A profile cannot ask for two; if they come up anyway, the first one trains and the other one ends."""
+    more = "s/--ntasks=1/--ntasks=2/; s/--ntasks-per-node=1/--ntasks-per-node=2/"
+    field.replace_program("sbatch", f"sed -i '{more}' \"$1\"", f'exec {field.real("sbatch")} "$@"')
+    submitted = field.vitpa("submit", "attention=content", profile=slurm_profile(field.root))
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for(lambda: field.states()[0].state == "done", poll_s=0.3)
+    assert exits(field.root, field.sweep)[0] == ["done"]
+    (said,) = field.files("submitit/*_1_log.out")
+    assert "the job has several tasks on a node; the first one trains, not this" in said.read_text()
