@@ -1,6 +1,6 @@
 """What the development cluster's folder holds: its paths, ports and configuration files.
 
-Configuration after slurm.conf(5), gres.conf(5), slurmdbd.conf(5) of SLURM 22.05. Starts nothing.
+Configuration after slurm.conf(5), gres.conf(5), cgroup.conf(5), slurmdbd.conf(5) of SLURM 22.05 and 24.11. Starts nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import random
+import re
 import shutil
 import socket
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 RUN_TIME_FOLDERS = ("etc", "run", "db", "spool", "state", "dev")  # all that goes at the end; log goes unless it is wanted
 SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final zero; see unix(7)
+DATABASE = "slurm_acct_db"
 PORTS = range(20_000, 32_000)  # below Linux's ephemeral ports, which outgoing connections take
 
 
@@ -135,8 +137,14 @@ def free_ports(count: int) -> list[int]:
     raise OSError(f"fewer than {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
 
 
-def write_configuration(layout: Layout, settings: Settings) -> None:
-    """Make the folders and every configuration file, for this user and host, with free ports."""
+def write_configuration(layout: Layout, settings: Settings, slurmd_version: str) -> None:
+    """Make the folders and every configuration file, for this user and host, with free ports.
+
+    Args:
+        layout: Where.
+        settings: Of what size.
+        slurmd_version: What `slurmd -V` prints, such as "slurm-wlm 24.11.5".
+    """
     for name in RUN_TIME_FOLDERS:
         (layout.root / name).mkdir(mode=0o700)
     for index in range(settings.gpus):
@@ -146,8 +154,10 @@ def write_configuration(layout: Layout, settings: Settings) -> None:
     etc = layout.root / "etc"
     _write(etc / "munge.key", os.urandom(128))
     _write(etc / "my.cnf", _my_cnf(layout, user).encode())
+    _write(etc / "database.sql", f"CREATE DATABASE IF NOT EXISTS {DATABASE};\n".encode())
     _write(etc / "slurmdbd.conf", _slurmdbd_conf(layout, user, accounting).encode())
     _write(etc / "gres.conf", _gres_conf(layout, settings).encode())
+    _write(etc / "cgroup.conf", _cgroup_conf(slurmd_version).encode())
     _write(layout.slurm_conf, _slurm_conf(layout, settings, user, [controller, accounting, *nodes]).encode())
     _write(layout.settings_json, settings.to_json().encode())
 
@@ -227,6 +237,16 @@ def _gres_conf(layout: Layout, settings: Settings) -> str:
     return "".join(f"Name=gpu File={layout.root}/dev/gpu{index}\n" for index in range(settings.gpus))
 
 
+def _cgroup_conf(slurmd_version: str) -> str:
+    """No cgroups. slurmd looks for them even if nothing uses them, and ends where none are mounted, as in a chroot.
+
+    SLURM knows `disabled` since 24.05. Before, the plugin for version 1 touches nothing until something uses it.
+    """
+    number = re.search(r"(\d+)\.(\d+)", slurmd_version)
+    disabled = number is not None and (int(number[1]), int(number[2])) >= (24, 5)
+    return f"CgroupPlugin={'disabled' if disabled else 'cgroup/v1'}\n"
+
+
 def _slurmdbd_conf(layout: Layout, user: str, port: int) -> str:
     return f"""AuthType=auth/munge
 AuthInfo=socket={layout.munge_socket}
@@ -240,11 +260,16 @@ PidFile={layout.root}/run/slurmdbd.pid
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser=root
-StorageLoc=slurm_acct_db
+StorageLoc={DATABASE}
 """
 
 
 def _my_cnf(layout: Layout, user: str) -> str:
+    """The database is there before slurmdbd asks for it.
+
+    slurmdbd would make it: it connects, fails, creates it and connects again with the same handle. MariaDB's client library
+    11.8.9 believes of such a handle that a result may have 0 columns, and refuses every answer with error 5027.
+    """
     return f"""[mysqld]
 datadir={layout.root}/db
 socket={layout.database_socket}
@@ -254,6 +279,7 @@ user={user}
 skip-networking
 skip-grant-tables
 skip-log-bin
+init_file={layout.root}/etc/database.sql
 innodb_flush_log_at_trx_commit=0
 innodb_doublewrite=0
 innodb_buffer_pool_size=64M

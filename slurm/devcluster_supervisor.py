@@ -126,7 +126,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Everything, in the order in which one needs the other."""
-        write_configuration(self.layout, self.settings)
+        write_configuration(self.layout, self.settings, slurmd_version=self._ask("slurmd", "-V"))
         root, etc = self.layout.root, self.layout.root / "etc"
         self._spawn(
             "munged",

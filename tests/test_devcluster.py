@@ -297,6 +297,48 @@ def test_start_works_on_the_remains_of_a_killed_one() -> None:
     assert not cluster.root.exists()
 
 
+# --- other systems
+
+
+def test_it_starts_where_no_cgroups_are_mounted() -> None:
+    """As in a chroot of Debian 13, whose slurmd 24.11 looks for them; 22.05 does so, too."""
+    require_slurm()
+    if os.geteuid() != 0:
+        pytest.skip("only root can unmount them, in a mount namespace of its own")
+    root = short_folder()
+    script = """
+        set -e
+        mount --make-rprivate /
+        umount --recursive /sys/fs/cgroup 2>/dev/null || true
+        ! grep --quiet /sys/fs/cgroup /proc/mounts || exit 77
+        trap '"$1" -m vitpa.cli devcluster stop --dir "$2"' EXIT
+        "$1" -m vitpa.cli devcluster start --nodes 1 --gpus 0 --dir "$2"
+        SLURM_CONF="$2/etc/slurm.conf" srun echo here
+    """
+    answer = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, str(root)],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode == 77 or "unshare" in answer.stderr:
+        pytest.skip(f"cgroups cannot be unmounted here: {answer.stderr}")
+    assert (answer.returncode, "\nhere\n" in answer.stdout) == (0, True), answer.stderr
+    assert not root.exists()
+
+
+def test_the_database_is_there_before_slurmdbd_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MariaDB's client library 11.8.9 is of no use to a slurmdbd that has to make it."""
+    require_slurm()
+    real = shutil.which("slurmdbd", path=f"{os.environ['PATH']}:{':'.join(slurm.devcluster.SYSTEM_FOLDERS)}")
+    (tmp_path / "slurmdbd").write_text(f'#!/bin/sh\nls db >log/databases\nexec {real} "$@"\n')
+    (tmp_path / "slurmdbd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with DevCluster(short_folder(), nodes=1, gpus=0) as cluster:
+        assert "slurm_acct_db" in (cluster.root / "log/databases").read_text().split()
+
+
 # --- the command line
 
 
