@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from vitpa.arguments import number, path_argument, whole_number
 from vitpa.datasets import DATASETS
 
 DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{train,val}}.beton, each with a manifest (.json).
@@ -39,16 +40,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", metavar="DATASET")
-    parser.add_argument("--source", type=Path, metavar="DIR", help="folder with the raw data")
-    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes; default: the CPUs, 1 for small images")
+    parser.add_argument("--source", type=path_argument, metavar="DIR", help="folder with the raw data")
+    parser.add_argument("--out", type=path_argument, default=Path("data"), metavar="DIR", help="default: data")
+    parser.add_argument(
+        "--workers", type=whole_number(1, 1_000_000), metavar="N", help="processes; default: the CPUs, 1 for small images"
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--short-side-px", type=_positive, metavar="N", help="bring the shorter side down to N pixels")
-    size.add_argument("--max-side-px", type=_positive, metavar="N", help="bring the longer side down to N pixels")
-    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="1 to 100; default: 90")
+    size.add_argument(
+        "--short-side-px", type=whole_number(1, 1_000_000), metavar="N", help="bring the shorter side down to N pixels"
+    )
+    size.add_argument(
+        "--max-side-px", type=whole_number(1, 1_000_000), metavar="N", help="bring the longer side down to N pixels"
+    )
+    parser.add_argument("--jpeg-quality", type=whole_number(1, 100), metavar="Q", help="1 to 100; default: 90")
     parser.add_argument(
         "--jpeg-share",
-        type=_share,
+        type=number(0, 1),
         metavar="S",
         help="share of images stored as JPEG, the others are raw pixels: larger, faster to read "
         "(0: FFCV's write_mode raw, 1: jpg, between: proportion)",
@@ -91,27 +98,3 @@ def run(options: argparse.Namespace) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
-
-
-def _positive(text: str) -> int:
-    return _number(text, 1, 1_000_000)
-
-
-def _quality(text: str) -> int:
-    return _number(text, 1, 100)
-
-
-def _number(text: str, low: int, high: int) -> int:
-    if not text.isdecimal() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return share

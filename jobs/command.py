@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vitpa.arguments import name_or_path, number, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,17 +75,20 @@ def add_parser(subparsers: Subparsers) -> None:
 def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     starts = verb in ("submit", "retry")
     shipped = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "sweeps").glob("*.yaml")))
-    parser.add_argument("sweep", metavar="SWEEP", help=f"a shipped sweep ({shipped}) or a YAML file")
+    parser.add_argument("sweep", metavar="SWEEP", type=name_or_path, help=f"a shipped sweep ({shipped}) or a YAML file")
     settings = "; runtime.KEY=VALUE sets what does not change the numbers" if starts else ""
     parser.add_argument("terms", metavar="KEY=VALUE", nargs="*", help=FILTER_HELP + settings)
-    parser.add_argument("--root", default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
+    parser.add_argument("--root", type=name_or_path, default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
     if starts or verb == "plan":
         parser.add_argument(
             "--profile",
+            type=name_or_path,
             help="where to run: a shipped profile or a YAML file (default: as at the last submission, at first local)",
         )
         parser.add_argument(
-            "--data-dir", help="folder of the data sets (default: as at the last submission, at first the recipe's)"
+            "--data-dir",
+            type=name_or_path,
+            help="folder of the data sets (default: as at the last submission, at first the recipe's)",
         )
     if starts:
         parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
@@ -100,10 +104,13 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "plan":
         parser.add_argument(
             "--speeds",
+            type=name_or_path,
             metavar="FILE",
             help="time and GPU-hours from the JSON of `vitpa bench imagenet` or `small`, where no run of a kind has finished",
         )
-        parser.add_argument("--gpu-hour-price", type=_price, metavar="PRICE", help="what a GPU-hour costs, in any currency")
+        parser.add_argument(
+            "--gpu-hour-price", type=number(0, above=True), metavar="PRICE", help="what a GPU-hour costs, in any currency"
+        )
     if verb in ("plan", "collect"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
@@ -121,27 +128,11 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
         parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
-        parser.add_argument("--lines", type=_positive, default=15, help="lines of each log (default: 15)")
+        parser.add_argument("--lines", type=whole_number(1), default=15, help="lines of each log (default: 15)")
     if verb == "collect":
         parser.add_argument(
             "--allow-mixed", action="store_true", help="average over different code or data, and mark the table"
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
-
-
-def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = math.nan
-    if not 0 < price < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a price such as 2.50")
-    return price
 
 
 def _run(options: argparse.Namespace) -> int:

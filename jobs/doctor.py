@@ -115,7 +115,7 @@ def _specification(profile: LocalProfile | SlurmProfile, root: Path, data_dir: s
 
 def data_folder(data_dir: str | None) -> Path:
     """The folder of the data sets: as given, or where runs look for it."""
-    return Path(data_dir or RuntimeConfig().data_dir).resolve()
+    return (Path(data_dir) if data_dir else RuntimeConfig().data_path).resolve()
 
 
 def data_sets(folder: Path) -> list[str]:

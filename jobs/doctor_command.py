@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitpa.arguments import name_or_path, number
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -36,13 +38,16 @@ def add_parser(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--profile", default="local", help="what to check: a shipped profile or a YAML file (default: this machine)"
+        "--profile",
+        type=name_or_path,
+        default="local",
+        help="what to check: a shipped profile or a YAML file (default: this machine)",
     )
-    parser.add_argument("--root", default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
-    parser.add_argument("--data-dir", help="folder of the data sets (default: data)")
+    parser.add_argument("--root", type=name_or_path, default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
+    parser.add_argument("--data-dir", type=name_or_path, help="folder of the data sets (default: data)")
     parser.add_argument(
         "--wait-s",
-        type=float,
+        type=number(0),
         default=120,
         help="how long to wait for the probe job to start, and for its report (default: 120)",
     )

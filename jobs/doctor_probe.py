@@ -120,7 +120,7 @@ def preflights(specification: dict[str, Any], gpus: int) -> list[dict[str, Any]]
     for index, dataset in enumerate(datasets):
         count = gpus if index == 0 else 0
         command = [sys.executable, "-m", "vitpa.preflight", "cifar10", f"dataset={dataset or 'cifar10'}"]
-        command += [f"runtime.{key}={json.dumps(specification[key])}" for key in ("root", "data_dir")]
+        command += [f"runtime.{key}={json.dumps(specification[key].replace('$', '$$'))}" for key in ("root", "data_dir")]
         command += [f"--gpus={count}", f"--cpus={specification['cpus']}", f"--min-free-gib={specification['min_free_gib']}"]
         output, error = words_of([*command, *([] if count else ["runtime.device=cpu"])])
         if error:

@@ -25,6 +25,7 @@ from vitpa.config import (
     RunError,
     Section,
     apply_overrides,
+    expand_path,
     load_model,
     parse_config,
     read_json,
@@ -223,7 +224,8 @@ def _recipe_path(recipe: str, sweep_path: Path) -> str:
     """A shipped recipe stays a name; anything else is a file beside the sweep's file or in the current directory."""
     if recipe in shipped_configs():
         return recipe
-    for path in (sweep_path.parent / recipe, Path(recipe)):
+    expanded = expand_path(recipe, f"{sweep_path}: recipes")
+    for path in (sweep_path.parent / expanded, expanded, Path(recipe)):  # the last one: as it was recorded
         if path.is_file():
             return str(path.resolve())
     names = ", ".join(shipped_configs())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vitpa.config import RunConfig, RunDir, RunError, memory_gib, read_json, why_not_together
@@ -100,7 +99,7 @@ def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
     facts = facts_of(config.dataset)
     known = facts.num_train if split == "train" else facts.num_val
     try:
-        found = (read_json(Path(config.runtime.data_dir) / config.dataset / f"{split}.json") or {}).get("num_samples")
+        found = (read_json(config.runtime.data_path / config.dataset / f"{split}.json") or {}).get("num_samples")
     except RunError:
         return known
     return found if isinstance(found, int) else known

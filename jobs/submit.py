@@ -49,6 +49,7 @@ from vitpa.config import (
     RunConfig,
     RunDir,
     code_version,
+    literal_path,
     parse_config,
     record_config,
     utc_now,
@@ -222,9 +223,9 @@ def shares(limit: int | None, sizes: Sequence[int]) -> list[int | None]:
 def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[str]) -> RunConfig:
     document = run.config.model_dump(mode="json")
     document["runtime"].update(runtime)
-    config = parse_config(document, run.label, [*overrides, f"runtime.root={json.dumps(str(root))}"])
+    config = parse_config(document, run.label, [*overrides, f"runtime.root={json.dumps(literal_path(root))}"])
     assert config.signature == run.signature, "the runtime section must not change the signature"
-    data_dir = str(Path(config.runtime.data_dir).resolve())
+    data_dir = literal_path(config.runtime.data_path.resolve())
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": data_dir})})
 
 
@@ -243,9 +244,9 @@ def check_data(order: Order) -> None:
     """
     configs = [config for batch in order.batches for config in batch.configs]
     absent: dict[str, Path] = {}
-    for dataset, data_dir in sorted({(config.dataset, config.runtime.data_dir) for config in configs}):
+    for dataset, data_dir in sorted({(config.dataset, config.runtime.data_path) for config in configs}):
         for split in ("train", "val"):
-            path = Path(data_dir) / dataset / f"{split}.beton"
+            path = data_dir / dataset / f"{split}.beton"
             if not path.is_file():
                 absent.setdefault(dataset, path)
     if absent:

@@ -27,7 +27,17 @@ from jobs.snapshot import make_snapshot
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
 from jobs.submission import Place, ran_other_code, settle
 from jobs.submit import WRITERS, Order, check_data, prepare, submit
-from vitpa.config import ConfigError, ProcessId, RunError, os_error_line, parse_config, read_json, utc_now, write_json
+from vitpa.config import (
+    ConfigError,
+    ProcessId,
+    RunError,
+    literal_path,
+    os_error_line,
+    parse_config,
+    read_json,
+    utc_now,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from jobs.limits import Outlook
@@ -130,7 +140,7 @@ def _context(options: argparse.Namespace) -> Context:
         getattr(options, "profile", None), getattr(options, "data_dir", None)
     )
     if place.data_dir is not None:
-        overrides.append(f"runtime.data_dir={json.dumps(place.data_dir)}")
+        overrides.append(f"runtime.data_dir={json.dumps(literal_path(Path(place.data_dir)))}")
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
     return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, default_root, stop_cluster
 from slurm.devcluster_config import Layout, Settings
 from slurm.devcluster_status import as_text, status_of
+from vitpa.arguments import path_argument, whole_number
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -42,11 +43,13 @@ def add_parser(subparsers: Subparsers) -> None:
     for verb, (text, example) in VERBS.items():
         parser = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
         parser.add_argument(
-            "--dir", type=Path, default=default_root(), help="its folder, on a local disk (default: %(default)s)"
+            "--dir", type=path_argument, default=default_root(), help="its folder, on a local disk (default: %(default)s)"
         )
         if verb == "start":
-            parser.add_argument("--nodes", type=int, default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
-            parser.add_argument("--gpus", type=int, default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)")
+            parser.add_argument("--nodes", type=whole_number(1), default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
+            parser.add_argument(
+                "--gpus", type=whole_number(0), default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)"
+            )
             parser.add_argument("--foreground", action="store_true", help="stay, and stop it with Ctrl-C")
         if verb == "stop":
             parser.add_argument("--keep-logs", action="store_true", help="keep DIR/log; the next start or stop removes it")

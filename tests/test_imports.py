@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = ("vitpa", "jobs", "data_prep", "slurm")
+FOR_EVERY_COMMAND = ("vitpa.arguments", "vitpa.terminal")  # what is typed and what is shown: the standard library and rich
 TORCH = {"torch", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
 
 
@@ -48,10 +49,10 @@ def may_import(module: str) -> tuple[str, ...]:
     if within(module, ("vitpa",)):
         return ("vitpa",)
     if within(module, ("jobs",)):
-        return ("jobs", "vitpa.config", "vitpa.datasets")
+        return ("jobs", "vitpa.config", "vitpa.datasets", *FOR_EVERY_COMMAND)
     if within(module, ("data_prep",)):
-        return ("data_prep", "vitpa.datasets", "vitpa.data.beton")
-    return ("slurm",)
+        return ("data_prep", "vitpa.datasets", "vitpa.data.beton", *FOR_EVERY_COMMAND)
+    return ("slurm", *FOR_EVERY_COMMAND)
 
 
 @pytest.mark.parametrize("package", OURS)
@@ -83,7 +84,8 @@ def test_kernels_need_torch_and_triton_only() -> None:
 
 def test_a_login_node_needs_no_torch() -> None:
     light = [path for _, path in modules("jobs")] + [
-        ROOT / f"vitpa/{name}.py" for name in ("config", "rundir", "datasets", "cli", "code_version", "replica_fit")
+        ROOT / f"vitpa/{name}.py"
+        for name in ("config", "rundir", "datasets", "cli", "code_version", "replica_fit", "arguments")
     ]
     wrong = [(path.name, name) for path in light for name in imported(path) if name.split(".")[0] in TORCH]
     assert not wrong

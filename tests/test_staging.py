@@ -361,9 +361,9 @@ def test_the_folder_is_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expanded("~/stage") == Path("/home/someone/stage")
     assert expanded("${VITPA_TEST_DISK}/stage") == expanded("$VITPA_TEST_DISK/stage") == Path("/local/stage")
     for unset in ("$VITPA_TEST_UNSET", "${VITPA_TEST_UNSET}"):
-        with pytest.raises(ConfigError, match=re.escape(f"runtime.stage_dir={unset}/x: {unset} is not set on ")):
+        with pytest.raises(ConfigError, match=re.escape(f"runtime.stage_dir={unset}/x: {unset} is not set here; ")):
             expanded(f"{unset}/x")
-    with pytest.raises(ConfigError, match="somewhere is not an absolute path on "):
+    with pytest.raises(ConfigError, match="somewhere is not an absolute path; on "):
         expanded("$VITPA_TEST_NOWHERE")
     with pytest.raises(ValueError, match=r"runtime\.stage_dir=stage: expected an absolute path, or one that begins with ~"):
         RuntimeConfig(stage_dir="stage")

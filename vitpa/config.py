@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from vitpa.arguments import ConfigError, expand_path, literal_path
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
 from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import memory_gib, why_not_together
@@ -58,7 +59,9 @@ __all__ = [
     "code_record",
     "code_version",
     "create_exclusive",
+    "expand_path",
     "keys_help",
+    "literal_path",
     "load_config",
     "load_model",
     "memory_gib",
@@ -78,10 +81,6 @@ __all__ = [
 ]
 
 EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
-
-
-class ConfigError(ValueError):
-    """A configuration the user has to mend: one line with the file or key, what was found and what is allowed."""
 
 
 def _number(value: object) -> object:
@@ -234,6 +233,16 @@ class RuntimeConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")
 
+    @property
+    def root_path(self) -> Path:
+        """`root` with `~` and variables expanded."""
+        return expand_path(self.root, "runtime.root")
+
+    @property
+    def data_path(self) -> Path:
+        """`data_dir` with `~` and variables expanded."""
+        return expand_path(self.data_dir, "runtime.data_dir")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.stage_dir is not None and not self.stage_dir.startswith(("/", "~", "$")):
@@ -299,7 +308,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> RunDir:
         """Where the run lives: `<runtime.root>/runs/<signature>`."""
-        return RunDir(Path(self.runtime.root), self.signature)
+        return RunDir(self.runtime.root_path, self.signature)
 
 
 def record_config(config: RunConfig) -> RunDir:

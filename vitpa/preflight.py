@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from vitpa.arguments import number, path_argument, whole_number
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.datasets import SPLITS
@@ -57,9 +58,9 @@ def check_cpus(wanted: int) -> Check:
 
 def check_files(config: RunConfig, options: argparse.Namespace) -> Iterator[Check]:
     """The disk that takes the results, and both splits of the data."""
-    yield check_disk(Path(config.runtime.root), options.min_free_gib)
+    yield check_disk(config.runtime.root_path, options.min_free_gib)
     for split in SPLITS:
-        yield check_data(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split)
+        yield check_data(beton_path(config.runtime.data_path, config.dataset, split), config.dataset, split)
 
 
 def check_disk(root: Path, min_free_gib: float) -> Check:
@@ -229,19 +230,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"example: python -m vitpa.preflight cifar10 --gpus 4 --cpus 32\n\nkeys:\n{keys_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="a YAML file, or the name of a shipped recipe such as cifar10")
+    parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs that the job has on this node; not looked at on the CPU")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs that the job has on this node (default: %(default)s)")
-    parser.add_argument("--min-free-gib", type=float, default=1.0, help="room below runtime.root (default: %(default)s)")
+    parser.add_argument(
+        "--gpus", type=whole_number(0), required=True, help="GPUs that the job has on this node; not looked at on the CPU"
+    )
+    parser.add_argument(
+        "--cpus", type=whole_number(1), default=1, help="CPUs that the job has on this node (default: %(default)s)"
+    )
+    parser.add_argument("--min-free-gib", type=number(0), default=1.0, help="room below runtime.root (default: %(default)s)")
     parser.add_argument(
         "--max-used-gib",
-        type=float,
+        type=number(0),
         default=1.5,
         help="memory of a GPU in use, of which this check's own CUDA context is about 0.5 (default: %(default)s)",
     )
     parser.add_argument(
-        "--deadline-s", type=float, default=120.0, help="after which a check counts as hung (default: %(default)s)"
+        "--deadline-s", type=number(0), default=120.0, help="after which a check counts as hung (default: %(default)s)"
     )
     parser.add_argument("--only", choices=("files", "gpus"), help="make these checks in this process, a line each")
     options = parser.parse_intermixed_args(arguments)

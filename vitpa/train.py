@@ -30,6 +30,7 @@ from torchvision.utils import make_grid
 
 from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
+from vitpa.arguments import path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
 from vitpa.data.augment import Augmentation, epoch_keys
@@ -158,7 +159,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
     batch_size = local_batch_size(config, group)
-    data_dir = Path(config.runtime.data_dir)
+    data_dir = config.runtime.data_path
     if config.runtime.stage_dir is not None:
         data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
     betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
@@ -710,10 +711,7 @@ def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None
 
 def seed_list(text: str) -> list[int]:
     """The seeds in a text such as 0,1,2."""
-    try:
-        seeds = [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seeds with commas between, such as 0,1,2") from error
+    seeds = whole_numbers(0)(text)
     if len(set(seeds)) < len(seeds):
         raise argparse.ArgumentTypeError(f"{text}: a seed comes up twice")
     return seeds
@@ -727,7 +725,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
         RunError: its directory cannot be used.
         OSError: it cannot be made or written.
     """
-    root = Path(config.runtime.root)
+    root = config.runtime.root_path
     try:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
@@ -738,7 +736,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
         return False
     if not config.runtime.stage_dir:  # else the node may have a copy
         for split in SPLITS:
-            Beton.open(beton_path(Path(config.runtime.data_dir), config.dataset, split), config.dataset, split).close()
+            Beton.open(beton_path(config.runtime.data_path, config.dataset, split), config.dataset, split).close()
     stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
     return True
 
@@ -752,7 +750,7 @@ def command_parser() -> argparse.ArgumentParser:
         f"          vitpa train cifar10 --seeds 0,1,2,3,4\n\nkeys:\n{keys_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="a YAML file, or the name of a shipped recipe such as cifar10")
+    parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
     parser.add_argument(
         "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 import torch
 
+from vitpa.arguments import number, whole_number, whole_numbers
 from vitpa.bench.measure import (
     file_name,
     gflop_per_image,
@@ -164,7 +164,7 @@ def open_betons(config: RunConfig, dataset: str) -> dict[str, Beton]:
     Raises:
         BetonError: they cannot be used.
     """
-    folder = Path(config.runtime.data_dir)
+    folder = config.runtime.data_path
     return {split: Beton.open(beton_path(folder, dataset, split), dataset, split) for split in SPLITS}
 
 
@@ -311,47 +311,27 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument(
         "--dataset", help="a data set that `vitpa prep` made, for the loader; without it synthetic images only"
     )
-    parser.add_argument("--gpus", type=counts, default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1")
     parser.add_argument(
-        "--batch-size", type=size, default=1024, metavar="B", help="of all GPUs together, and for several also of each: 1024"
+        "--gpus", type=whole_numbers(1), default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        default=1024,
+        metavar="B",
+        help="of all GPUs together, and for several also of each: 1024",
     )
     parser.add_argument("--parts", type=parts, default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
     parser.add_argument("--step", choices=("auto", "compile", "eager"), default="auto", help="how our steps run: auto")
     parser.add_argument(
-        "--window-s", type=seconds, default=0.5, metavar="S", help="how long each of 5 windows lasts at least: 0.5"
+        "--window-s",
+        type=number(0, above=True),
+        default=0.5,
+        metavar="S",
+        help="how long each of 5 windows lasts at least: 0.5",
     )
     parser.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(measure=run)
-
-
-def size(text: str) -> int:
-    """A number of images."""
-    numbers = counts(text)
-    if len(numbers) > 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
-    return numbers[0]
-
-
-def seconds(text: str) -> float:
-    """A time above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
-    return number
-
-
-def counts(text: str) -> list[int]:
-    """Numbers from 1 on, with commas between."""
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers from 1 on with commas between, such as 1,2")
-    return numbers
 
 
 def parts(text: str) -> tuple[str, ...]:

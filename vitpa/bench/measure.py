@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vitpa.arguments import path_argument
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig
 from vitpa.data.augment import Augmentation
@@ -31,7 +32,7 @@ def file_name(text: str) -> Path:
     """The file that `--json` names."""
     if not text:
         raise argparse.ArgumentTypeError("expected the name of a file")
-    return Path(text)
+    return path_argument(text)
 
 
 def make_steps(

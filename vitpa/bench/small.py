@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from vitpa.arguments import whole_numbers
 from vitpa.bench.measure import (
     file_name,
     gflop_per_image,
@@ -147,21 +148,13 @@ def add_parser(benchmarks: Any) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the cifar10 recipe")
     parser.add_argument("--attention", choices=("content", "positional"), action="append", help="only this one")
-    parser.add_argument("--replicas", type=_counts, default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10")
+    parser.add_argument(
+        "--replicas", type=whole_numbers(1), default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10"
+    )
     parser.add_argument("--no-ablation", action="store_true", help="leave out the lines without augmentation")
     parser.add_argument("--only-graph", action="store_true", help="leave out timm's module")
     parser.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
     parser.set_defaults(measure=run)
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(word) for word in text.split(",")]
-    except ValueError:
-        counts = [0]
-    if min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers from 1 on with commas between, such as 1,5,10")
-    return counts
 
 
 def random_images() -> Images:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import socket
 import sys
 import threading
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from vitpa.config import ConfigError
+from vitpa.config import ConfigError, expand_path
 from vitpa.data.beton import Beton, BetonError, BetonFile, Manifest, beton_path, manifest_path
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
@@ -103,14 +102,14 @@ def expanded(stage_dir: str) -> Path:
     Raises:
         ConfigError: a variable is not set here, or it is no absolute path.
     """
-    path = os.path.expandvars(os.path.expanduser(stage_dir))  # noqa: PTH111 - Path.expanduser raises RuntimeError
-    unset = re.search(r"\$(\w+|\{[^}]*\})", path)
-    if unset or not path.startswith("/"):
-        why = f"{unset[0]} is not set" if unset else f"{path} is not an absolute path"
-        raise ConfigError(
-            f"runtime.stage_dir={stage_dir}: {why} on {socket.gethostname()}; name a folder of the node's own disk, or null"
-        )
-    return Path(path)
+    try:
+        path = expand_path(stage_dir, "runtime.stage_dir")
+        why = "" if path.is_absolute() else f"runtime.stage_dir={stage_dir}: {path} is not an absolute path"
+    except ConfigError as error:
+        why = str(error)
+    if why:
+        raise ConfigError(f"{why}; on {socket.gethostname()} name a folder of the node's own disk, or null")
+    return path
 
 
 @dataclass(frozen=True)
