@@ -40,7 +40,7 @@ from vitpa.data.counter_rng import Purpose, key
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.data.gpu_decoder import GpuDecoder, why_not_gpu
 from vitpa.data.resident import ResidentImages, decoded
-from vitpa.data.staging import staged
+from vitpa.data.staging import open_copy, staged
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
@@ -160,11 +160,11 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
     batch_size = local_batch_size(config, group)
     data_dir = config.runtime.data_path
-    if config.runtime.stage_dir is not None:
-        data_dir = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
-    betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
-    for beton in betons.values():
-        beton.is_copy = config.runtime.stage_dir is not None
+    if config.runtime.stage_dir is None:
+        betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
+    else:
+        copy = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
+        betons = {split: open_copy(copy, config.dataset, split) for split in SPLITS}
     num_samples = {split: len(beton) for split, beton in betons.items()}
     epoch_steps = steps_per_epoch(num_samples["train"], config.train.global_batch_size)
     if not epoch_steps:

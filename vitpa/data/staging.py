@@ -3,6 +3,10 @@
 A copy lies in a folder that is named by what the manifests say: all runs on those data share it, other data have another.
 Who copies holds a claim there: numbered files, of which the last counts; whoever finds its holder dead makes the next one.
 Only what a copy has left unfinished or damaged is ever deleted here.
+
+Other users of the node can write to its disk, too. So the folders of a copy are ours alone (private_folder.py), and a copy
+is read only if its content was compared with the hash in its manifest by one of our own processes: that leaves a stamp,
+which counts as long as inode, size and times of the file are those that it names.
 """
 
 from __future__ import annotations
@@ -14,33 +18,35 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitpa.config import ConfigError, expand_path
 from vitpa.data.beton import Beton, BetonError, BetonFile, Manifest, beton_path, manifest_path
+from vitpa.data.private_folder import NotOursError, PrivateFolder, is_private_file
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
-from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, write_json
+from vitpa.rundir import ProcessId, to_json
 
 POLL_S = 1.0
 LINE_EVERY_S = 10.0
 COPIERS = 4  # threads; one alone keeps neither a disk nor a network busy
 CHUNK_BYTES = 4 << 20
 SPARE = 0.05  # of what is copied: room that is left to others
+STAMPS = ".checked"  # no data set can be called so
 GIB = 2**30
 
 
 def staged(data_dir: Path, dataset: str, stage_dir: str, group: Group) -> Path:
     """The folder to read a data set from instead of `data_dir`: its copy on this node, which is made if it is not there.
 
-    Called by all processes of a run at once; the first one of each node copies, or waits for another run that does. A copy
-    is compared with the hash in its manifest when it is made; one that is there already only by its sizes and tables.
+    Called by all processes of a run at once; the first one of each node copies, or waits for another run that does. The
+    content of a copy is compared with the hash in its manifest when it is made, and when its file has changed since then.
 
     Args:
         data_dir: The folder with `<dataset>/train.beton` and so on.
@@ -49,10 +55,11 @@ def staged(data_dir: Path, dataset: str, stage_dir: str, group: Group) -> Path:
         group: The processes of the run.
 
     Returns:
-        a folder to be used like `data_dir`.
+        a folder to be used like `data_dir`, by `open_copy`.
 
     Raises:
-        ConfigError: `stage_dir` cannot be used, or the copy does not fit; in all processes, also if it is so on one node.
+        ConfigError: `stage_dir` cannot be used, somebody else has been there, or the copy does not fit; in all processes, also
+            if it is so on one node.
         BetonError: the data are missing or damaged.
     """
     abandoned = threading.Event()
@@ -83,11 +90,13 @@ def _stage(data_dir: Path, dataset: str, stage_dir: str, abandoned: threading.Ev
     """What one process does: find the folder and, if it is the one that `copies`, see that the copy is there."""
     manifests = {split: Manifest.read(manifest_path(beton_path(data_dir, dataset, split))) for split in SPLITS}
     names = hashlib.sha256("".join(manifest.model_dump_json() for manifest in manifests.values()).encode()).hexdigest()
-    folder = expanded(stage_dir) / f"vitpa-{os.getuid()}" / f"{dataset}-{names[:16]}"
+    folder = expanded(stage_dir).resolve() / f"vitpa-{os.geteuid()}" / f"{dataset}-{names[:16]}"
     staging = _Staging(data_dir, dataset, manifests, stage_dir, folder, abandoned)
     if copies:
         try:
             staging.run()
+        except NotOursError as error:
+            raise staging.refusal(f"{error} (on {socket.gethostname()})") from error
         except OSError as error:
             what = f"the copy of {data_dir / dataset} to {folder} on {socket.gethostname()} failed: {error.strerror}"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -112,7 +121,73 @@ def expanded(stage_dir: str) -> Path:
     return path
 
 
+def open_copy(folder: Path, dataset: str, split: str) -> Beton:
+    """Open a split in the folder that `staged` has returned.
+
+    Raises:
+        ConfigError: somebody else has been there.
+        BetonError: it was changed, or removed, since it was checked.
+    """
+    try:
+        with _Folders.open(folder, dataset) as folders:
+            beton = Beton.open(beton_path(folder, dataset, split), dataset, split, folders.data.descriptor)
+            if not folders.was_checked(split, beton.status, beton.manifest):
+                raise BetonError(f"{beton.path}: was changed after it was checked; start again: the copy is checked again")
+    except NotOursError as error:
+        raise ConfigError(f"runtime.stage_dir: {error}") from error
+    beton.is_copy = True
+    return beton
+
+
+class _Stamp(BaseModel):
+    """Which file was checked, against which hash. Without its times it could be another one of the same size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    beton_sha256: str
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result, manifest: Manifest) -> _Stamp:
+        return cls(
+            beton_sha256=manifest.beton_sha256,
+            inode=status.st_ino,
+            size_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            ctime_ns=status.st_ctime_ns,
+        )
+
+
 @dataclass(frozen=True)
+class _Folders:
+    """The folders of a copy, opened."""
+
+    data: PrivateFolder  # the .beton files and their manifests
+    claims: PrivateFolder
+    stamps: PrivateFolder  # <split>.json
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, dataset: str) -> Iterator[_Folders]:
+        """Open those of the copy in `folder`, or make them; raises as `PrivateFolder.open`."""
+        with ExitStack() as stack:
+            above = stack.enter_context(PrivateFolder.open(folder.parent))
+            copy = stack.enter_context(above.folder(folder.name))
+            yield cls(*(stack.enter_context(copy.folder(name)) for name in (dataset, "claims", STAMPS)))
+
+    def was_checked(self, split: str, status: os.stat_result, manifest: Manifest) -> bool:
+        """Whether the content of this file, of ours, was compared with the hash in its manifest."""
+        try:
+            stamp = _Stamp.model_validate_json(self.stamps.read(f"{split}.json") or b"")
+        except (ValidationError, NotOursError):
+            return False
+        return is_private_file(status) and stamp == _Stamp.of(status, manifest)
+
+
+@dataclass
 class _Staging:
     """One data set's copy on this node."""
 
@@ -122,28 +197,27 @@ class _Staging:
     stage_dir: str  # as the user wrote it
     folder: Path
     abandoned: threading.Event  # set when nobody waits for the copy any more
+    folders: _Folders = field(init=False)  # while `run` runs
 
     def run(self) -> None:
         """See that the copy is there: find it, make it, or wait for the process that makes it."""
         self.folder.parent.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.parent.mkdir(mode=0o700, exist_ok=True)  # others use the node, too, and the data may not be for them
-        claims = self.folder / "claims"
-        for folder in (self.folder, self.folder / self.dataset, claims):
-            folder.mkdir(exist_ok=True)
-        while self._missing():
-            last = max((int(path.name) for path in claims.iterdir() if path.name.isdecimal()), default=0)
-            holder = self._holder(claims / str(last)) if last else None
-            claim = claims / str(last + 1)  # of several that found the last one given up, one can make it
-            if holder is not None:
-                _say(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
-                while self._holder(claims / str(last)):
-                    self._pause(POLL_S)
-            elif create_exclusive(claim, ProcessId.mine().model_dump_json()):
-                try:
-                    self._copy(claim.name)
-                finally:
-                    _given_up(claim).touch()
-                break
+        with _Folders.open(self.folder, self.dataset) as self.folders:
+            claims = self.folders.claims
+            while self._missing():
+                last = max((int(name) for name in claims.names() if name.isdecimal()), default=0)
+                holder = self._holder(last) if last else None
+                claim = str(last + 1)  # of several that found the last one given up, one can make it
+                if holder is not None:
+                    _say(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
+                    while self._holder(last):
+                        self._pause(POLL_S)
+                elif claims.create(claim, ProcessId.mine().model_dump_json()):
+                    try:
+                        self._copy(claim)
+                    finally:
+                        claims.create(_given_up(claim), "")
+                    break
         _say(f"{self.dataset}: is read from its copy in {self.folder} on {socket.gethostname()}")
 
     def bytes_of(self, splits: Sequence[str]) -> int:
@@ -160,14 +234,15 @@ class _Staging:
         if self.abandoned.wait(seconds):
             raise CancelledError
 
-    def _holder(self, claim: Path) -> ProcessId | None:
+    def _holder(self, number: int) -> ProcessId | None:
         """The process that has a claim; None if it has given it up, or is dead."""
-        if _given_up(claim).exists():
+        claims, claim = self.folders.claims, self.folder / "claims" / str(number)
+        if claims.status(_given_up(claim.name)):
             return None
         try:
-            document = read_json(claim)
-            holder = None if document is None else ProcessId.model_validate(document)
-        except (RunError, ValidationError) as error:
+            document = claims.read(claim.name)
+            holder = None if document is None else ProcessId.model_validate_json(document)
+        except (NotOursError, ValidationError) as error:
             raise self.refusal(f"{claim} does not say which process copies; delete it if none does") from error
         if holder is None or holder.alive() is False:
             return None
@@ -179,23 +254,29 @@ class _Staging:
         return holder
 
     def _missing(self) -> list[str]:
-        """The splits without a copy, or with one that can be seen to be damaged without reading all of it."""
-        return [split for split in SPLITS if not self._is_there(split)]
+        """The splits without a copy that has been checked and is as it was then."""
+        return [split for split in SPLITS if not self._is_there(split, checked=True)]
 
-    def _is_there(self, split: str) -> bool:
+    def _is_there(self, split: str, *, checked: bool) -> bool:
+        """Whether a copy has the right size, tables and manifest, and if asked for a stamp that is still right."""
+        path, folders = beton_path(self.folder, self.dataset, split), self.folders
         try:
-            with Beton.open(beton_path(self.folder, self.dataset, split)) as copy:
-                return copy.manifest == self.manifests[split]
+            with Beton.open(path, dir_fd=folders.data.descriptor) as copy:
+                same = copy.manifest == self.manifests[split] and is_private_file(copy.status)
+                return same and (not checked or folders.was_checked(split, copy.status, copy.manifest))
         except (BetonError, OSError):
             return False
 
     def _copy(self, claim: str) -> None:
         """Copy what is missing; only the holder of the claim does."""
-        splits = self._missing()  # the last holder may have been ready just now
+        data = self.folders.data
+        missing = self._missing()  # the last holder may have been ready just now
+        splits = [split for split in missing if not self._was_whole(split)]
         for split in splits:  # what is damaged goes first: there may not be room for both
-            for path in beton_path(self.folder, self.dataset, split).parent.glob(f"{split}.*"):
-                path.unlink()
-        needed, disk = self.bytes_of(splits) * (1 + SPARE), os.statvfs(self.folder)
+            for name in data.names():
+                if name.startswith(f"{split}."):
+                    data.remove(name)
+        needed, disk = self.bytes_of(splits) * (1 + SPARE), os.fstatvfs(data.descriptor)
         free = disk.f_bavail * disk.f_frsize
         if free < needed:
             raise self.refusal(
@@ -205,15 +286,27 @@ class _Staging:
         for split in splits:
             self._copy_split(split, claim)
 
+    def _was_whole(self, split: str) -> bool:
+        """Check a copy that is there without a stamp, or was touched since."""
+        if not self._is_there(split, checked=False):
+            return False
+        path = beton_path(self.folder, self.dataset, split)
+        _say(f"{self.dataset}: checking {path}, which is there already")
+        if self._content_sha256(path, split) != self.manifests[split].beton_sha256:
+            _say(f"{self.dataset}: {path} is not what its manifest says; it is made again")
+            return False
+        self._stamp(split)
+        return True
+
     def _copy_split(self, split: str, claim: str) -> None:
-        """Copy a .beton and, last of all, its manifest, which says that the copy is whole."""
+        """Copy a .beton, its manifest and, last of all, the stamp, which says that the copy is whole."""
         source, target = (beton_path(folder, self.dataset, split) for folder in (self.data_dir, self.folder))
         Beton.open(source, self.dataset, split).close()  # what is damaged itself is not worth the copying
-        manifest, partial = self.manifests[split], target.with_name(f"{target.name}.{claim}")
+        data, manifest, partial = self.folders.data, self.manifests[split], target.with_name(f"{target.name}.{claim}")
         size, began_s = manifest.file_size_bytes, time.monotonic()
         _say(f"{self.dataset}: copying {source} ({_gib(size)}) to {target}")
         try:
-            with source.open("rb") as reader, partial.open("xb") as writer:
+            with source.open("rb") as reader, os.fdopen(data.new_file(partial.name), "wb") as writer:
                 os.posix_fallocate(writer.fileno(), 0, size)  # a disk that is too full says so now, not in the middle
                 copied = _Progress(f"{self.dataset}/{split} copied", size)
                 with closing(_copy_chunks(reader.fileno(), writer.fileno(), size)) as chunks:
@@ -228,12 +321,19 @@ class _Staging:
                     f"the copy of {source} is not what its manifest says; `vitpa prep {self.dataset} --verify` tells "
                     "whether it is the original that is damaged"
                 )
-            partial.replace(target)
+            data.rename(partial.name, target.name)
         finally:
-            partial.unlink(missing_ok=True)
-        write_json(manifest_path(target), manifest.model_dump(mode="json"))
+            data.remove(partial.name)
+        data.write(manifest_path(target).name, to_json(manifest.model_dump(mode="json")))
+        self._stamp(split)
         checked_s = time.monotonic() - began_s - copied_s
         _say(f"{self.dataset}: {target} copied in {copied_s:.1f} s, checked in {checked_s:.1f} s")
+
+    def _stamp(self, split: str) -> None:
+        """Write down that the content of a split was checked."""
+        status = self.folders.data.status(f"{split}.beton")
+        assert status is not None
+        self.folders.stamps.write(f"{split}.json", to_json(_Stamp.of(status, self.manifests[split]).model_dump()))
 
     def _content_sha256(self, path: Path, split: str) -> str:
         """The hash of the samples in a copy, or why there is none."""
@@ -246,7 +346,7 @@ class _Staging:
             self._pause()
 
         try:
-            with BetonFile(path) as copy:
+            with BetonFile(path, self.folders.data.descriptor) as copy:
                 return copy.content_sha256(count)
         except BetonError as error:
             return str(error)
@@ -288,9 +388,9 @@ def _copy_chunk(source: int, target: int, start: int, size: int) -> int:
     return done  # less than asked for if the source has been cut meanwhile, which the check of the copy finds
 
 
-def _given_up(claim: Path) -> Path:
+def _given_up(claim: str) -> str:
     """There when the holder of a claim does not need it any more."""
-    return claim.with_suffix(".given_up")
+    return f"{claim}.given_up"
 
 
 def _gib(size: float) -> str:
