@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,24 @@ def fresh_compiler() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture(autouse=True)
+def turn_on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked `whole_gpu` runs while no other test uses a GPU, in whatever process of pytest-xdist; `gpu` ones share.
+
+    Whoever waits for his turn stands in the door, so that those who come later cannot keep him from it.
+    """
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    kind = fcntl.LOCK_EX if request.node.get_closest_marker("whole_gpu") else fcntl.LOCK_SH
+    folder = Path(tempfile.gettempdir())
+    with (folder / f"vitpa-gpu-{os.geteuid()}.lock").open("a") as room:
+        with (folder / f"vitpa-gpu-{os.geteuid()}.door.lock").open("a") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, kind)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,30 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     assert (check.ok, check.blames) == (False, blames)
 
 
-def test_what_hangs_is_given_up_at_the_deadline_and_blames_the_node(data: Path, tmp_path: Path) -> None:
-    path = data / "digits" / "train.beton"
-    path.unlink()
-    os.mkfifo(path)  # opening it waits for ever, as for a file server that is gone
-    found = report(data, tmp_path, "--deadline-s=2")
+HANGS = """
+import os, time
+opened = os.open
+def gone(path, *arguments, **options):
+    if str(path).endswith("digits/train.beton"):
+        time.sleep(1000)
+    return opened(path, *arguments, **options)
+os.open = gone
+"""
+
+
+def test_what_hangs_is_given_up_at_the_deadline_and_blames_the_node(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began_s = time.monotonic()
+    run("digits", "--gpus=0")
+    deadline_s = max(2, round(3 * (time.monotonic() - began_s)))  # a busy machine takes its time
+    (tmp_path / "sitecustomize.py").write_text(HANGS)  # opening the file waits for ever: its server is gone
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = report(digits, tmp_path, f"--deadline-s={deadline_s}")
     assert failures(found) == [("data_train", "node")]
-    assert detail(found, "data_train") == "no answer in 2 s"
+    assert detail(found, "data_train") == f"no answer in {deadline_s} s"
     assert detail(found, "disk").endswith("GiB free")  # what was found before counts
-    assert found["duration_s"] < 10
+    assert found["duration_s"] < 5 * deadline_s
 
 
 def test_a_check_that_dies_blames_the_node_and_one_that_fails_the_run(capfd: pytest.CaptureFixture[str]) -> None:
@@ -174,32 +190,42 @@ def test_gpus_that_are_not_there_blame_the_node(digits: Path, tmp_path: Path) ->
     assert detail(found, "gpu_count") == "0 visible GPUs, 2 expected (CUDA_VISIBLE_DEVICES: )"
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.whole_gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_good_gpus_pass(digits: Path, tmp_path: Path) -> None:
-    found = report(digits, tmp_path, gpus=torch.cuda.device_count())
-    assert found["ok"]
-    assert detail(found, "gpu0_product") == "matrix products are exact"
-    assert float(detail(found, "gpu0_memory").split()[0]) < 1
+class TestOnGpu:
+    """No test beside these, but what other processes of pytest keep of a GPU, as this one does, counts as used."""
 
+    pytestmark = on_gpu
 
-@pytest.mark.gpu
-@needs_gpu
-def test_a_gpu_too_many_blames_the_run(digits: Path, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    found = report(digits, tmp_path, gpus=1, cuda="0,1")
-    assert failures(found) == [("gpu_count", "run")]
+    @pytest.fixture
+    def limit(self) -> float:
+        """What may be in use: a GiB more than is."""
+        used = [total - free for free, total in map(torch.cuda.mem_get_info, range(torch.cuda.device_count()))]
+        return max(used) / 2**30 + 1
 
+    def test_good_gpus_pass(self, digits: Path, tmp_path: Path, limit: float) -> None:
+        found = report(digits, tmp_path, f"--max-used-gib={limit}", gpus=torch.cuda.device_count())
+        assert found["ok"], found
+        assert detail(found, "gpu0_product") == "matrix products are exact"
+        assert float(detail(found, "gpu0_memory").split()[0]) < limit
 
-@pytest.mark.gpu
-@needs_gpu
-def test_a_gpu_that_somebody_uses_blames_the_node_unless_runs_share_it(digits: Path, tmp_path: Path) -> None:
-    held = torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda:0")
-    assert failures(report(digits, tmp_path, gpus=1, cuda="0")) == [("gpu0_memory", "node")]
-    assert not failures(report(digits, tmp_path, "runtime.runs_per_gpu=2", gpus=1, cuda="0"))
-    assert not failures(report(digits, tmp_path, "--max-used-gib=8", gpus=1, cuda="0"))
-    del held
+    def test_a_gpu_too_many_blames_the_run(self, digits: Path, tmp_path: Path, limit: float) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        found = report(digits, tmp_path, f"--max-used-gib={limit}", gpus=1, cuda="0,1")
+        assert failures(found) == [("gpu_count", "run")]
+
+    def test_somebody_elses_memory_blames_the_node_unless_runs_share_it(
+        self, digits: Path, tmp_path: Path, limit: float
+    ) -> None:
+        held = torch.zeros(3 * 2**30, dtype=torch.uint8, device="cuda:0")
+        assert failures(report(digits, tmp_path, f"--max-used-gib={limit}", gpus=1, cuda="0")) == [("gpu0_memory", "node")]
+        assert not failures(report(digits, tmp_path, "runtime.runs_per_gpu=2", f"--max-used-gib={limit}", gpus=1, cuda="0"))
+        assert not failures(report(digits, tmp_path, f"--max-used-gib={limit + 4}", gpus=1, cuda="0"))
+        del held
+        torch.cuda.empty_cache()
