@@ -1,0 +1,183 @@
+"""Whether the bytes of a JPEG or a PNG are whole: what Pillow passes over without a word.
+
+libjpeg decodes on after damage and only counts a warning, which Pillow does not show; TurboJPEG, which FFCV's library is
+linked with, reports it. Of a PNG's pixels Pillow checks no CRC. Formats: ITU-T T.81, annex B and G; the PNG specification.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+JPEG_MAGIC, PNG_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")  # but restarts, and bytes of a scan that look like one
+SEQUENTIAL, PROGRESSIVE = {0xC0, 0xC1, 0xC9}, {0xC2, 0xCA}  # frames, SOFn; others do not consist of such scans
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+SOS, EOI, APP0 = 0xDA, 0xD9, 0xE0
+END_OF_IMAGE = b"\xff\xd9"
+
+TJPF_GRAY, TJPF_CMYK = 6, 11  # turbojpeg.h: pixel formats
+TJFLAG_STOPONWARNING, TJFLAG_LIMITSCANS = 8192, 32768
+SHRINK = 8  # decoding to an eighth reads all codes, and leaves most of the arithmetic out
+
+IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where Pillow looks for an orientation
+MAX_TEXT_BYTES = 1 << 20  # of such a text when decompressed; Pillow's PngImagePlugin.MAX_TEXT_CHUNK
+
+
+@dataclass
+class _Scans:
+    """What a JPEG's markers say.
+
+    Attributes:
+        ended: Whether its last marker, EOI, is there.
+        frame: The kind of its frame, SOFn; 0 if there is none.
+        size: Width and height, pixels.
+        low_bits: Of each component the lowest bit of each of its 64 coefficients that the scans have brought; None for none.
+        revision_at: Where in the file JFIF's revision is.
+    """
+
+    ended: bool = False
+    frame: int = 0
+    size: tuple[int, int] = (0, 0)
+    low_bits: dict[int, list[int | None]] = field(default_factory=dict)
+    revision_at: int | None = None
+
+    def are_complete(self) -> bool:
+        """Whether they bring all bits of all coefficients."""
+        known = self.frame in SEQUENTIAL | PROGRESSIVE
+        return not known or all(bit == 0 for bits in self.low_bits.values() for bit in bits)
+
+    def add(self, body: bytes) -> None:
+        """Take in a scan, by what follows its marker and length."""
+        count = body[0] if body else 0
+        if len(body) < 2 * count + 4:
+            return  # libjpeg will say so
+        first, last, low_bit = body[2 * count + 1], body[2 * count + 2], body[2 * count + 3] & 15
+        if self.frame in SEQUENTIAL:
+            first, last, low_bit = 0, 63, 0
+        for bits in (self.low_bits.get(body[2 * number + 1], []) for number in range(count)):
+            bits[first : last + 1] = [low_bit] * len(bits[first : last + 1])
+
+
+def with_end(data: bytes) -> bytes:
+    """A JPEG with its last marker, EOI, without which it may yet be whole."""
+    return data if _read_scans(data).ended else data + END_OF_IMAGE
+
+
+def jpeg_damage(data: bytes, *, cmyk: bool) -> str:
+    """What is wrong with a JPEG, in libjpeg's words; empty if it is whole.
+
+    Args:
+        data: All of the file, the last marker included: see `with_end`.
+        cmyk: Whether it has the four colours of printing.
+    """
+    scans = _read_scans(data)
+    if scans.revision_at is not None and data[scans.revision_at] != 1:  # libjpeg warns of it; no pixel depends on it
+        data = data[: scans.revision_at] + b"\x01" + data[scans.revision_at + 1 :]
+    if 0 in scans.size:  # for TurboJPEG 0 means whatever the image has
+        return "no frame with a width and a height"
+    width, height = (-(-side // SHRINK) for side in scans.size)
+    pixels = np.empty((height, width, 4 if cmyk else 1), np.uint8)
+    library, decoder = _turbojpeg()
+    code = library.tjDecompress2(
+        decoder,
+        data,
+        len(data),
+        pixels.ctypes.data,
+        width,
+        0,
+        height,
+        TJPF_CMYK if cmyk else TJPF_GRAY,
+        TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS,
+    )
+    if code != 0:
+        reason: bytes = library.tjGetErrorStr2(decoder)
+        return reason.decode(errors="replace")
+    return "" if scans.are_complete() else "cut between two of its scans"
+
+
+def _read_scans(data: bytes) -> _Scans:
+    scans, at = _Scans(), 2
+    while found := MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker == EOI:
+            scans.ended = True
+            break
+        size = int.from_bytes(data[at : at + 2])
+        body = data[at + 2 : at + size]
+        if marker in FRAMES and len(body) >= 6:
+            scans.frame, scans.size = marker, (int.from_bytes(body[3:5]), int.from_bytes(body[1:3]))
+            scans.low_bits = {number: [None] * 64 for number in body[6::3]}
+        elif marker == SOS:
+            scans.add(body)
+        elif marker == APP0 and body.startswith(b"JFIF\0") and len(body) > 5:
+            scans.revision_at = at + 7
+        at += max(size, 2)
+    return scans
+
+
+@functools.cache
+def _turbojpeg() -> tuple[ctypes.CDLL, int]:
+    spec = importlib.util.find_spec("ffcv")
+    folders = spec.submodule_search_locations if spec else None
+    library = ctypes.CDLL(str(next(path for folder in folders or () for path in Path(folder).glob("_libffcv*.so"))))
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.tjInitDecompress.restype = pointer
+    library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, ctypes.c_ulong, pointer, *[number] * 5]
+    library.tjGetErrorStr2.argtypes, library.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
+    return library, library.tjInitDecompress()
+
+
+def checked_png(data: bytes) -> tuple[bytes, str]:
+    """A PNG without its texts and colour profile, and what is wrong with it, which is empty if all CRCs are right.
+
+    Pillow refuses files with long texts, of which nothing is used but the orientation. If only the last chunk is missing,
+    it is added.
+    """
+    kept, at = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC)
+    while at < len(data) and not IEND.startswith(data[at:]):
+        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data):
+            return data, f"cut within a chunk {_printable(kind)}"
+        if struct.pack(">I", zlib.crc32(data[at + 4 : end - 4])) != data[end - 4 : end]:
+            return data, f"wrong checksum of a chunk {_printable(kind)}"
+        if kind == b"IEND":
+            break
+        if kind != b"iCCP" and (kind not in TEXT_CHUNKS or _may_say_orientation(kind, data[at + 8 : end - 4])):
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, IEND]), ""
+
+
+def _may_say_orientation(kind: bytes, body: bytes) -> bool:
+    """Whether a chunk of text may hold an orientation, and is not too long for Pillow."""
+    if not body.startswith(ORIENTATION_TEXTS):
+        return False
+    keyword, _, rest = body.partition(b"\0")
+    compressed = rest[1:] if kind == b"zTXt" else b""
+    if kind == b"iTXt" and rest[:1] == b"\x01":
+        compressed = rest[2:].partition(b"\0")[2].partition(b"\0")[2]
+    if not compressed:
+        return len(keyword) + len(rest) <= MAX_TEXT_BYTES
+    decompressor = zlib.decompressobj()
+    try:
+        decompressor.decompress(compressed, MAX_TEXT_BYTES)
+    except zlib.error:
+        return False
+    return not decompressor.unconsumed_tail
+
+
+def _printable(kind: bytes) -> str:
+    return kind.decode("ascii", "backslashreplace") if kind.isalpha() else kind.hex()
