@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +16,10 @@ DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{trai
 DATASET is {", ".join(DATASETS)}, or any other name for your own ImageFolder at --source
 (train/ and val/, each with one folder per class). cifar10, cifar100 and svhn are downloaded if there is no --source.
 Photos are turned upright by their EXIF orientation and become RGB (transparent parts white); the default for them is
-short side 256 px, JPEG quality 90. Small images are stored as raw pixels. Images are never enlarged.
+short side 256 px, JPEG quality 90. Small images are stored as raw pixels: those of digits, cifar10, cifar100 and svhn,
+and a folder in which none has a side above 48 px. Images are never enlarged.
+Left out are hidden and system files and folders, and what is no image by its name; the report and the manifest count
+them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt.
 Repeated with the same settings it does nothing."""
 
 EXAMPLES = """examples:
@@ -60,6 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="share of images stored as JPEG, the others are raw pixels: larger, faster to read "
         "(0: FFCV's write_mode raw, 1: jpg, between: proportion)",
     )
+    parser.add_argument(
+        "--white-level",
+        type=whole_number(1, (1 << 31) - 1),
+        metavar="N",
+        help="the value that is white in images of more than 8 bits; default: the largest that has as many bits, and an "
+        "image that stays below a quarter of that is refused",
+    )
     parser.add_argument("--skip-corrupt", action="store_true", help="leave corrupt images out and list them in the manifest")
     parser.add_argument("--force", action="store_true", help="convert again what is there")
     parser.add_argument(
@@ -73,14 +82,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Do `vitpa prep` and return its exit code: 0 done, 1 one clear line on stderr says what is wrong."""
-    from data_prep.prep import Options, prepare  # noqa: PLC0415  # `vitpa --help` needs none of it
-    from data_prep.sources import PrepError  # noqa: PLC0415
+    from data_prep.errors import PrepError  # noqa: PLC0415  # `vitpa --help` needs none of it
+    from data_prep.prep import Options, prepare  # noqa: PLC0415
+    from data_prep.progress import Report  # noqa: PLC0415
     from vitpa.data.beton import BetonError  # noqa: PLC0415
 
     arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # a signal that is ignored, as SIGHUP under nohup, stays so
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    report = Report()
     try:
-        return 0 if prepare(Options(**arguments), partial(print, flush=True)) else 1
+        done = prepare(Options(**arguments), report)
+        if report.failure is None or isinstance(report.failure, BrokenPipeError):  # `| head` has read enough
+            return 0 if done else 1
+        message = f"all is done, but the report could not be printed: {report.failure.strerror}"
     except (PrepError, BetonError) as error:
         message = str(error)
     except OSError as error:

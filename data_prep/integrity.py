@@ -6,16 +6,14 @@ linked with, reports it. Of a PNG's pixels Pillow checks no CRC. Formats: ITU-T 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib.util
 import re
 import struct
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
+
+from vitpa.data.beton import jpeg_decompressor
 
 JPEG_MAGIC, PNG_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
@@ -26,7 +24,7 @@ SOS, EOI, APP0 = 0xDA, 0xD9, 0xE0
 END_OF_IMAGE = b"\xff\xd9"
 
 TJPF_GRAY, TJPF_CMYK = 6, 11  # turbojpeg.h: pixel formats
-TJFLAG_STOPONWARNING, TJFLAG_LIMITSCANS = 8192, 32768
+STOP_ON_WARNING, LIMIT_SCANS = 8192, 32768  # the same: flags
 SHRINK = 8  # decoding to an eighth reads all codes, and leaves most of the arithmetic out
 
 IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -89,21 +87,11 @@ def jpeg_damage(data: bytes, *, cmyk: bool) -> str:
         return "no frame with a width and a height"
     width, height = (-(-side // SHRINK) for side in scans.size)
     pixels = np.empty((height, width, 4 if cmyk else 1), np.uint8)
-    library, decoder = _turbojpeg()
-    code = library.tjDecompress2(
-        decoder,
-        data,
-        len(data),
-        pixels.ctypes.data,
-        width,
-        0,
-        height,
-        TJPF_CMYK if cmyk else TJPF_GRAY,
-        TJFLAG_STOPONWARNING | TJFLAG_LIMITSCANS,
-    )
-    if code != 0:
-        reason: bytes = library.tjGetErrorStr2(decoder)
-        return reason.decode(errors="replace")
+    size = width, 0, height, TJPF_CMYK if cmyk else TJPF_GRAY
+    with jpeg_decompressor() as (library, decoder):
+        if library.tjDecompress2(decoder, data, len(data), pixels.ctypes.data, *size, STOP_ON_WARNING | LIMIT_SCANS):
+            reason: bytes = library.tjGetErrorStr2(decoder)
+            return reason.decode(errors="replace")
     return "" if scans.are_complete() else "cut between two of its scans"
 
 
@@ -125,18 +113,6 @@ def _read_scans(data: bytes) -> _Scans:
             scans.revision_at = at + 7
         at += max(size, 2)
     return scans
-
-
-@functools.cache
-def _turbojpeg() -> tuple[ctypes.CDLL, int]:
-    spec = importlib.util.find_spec("ffcv")
-    folders = spec.submodule_search_locations if spec else None
-    library = ctypes.CDLL(str(next(path for folder in folders or () for path in Path(folder).glob("_libffcv*.so"))))
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    library.tjInitDecompress.restype = pointer
-    library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, ctypes.c_ulong, pointer, *[number] * 5]
-    library.tjGetErrorStr2.argtypes, library.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
-    return library, library.tjInitDecompress()
 
 
 def checked_png(data: bytes) -> tuple[bytes, str]:

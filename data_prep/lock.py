@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from data_prep.sources import PrepError
+from data_prep.errors import PrepError
 from vitpa.data.beton import ProcessId, RunError, create_exclusive, read_json
 
 LOCK_NAME = ".prep.lock"

@@ -6,20 +6,23 @@ last. At every moment the pair is whole or `Beton.open` refuses it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.errors import PrepError
 from data_prep.lock import locked
 from data_prep.progress import progress_bar
-from data_prep.sources import PrepError, Split, is_photo_set, load_splits
+from data_prep.sources import SMALL_PX, Split, has_small_images, is_photo_set, load_splits
 from data_prep.verify import verify
-from data_prep.write import Job, Writer, WriterError, Written
+from data_prep.write import Job, Seen, Writer, WriterError, Written
 from vitpa.data.beton import (
     VITPA_VERSION,
     Beton,
@@ -32,7 +35,7 @@ from vitpa.data.beton import (
     utc_now,
     write_json,
 )
-from vitpa.datasets import facts_of
+from vitpa.datasets import SPLITS, facts_of
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_\-]*"  # RunConfig.dataset accepts the same
 DOWNLOADS = "raw"  # folder of downloads in the output folder
@@ -40,6 +43,8 @@ PHOTO_SIDE_PX = 256
 PHOTO_QUALITY = 90
 MIN_PAGE_BYTES, MAX_PAGE_BYTES = 1 << 21, 1 << 27  # FFCV's least; two pages per worker in memory
 LONGEST_RATIO = 32  # of a photo's sides, for which a page has room
+LISTED = 100  # corrupt images, one to a line
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Options:
     max_side_px: int | None = None
     jpeg_share: float | None = None
     jpeg_quality: int | None = None
+    white_level: int | None = None
     skip_corrupt: bool = False
     force: bool = False
     verify: bool = False
@@ -72,13 +78,16 @@ def prepare(options: Options, say: Callable[[str], None]) -> bool:
     """
     if not re.fullmatch(NAME_PATTERN, options.dataset) or options.dataset == DOWNLOADS:
         raise PrepError(f"{options.dataset!r} cannot name a data set: a-z, 0-9, _ and - only, and not {DOWNLOADS!r}")
-    settings = image_settings(options)
+    image_settings(options)  # refuses what cannot be meant before anything is read
     folder = options.out / options.dataset
-    with locked(folder):
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()
+    _check_place(folder, options)
+    with ExitStack() as stack:
+        read_only = _lock(folder, stack)
         splits = load_splits(options.dataset, options.source, options.out / DOWNLOADS)
+        settings = image_settings(options, is_photo_set(options.dataset) and has_small_images(splits))
         todo = [split for split in splits if options.force or _to_do(split, options, settings, say)]
+        if todo and read_only:
+            raise read_only
         if todo:
             with Writer() as writer:
                 for split in todo:
@@ -89,19 +98,47 @@ def prepare(options: Options, say: Callable[[str], None]) -> bool:
         return all(verified)
 
 
-def image_settings(options: Options) -> ImageSettings:
+def _check_place(folder: Path, options: Options) -> None:
+    """Refuse to write among the class folders of the source, where what is written would be taken for a class."""
+    if options.source is None or not is_photo_set(options.dataset):
+        return
+    for split in SPLITS:
+        read = (options.source / split).resolve()
+        if read in (folder.resolve(), *folder.resolve().parents):
+            raise PrepError(f"{folder}: within the source's {split}/, whose class folders are read; give another --out")
+
+
+def _lock(folder: Path, stack: ExitStack) -> OSError | None:
+    """Lock the output folder and clear it of what a killed conversion left; the error if nothing can be written there."""
+    try:
+        stack.enter_context(locked(folder))
+    except OSError as error:
+        if error.errno not in READ_ONLY or not folder.is_dir():
+            raise
+        return error  # to look at what is there needs no lock
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()
+    return None
+
+
+def image_settings(options: Options, small_images: bool = False) -> ImageSettings:
     """The settings asked for: photos default to short side 256 px and JPEG of quality 90, small images to raw pixels."""
-    photos = is_photo_set(options.dataset)
+    folders = is_photo_set(options.dataset)
+    photos = folders and not small_images
+    if options.white_level is not None and not folders:
+        raise PrepError(f"--white-level has no meaning for {options.dataset}, whose pixels have 8 bits")
     share = options.jpeg_share if options.jpeg_share is not None else float(photos)
     if share == 0 and options.jpeg_quality is not None:
-        raise PrepError("--jpeg-quality has no meaning for raw pixels; give --jpeg-share too")
-    quality = (options.jpeg_quality or PHOTO_QUALITY) if share else None
-    if options.max_side_px is not None:
-        return ImageSettings(resize="max_side", size_px=options.max_side_px, jpeg_share=share, jpeg_quality=quality)
-    if options.short_side_px is not None or photos:
-        side_px = options.short_side_px or PHOTO_SIDE_PX
-        return ImageSettings(resize="short_side", size_px=side_px, jpeg_share=share, jpeg_quality=quality)
-    return ImageSettings(resize="none", size_px=None, jpeg_share=share, jpeg_quality=quality)
+        why = f" (no image is larger than {SMALL_PX} px)" if folders and options.jpeg_share is None else ""
+        raise PrepError(f"--jpeg-quality has no meaning for raw pixels{why}; give --jpeg-share too")
+    side_px = options.max_side_px or options.short_side_px or (PHOTO_SIDE_PX if photos else None)
+    return ImageSettings(
+        resize="max_side" if options.max_side_px else "short_side" if side_px else "none",
+        size_px=side_px,
+        jpeg_share=share,
+        jpeg_quality=(options.jpeg_quality or PHOTO_QUALITY) if share else None,
+        white_level=options.white_level,
+    )
 
 
 def page_bytes(settings: ImageSettings) -> int:
@@ -120,7 +157,7 @@ def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callabl
         return True
     with Beton.open(path, options.dataset, split.name) as beton:
         manifest = beton.manifest
-    asked = (options.short_side_px, options.max_side_px, options.jpeg_share, options.jpeg_quality)
+    asked = (options.short_side_px, options.max_side_px, options.jpeg_share, options.jpeg_quality, options.white_level)
     differences = [
         f"{name} {getattr(manifest.images, name)} there, {getattr(settings, name)} asked for"
         for name in ImageSettings.model_fields
@@ -148,6 +185,7 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
             with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
                 content_sha256 = file.content_sha256(advance)
         _flush(part)
+        notes = (*kept.notes(), *_seen_notes(kept, written.seen))
         manifest = Manifest(
             dataset=options.dataset,
             split=split.name,
@@ -160,6 +198,8 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
             beton_sha256=content_sha256,
             file_size_bytes=part.stat().st_size,
             skipped=skipped,
+            left_out=dict(kept.left_out),
+            notes=notes,
             tools={"vitpa": VITPA_VERSION, **written.tools},
             created_utc=utc_now(),
             duration_s=round(time.monotonic() - start, 1),
@@ -174,8 +214,8 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
         f"({manifest.file_size_bytes / 2**20:,.0f} MiB, {manifest.duration_s} s)"
         + (f"; {len(skipped)} corrupt ones left out, listed in {manifest_path(path).name}" if skipped else "")
     )
-    if split.note():
-        say(f"{options.dataset}/{split.name}: {split.note()}")
+    for note in notes:
+        say(f"{options.dataset}/{split.name}: {note}")
     wanted = {"train": facts_of(options.dataset).num_train, "val": facts_of(options.dataset).num_val}[split.name]
     if wanted not in (None, len(kept)):
         say(f"{options.dataset}/{split.name}: note that the full data set has {wanted:,} images")
@@ -189,13 +229,15 @@ def _write(
     if not corrupt:
         return split, (), written
     reasons = [f"  {split.describe(index)}: {reason}" for index, reason in sorted(corrupt.items())]
+    if len(reasons) > LISTED:
+        reasons[LISTED:] = [f"  and {len(reasons) - LISTED:,} more"]
     if not options.skip_corrupt:
         raise PrepError(
-            f"{len(corrupt)} of {len(split)} images of {options.dataset}/{split.name} are corrupt; mend them, or leave "
-            "them out with --skip-corrupt:\n" + "\n".join(reasons)
+            f"{len(corrupt)} of {len(split)} images of {options.dataset}/{split.name} are corrupt or not usable; fix them, or "
+            "leave them out with --skip-corrupt:\n" + "\n".join(reasons)
         )
     skipped = tuple(split.describe(index) for index in sorted(corrupt))
-    kept = split.without(set(skipped))
+    kept = split.keep(np.setdiff1d(np.arange(len(split)), list(corrupt)))
     emptied = [name for name, count in zip(kept.class_names, kept.class_counts(), strict=True) if count == 0]
     if emptied:
         raise PrepError(f"{options.dataset}/{split.name}: only corrupt images in class {emptied[0]}:\n" + "\n".join(reasons))
@@ -203,6 +245,23 @@ def _write(
     if written.corrupt:
         raise PrepError(f"{kept.describe(min(written.corrupt))}: became corrupt during the conversion; start again")
     return kept, skipped, written
+
+
+def _seen_notes(split: Split, seen: Mapping[int, Seen]) -> list[str]:
+    """What to say of images that are not stored as they are in their files."""
+    notes = []
+    animated = sorted(index for index, image in seen.items() if image.more_frames)
+    if animated:
+        names = ", ".join(map(split.describe, animated[:3])) + (" ..." if len(animated) > 3 else "")
+        notes.append(f"{len(animated):,} with more frames or pages, of which only the first is taken ({names})")
+    ranges = [image.value_range for image in seen.values() if image.value_range]
+    if ranges:
+        low, high = min(low for low, _, _ in ranges), max(high for _, high, _ in ranges)
+        whites = " or ".join(f"{white:,}" for white in sorted({white for _, _, white in ranges}))
+        notes.append(
+            f"{len(ranges):,} of more than 8 bits, with values from {low:,} to {high:,}, scaled so that {whites} is white"
+        )
+    return notes
 
 
 def _write_once(writer: Writer, split: Split, part: Path, options: Options, settings: ImageSettings) -> Written:

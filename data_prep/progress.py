@@ -1,10 +1,15 @@
-"""Progress for a person: a live bar with ETA on a terminal, elsewhere a line every ten seconds."""
+"""What a person sees of a conversion: lines, and progress as a live bar on a terminal, elsewhere a line every ten seconds.
+
+No conversion stops half-way because something cannot be printed.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,12 +17,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY_S = 10.0
 
 
+class Report:
+    """Prints lines on stdout; what fails in it is kept for the end.
+
+    Attributes:
+        failure: Why not all lines were printed; None if they were.
+    """
+
+    failure: OSError | None = None
+
+    def __call__(self, line: str) -> None:
+        """Print a line; characters that stdout's encoding does not have are escaped."""
+        if self.failure:
+            return
+        try:
+            encoding = sys.stdout.encoding or "ascii"
+            print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        except OSError as error:
+            self.failure = error
+            with suppress(OSError, ValueError):  # what is still in its buffer would fail again at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr; yields the function to call with the number of samples done since its last call, 0 to begin."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(console, what, total)
+        yield _lines(what, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=console, transient=True) as bar:
@@ -25,7 +52,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda samples: bar.advance(task, samples)
 
 
-def _lines(console: Console, what: str, total: int) -> Callable[[int], None]:
+def _lines(what: str, total: int) -> Callable[[int], None]:
     start = last = time.monotonic()
     done = 0
 
@@ -38,6 +65,7 @@ def _lines(console: Console, what: str, total: int) -> Callable[[int], None]:
         if now - last >= LINE_EVERY_S and 0 < done < total:
             last = now
             eta_s = (now - start) / done * (total - done)
-            console.print(f"{what}: {done:,} of {total:,}, ETA {eta_s / 60:.1f} min", markup=False, highlight=False)
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                print(f"{what}: {done:,} of {total:,}, ETA {eta_s / 60:.1f} min", file=sys.stderr, flush=True)
 
     return advance

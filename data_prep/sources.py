@@ -11,25 +11,36 @@ import difflib
 import hashlib
 import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from data_prep.images import read_photo
+from data_prep.errors import PrepError
+from data_prep.images import Photo, load_photo, photo_size
+from data_prep.walk import (
+    AGAIN,
+    BESIDE,
+    HIDDEN_FILES,
+    HIDDEN_FOLDERS,
+    IMAGE_SUFFIXES,
+    NAMED,
+    SPECIAL,
+    Listing,
+    same_files,
+    walk_source,
+)
 from vitpa.data.beton import Ints, Pixels
 from vitpa.datasets import DATASETS, SPLITS, facts_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
+__all__ = ["ArraySplit", "FolderSplit", "PrepError", "Split", "has_small_images", "is_photo_set", "load_splits"]
+
 PHOTO_SETS = ("imagenet",)
-
-
-class PrepError(Exception):
-    """A conversion that cannot be done: what, where and how to mend it; lists follow on lines of their own."""
+SMALL_PX = 48  # images with no longer side are small; those of the data sets in memory have up to 32 px
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,8 @@ class Split(ABC):
     source_sha256: str
 
     @abstractmethod
-    def pixels(self, index: int) -> Pixels:
-        """One image as (H, W, 3) uint8 RGB.
+    def photo(self, index: int, white_level: int | None = None) -> Photo:
+        """One image; `white_level` as for `load_photo`.
 
         Raises:
             CorruptImageError: its content is not usable.
@@ -67,9 +78,14 @@ class Split(ABC):
     def keep(self, indices: Ints) -> Self:
         """The same split with these samples only."""
 
-    def note(self) -> str:
-        """What people should know of this split; empty if there is nothing."""
-        return ""
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How many files and folders of each kind are not in it."""
+        return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What people should know of it, in lines."""
+        return ()
 
     def without(self, names: Collection[str]) -> Self:
         """The same split without the samples that `describe` calls so."""
@@ -91,10 +107,9 @@ class ArraySplit(Split):
 
     images: Pixels
 
-    def pixels(self, index: int) -> Pixels:
-        """One image, (H, W, 3) uint8 RGB."""
-        image: Pixels = self.images[index]
-        return image
+    def photo(self, index: int, white_level: int | None = None) -> Photo:
+        """One image."""
+        return Photo(self.images[index])
 
     def describe(self, index: int) -> str:
         """`train sample 17`."""
@@ -110,41 +125,90 @@ class FolderSplit(Split):
     """Photos in class folders: `paths` are relative to `folder`, sorted by class and then by path.
 
     Attributes:
-        other_files: Of each file in them that is no image by its name the suffix.
-        beside: Number of files beside the class folders.
+        stamps: (N, 2) int64: size in bytes and modification time in ns that the files had; None if they are not checked.
+        listing: What else was found.
+        same: What is to be said of files that are there more than once, in lines.
     """
 
     folder: Path
     paths: tuple[str, ...]
-    other_files: tuple[str, ...] = ()
-    beside: int = 0
+    stamps: Ints | None = None
+    listing: Listing = field(default_factory=Listing)
+    same: tuple[str, ...] = ()
 
-    def pixels(self, index: int) -> Pixels:
-        """One photo, upright, (H, W, 3) uint8 RGB."""
-        return read_photo(self.folder / self.paths[index])
+    def photo(self, index: int, white_level: int | None = None) -> Photo:
+        """One photo, upright."""
+        stamp = None if self.stamps is None else (int(self.stamps[index, 0]), int(self.stamps[index, 1]))
+        return load_photo(self.folder / self.paths[index], white_level, stamp)
 
     def describe(self, index: int) -> str:
         """`train/cats/1.jpg`; bytes of the name that are not UTF-8 are escaped."""
         return f"{self.name}/{_text(self.paths[index])}"
 
-    def note(self) -> str:
-        """`left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders`."""
-        counts = sorted(Counter(self.other_files).items())
-        parts = [f"{count:,} {_text(suffix) or 'without a suffix'}" for suffix, count in counts]
-        if parts:
-            parts[-1] += " (not names of images)"
-        if self.beside:
-            parts.append(f"{self.beside:,} beside the class folders")
-        return f"left out: {', '.join(parts)}" if parts else ""
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """By suffix what is no image by its name, and what else the walk left out."""
+        return {_text(kind): count for kind, count in sorted(self.listing.left_out.items(), key=_suffixes_first)}
+
+    def notes(self) -> tuple[str, ...]:
+        """`left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders`, and what `same` says."""
+        lines = []
+        for kinds in (set(self.left_out) - set(HIDDEN_KINDS), set(HIDDEN_KINDS)):
+            found = [(kind, count) for kind, count in self.left_out.items() if kind in kinds]
+            parts = [_left_out(kind, count, self.listing.examples.get(kind, ())) for kind, count in found]
+            suffixes = sum(kind not in OTHER_KINDS for kind, _ in found)
+            if suffixes:
+                parts[suffixes - 1] += " (not names of images)"
+            if parts:
+                lines.append(f"left out: {', '.join(parts)}")
+        return (*lines, *self.same)
 
     def keep(self, indices: Ints) -> Self:
         """The same split with these photos only."""
-        return replace(self, labels=self.labels[indices], paths=tuple(self.paths[i] for i in indices))
+        stamps = None if self.stamps is None else self.stamps[indices]
+        return replace(self, labels=self.labels[indices], paths=tuple(self.paths[i] for i in indices), stamps=stamps)
+
+
+HIDDEN_KINDS = (HIDDEN_FOLDERS, HIDDEN_FILES, SPECIAL, AGAIN)
+OTHER_KINDS = (BESIDE, *HIDDEN_KINDS)  # beside suffixes; in the order in which they are said
+
+
+def _suffixes_first(item: tuple[str, int]) -> tuple[int, str]:
+    kind = item[0]
+    return (OTHER_KINDS.index(kind) + 1 if kind in OTHER_KINDS else 0, kind)
+
+
+def _left_out(kind: str, count: int, examples: Collection[str]) -> str:
+    named = ", ".join(_text(name) for name in sorted(examples)[:NAMED]) + (" ..." if len(examples) > NAMED else "")
+    kind = kind if count > 1 else _ONE.get(kind, kind)
+    return f"{count:,} {kind}" + (f" ({named})" if named else "")
+
+
+_ONE = {
+    HIDDEN_FILES: "hidden or system file",
+    HIDDEN_FOLDERS: "hidden or system folder",
+    SPECIAL: "pipe, socket or device",
+    AGAIN: "link to a folder of the same class",
+}
 
 
 def is_photo_set(dataset: str) -> bool:
     """Whether a data set is an ImageFolder of photos, rather than small images in memory."""
     return dataset in PHOTO_SETS or dataset not in DATASETS
+
+
+def has_small_images(splits: Sequence[Split]) -> bool:
+    """Whether no image is larger than SMALL_PX; the headers are read up to the first that is."""
+    known = False
+    for split in splits:
+        if not isinstance(split, FolderSplit):
+            return True
+        for path in split.paths:
+            size = photo_size(split.folder / path)
+            if size is not None and max(size) > SMALL_PX:
+                return False
+            known = known or size is not None
+    return known
 
 
 def load_splits(dataset: str, source: Path | None, download_dir: Path) -> tuple[Split, ...]:
@@ -240,51 +304,99 @@ def _image_folder(root: Path) -> tuple[Split, ...]:
     for split in SPLITS:
         if not (root / split).is_dir():
             raise PrepError(f"{root / split}: no such folder; --source must be a folder with train/ and val/")
-    class_names = {split: _class_names(root / split) for split in SPLITS}
+    listings = walk_source(root, SPLITS)
+    class_names = {split: tuple(sorted(listing.images)) for split, listing in listings.items()}
+    for split, names in class_names.items():
+        _check_class_names(root / split, names)
     different = sorted(set(class_names["train"]) ^ set(class_names["val"]))
     if different:
         raise PrepError(
             f"{root}: train/ and val/ must have the same class folders; only one of them has "
-            f"{', '.join(different[:5])}{' ...' if len(different) > 5 else ''}"
+            f"{', '.join(map(_distinct, different[:5]))}{' ...' if len(different) > 5 else ''}"
+            + (f"; {lookalikes}" if (lookalikes := _lookalikes(different)) else "")
         )
-    return tuple(_folder_split(root, split, class_names[split]) for split in SPLITS)
+    same = _same_file_notes(same_files(listings))
+    if lookalikes := _lookalikes(class_names["train"]):
+        same["train"] += (lookalikes,)
+    return tuple(_folder_split(root, split, listing, same[split]) for split, listing in listings.items())
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+def _check_class_names(folder: Path, names: tuple[str, ...]) -> None:
     if not names:
         raise PrepError(f"{folder}: no class folders in it; the images must lie in one folder per class")
-    return names
+    first: dict[str, str] = {}
+    for name in names:
+        twin = first.setdefault(unicodedata.normalize("NFC", _text(name)), name)
+        if twin is not name:
+            raise PrepError(
+                f"{folder}: the class folders {_distinct(twin)} and {_distinct(name)} are one name, written in two ways; "
+                "put their images into one of them"
+            )
 
 
-def _folder_split(root: Path, split: str, class_names: tuple[str, ...]) -> FolderSplit:
+def _lookalikes(names: Sequence[str]) -> str:
+    """What to say if some class names differ only in how they are written; empty if none do."""
+    first: dict[str, str] = {}
+    for name in names:
+        twin = first.setdefault(unicodedata.normalize("NFKC", _text(name)).casefold().strip(), name)
+        if twin is not name:
+            return f"the class names {_distinct(twin)} and {_distinct(name)} differ only in case, spaces or Unicode form"
+    return ""
+
+
+def _distinct(name: str) -> str:
+    """A name as it is, if it is ASCII, else with all else escaped, in which alone two names may differ."""
+    plain = name.isascii() and name.isprintable() and name == name.strip()
+    return name if plain else f"{_text(name)} ({os.fsencode(name).decode('utf-8', 'surrogateescape')!a})"
+
+
+def _same_file_notes(groups: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Of each split what to say of files that are listed more than once."""
+    notes: dict[str, tuple[str, ...]] = {}
+    for split in SPLITS:
+        own = [[path for path in group if path.startswith(f"{split}/")] for group in groups]
+        kinds: dict[str, list[Sequence[str]]] = {
+            "listed more than once": [paths for paths in own if len(paths) > 1],
+            "in more than one class": [paths for paths in own if len({path.split("/")[1] for path in paths}) > 1],
+            "also in train": [group for group, paths in zip(groups, own, strict=True) if 0 < len(paths) < len(group)],
+        }
+        if split == "train":
+            del kinds["also in train"]
+        notes[split] = tuple(
+            f"{what}, by links: {len(same):,} ({_text(same[0][-1])} is {_text(same[0][0])})"
+            for what, same in kinds.items()
+            if same
+        )
+    return notes
+
+
+def _folder_split(root: Path, split: str, listing: Listing, same: tuple[str, ...]) -> FolderSplit:
     folder = root / split
-    paths: list[str] = []
-    labels: list[int] = []
-    others: list[str] = []
+    class_names = sorted(listing.images)
     digest = hashlib.sha256()
-    for label, name in enumerate(class_names):
-        files = _files_below(folder / name)
-        found = sorted(path for path in files if path.name.lower().endswith(IMAGE_SUFFIXES))
-        others += [path.suffix.lower() for path in files if not path.name.lower().endswith(IMAGE_SUFFIXES)]
-        if not found:
-            raise PrepError(f"{folder / name}: no images in this class folder (looked for {' '.join(IMAGE_SUFFIXES)})")
-        for path in found:
-            status = path.stat() if path.exists() else path.lstat()  # a link to nothing is reported as corrupt, with its name
-            relative = str(path.relative_to(folder))
-            digest.update(os.fsencode(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n"))
-            paths.append(relative)
-            labels.append(label)
-    names = tuple(map(_text, class_names))
-    source, source_sha256 = _text(str(root.resolve())), digest.hexdigest()
-    beside = sum(entry.is_file() and not entry.name.startswith(".") for entry in folder.iterdir())
-    array = np.array(labels, np.int64)
-    return FolderSplit(split, names, array, source, source_sha256, folder, tuple(paths), tuple(others), beside)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    walk = os.walk(folder, followlinks=True)
-    return [Path(parent) / name for parent, _, names in walk for name in names if not name.startswith(".")]
+    for name in class_names:
+        if not listing.images[name]:
+            raise PrepError(
+                f"{folder / name}: no images in this class folder (looked for {' '.join(IMAGE_SUFFIXES)}, not hidden)"
+            )
+        for image in listing.images[name]:
+            digest.update(os.fsencode(f"{image.path}\0{image.size_bytes}\0{image.mtime_ns}\n"))
+    images = [image for name in class_names for image in listing.images[name]]
+    labels = np.repeat(np.arange(len(class_names)), [len(listing.images[name]) for name in class_names])
+    stamps = np.array([(image.size_bytes, image.mtime_ns) for image in images], np.int64)
+    rest = replace(listing, images={})
+    return FolderSplit(
+        split,
+        tuple(map(_text, class_names)),
+        labels.astype(np.int64),
+        _text(str(root.resolve())),
+        digest.hexdigest(),
+        folder,
+        tuple(image.path for image in images),
+        stamps,
+        rest,
+        same,
+    )
 
 
 def _text(path: str) -> str:

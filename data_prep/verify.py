@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 from data_prep.images import CorruptImageError, shrink
-from data_prep.sources import ArraySplit, Split
+from data_prep.sources import SMALL_PX, Split
 from vitpa.data.beton import Beton, BetonError, Pixels, decode_jpeg
 
-SAMPLED_PHOTOS = 1000  # evenly spaced; of images in memory all are compared
+SAMPLED_PHOTOS = 1000  # evenly spaced; of small images all are compared
 JPEG_TOLERANCE = 3.0  # mean absolute difference, grey levels of 255; the versions of Pillow and OpenCV differ by up to 2
 LISTED = 10
 
@@ -60,7 +60,8 @@ def verify(beton: Beton, split: Split, progress: Callable[[int], None]) -> Repor
         f"{source.describe(index)}: label {beton.labels[index]} where the source has {source.labels[index]}"
         for index in np.flatnonzero(beton.labels != source.labels).tolist()
     ]
-    every = 1 if isinstance(source, ArraySplit) else -(-len(beton) // SAMPLED_PHOTOS)
+    small = max(beton.heights.max(), beton.widths.max()) <= SMALL_PX
+    every = 1 if small else -(-len(beton) // SAMPLED_PHOTOS)
     compared = range(0, len(beton), every)
     differences += [wrong for index in compared if (wrong := _difference(beton, source, index))]
     return Report(len(beton), len(compared), hash_agrees, tuple(differences))
@@ -71,7 +72,8 @@ def _difference(beton: Beton, source: Split, index: int) -> str:
     name = source.describe(index)
     try:
         stored = beton.read_image(index)
-        wanted = shrink(source.pixels(index), beton.manifest.images)
+        settings = beton.manifest.images
+        wanted = shrink(source.photo(index, settings.white_level).pixels, settings)
     except BetonError as error:
         return str(error)
     except CorruptImageError as error:

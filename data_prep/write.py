@@ -45,10 +45,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What of an image's file is not stored as it is; see `Photo`."""
+
+    more_frames: bool
+    value_range: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
 class Written:
-    """How a job ended: the corrupt images by index with the reason, and the versions of the tools that wrote."""
+    """How a job ended.
+
+    Attributes:
+        corrupt: The reasons by index.
+        seen: Of the images that are not stored as they are in their files, by index.
+        tools: The versions of those that wrote.
+    """
 
     corrupt: dict[int, str]
+    seen: dict[int, Seen]
     tools: dict[str, str]
 
 
@@ -102,6 +117,7 @@ class Writer:
 
     def _write(self, job: Job, progress: Callable[[int], None]) -> Written:
         corrupt: dict[int, str] = {}
+        seen: dict[int, Seen] = {}
         try:
             pickle.dump(job, self._stdin, pickle.HIGHEST_PROTOCOL)
             self._stdin.flush()
@@ -113,10 +129,13 @@ class Writer:
             elif "corrupt" in message:
                 index, reason = message["corrupt"]
                 corrupt[index] = reason
+            elif "seen" in message:
+                index, more_frames, value_range = message["seen"]
+                seen[index] = Seen(more_frames, tuple(value_range) if value_range else None)
             elif "failed" in message:
                 raise WriterError(message["failed"])
             else:
-                return Written(corrupt, message["written"])
+                return Written(corrupt, seen, message["written"])
         raise WriterError(self._autopsy())
 
     def _next_message(self) -> dict[str, Any] | None:

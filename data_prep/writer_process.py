@@ -39,7 +39,7 @@ class Reports:
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
-    def send(self, kind: Literal["progress", "corrupt", "failed", "written"], content: object) -> None:
+    def send(self, kind: Literal["progress", "corrupt", "seen", "failed", "written"], content: object) -> None:
         """Report `content`, as one line written at once."""
         os.write(self._pipe, json.dumps({kind: content}).encode() + b"\n")
 
@@ -61,12 +61,15 @@ class Samples:
     def __getitem__(self, position: int) -> tuple[Pixels, int]:
         index = int(position)
         try:
-            pixels = shrink(self._job.split.pixels(index), self._job.settings)
+            photo = self._job.split.photo(index, self._job.settings.white_level)
+            pixels = shrink(photo.pixels, self._job.settings)
             height, width = pixels.shape[:2]
             if pixels.nbytes > self._job.page_bytes or max(height, width) > MAX_SIDE_PX:
                 raise CorruptImageError(
                     f"{width}x{height} px is too large; bring it down with --short-side-px or --max-side-px"
                 )
+            if photo.more_frames or photo.value_range:
+                self._reports.send("seen", (index, photo.more_frames, photo.value_range))
         except CorruptImageError as error:
             self._reports.send("corrupt", (index, str(error)[:MAX_REASON]))
             pixels = np.zeros((1, 1, 3), np.uint8)
@@ -191,7 +194,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
         mend = "; free some space and start again" if error.errno == errno.ENOSPC else ""
-        text = f"{os.strerror(error.errno)}{where}{mend}"
+        text = f"{error.strerror}{where}{mend}"
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:MAX_REASON]

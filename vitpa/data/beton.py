@@ -42,6 +42,7 @@ __all__ = [
     "beton_path",
     "create_exclusive",
     "decode_jpeg",
+    "jpeg_decompressor",
     "jpeg_size",
     "manifest_path",
     "read_json",
@@ -95,6 +96,7 @@ class ImageSettings(_Record):
     size_px: int | None = Field(ge=1)
     jpeg_share: float = Field(ge=0, le=1)  # share of samples stored as JPEG; the others are raw pixels
     jpeg_quality: int | None = Field(ge=1, le=100)
+    white_level: int | None = Field(default=None, ge=1)  # what is white in images of more than 8 bits; None: all bits set
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -123,6 +125,8 @@ class Manifest(_Record):
     beton_sha256: str
     file_size_bytes: int
     skipped: tuple[str, ...]  # corrupt images of the source that were left out
+    left_out: dict[str, int] = {}  # how many files and folders of each kind are no images
+    notes: tuple[str, ...] = ()  # what else was found, as it was said
     tools: dict[str, str]
     created_utc: str
     duration_s: float = Field(ge=0)
@@ -408,7 +412,7 @@ def decode_jpeg(stored: npt.NDArray[np.uint8], out: Pixels) -> bool:
     JPEG that is smaller than `out` it writes what there is, and a larger one it shrinks. Runs without Python's global lock.
     """
     height, width = out.shape[:2]
-    with _decompressor() as (library, handle):
+    with jpeg_decompressor() as (library, handle):
         if _size(library, handle, stored) != (height, width):
             return False
         place = stored.ctypes.data, stored.size, out.ctypes.data
@@ -418,7 +422,7 @@ def decode_jpeg(stored: npt.NDArray[np.uint8], out: Pixels) -> bool:
 
 def jpeg_size(stored: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
     """Height and width that a JPEG's header says; None if it cannot be read."""
-    with _decompressor() as (library, handle):
+    with jpeg_decompressor() as (library, handle):
         return _size(library, handle, stored)
 
 
@@ -432,7 +436,7 @@ def _size(library: ctypes.CDLL, handle: int, stored: npt.NDArray[np.uint8]) -> t
 _FOUND = ctypes.c_int * 4  # width, height, subsampling, colours
 
 
-class _decompressor:  # noqa: N801 - used as a function
+class jpeg_decompressor:  # noqa: N801 - used as a function
     """TurboJPEG's decoder, new for each image: it keeps tables of the one before, and where in its header an error was."""
 
     def __enter__(self) -> tuple[ctypes.CDLL, int]:
@@ -460,6 +464,7 @@ def _turbojpeg() -> ctypes.CDLL:
         for name, result, arguments in (
             ("tjInitDecompress", pointer, []),
             ("tjDestroy", number, [pointer]),
+            ("tjGetErrorStr2", ctypes.c_char_p, [pointer]),
             ("tjDecompressHeader3", number, [pointer, pointer, length, *[pointer] * 4]),
             ("tjDecompress2", number, [pointer, pointer, length, pointer, *[number] * 5]),
         ):
