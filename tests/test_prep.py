@@ -9,7 +9,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -621,3 +623,70 @@ def test_vanished_file_ends_the_conversion(folder: Path, tmp_path: Path, writer:
         patch.setattr(data_prep.prep, "load_splits", lambda *arguments: splits)
         prepare(options, print)
     assert not (tmp_path / "out" / "pets").exists()
+
+
+# ---- where nothing can be written or printed
+
+
+@pytest.fixture
+def read_only(folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """An output folder with `pets` converted, on a file system that was then mounted read-only."""
+    out = tmp_path / "disk"
+    out.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "none", out], check=False, capture_output=True).returncode == 0
+    try:
+        assert prep("pets", "--source", folder, "--out", out) == 0
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", out], check=True)
+        else:
+            (out / "pets").chmod(0o555)
+        yield out
+    finally:
+        if mounted:
+            subprocess.run(["umount", out], check=True)
+        else:
+            (out / "pets").chmod(0o755)
+
+
+def test_verify_needs_no_write_access(read_only: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prep("pets", "--source", folder, "--out", read_only, "--verify") == 0
+    assert "pets/val: verified" in capsys.readouterr().out
+    assert prep("pets", "--source", folder, "--out", read_only) == 0
+    assert prep("pets", "--source", folder, "--out", read_only, "--force") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("Read-only file system" in error or "Permission denied" in error)
+
+
+def test_what_cannot_be_printed_stops_no_conversion(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An encoding without the letters of the path, a pipe that nobody reads, a full disk."""
+    reader, unread = os.pipe()
+    os.close(reader)
+    places: list[tuple[int | Path, int]] = [(tmp_path / "text", 0), (unread, 0), (Path("/dev/full"), 1)]
+    for number, (stdout, code) in enumerate(places):
+        out = tmp_path / f"größer{number}"
+        with monkeypatch.context() as patch, open(stdout, "w", encoding="ascii") as text:  # noqa: PTH123 - a descriptor, too
+            patch.setattr("sys.stdout", text)
+            assert prep("pets", "--source", folder, "--out", out) == code
+        for split in ("train", "val"):
+            assert len(Beton.open(beton_path(out, "pets", split), "pets", split)) == 12
+    assert "gr\\xf6\\xdfer0/pets/val.beton" in (tmp_path / "text").read_text()
+    assert capsys.readouterr().err.splitlines() == [
+        "vitpa prep: all is done, but the report could not be printed: No space left on device"
+    ]
+
+
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A conversion that was started with nohup survives its terminal."""
+
+    def loses_its_terminal(*_: object) -> bool:
+        signal.raise_signal(signal.SIGHUP)
+        return True
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(data_prep.prep, "prepare", loses_its_terminal)
+        assert prep("digits", "--out", tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
