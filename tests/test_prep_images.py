@@ -301,7 +301,7 @@ def test_full_range_is_exact_and_low_range_is_named(kind: str, tmp_path: Path) -
     wanted = np.repeat(wanted[..., :1], 3, axis=2) if grey else wanted[..., :3]
     np.testing.assert_array_equal(read(deep_file(kind, FULL), tmp_path), wanted)
     for bits in (8, 10, 12, 14):
-        low = FULL >> (16 - bits)
+        low = (FULL >> (16 - bits)).astype(np.uint16)
         data = deep_file(kind, low)
         top = int(low[..., 0].max() if grey else low[..., :3].max())
         said = reason(data, tmp_path)
