@@ -9,7 +9,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ import vitpa.kernels.norm
 import vitpa.kernels.tiled_attention
 import vitpa.kernels.tiled_mixing
 from tests.interpreter import report_of
-from vitpa.config import load_config, shipped_configs
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix
@@ -31,8 +29,6 @@ from vitpa.kernels.norm import add_norm
 from vitpa.kernels.partials import ONE_PASS, sum_partials
 from vitpa.kernels.tiled_attention import tiled_attention
 from vitpa.kernels.tiled_mixing import tiled_mix
-from vitpa.models.stacked import PLAIN
-from vitpa.replicas import fastest_operations
 
 Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
@@ -292,28 +288,6 @@ def test_sizes_that_do_not_fit_tiles_are_named() -> None:
     assert "head_dim 48" in mixes(48)
 
 
-@pytest.mark.parametrize(
-    ("changes", "chosen"),
-    [
-        ([], (attention, mix, add_norm)),
-        (["model.img_size=224", "model.patch_size=16"], (tiled_attention, tiled_mix, add_norm)),
-        (["model.img_size=256", "model.patch_size=8"], (PLAIN.attention, tiled_mix, add_norm)),
-        (["model.num_heads=8"], (PLAIN.attention, PLAIN.mix, add_norm)),
-        (["model.embed_dim=4096", "model.num_heads=64"], (attention, mix, PLAIN.add_norm)),
-    ],
-)
-def test_the_fastest_operations_are_those_that_take_the_sizes(
-    changes: list[str], chosen: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config(shipped_configs()["cifar10"], changes)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(shared_memory_per_multiprocessor=233472)
-    )
-    for capability, expected in (((9, 0), (*chosen, bias_gelu)), ((7, 5), PLAIN)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, found=capability: found)
-        assert fastest_operations(config, torch.device("cuda"), torch.bfloat16) == expected
-
-
 def test_rows_that_do_not_fit_the_norm_are_named() -> None:
     assert [vitpa.kernels.norm.unfit(D) for D in (16, 192, 384, 2048)] == [""] * 4
     assert "embed_dim 4096" in vitpa.kernels.norm.unfit(4096)
@@ -343,6 +317,7 @@ GPU_SIZES: list[Sizes] = [
     (1, 40, 197, 3, 64),
     (1, 340, 197, 1, 64),
     (3, 5, 70, 1, 16),
+    (1, 3, 256, 2, 64),
 ]
 
 
@@ -359,6 +334,21 @@ def test_gpu_kernels_and_their_gradients_are_those_of_the_reference_and_repeat(s
         gradients = [torch.randn_like(x) for x in ([out] if isinstance(out, Tensor) else out)]
         first, second = (results(kernel, inputs, gradients) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kernel", [attention, tiled_attention])
+def test_a_batch_may_have_more_images_than_a_grid_has_rows(kernel: Function) -> None:
+    torch.manual_seed(0)
+    images = 2**16 + 40  # CUDA: 65,535 along the second axis of a grid
+    inputs = [
+        torch.randn(shape, device="cuda").to(dtype)
+        for shape, dtype in (((images, 17, 3, 1, 16), torch.bfloat16), ((2, 16), torch.float32))
+    ]
+    for each in inputs:
+        each.requires_grad_()
+    assert all(error < LIMITS[torch.bfloat16] for error in errors(kernel, slow_attention, inputs))
 
 
 @pytest.mark.gpu

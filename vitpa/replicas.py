@@ -28,7 +28,8 @@ from vitpa.data.counter_rng import Purpose
 from vitpa.data.feed import ResidentFeed, StreamedFeed
 from vitpa.distributed import Group
 from vitpa.drop_path import branch_scales, keep_probabilities
-from vitpa.models.stacked import PLAIN, Operations, StackedViT
+from vitpa.models.stacked import StackedViT
+from vitpa.operations import choose_operations
 from vitpa.replica_adamw import ReplicaAdamW
 from vitpa.window import Window
 
@@ -62,12 +63,9 @@ class ReplicaSteps:
         self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
         self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+        operations, self.notes = choose_operations(config.model, device=self.device, dtype=dtype, num_images=self.R * self.B)
         self.network = StackedViT(
-            config.model.attention,
-            config.model.patch_size,
-            config.model.depth,
-            config.model.num_heads,
-            fastest_operations(config, self.device, dtype),
+            config.model.attention, config.model.patch_size, config.model.depth, config.model.num_heads, operations
         )
         self.adamw = ReplicaAdamW(models, optimizers, dtype, config.optim.grad_clip_norm)
         values = self.adamw.by_name(self.adamw.values)
@@ -104,7 +102,7 @@ class ReplicaSteps:
 
     def prepare(self, step: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
-        notes: list[str] = []
+        notes = list(self.notes)
         captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
         if self.config.runtime.step == "graph" and not captured:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
@@ -312,26 +310,6 @@ class ReplicaSteps:
             function()
         self._graphs.append(graph)
         return graph.replay
-
-
-def fastest_operations(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Our kernels for a GPU (from Ampere on) that take the sizes of `config`, first those for few tokens, else plain."""
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0):
-        return PLAIN
-    # Here, as Triton is needed on a GPU only.
-    from vitpa.kernels import attention, gelu, mixing, norm, tiled_attention, tiled_mixing  # noqa: PLC0415
-
-    model = config.model
-    tokens, head_dim = (model.img_size // model.patch_size) ** 2 + 1, model.embed_dim // model.num_heads
-    shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    attend = PLAIN.attention if tiled_attention.unfit(tokens, head_dim, shared_memory) else tiled_attention.tiled_attention
-    mix = PLAIN.mix if tiled_mixing.unfit(head_dim) else tiled_mixing.tiled_mix
-    return Operations(
-        attention=attend if attention.unfit(tokens, head_dim) else attention.attention,
-        mix=mix if mixing.unfit(tokens, head_dim) else mixing.mix,
-        add_norm=PLAIN.add_norm if norm.unfit(model.embed_dim) else norm.add_norm,
-        bias_gelu=gelu.bias_gelu,
-    )
 
 
 def _first_line(error: Exception) -> str:

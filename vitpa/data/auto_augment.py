@@ -133,6 +133,7 @@ class Operations:
     def __call__(self, images: Tensor, choice: Tensor) -> Tensor:
         """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
         B, C, H, W = images.shape
+        images = images.contiguous()  # crops are channels_last, and torch 2.11's compiler sharpened those wrongly (33 px)
         if images.is_cuda and H * W >= KERNEL_PIXELS:
             return self.by_kernel(images, choice)
         pixels, kind, ratios = images.reshape(B, C, H * W), self.kind[choice], self.ratios[choice]
@@ -154,7 +155,7 @@ class Operations:
         """The same by kernels, each image's operation alone."""
         from vitpa.kernels import policy  # noqa: PLC0415 - Triton is needed on a GPU only
 
-        kind, images = self.kernel_kind[choice], images.contiguous()
+        kind = self.kernel_kind[choice]
         histogram, grey_total = policy.statistics(images, kind, pillow=False)
         low, high = extremes(histogram)
         tables = self._tables(choice, histogram, low=low, high=high, grey_total=grey_total)

@@ -58,9 +58,9 @@ def _forward_kernel(qkv, q_bias, out, lse, B, scale_log2, H: tl.constexpr, P: tl
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     kind: tl.constexpr = qkv.dtype.element_ty
-    h = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(1) // B
+    h = tl.program_id(0) % H
+    m = (tl.program_id(0) // H).to(tl.int64)
+    r = tl.program_id(0) // H // B
     patch = 1 + tl.arange(0, P)
     line = tl.arange(0, d)
     patches = patch[:, None] * (3 * D) + line[None, :]
@@ -105,9 +105,9 @@ def _backward_kernel(
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     kind: tl.constexpr = qkv.dtype.element_ty
-    h = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(1) // B
+    h = tl.program_id(0) % H
+    m = (tl.program_id(0) // H).to(tl.int64)
+    r = tl.program_id(0) // H // B
     patch = 1 + tl.arange(0, P)
     padded = tl.arange(0, 16)
     line = tl.arange(0, d)
@@ -180,7 +180,7 @@ def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(M, N, H * d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(M, H, N, dtype=torch.float32, device=qkv.device)
     kernel: Any = _forward_kernel
-    kernel[(H, M)](qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, H, N - 1, d, num_warps=NUM_WARPS)
+    kernel[(H * M,)](qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, H, N - 1, d, num_warps=NUM_WARPS)
     return out, lse
 
 
@@ -200,7 +200,7 @@ def _backward(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tenso
     small = d <= 32 and qkv.dtype == torch.bfloat16  # larger tiles do not fit into so few registers
     scale = d**-0.5
     kernel: Any = _backward_kernel
-    kernel[(H, M)](
+    kernel[(H * M,)](
         qkv, q_bias, out, dout, lse, dqkv, parts, M // R, scale, scale * LOG2_E, H, N - 1, d,
         num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS_BACKWARD if small else None,
     )  # fmt: skip

@@ -68,8 +68,9 @@ def _store_mixed(at, P: tl.constexpr, a, b, weight, cut, inside):
 @triton.jit
 def _erase_kernel(images, scale, shift, boxes, words, normals, out, H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr):
     P: tl.constexpr = H * W
-    image = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * TILE
+    tiles: tl.constexpr = (P + TILE - 1) // TILE
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * TILE
     pixel = first + tl.arange(0, TILE)
     inside = pixel < P
     at = image * (3 * P) + pixel
@@ -90,8 +91,9 @@ def _mix_kernel(
     H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = H * W
-    pair = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * TILE
+    tiles: tl.constexpr = (P + TILE - 1) // TILE
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * TILE
     pixel = first + tl.arange(0, TILE)
     inside = pixel < P
     at = pair * (6 * P) + pixel
@@ -121,7 +123,7 @@ def _normalize_and_erase(
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     kernel: Any = _erase_kernel
     inputs = (tensor.contiguous() for tensor in (images, scale, shift, boxes, words, normals))
-    kernel[(triton.cdiv(H * W, TILE), B)](*inputs, out, H, W, TILE)
+    kernel[(triton.cdiv(H * W, TILE) * B,)](*inputs, out, H, W, TILE)
     return out
 
 
@@ -148,7 +150,7 @@ def _normalize_erase_and_mix(
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     kernel: Any = _mix_kernel
     inputs = (tensor.contiguous() for tensor in (images, scale, shift, boxes, words, normals, weights, cuts))
-    kernel[(triton.cdiv(H * W, TILE), B // 2)](*inputs, out, H, W, TILE)
+    kernel[(triton.cdiv(H * W, TILE) * (B // 2),)](*inputs, out, H, W, TILE)
     return out
 
 

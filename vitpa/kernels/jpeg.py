@@ -208,8 +208,9 @@ def _chroma(samples, near, far, this, other, columns, even):
 
 
 @triton.jit
-def _rgb_kernel(plan, samples, rgb, PLAN: tl.constexpr, PIXELS: tl.constexpr):
-    at = plan + tl.program_id(1) * PLAN
+def _rgb_kernel(plan, samples, rgb, tiles, PLAN: tl.constexpr, PIXELS: tl.constexpr):
+    at = plan + tl.program_id(0) // tiles * PLAN
+    first = tl.program_id(0) % tiles * PIXELS
     top, left = tl.load(at + 6).to(tl.int32), tl.load(at + 8).to(tl.int32)  # MCUs
     columns = tl.load(at + 9).to(tl.int32) - left
     samples += tl.load(at + 10) * 64
@@ -217,12 +218,12 @@ def _rgb_kernel(plan, samples, rgb, PLAN: tl.constexpr, PIXELS: tl.constexpr):
     crop_top, crop_left = tl.load(at + 13).to(tl.int32), tl.load(at + 14).to(tl.int32)
     crop_height, crop_width = tl.load(at + 15).to(tl.int32), tl.load(at + 16).to(tl.int32)
     rgb += tl.load(at + 18)
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    pixel = first + tl.arange(0, PIXELS)
     there = pixel < crop_height * crop_width
     inside = tl.where(there, pixel, 0)
     y, x = crop_top + inside // tl.maximum(crop_width, 1), crop_left + inside % tl.maximum(crop_width, 1)
 
-    if tl.program_id(0) * PIXELS < crop_height * crop_width:
+    if first < crop_height * crop_width:
         last_row, last_column = (height + 1) // 2 - 1, (width + 1) // 2 - 1
         near, this = y >> 1, x >> 1
         far = tl.minimum(tl.maximum(near - 1 + 2 * (y & 1), 0), last_row) - 8 * top
@@ -354,4 +355,5 @@ def to_rgb(plan: Tensor, samples: Tensor, rgb: Tensor, *, most_pixels: int) -> N
         most_pixels: Of one crop.
     """
     kernel: Any = _rgb_kernel
-    kernel[(triton.cdiv(most_pixels, PIXELS), len(plan))](plan, samples, rgb, plan.shape[1], PIXELS, num_warps=4)
+    tiles = triton.cdiv(most_pixels, PIXELS)
+    kernel[(tiles * len(plan),)](plan, samples, rgb, tiles, plan.shape[1], PIXELS, num_warps=4)

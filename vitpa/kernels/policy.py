@@ -47,16 +47,17 @@ def _blend(pixel, other, weight, rest):
 
 @triton.jit
 def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
-    image = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (P + TILE - 1) // TILE
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     what = tl.load(kind + image)
-    pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    pixel = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = pixel < P
     at = images + image * (3 * P) + pixel
     if what == _CONTRAST:
         red = tl.load(at, mask=inside, other=0).to(tl.int32)
         green = tl.load(at + P, mask=inside, other=0).to(tl.int32)
         blue = tl.load(at + 2 * P, mask=inside, other=0).to(tl.int32)
-        tl.atomic_add(grey + image, tl.sum(_grey(red, green, blue, PILLOW), 0))
+        tl.atomic_add(grey + image, tl.sum(_grey(red, green, blue, PILLOW), 0).to(tl.int64))
     if what >= _AUTOCONTRAST:
         value = tl.arange(0, 256)
         padding = tl.sum((pixel >= P).to(tl.int32), 0)
@@ -68,9 +69,10 @@ def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: t
 
 @triton.jit
 def _pixel_kernel(images, kind, tables, ratios, out, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
-    image = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (P + TILE - 1) // TILE
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     what = tl.load(kind + image)
-    pixel = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    pixel = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     inside = pixel < P
     at = images + image * (3 * P) + pixel
     to = out + image * (3 * P) + pixel
@@ -165,9 +167,10 @@ def _neighbour_kernel(
     H: tl.constexpr, W: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = H * W
-    image = tl.program_id(1).to(tl.int64)
+    tiles: tl.constexpr = (P + TILE - 1) // TILE
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     what = tl.load(kind + image)
-    first = tl.program_id(0) * TILE
+    first = tl.program_id(0) % tiles * TILE
     at = images + image * (3 * P)
     to = out + image * (3 * P)
     if what == _SHARPNESS:
@@ -190,16 +193,16 @@ def _neighbour_kernel(
 def _statistics(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
     B, _, H, W = images.shape
     histogram = torch.zeros(B, 3, 256, dtype=torch.int32, device=images.device)
-    grey = torch.zeros(B, dtype=torch.int32, device=images.device)
+    grey = torch.zeros(B, dtype=torch.int64, device=images.device)
     kernel: Any = _statistics_kernel
-    kernel[(triton.cdiv(H * W, TILE), B)](images.contiguous(), kind.contiguous(), histogram, grey, H * W, pillow, TILE)
+    kernel[(triton.cdiv(H * W, TILE) * B,)](images.contiguous(), kind.contiguous(), histogram, grey, H * W, pillow, TILE)
     return histogram, grey
 
 
 @_statistics.register_fake
 def _(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
     B = images.shape[0]
-    return images.new_empty(B, 3, 256, dtype=torch.int32), images.new_empty(B, dtype=torch.int32)
+    return images.new_empty(B, 3, 256, dtype=torch.int32), images.new_empty(B, dtype=torch.int64)
 
 
 @torch.library.custom_op("vitpa::image_operations", mutates_args=())
@@ -209,7 +212,7 @@ def _operations(
     B, _, H, W = images.shape
     images, kind, ratios = images.contiguous(), kind.contiguous(), ratios.contiguous()
     out = torch.empty_like(images)
-    grid = (triton.cdiv(H * W, TILE), B)
+    grid = (triton.cdiv(H * W, TILE) * B,)
     pixels: Any = _pixel_kernel
     pixels[grid](images, kind, tables.contiguous(), ratios, out, H * W, pillow, TILE)
     neighbours: Any = _neighbour_kernel
@@ -225,7 +228,7 @@ def _(
 
 
 def statistics(images: Tensor, kind: Tensor, *, pillow: bool) -> tuple[Tensor, Tensor]:
-    """Of images (B, 3, H, W) uint8 that need them: histograms (B, 3, V) and sums of brightness (B,), int32; of others 0.
+    """Of images (B, 3, H, W) uint8 that need them: histograms (B, 3, V) int32 and sums of brightness (B,) int64; of others 0.
 
     `kind` (B,) int32 are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum. Brightness
     is Pillow's or torchvision's.

@@ -47,7 +47,9 @@ def _weights_kernel(plan, weights, S, taps, PIXELS: tl.constexpr):
 @triton.jit
 def _resize_kernel(plan, weights, out, S, taps, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     HALF: tl.constexpr = 1 << 21
-    image = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(S, ROWS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    begin = tl.program_id(0) % tiles * ROWS
     at = plan + image * 10
     pixels = tl.load(at).to(tl.pointer_type(tl.uint8))
     row_stride, column_stride, channel_stride = tl.load(at + 1), tl.load(at + 2).to(tl.int32), tl.load(at + 3)
@@ -56,13 +58,13 @@ def _resize_kernel(plan, weights, out, S, taps, ROWS: tl.constexpr, COLUMNS: tl.
     taps_y = tl.cdiv(2 * tl.maximum(height, to_height), to_height) + 1
     taps_x = tl.cdiv(2 * tl.maximum(width, to_width), to_width) + 1
 
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row, column = begin + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     along_y = weights + image * 2 * (taps + 1) * S
     along_x = along_y + (taps + 1) * S + column
     first_y = tl.load(along_y + row, mask=row < S, other=0)
     first_x = tl.load(along_x, mask=column < S, other=0)
-    top = tl.load(along_y + tl.program_id(0) * ROWS)
-    bottom = tl.minimum(tl.load(along_y + tl.minimum(tl.program_id(0) * ROWS + ROWS, S) - 1) + taps_y, height)
+    top = tl.load(along_y + begin)
+    bottom = tl.minimum(tl.load(along_y + tl.minimum(begin + ROWS, S) - 1) + taps_y, height)
 
     red = tl.full((ROWS, COLUMNS), HALF, tl.int32)
     green, blue = red, red
@@ -116,4 +118,4 @@ def resize(plan: Tensor, weights: Tensor, out: Tensor, *, taps: int) -> None:
     if B:
         power = triton.next_power_of_2(S)
         find_weights[(B, 2)](plan, weights, S, taps, power, num_warps=4)
-        kernel[(triton.cdiv(S, ROWS), B)](plan, weights, out, S, taps, ROWS, power, num_warps=NUM_WARPS)
+        kernel[(triton.cdiv(S, ROWS) * B,)](plan, weights, out, S, taps, ROWS, power, num_warps=NUM_WARPS)

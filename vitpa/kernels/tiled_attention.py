@@ -19,7 +19,9 @@ from torch import Tensor
 from vitpa.kernels.partials import sum_partials
 
 FORWARD = (64, 64, 4, 3)  # queries of a tile, keys of a tile, warps, stages: 195 us, the best of a sweep as below
-BACKWARD = (32, 8, 3)  # queries of a tile, warps, stages: 525 us at 1,024 images on an H100, the best of a sweep; 2 stages 599
+# By the bytes of a number: queries of a tile, warps, stages. bfloat16: 525 us at 1,024 images on an H100, the best of a sweep;
+# 2 stages 599. float32: with 32 queries 254,208 bytes of shared memory at head_dim 64, and an H100 has 232,448.
+BACKWARD = {2: (32, 8, 3), 4: (16, 8, 2)}
 MAX_TOKENS = 256  # the keys, the values and their gradients fit into one program
 SHARED_MEMORY = 2**17  # bytes that a program may need: as large GPUs have for one, from the A100 on
 LOG2_E = 1.4426950408889634  # exp2 is one instruction, exp is not
@@ -49,9 +51,9 @@ def _forward_kernel(
     D: tl.constexpr = H * d
     kind: tl.constexpr = qkv.dtype.element_ty
     tiles: tl.constexpr = (N + ROWS - 1) // ROWS
-    h = tl.program_id(0) // tiles
-    m = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(1) // B
+    h = tl.program_id(0) // tiles % H
+    m = (tl.program_id(0) // (tiles * H)).to(tl.int64)
+    r = tl.program_id(0) // (tiles * H) // B
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     line = tl.arange(0, d)
     inside = (row < N)[:, None] & (line >= 0)[None, :]
@@ -86,9 +88,9 @@ def _backward_kernel(
 ):  # fmt: skip
     D: tl.constexpr = H * d
     kind: tl.constexpr = qkv.dtype.element_ty
-    h = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(1) // B
+    h = tl.program_id(0) % H
+    m = (tl.program_id(0) // H).to(tl.int64)
+    r = tl.program_id(0) // H // B
     key = tl.arange(0, KEYS)
     line = tl.arange(0, d)
     inside = (key < N)[:, None] & (line >= 0)[None, :]
@@ -135,7 +137,7 @@ def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.empty(M, H, N, dtype=torch.float32, device=qkv.device)
     rows, columns, warps, stages = FORWARD
     kernel: Any = _forward_kernel
-    kernel[(triton.cdiv(N, rows) * H, M)](
+    kernel[(triton.cdiv(N, rows) * H * M,)](
         qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, N, H, d, rows, columns, num_warps=warps, num_stages=stages
     )
     return out, lse
@@ -154,10 +156,10 @@ def _backward(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tenso
     qkv, q_bias, dout = qkv.contiguous(), q_bias.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     parts = torch.empty(R, M // R, H * d, dtype=torch.float32, device=qkv.device)
-    rows, warps, stages = BACKWARD
+    rows, warps, stages = BACKWARD[qkv.element_size()]
     scale = d**-0.5
     kernel: Any = _backward_kernel
-    kernel[(H, M)](
+    kernel[(H * M,)](
         qkv, q_bias, out, dout, lse, dqkv, parts, M // R, scale, scale * LOG2_E,
         N, H, d, max(64, triton.next_power_of_2(N)), rows, num_warps=warps, num_stages=stages,
     )  # fmt: skip
