@@ -63,10 +63,10 @@ def key_bias(name: str) -> slice:
     return slice(D, 2 * D) if name.endswith((".qkv.bias", ".qk.bias")) else slice(0, 0)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("depth", "num_heads"), [(1, 4), (3, 4), (2, 1), (2, 24)])
 @pytest.mark.parametrize("attention", ["content", "positional"])
-def test_logits_and_every_gradient_are_those_of_timms_module(attention: str, depth: int) -> None:
-    models, network = networks(attention, depth=depth)
+def test_logits_and_every_gradient_are_those_of_timms_module(attention: str, depth: int, num_heads: int) -> None:
+    models, network = networks(attention, depth=depth, num_heads=num_heads)
     weights, images = stacked(models), random_images()
     logits = network(weights, {}, images)
     expected = torch.stack([model(batch) for model, batch in zip(models, images, strict=True)])

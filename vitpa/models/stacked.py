@@ -174,7 +174,7 @@ class StackedViT:
         else:
             v = w.product("attn.v", normed).view(R, batch, -1, self.num_heads, D // self.num_heads)
             mixed = self.operations.mix(matrix, v)
-        return w.product("attn.proj", mixed.view(normed.shape))
+        return w.product("attn.proj", mixed.reshape(normed.shape))
 
     def _attend_class(self, w: _Weights, x: Tensor, matrix: Tensor | None) -> Tensor:
         """The same for the class token alone, from all tokens x (R, B, N, D): (R, B, D)."""
