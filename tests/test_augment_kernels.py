@@ -113,7 +113,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("size", [33, 64, 224])
+@pytest.mark.parametrize("size", [28, 33, 63, 64, 224])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_operations_on_a_gpu_are_those_of_the_cpu(size: int, layout: torch.memory_format) -> None:
     images = pictures(size)[:: 1 if size < 100 else 4]
