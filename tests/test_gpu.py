@@ -35,4 +35,9 @@ def test_gpu_trains_as_the_cpu_does(digits: Path, tmp_path: Path, precision: str
         assert (result.gpu_hours > 0) == (device == "cuda")
         rows = read_metrics(config_of(words).run_dir.metrics_jsonl)
         curves.append([row["train/loss"] for row in rows if "train/loss" in row])
-    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+    on_cpu, on_gpu = curves
+    if precision == "float32":
+        assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    else:  # roundings grow: on a CPU alone, bfloat16 and float32 are 2e-4 apart in 22 steps, and 2.5 % in single later ones
+        assert on_gpu[:22] == pytest.approx(on_cpu[:22], rel=1e-3)
+        assert sum(on_gpu) == pytest.approx(sum(on_cpu), rel=5e-3)
