@@ -80,6 +80,11 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
         "by the kernel if memory ran out (ask for more, see the node's log), or by somebody; then retry",
     ),
 )
+ENDED_EARLY = _cause(
+    "job ended early",
+    r"ended \(\w+\) before it started the run",
+    "mend what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
+)
 OTHER = _cause("other", "", "mend what the traceback says, then retry")
 LOST_A_PEER = CAUSES[-2].pattern
 
@@ -101,12 +106,17 @@ def cause_of(reason: str, log_tail: str) -> Cause:
     log = log_tail.splitlines()
     told = _message(essence(log) or log[-30:])
     texts = [told] if told and is_loss_of_peer(reason) else [reason, told]
-    return next((cause for cause in CAUSES for text in texts if cause.pattern.search(text)), OTHER)
+    return next((cause for cause in (*CAUSES, ENDED_EARLY) for text in texts if cause.pattern.search(text)), OTHER)
 
 
 def is_loss_of_peer(reason: str) -> bool:
     """Whether a process that ended for this reason has just noticed the end of another one."""
     return LOST_A_PEER.search(reason) is not None
+
+
+def without_particulars(text: str) -> str:
+    """What is the same in two failures that are alike: no addresses, signatures, numbers, and no file to look at."""
+    return re.sub(r"; see \S+$|0x[0-9a-f]+|\b[0-9a-f]{16}\b|\d+", "#", text)
 
 
 def essence(log: Sequence[str]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from jobs.causes import Cause, cause_of, essence
+from jobs.causes import Cause, cause_of, essence, without_particulars
 from jobs.grid import Run
+from jobs.job_output import ENDED_EARLY, output_of
 from jobs.state import LIVE, RunState, Survey
 from jobs.status import pause_s
 from vitpa.config import AttemptDir
@@ -35,43 +35,50 @@ def logs_of(attempt: AttemptDir) -> list[Path]:
 
 
 def show(states: list[RunState], lines: int, console: Console) -> None:
-    """Path and last lines of each run's last attempt; of runs that train together once."""
-    same_log: dict[Path, list[RunState]] = {}
+    """Path and last lines of each run's last attempt; of runs that train together once.
+
+    Of one that was never started it is what its job has printed.
+    """
+    same_logs: dict[tuple[Path, ...], list[RunState]] = {}
     for state in states:
         if state.attempt is not None:
-            same_log.setdefault(state.attempt.log.resolve(), []).append(state)
-    for log, together in same_log.items():
-        for state in together:
-            _heading(state, console)
-        for line in tail(log, lines):
-            _say(line, console)
+            logs = early_output(state) or [state.attempt.log.resolve()]
+            same_logs.setdefault(tuple(logs), []).append(state)
+    for files, together in same_logs.items():
+        for log in files:
+            for state in together:
+                _heading(state, console, log)
+            for line in tail(log, lines):
+                _say(line, console)
+
+
+def early_output(state: RunState) -> list[Path]:
+    """What the job of a run has printed, where that has ended before it started the run; errors first."""
+    early = ENDED_EARLY in state.reason or (state.state == "uncertain" and not state.job_id)
+    return output_of(state.attempt, state.job_id) if early and state.attempt is not None else []
 
 
 def show_failures(states: list[RunState], lines: int, console: Console) -> None:
     """Failures by their cause, each with how to mend it; every different traceback once, with the runs that ended so."""
     causes: dict[str, tuple[Cause, dict[str, list[tuple[RunState, list[str]]]]]] = {}
     for state in states:
-        if state.state == "failed" and state.attempt is not None:
-            log = [line for path in logs_of(state.attempt) for line in tail(path, 10_000)]
+        early = early_output(state)
+        if state.attempt is not None and (state.state == "failed" or (state.state == "uncertain" and early)):
+            log = [line for path in early or logs_of(state.attempt) for line in tail(path, 10_000)]
             cause, told = cause_of(state.reason, "\n".join(log)), essence(log)
             _, alike = causes.setdefault(cause.name, (cause, {}))
-            alike.setdefault(_without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
+            alike.setdefault(without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
     for cause, alike in causes.values():
         failed = sum(len(members) for members in alike.values())
         _say(f"{cause.name}: {failed} failed. To mend it: {cause.advice}", console, style="bold")
         for members in alike.values():
             first, told = members[0]
             _say(f"{', '.join(state.run.label for state, _ in members)}: {first.reason}", console)
-            _heading(first, console)
+            _heading(first, console, next(iter(early_output(first)), None))
             for line in told:
                 _say(line, console)
     if not causes:
         console.print("no run has failed")
-
-
-def _without_particulars(text: str) -> str:
-    """What is the same in two failures that are alike: no addresses, signatures and numbers."""
-    return re.sub(r"0x[0-9a-f]+|\b[0-9a-f]{16}\b|\d+", "#", text)
 
 
 def follow(runs: list[Run], root: Path, console: Console) -> None:
@@ -118,6 +125,10 @@ class _Followed:
             following = self._attempt.number + 1
             self._attempt, self._offset = AttemptDir(self._directory.attempts_dir / f"{following:04d}"), None
         self.print_new(to_the_end=state.state not in LIVE)
+        for path in [] if state.state in LIVE else early_output(state):
+            _say(f"== {self._label} attempt {self._attempt.number}: {path}", self._console, style="bold")
+            for line in tail(path, 10_000):
+                _say(self._prefix + line, self._console)
 
     def print_new(self, *, to_the_end: bool = False) -> None:
         """Print what has come since; as long as it is being written, whole lines only."""
@@ -144,7 +155,9 @@ def _say(text: str, console: Console, style: str = "") -> None:
     console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 
-def _heading(state: RunState, console: Console) -> None:
+def _heading(state: RunState, console: Console, log: Path | None = None) -> None:
     assert state.attempt is not None
-    heading = f"== {state.run.label} {state.state}, attempt {state.attempts}: {state.attempt.log}"
+    own = state.attempt.log
+    shown = own if log is None or log == own.resolve() else log  # of several that train together each has its own name for it
+    heading = f"== {state.run.label} {state.state}, attempt {state.attempts}: {shown}"
     _say(heading, console, style="bold")

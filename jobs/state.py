@@ -3,7 +3,7 @@
 done         a valid result.json
 running      started, and its job is alive (or cannot be seen from here: it counts as alive)
 pending      claimed, and somebody alive is going to start it, or to start it again
-failed, interrupted, cancelled    how its last attempt ended
+failed, interrupted, cancelled    how its last attempt ended; failed, too, where its job ended by itself before starting it
 lost         started, its job is dead and left no exit: killed
 uncertain    claimed, not started, and nobody alive who would start it: its launcher was killed
 broken       there is a result.json, or another record, that cannot be trusted
@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.grid import Run
+from jobs.job_output import ENDED_EARLY, ended_early
 from jobs.scheduler import Scheduler, SlurmJob, Snapshot
 from vitpa.config import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
 
@@ -288,8 +289,7 @@ def _over(attempt: AttemptDir, identity: str, last_words: str, output: Path) -> 
     if ended is not None:  # it was to go on, and did not
         return _end_of(ended, attempt)
     if not attempt.start_json.exists():
-        what = f"its job {identity} ended ({last_words or 'unknown to SLURM'})" if identity else "it got no job"
-        return "uncertain", f"{what} before it started the run; see {output}"
+        return ended_early(identity, last_words, output)
     return _killed(last_words, identity)
 
 
@@ -300,6 +300,22 @@ def _killed(last_words: str, identity: str) -> tuple[str, str]:
     if last_words in ("TIMEOUT", "PREEMPTED", "DEADLINE"):
         return "interrupted", f"SLURM ended job {identity}: {last_words}"
     return "lost", f"its job {identity} was killed" + (f" ({last_words})" if last_words else "")
+
+
+def early_ends(state: RunState, root: Path) -> int:
+    """How many jobs in a row, the last one among them, have ended before they started the run."""
+    if ENDED_EARLY not in state.reason:
+        return 0
+    number = 1
+    for attempt in reversed(state.run.directory(root).attempts()[:-1]):
+        try:
+            ended = read_json(attempt.exit_json) or {}
+        except RunError:
+            break
+        if ENDED_EARLY not in str(ended.get("reason")):
+            break
+        number += 1
+    return number
 
 
 def withdraw(attempt: AttemptDir, state: str, reason: str) -> bool:

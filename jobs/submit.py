@@ -36,6 +36,7 @@ from jobs import nodes
 from jobs.bound import child_environment
 from jobs.grid import Run, SweepDir, SweepError
 from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_seeds, most_replicas
+from jobs.job_output import ENDED_EARLY
 from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.scheduler import Scheduler, scheduler_environment
 from jobs.slots import gpu_memory_gib, slots_of, threads_per_process
@@ -57,6 +58,7 @@ from vitpa.config import (
 )
 from vitpa.datasets import DATASETS
 
+NEVER_STARTED = "never started: nobody was left to start it"
 WRITERS = 16  # claims are written at the same time: each waits for the disk, most of all on a file server
 
 
@@ -367,7 +369,8 @@ def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
 def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> AttemptDir | None:
     last = state.attempt
     if last is not None and not last.start_json.exists():
-        withdrawn = withdraw(last, "interrupted", "never started: nobody was left to start it")
+        how = state.state if state.state == "failed" else "interrupted"
+        withdrawn = withdraw(last, how, state.reason if ENDED_EARLY in state.reason else NEVER_STARTED)
         if not withdrawn:
             return None  # started after all
     return directory.claim_attempt(state.attempts + 1, claim)

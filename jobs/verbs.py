@@ -18,13 +18,15 @@ from rich.console import Console
 
 from jobs import logs, status
 from jobs.benchmark import Benchmark, load_benchmark
+from jobs.causes import without_particulars
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
+from jobs.job_output import ENDED_EARLY
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.slots import visible_gpus
 from jobs.snapshot import make_snapshot
-from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, withdraw
+from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, early_ends, withdraw
 from jobs.submission import Place, ran_other_code, settle
 from jobs.submit import WRITERS, Order, check_data, prepare, submit
 from vitpa.config import (
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from jobs.limits import Outlook
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
+MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
 FILTERS: dict[str, Callable[[RunState], str]] = {
     "dataset": lambda state: state.run.dataset,
     "attention": lambda state: state.run.attention,
@@ -200,7 +203,7 @@ def _plan(context: Context) -> int:
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states = context.look()
-    missing = [state for state in states if state.state in SUBMITTABLE]
+    missing = _to_submit(context, states)
     problems, order, outlook = [], Order([], None), NOTHING
     try:
         order, outlook = _look_ahead(context, states, missing, benchmark)
@@ -269,7 +272,23 @@ def _submit(context: Context) -> int:
         context.say(context.drift.describe())
     _settle(context)
     states = context.look()
-    return _start(context, states, [state for state in states if state.state in SUBMITTABLE])
+    return _start(context, states, _to_submit(context, states))
+
+
+def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
+    """What `submit` starts: not those whose jobs end again and again before they start them."""
+    chosen = [state for state in states if state.state in SUBMITTABLE]
+    in_vain = [state for state in chosen if early_ends(state, context.root) >= MAX_EARLY_ENDS]
+    reasons: dict[str, list[RunState]] = {}
+    for state in in_vain:
+        reasons.setdefault(without_particulars(state.reason), []).append(state)
+    for first, *others in [] if getattr(context.options, "json", False) else reasons.values():
+        more = f" and {len(others)} more are" if others else " is"
+        context.say(
+            f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({first.reason}); mend that, "
+            f"then: vitpa sweep retry {context.suffix} state=uncertain --force"
+        )
+    return [state for state in chosen if state not in in_vain]
 
 
 def _settle(context: Context) -> None:
@@ -283,7 +302,7 @@ def _retry(context: Context) -> int:
     force = context.options.force
     _settle(context)
     states = context.look()
-    chosen = [state for state in states if state.state in RETRYABLE or (force and state.unseen)]
+    chosen = [state for state in states if state.state in RETRYABLE or state.state == "uncertain" or (force and state.unseen)]
     hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
     for state in hopeless:
         context.say(
@@ -297,13 +316,20 @@ def _retry(context: Context) -> int:
 
 
 def _fails_alike(state: RunState, root: Path) -> bool:
-    """Whether the last two attempts failed for the same reason: a third one would, too."""
+    """Whether the last two attempts failed for the same reason, or several jobs never came so far: another would, too."""
+    if state.state == "uncertain":
+        return early_ends(state, root) >= MAX_EARLY_ENDS
     try:
-        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
+        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:-1]]
     except RunError:  # nobody knows
         return False
-    causes = {(ended.get("state"), ended.get("reason")) for ended in exits}
-    return state.state == "failed" and len(exits) == 2 and len(causes) == 1
+    earlier = [(ended.get("state"), _alike(str(ended.get("reason") or ""))) for ended in exits]
+    return state.state == "failed" and earlier == [("failed", _alike(state.reason))]
+
+
+def _alike(reason: str) -> str:
+    """What two jobs that ended for the same reason both say: not their numbers."""
+    return without_particulars(reason) if ENDED_EARLY in reason else reason
 
 
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:

@@ -232,7 +232,8 @@ def ask(root: Path, run: Run, queue: Queue) -> tuple[str, str]:
         (SlurmJob("7_0", "OUT_OF_MEMORY"), True, ("failed", "host out of memory: SLURM ended job 7_0 (OUT_OF_MEMORY)")),
         (SlurmJob("7_0", "CANCELLED"), True, ("cancelled", "scancel")),
         (SlurmJob("7_0", "CANCELLED"), False, ("cancelled", "scancel")),
-        (SlurmJob("7_0", "FAILED"), False, ("uncertain", "its job 7_0 ended (FAILED) before it started the run; see ")),
+        (SlurmJob("7_0", "FAILED"), False, ("failed", "its job ended (FAILED) before it started the run: ")),
+        (SlurmJob("7_0", "NODE_FAIL"), False, ("uncertain", "its job 7_0 ended (NODE_FAIL) before it started the run; see ")),
     ],
 )
 def test_state_in_the_queue(tmp_path: Path, run: Run, job: SlurmJob, started: bool, expected: tuple[str, str]) -> None:

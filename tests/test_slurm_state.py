@@ -205,3 +205,24 @@ def test_a_result_cut_in_half(field: Field) -> None:
     assert "1 of 2 done" in field.vitpa("submit").stdout
     assert "submitted 1 of 2 runs to SLURM" in field.vitpa("retry").stdout
     wait_for(lambda: exits(field.root, field.sweep) == [["done", "done"], ["done"]])
+
+
+def test_a_job_that_ends_before_it_starts_its_run(field: Field) -> None:
+    """Said with its cause everywhere; `retry` tries it again, but not without end."""
+    broken = slurm_profile(field.root, "broken", setup=["echo loading", "exit 7"])
+    assert field.vitpa("submit", "attention=content", profile=broken).returncode == 0
+    wait_for(lambda: field.states()[0].state == "failed", poll_s=0.2)
+    cause = "its job ended (FAILED) before it started the run: setup ended the job with exit code 7: exit 7"
+    assert cause in field.vitpa("status").stdout.replace("\n", "")
+    for options in ([], ["--failed"]):
+        shown = field.vitpa("logs", *options).stdout
+        assert "setup ended the job with exit code 7: exit 7" in shown
+        assert "loading" in shown
+    again = field.vitpa("submit", "attention=content", profile=broken)
+    assert (again.returncode, "nothing to submit" in again.stdout) == (4, True)
+    assert "submitted 1 of 2 runs" in field.vitpa("retry", profile=broken).stdout
+    wait_for(lambda: field.states()[0].state == "failed", poll_s=0.2)
+    assert "is left alone: it failed twice in the same way" in field.vitpa("retry", profile=broken).stdout
+    nearly_done(field.sweep.runs[0], field.root)
+    assert "submitted 1 of 2 runs" in field.vitpa("retry", "--force").stdout
+    wait_for(lambda: field.states()[0].state == "done", poll_s=0.3)
