@@ -11,7 +11,7 @@ from pathlib import Path
 from vitpa.config import AttemptDir, RunError, read_json
 
 ENDED_EARLY = "before it started the run"
-# ends of a job that another one would meet in the same way, so that only `retry` makes one
+# ends by the job's own fault: another one would meet them, too
 ITS_OWN_FAULT = frozenset({"FAILED", "COMPLETED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"})
 TAIL_BYTES = 20_000
 _OF_SLURM = re.compile(r"(srun|slurmstepd|sbatch|submitit)\b")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jobs.causes import Cause, cause_of, essence, without_particulars
 from jobs.grid import Run
-from jobs.job_output import ENDED_EARLY, output_of
+from jobs.job_output import output_of
 from jobs.state import LIVE, RunState, Survey
 from jobs.status import pause_s
 from vitpa.config import AttemptDir
@@ -54,7 +54,7 @@ def show(states: list[RunState], lines: int, console: Console) -> None:
 
 def early_output(state: RunState) -> list[Path]:
     """What the job of a run has printed, where that has ended before it started the run; errors first."""
-    early = ENDED_EARLY in state.reason or (state.state == "uncertain" and not state.job_id)
+    early = state.ended_early or (state.state == "uncertain" and not state.job_id)
     return output_of(state.attempt, state.job_id) if early and state.attempt is not None else []
 
 

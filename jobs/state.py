@@ -47,6 +47,11 @@ class RunState:
     job_id: str = ""  # SLURM's
 
     @property
+    def ended_early(self) -> bool:
+        """Whether its last job has ended before it started the run."""
+        return self.state in ("failed", "uncertain") and ENDED_EARLY in self.reason
+
+    @property
     def attempts(self) -> int:
         """Number of attempts so far."""
         return self.attempt.number if self.attempt else 0
@@ -304,7 +309,7 @@ def _killed(last_words: str, identity: str) -> tuple[str, str]:
 
 def early_ends(state: RunState, root: Path) -> int:
     """How many jobs in a row, the last one among them, have ended before they started the run."""
-    if ENDED_EARLY not in state.reason:
+    if not state.ended_early:
         return 0
     number = 1
     for attempt in reversed(state.run.directory(root).attempts()[:-1]):

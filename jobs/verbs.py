@@ -21,7 +21,6 @@ from jobs.benchmark import Benchmark, load_benchmark
 from jobs.causes import without_particulars
 from jobs.collect import collect, markdown, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
-from jobs.job_output import ENDED_EARLY
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.slots import visible_gpus
@@ -277,7 +276,7 @@ def _submit(context: Context) -> int:
 
 def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
     """What `submit` starts: not those whose jobs end again and again before they start them."""
-    chosen = [state for state in states if state.state in SUBMITTABLE]
+    chosen = [state for state in states if state.state in SUBMITTABLE or state.ended_early]
     in_vain = [state for state in chosen if early_ends(state, context.root) >= MAX_EARLY_ENDS]
     reasons: dict[str, list[RunState]] = {}
     for state in in_vain:
@@ -286,7 +285,7 @@ def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
         more = f" and {len(others)} more are" if others else " is"
         context.say(
             f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({first.reason}); mend that, "
-            f"then: vitpa sweep retry {context.suffix} state=uncertain --force"
+            f"then: vitpa sweep retry {context.start_suffix} --force"
         )
     return [state for state in chosen if state not in in_vain]
 
@@ -302,12 +301,11 @@ def _retry(context: Context) -> int:
     force = context.options.force
     _settle(context)
     states = context.look()
-    chosen = [state for state in states if state.state in RETRYABLE or state.state == "uncertain" or (force and state.unseen)]
+    chosen = [state for state in states if state.state in RETRYABLE or state.ended_early or (force and state.unseen)]
     hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
     for state in hopeless:
-        context.say(
-            f"{state.run.label} is left alone: it failed twice in the same way ({state.reason}); mend that, then --force"
-        )
+        how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
+        context.say(f"{state.run.label} is left alone: it {how} ({state.reason}); mend that, then --force")
     chosen = [state for state in chosen if state not in hopeless]
     if not chosen:
         context.say(f"nothing to retry: {status.summary(states)}")
@@ -317,19 +315,14 @@ def _retry(context: Context) -> int:
 
 def _fails_alike(state: RunState, root: Path) -> bool:
     """Whether the last two attempts failed for the same reason, or several jobs never came so far: another would, too."""
-    if state.state == "uncertain":
+    if state.ended_early:
         return early_ends(state, root) >= MAX_EARLY_ENDS
     try:
-        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:-1]]
+        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
     except RunError:  # nobody knows
         return False
-    earlier = [(ended.get("state"), _alike(str(ended.get("reason") or ""))) for ended in exits]
-    return state.state == "failed" and earlier == [("failed", _alike(state.reason))]
-
-
-def _alike(reason: str) -> str:
-    """What two jobs that ended for the same reason both say: not their numbers."""
-    return without_particulars(reason) if ENDED_EARLY in reason else reason
+    causes = {(ended.get("state"), ended.get("reason")) for ended in exits}
+    return state.state == "failed" and len(exits) == 2 and len(causes) == 1
 
 
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:
@@ -380,7 +373,8 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
-    counts = Counter(state.state for state in states if state.state in RETRYABLE)
+    left_alone = [state for state in states if early_ends(state, context.root) not in range(1, MAX_EARLY_ENDS)]
+    counts = Counter(state.state for state in left_alone if state.state in RETRYABLE)
     for state, count in sorted(counts.items()):
         context.say(
             f"{count} {state}, not touched by submit; to run again: vitpa sweep retry {context.start_suffix} state={state}"

@@ -42,24 +42,25 @@ def look(root: Path, run: Run, state: str = "FAILED") -> RunState:
 
 
 @pytest.mark.parametrize(
-    ("last_words", "text", "state", "cause"),
+    ("last_words", "text", "expected"),
     [
-        ("FAILED", SETUP, "failed", "setup ended the job with exit code 7: exit 7"),
-        ("COMPLETED", "setup ended the job with exit code 0: exit 0\n", "failed", "exit code 0: exit 0"),
-        ("FAILED", TRACEBACK, "failed", "ModuleNotFoundError: No module named 'jobs'"),
-        ("FAILED", "srun: unrecognized option '--x'\nTry \"srun --help\"\n", "failed", "srun: unrecognized option '--x'"),
-        ("FAILED", "/bin/sh: 1: exec: /gone/python: not found\n" + STEP, "failed", "/gone/python: not found"),
-        ("TIMEOUT", LIMIT, "failed", "DUE TO TIME LIMIT ***"),
-        ("OUT_OF_MEMORY", "slurmstepd: error: Detected 1 oom_kill event\n", "failed", "oom_kill event"),
-        ("NODE_FAIL", "loading\n", "uncertain", "loading"),
-        ("FAILED", None, "failed", "its node could not write there (full, gone, read-only?), or could not start it"),
+        ("FAILED", SETUP, ("failed", "setup ended the job with exit code 7: exit 7")),
+        ("COMPLETED", "setup ended the job with exit code 0: exit 0\n", ("failed", "exit code 0: exit 0")),
+        ("FAILED", TRACEBACK, ("failed", "ModuleNotFoundError: No module named 'jobs'")),
+        ("FAILED", "srun: unrecognized option '--x'\nTry \"srun --help\"\n", ("failed", "srun: unrecognized option '--x'")),
+        ("FAILED", "/bin/sh: 1: exec: /gone/python: not found\n" + STEP, ("failed", "/gone/python: not found")),
+        ("TIMEOUT", LIMIT, ("failed", "DUE TO TIME LIMIT ***")),
+        ("OUT_OF_MEMORY", "slurmstepd: error: Detected 1 oom_kill event\n", ("failed", "oom_kill event")),
+        ("NODE_FAIL", "loading\n", ("uncertain", "loading")),
+        ("FAILED", None, ("failed", "its node could not write there (full, gone, read-only?), or could not start it")),
     ],
 )
-def test_state_and_cause(tmp_path: Path, run: Run, last_words: str, text: str | None, state: str, cause: str) -> None:
+def test_state_and_cause(tmp_path: Path, run: Run, last_words: str, text: str | None, expected: tuple[str, str]) -> None:
     slurm_claim(tmp_path, run)
     if text is not None:
         print_as_job(tmp_path, text)
     found = look(tmp_path, run, last_words)
+    state, cause = expected
     assert found.state == state
     assert found.reason.startswith(f"its job ended ({last_words}) before it started the run: ")
     assert found.reason.endswith(f"{cause}; see {tmp_path / OUTPUT}")
@@ -97,25 +98,13 @@ def test_followed_logs_show_it_too(tmp_path: Path, run: Run, monkeypatch: pytest
     assert "setup ended the job with exit code 7: exit 7" in file.getvalue()
 
 
-def test_what_fails_alike_is_not_tried_without_end(tmp_path: Path, run: Run) -> None:
-    """Two jobs that ended by their own fault in the same way, whatever their numbers, or three that ended for any reason."""
+@pytest.mark.parametrize(("last_words", "state"), [("FAILED", "failed"), ("NODE_FAIL", "uncertain")])
+def test_it_is_not_tried_without_end(tmp_path: Path, run: Run, last_words: str, state: str) -> None:
     slurm_claim(tmp_path, run)
     print_as_job(tmp_path, SETUP)
-    state = look(tmp_path, run)
-    assert not _fails_alike(state, tmp_path)
-    claim = read_json(run.directory(tmp_path).attempts()[0].claim_json) or {}
-    assert _claim(state, run.directory(tmp_path), claim) is not None
-    again = look(tmp_path, run)
-    assert (again.state, again.attempts) == ("failed", 2)
-    assert _fails_alike(again, tmp_path)
-    assert early_ends(again, tmp_path) == 2
-
-
-def test_jobs_that_end_for_other_reasons_are_counted(tmp_path: Path, run: Run) -> None:
-    slurm_claim(tmp_path, run)
     claim = read_json(run.directory(tmp_path).attempts()[0].claim_json) or {}
     for number in (1, 2, 3):
-        state = look(tmp_path, run, "NODE_FAIL")
-        assert (state.state, state.attempts, early_ends(state, tmp_path)) == ("uncertain", number, number)
-        assert _fails_alike(state, tmp_path) == (number == 3)
-        _claim(state, run.directory(tmp_path), claim)
+        found = look(tmp_path, run, last_words)
+        assert (found.state, found.attempts, early_ends(found, tmp_path)) == (state, number, number)
+        assert _fails_alike(found, tmp_path) == (number == 3)
+        _claim(found, run.directory(tmp_path), claim)

@@ -138,17 +138,6 @@ def test_killed_hard(field: Field) -> None:
     assert finished_trainings(field.root) == sorted(run.signature for run in field.sweep.runs)
 
 
-def test_job_that_ends_before_it_starts_the_run(field: Field) -> None:
-    bad = slurm_profile(field.root, "bad", setup=["exit 7"])
-    assert "submitted 1 of 2 runs" in field.vitpa("submit", "attention=content", profile=bad).stdout
-    run = field.sweep.runs[0]
-    wait_for(lambda: of(field, run).state == "uncertain", poll_s=0.2)
-    assert "ended (FAILED) before it started the run; see " in of(field, run).reason
-    nearly_done(run, field.root)
-    assert "submitted 1 of 2 runs" in field.vitpa("submit", "attention=content").stdout
-    wait_for(lambda: of(field, run).state == "done", poll_s=0.2)
-
-
 def test_other_code_than_was_submitted(field: Field) -> None:
     run = field.sweep.runs[0]
     nearly_done(run, field.root)
@@ -208,10 +197,12 @@ def test_a_result_cut_in_half(field: Field) -> None:
 
 
 def test_a_job_that_ends_before_it_starts_its_run(field: Field) -> None:
-    """Said with its cause everywhere; `retry` tries it again, but not without end."""
+    """Said with its cause everywhere; submit and retry try again, but not without end."""
     broken = slurm_profile(field.root, "broken", setup=["echo loading", "exit 7"])
-    assert field.vitpa("submit", "attention=content", profile=broken).returncode == 0
-    wait_for(lambda: field.states()[0].state == "failed", poll_s=0.2)
+    for number, verb in enumerate(("submit", "retry", "submit"), start=1):
+        assert "submitted 1 of 2 runs" in field.vitpa(verb, "attention=content", profile=broken).stdout
+        wait_for(lambda: field.states()[0].state == "failed", poll_s=0.2)
+        assert field.states()[0].attempts == number
     cause = "its job ended (FAILED) before it started the run: setup ended the job with exit code 7: exit 7"
     assert cause in field.vitpa("status").stdout.replace("\n", "")
     for options in ([], ["--failed"]):
@@ -220,9 +211,8 @@ def test_a_job_that_ends_before_it_starts_its_run(field: Field) -> None:
         assert "loading" in shown
     again = field.vitpa("submit", "attention=content", profile=broken)
     assert (again.returncode, "nothing to submit" in again.stdout) == (4, True)
-    assert "submitted 1 of 2 runs" in field.vitpa("retry", profile=broken).stdout
-    wait_for(lambda: field.states()[0].state == "failed", poll_s=0.2)
-    assert "is left alone: it failed twice in the same way" in field.vitpa("retry", profile=broken).stdout
+    assert f"left alone: 3 jobs in a row ended too early ({cause}" in again.stdout
+    assert "is left alone: it got 3 jobs in vain" in field.vitpa("retry", profile=broken).stdout
     nearly_done(field.sweep.runs[0], field.root)
-    assert "submitted 1 of 2 runs" in field.vitpa("retry", "--force").stdout
+    assert "submitted 1 of 2 runs" in field.vitpa("retry", "--force", profile=slurm_profile(field.root)).stdout
     wait_for(lambda: field.states()[0].state == "done", poll_s=0.3)
