@@ -115,9 +115,12 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
         parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
+        parser.add_argument("--force", action="store_true", help="also what `plan` says that SLURM would never start")
     if verb == "retry":
         parser.add_argument(
-            "--force", action="store_true", help="also what failed twice alike, or was last seen on another host"
+            "--force",
+            action="store_true",
+            help="also what fails alike each time, was last seen elsewhere, or would never start",
         )
     if verb == "cancel":
         parser.add_argument("--now", action="store_true", help="kill instead of letting a checkpoint be written")

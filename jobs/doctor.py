@@ -16,7 +16,7 @@ from typing import Any
 from jobs.cluster import ask
 from jobs.doctor_cluster import Check, accepted, accounting, configured, missing_programs, of_profile
 from jobs.doctor_job import PROBE, ProbeJob, checks_of, remove, script_of
-from jobs.limits import is_silence, test_script
+from jobs.limits import is_silence, only_for_now, test_script
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler import Scheduler, SchedulerError
 from vitpa.config import RuntimeConfig
@@ -77,7 +77,7 @@ def examine_cluster(
         root_was_there = root.exists()
         folder = root / "doctor" / secrets.token_hex(4)
         script = script_of(profile, folder, root, _specification(profile, root, data_dir))
-        submission = accepted(profile, cluster, test_script(scheduler, script))
+        submission = accepted(profile, cluster, only_for_now(test_script(scheduler, script), profile, cluster))
     except (ValueError, RuntimeError) as error:  # submitit does not take the profile
         yield Check("submission", "problem", str(error), "change the profile")
         return

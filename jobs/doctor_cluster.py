@@ -145,7 +145,7 @@ def _as_check(finding: Finding) -> Check:
 def accepted(profile: SlurmProfile, cluster: Cluster, answer: Finding) -> Check:
     """What sbatch says to the profile, with what there is to choose from."""
     if answer.level != "problem":
-        return Check("submission", "ok", answer.text)
+        return Check("submission", "warning" if answer.level == "warning" else "ok", answer.text)
     named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "reservation")}
     ours = ", ".join(f"{key}={value}" for key, value in named.items() if value) or "the partition, account and QOS by default"
     there = _choices("partitions", cluster.partitions) + _choices("QOS", cluster.qos)

@@ -29,6 +29,11 @@ JOBS = ("MaxJobsPU", "MaxJobsPA", "MaxJobs", "GrpJobs")
 TRES = ("MaxTRESPU", "MaxTRESPA", "GrpTRES")
 SHORTEST_SIGNAL_S = 30  # a step, a checkpoint on a shared disk and the end of the processes have to fit in
 LARGEST_LOSS = 0.25  # of an attempt
+UNAVAILABLE = "Requested node configuration is not available"
+WAITS = (  # what sbatch says in its test, and does not refuse (job_allocate in SLURM's job_mgr.c)
+    *("Requested nodes are busy", "Required node not available", "Requested reservation not usable now"),
+    *("Requested reservation is in use", "Requested partition configuration not available now", "Licenses not available"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,14 @@ class Outlook:
 
     @property
     def refusals(self) -> list[str]:
-        """Why SLURM would not take the runs, or never start them."""
+        """Why SLURM would not take the runs, or never start them: `plan` and `submit` say the same."""
         return [finding.text for finding in self.findings if finding.level == "problem"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the runs wait, or ends them early."""
+        of_forecast = ("speeds", "measured")
+        return [f"warning: {each.text}" for each in self.findings if each.level == "warning" and each.about not in of_forecast]
 
     def lines(self) -> list[str]:
         """For people; without the refusals."""
@@ -170,7 +181,7 @@ def _review(
     bounded = []
     for same, group in zip(batches, groups, strict=True):
         profile = _profile_of(same)
-        answer = test_only(scheduler, same, profile, root, name)
+        answer = only_for_now(test_only(scheduler, same, profile, root, name), profile, cluster)
         found, most = limits_of_runs(profile, group, cluster)
         known = [number for number in (group.at_a_time, *most) if number is not None]
         bounded.append(replace(group, at_a_time=max(1, min(known)) if known else None))
@@ -261,6 +272,34 @@ def test_script(scheduler: Scheduler, script: str) -> Finding:
     return Finding("info", "sbatch", re.sub(r"sbatch: Job \d+ to start", "SLURM accepts it; a first run could start", answer))
 
 
+def only_for_now(answer: Finding, profile: SlurmProfile, cluster: Cluster) -> Finding:
+    """sbatch's answer, as a warning where it refuses in its test what it would take and let wait.
+
+    Its test knows no nodes that are down, drained or reserved, and no partition that is down. Jobs wait for them.
+    """
+    if answer.level != "problem":
+        return answer
+    waits = any(words in answer.text for words in WAITS) or (profile.reservation and "Invalid time" in answer.text)
+    if UNAVAILABLE in answer.text and not waits:
+        names = [cluster.partition(name) for name in (profile.partition or "").split(",")] if profile.partition else [None]
+        waits = any(_is_out_of_service(profile, cluster.partition(name), cluster) for name in names)
+    if not waits:
+        return answer
+    return Finding("warning", answer.about, answer.text.replace("SLURM would refuse it", "SLURM takes it, but it would wait"))
+
+
+def _is_out_of_service(profile: SlurmProfile, partition: str, cluster: Cluster) -> bool:
+    """Whether a partition has the nodes for a run, but they are, or may be, out of service now."""
+    need = Need.of(profile)
+    fitting = [kind for kind in cluster.nodes.get(partition, []) if need.fits(kind)]
+    if sum(kind.count for kind in fitting) < need.nodes:
+        return False
+    usable = sum(kind.count for kind in fitting if kind.usable)
+    chosen = profile.constraint or profile.nodelist or profile.exclude or profile.reservation
+    down = cluster.partitions.get(partition, {}).get("State") == "DOWN"
+    return down or usable < need.nodes or bool(chosen and usable < sum(kind.count for kind in fitting))
+
+
 def is_silence(error: SchedulerError) -> bool:
     """Whether SLURM has not answered, rather than refused."""
     silence = ("not found; is this", "no answer from SLURM", "Unable to contact", "Socket timed out", "Connection refused")
@@ -304,7 +343,7 @@ def limits_of_runs(profile: SlurmProfile, group: Group, cluster: Cluster) -> tup
         findings.append(Finding("unknown", "partition", "several partitions: only what sbatch says is known"))
     else:
         fields = cluster.partitions[names[0]]
-        findings += _of_partition(profile, need, fields)
+        findings += _of_partition(profile, need, fields, profile.account or cluster.account)
         found, bound = _of_nodes(profile, need, names[0], cluster)
         findings += found
         most.append(bound)
@@ -352,10 +391,23 @@ def _of_signal(profile: SlurmProfile, group: Group) -> Iterator[Finding]:
         )
 
 
-def _of_partition(profile: SlurmProfile, need: Need, fields: Mapping[str, str]) -> Iterator[Finding]:
+def _of_accounts(profile: SlurmProfile, fields: Mapping[str, str], account: str) -> Iterator[Finding]:
+    """Whether a partition is for these runs' account and QOS: SLURM takes others, and never starts them."""
+    for key, own in (("Accounts", account), ("Qos", profile.qos or "")):
+        allowed, denied = (fields.get(prefix + key, "") for prefix in ("Allow", "Deny"))
+        if own and ((allowed not in ("", "ALL", "N/A") and own not in allowed.split(",")) or own in denied.split(",")):
+            what = f"is for {allowed} only" if allowed not in ("", "ALL", "N/A") else "is not for it"
+            name, kind = fields["PartitionName"], "account" if key == "Accounts" else "QOS"
+            yield Finding(
+                "problem", f"Allow{key}", f"{kind} {own}: partition {name} {what}; choose another partition, or {kind}"
+            )
+
+
+def _of_partition(profile: SlurmProfile, need: Need, fields: Mapping[str, str], account: str) -> Iterator[Finding]:
     name = fields["PartitionName"]
     if fields.get("State", "UP") != "UP":
         yield Finding("warning", "partition", f"partition {name} is {fields['State']}: nothing starts there now")
+    yield from _of_accounts(profile, fields, account)
     limit_s = seconds_of(fields.get("MaxTime", ""))
     if limit_s is not None and profile.time_s > limit_s:
         yield Finding(
@@ -392,11 +444,14 @@ def _of_nodes(profile: SlurmProfile, need: Need, partition: str, cluster: Cluste
         text = "jobs at a time: not known, since constraint, nodelist or reservation choose among the nodes"
         return [Finding("unknown", "nodes", text)], None
     usable = [kind for kind in fitting if kind.usable]
-    room = sum(kind.count * need.fits(kind) for kind in usable) // need.nodes
-    if not room:
-        text = f"none of the {there} nodes of partition {partition} with {wanted} is in service now"
-        return [Finding("warning", "nodes", text)], None
     count = sum(kind.count for kind in usable)
+    if count < need.nodes:
+        which = f"none of the {there}" if not count else f"{count} of the {there}"
+        needed = f", {need.nodes} are needed" if count else ""
+        verb = "are" if count > 1 else "is"
+        text = f"{which} nodes of partition {partition} with {wanted} {verb} in service now{needed}: jobs will wait"
+        return [Finding("warning", "nodes", text)], None
+    room = sum(kind.count * need.fits(kind) for kind in usable) // need.nodes
     text = f"{count} of {sum(kind.count for kind in nodes)} nodes of partition {partition} are in service and have {wanted}: "
     return [Finding("info", "nodes", f"{text}at most {room} jobs at a time")], room
 

@@ -332,6 +332,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     check_data(order)
     for line in order.notes:
         context.say(line)
+    _check_limits(context, looked_at, order)
     if context.options.dry_run:
         context.say(f"would start {len(chosen)} runs{order.jobs}")
         for group in order.groups:
@@ -370,6 +371,26 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     _say_next(context)
     settled = {"done"} if context.options.wait else {"done", *LIVE}
     return OK if all(state.state in settled for state in states) else PARTIAL
+
+
+def _check_limits(context: Context, states: list[RunState], order: Order) -> None:
+    """Say what makes runs wait in SLURM.
+
+    Raises:
+        SweepError: SLURM would refuse them, or never start them, and nobody says --force.
+    """
+    from jobs.limits import look_ahead  # noqa: PLC0415 - as above
+
+    if not order.batches or order.batches[0].how["executor"] != "slurm":
+        return
+    outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
+    for line in outlook.warnings:
+        context.say(line)
+    problem = "; ".join(outlook.refusals)
+    if problem and context.options.force:
+        context.say(f"warning: {problem}")
+    elif problem:
+        raise SweepError(f"{problem}; to try it all the same: --force")
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:

@@ -60,15 +60,18 @@ class Shell:
         self.root, self.capsys, self.monkeypatch = root, capsys, monkeypatch
         monkeypatch.setattr("submitit.SlurmExecutor.affinity", classmethod(lambda cls: 2))
 
-    def line(self, *more: str, **profile: Any) -> list[str]:
+    def line(self, *more: str, verb: str = "plan", **profile: Any) -> list[str]:
         path = self.root / "profile.yaml"
         path.write_text(yaml.safe_dump({"executor": "slurm", "time": "1:00:00", "replicas": 1, **profile}))
         where = ["--root", str(self.root), "--data-dir", str(self.root / "data"), "--profile", str(path)]
-        return ["sweep", "plan", str(self.root / "small.yaml"), *where, *more]
+        return ["sweep", verb, str(self.root / "small.yaml"), *where, *more]
 
     def text(self, words: Scheduler, *more: str, **profile: Any) -> tuple[int, str]:
+        return self.of("plan", words, *more, **profile)
+
+    def of(self, verb: str, words: Scheduler, *more: str, **profile: Any) -> tuple[int, str]:
         self.monkeypatch.setattr("jobs.verbs.Scheduler", lambda: words)
-        code = main(self.line(*more, **profile))
+        code = main(self.line(*more, verb=verb, **profile))
         captured = self.capsys.readouterr()
         return code, captured.out + captured.err
 
@@ -268,6 +271,77 @@ def test_shares_of_a_node() -> None:
     assert Need.of(SlurmProfile.model_validate({**base, "additional_parameters": {"exclusive": True}})).fits(nodes) == 1
     assert Need.of(SlurmProfile.model_validate({**base, "additional_parameters": {"mem_per_gpu": "200G"}})).fits(nodes) == 2
     assert (mem_mib("64G"), mem_mib("1.5T"), mem_mib("100"), mem_mib("2048K"), mem_mib("")) == (65536, 1572864, 100, 2, 0)
+
+
+UNAVAILABLE = "error: allocation failure: Requested node configuration is not available"
+ALL_DRAINED = "main|12|gpu:h100:4(S:0-1)|64|512000|drained|x\nfat|1|(null)|8|1000|mixed|x\n"
+HALF_DRAINED = "main|6|gpu:h100:4|64|512000|drained|x\nmain|6|gpu:h100:4|64|512000|idle|x\n"
+
+
+def partition(**values: str) -> str:
+    """`scontrol show partition` with other values for main."""
+    fields = dict(pair.split("=", 1) for pair in PARTITION.format("main", "YES").split())
+    return " ".join(f"{key}={value}" for key, value in {**fields, **values}.items())
+
+
+@pytest.mark.parametrize(
+    ("answers", "values", "refused"),
+    [
+        ({}, {}, ""),
+        ({}, {"time": "2-00:00:00"}, "time=2-00:00:00 is more than partition main allows (MaxTime=1-00:00:00)"),
+        ({}, {"nodes": 3}, "3 nodes: partition main allows 2 (MaxNodes)"),
+        ({"sbatch": UNAVAILABLE}, {"gpus_per_node": 8}, "0 nodes of partition main have 8 GPUs, 1 CPU, 1 are needed"),
+        ({"sbatch": UNAVAILABLE}, {}, "SLURM would refuse it: Requested node configuration is not available"),
+        ({"sbatch": "error: Invalid feature specification"}, {"constraint": "b200"}, "SLURM would refuse it: Invalid feature"),
+        (
+            {"sbatch": "error: Invalid partition name specified"},
+            {"partition": "no"},
+            "would refuse it: Invalid partition",
+        ),
+        ({}, {"account": "chem", "partition": "fat"}, "account chem: partition fat is for phys,math only"),
+        ({}, {"gres": "lscratch:20"}, "0 nodes of partition main have 1 GPU, lscratch:20, 1 CPU, 1 are needed"),
+    ],
+)
+def test_plan_and_submit_refuse_in_the_same_words(
+    plan: Shell, answers: dict[str, str], values: dict[str, Any], refused: str
+) -> None:
+    fat = partition(PartitionName="fat", Default="NO", AllowAccounts="phys,math")
+    words = Words(**{"scontrol_show_partition": f"{partition()}\n{fat}\n", **answers})
+    code, found = plan(words, **values)
+    assert (code, refused in found["problem"]) == (1 if refused else 0, True)
+    code, said_there = plan.of("submit", words, "--dry-run", **values)
+    assert (code, f"error: {found['problem']}" in said_there) == (1 if refused else 0, bool(refused))
+    if refused:
+        code, said_there = plan.of("submit", words, "--dry-run", "--force", **values)
+        assert (code, f"warning: {found['problem']}" in said_there) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("answers", "values", "expected"),
+    [
+        (
+            {"sinfo": ALL_DRAINED},
+            {},
+            "none of the 12 nodes of partition main with 1 GPU, 1 CPU is in service now",
+        ),
+        (
+            {"sinfo": HALF_DRAINED},
+            {"nodelist": "n3"},
+            "SLURM takes it, but it would wait: Requested node",
+        ),
+        ({"scontrol show partition": partition(State="DOWN")}, {}, "partition main is DOWN: nothing starts there now"),
+        ({"sbatch": "error: Requested nodes are busy"}, {}, "SLURM takes it, but it would wait: Requested nodes are busy"),
+        ({"sbatch": "error: Invalid time specified"}, {"reservation": "r"}, "takes it, but it would wait: Invalid time"),
+    ],
+)
+def test_what_only_waits_is_a_warning(plan: Shell, answers: dict[str, str], values: dict[str, Any], expected: str) -> None:
+    words = Words(**{"sbatch": UNAVAILABLE, **answers})
+    code, found = plan(words, **values)
+    assert (code, found["problem"]) == (0, "")
+    assert expected in "\n".join(each["text"] for each in found["findings"] if each["level"] == "warning")
+    code, said_there = plan.of("submit", words, "--dry-run", **values)
+    assert code == 0
+    assert f"warning: {expected}" in said_there or expected in said_there
 
 
 # --- a real SLURM that enforces limits

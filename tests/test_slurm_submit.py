@@ -108,20 +108,48 @@ def test_launchers_at_once(field: Field) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"partition": "nowhere"}, "error: SLURM refused the jobs: invalid partition specified: nowhere; Batch job "),
-        ({"constraint": "h100"}, "Batch job submission failed: Invalid feature specification"),
-        ({"nodelist": "elsewhere"}, "Batch job submission failed: Invalid node name specified"),
+        ({"partition": "nowhere"}, "error: SLURM would refuse it: invalid partition specified: nowhere"),
+        ({"constraint": "h100"}, "error: SLURM would refuse it: Invalid feature specification"),
+        ({"nodelist": "elsewhere"}, "error: SLURM would refuse it: Invalid node name specified"),
         ({"additional_parameters": {"no_such": "1"}}, "unrecognized option '--no-such=1'"),
+        ({"nodes": 5}, "4 nodes of partition main have 1 CPU, 256M of memory, 5 are needed"),
     ],
 )
 def test_refused_by_slurm(field: Field, values: dict[str, object], message: str) -> None:
-    refused = field.vitpa("submit", profile=slurm_profile(field.root, "bad", **values))
+    """Before anything is written; by sbatch itself, if somebody insists."""
+    bad = slurm_profile(field.root, "bad", **values)
+    refused = field.vitpa("submit", profile=bad)
     assert refused.returncode == 1
     assert message in refused.stderr
     assert refused.stderr.count("\n") == 1
+    assert not (field.root / "runs").exists()
+    planned = field.vitpa("plan", profile=bad)
+    assert (planned.returncode, message.removeprefix("error: ") in planned.stdout) == (1, True)
+
+
+def test_refused_by_sbatch_all_the_same(field: Field) -> None:
+    insisted = field.vitpa("submit", "--force", profile=slurm_profile(field.root, "bad", constraint="h100"))
+    assert insisted.returncode == 1
+    assert "warning: SLURM would refuse it: Invalid feature specification" in insisted.stdout
+    assert "error: SLURM refused the jobs: Batch job submission failed: Invalid feature specification" in insisted.stderr
+    assert insisted.stderr.count("\n") == 1
     assert [state.state for state in field.states()] == ["interrupted"] * 2
     assert field.vitpa("submit").returncode == 0
     field.assert_one_job_each()
+
+
+def test_nodes_out_of_service_are_waited_for(field: Field) -> None:
+    """sbatch's own test refuses what sbatch takes: plan and submit say that it will wait."""
+    field.slurm("scontrol", "update", "NodeName=127.0.0.[1-4]", "State=DRAIN", "Reason=test")
+    try:
+        words = "none of the 4 nodes of partition main with 1 CPU, 256M of memory is in service now: jobs will wait"
+        for verb in ("plan", "submit"):
+            done = field.vitpa(verb, profile=slurm_profile(field.root))
+            assert (done.returncode, f"warning: {words}" in done.stdout) == (0, True), done.stderr
+        field.assert_one_job_each()
+    finally:
+        field.slurm("scontrol", "update", "NodeName=127.0.0.[1-4]", "State=RESUME")
+    field.assert_each_done_once()
 
 
 @pytest.mark.parametrize(
