@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vitpa import checkpoint
-from vitpa.checkpoint import weights_sha256
+from vitpa.checkpoint import Checkpoint, Progress, weights_sha256
 from vitpa.rundir import RunDir
 
+SIGNATURE = "0123456789abcdef"
 WEIGHTS = {
     "head.weight": torch.linspace(-1, 1, 12).view(3, 4),
     "head.bias": torch.tensor([0.0, -0.0, float("inf")]),
@@ -27,11 +28,21 @@ WEIGHTS = {
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run without checkpoints."""
-    return RunDir(tmp_path, "0123456789abcdef")
+    return RunDir(tmp_path, SIGNATURE)
 
 
-def state(step: int) -> dict[str, Any]:
-    return {"model": WEIGHTS, "progress": {"step": step, "val": {"val/top1": 0.1 + 0.2}}, "name": "a", "list": [1, 2.5, None]}
+def state(step: int, **changes: Any) -> Checkpoint:
+    """A checkpoint of that run, which no model has to fit."""
+    fields: dict[str, Any] = {
+        "signature": SIGNATURE,
+        "beton_sha256": {"train": "1" * 64, "val": "2" * 64},
+        "progress": Progress(step=step, val={"val/top1": 0.1 + 0.2}, code_versions=["a"]),
+        "window": torch.zeros(3, dtype=torch.float64),
+        "optimizer": {"state": {}, "param_groups": [{"params": [], "lr": 1e-3, "fused": None}]},
+        "model": WEIGHTS,
+        "metrics": '{"step": 1}\n',
+    }
+    return Checkpoint(**{**fields, **changes})
 
 
 def names(run: RunDir) -> list[str]:
@@ -41,8 +52,7 @@ def names(run: RunDir) -> list[str]:
 def newest_step(run: RunDir) -> int:
     found = checkpoint.load_newest(run)
     assert found is not None
-    step: int = found[1]["progress"]["step"]
-    return step
+    return found[1].progress.step
 
 
 def test_without_checkpoints_there_is_no_newest(run: RunDir) -> None:
@@ -50,26 +60,27 @@ def test_without_checkpoints_there_is_no_newest(run: RunDir) -> None:
 
 
 def test_a_state_comes_back_bit_for_bit(run: RunDir) -> None:
-    path = checkpoint.save(run, 8, state(8))
-    loaded = checkpoint.load(path)
-    assert {key: value for key, value in loaded.items() if key != "model"} == {
-        key: value for key, value in state(8).items() if key != "model"
-    }
-    assert weights_sha256(loaded["model"]) == weights_sha256(WEIGHTS)
-    assert loaded["model"]["head.bias"].signbit().tolist() == [False, True, False]
+    path = checkpoint.save(run, state(8))
+    loaded, has_checksum = checkpoint.load(path, SIGNATURE)
+    assert has_checksum
+    for name in ("signature", "beton_sha256", "progress", "optimizer", "metrics"):
+        assert getattr(loaded, name) == getattr(state(8), name)
+    assert weights_sha256(loaded.model) == weights_sha256(WEIGHTS)
+    assert loaded.model["head.bias"].signbit().tolist() == [False, True, False]
+    assert set(torch.load(path, weights_only=True)) == set(Checkpoint.model_fields)  # as any torch file
 
 
 def test_the_two_newest_are_kept_by_number_not_by_name(run: RunDir) -> None:
     for step in (8, 90, 700, 100_000):
-        checkpoint.save(run, step, state(step))
+        checkpoint.save(run, state(step))
         assert newest_step(run) == step
     assert names(run) == ["step_000000700.pt", "step_000100000.pt"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed", "other"])
 def test_a_damaged_newest_is_warned_about_and_passed_over(run: RunDir, damage: str) -> None:
-    checkpoint.save(run, 1, state(1))
-    path = checkpoint.save(run, 2, state(2))
+    checkpoint.save(run, state(1))
+    path = checkpoint.save(run, state(2))
     size = path.stat().st_size
     if damage == "cut":
         os.truncate(path, size // 2)
@@ -77,20 +88,24 @@ def test_a_damaged_newest_is_warned_about_and_passed_over(run: RunDir, damage: s
         path.write_bytes(path.read_bytes().replace(b"PK", b"KP"))
     else:
         path.write_text("" if damage == "empty" else "no checkpoint")
-    with pytest.warns(RuntimeWarning, match=r"step_000000002\.pt: cannot be read \(\w+\); it is passed over$"):
+    with pytest.warns(
+        RuntimeWarning, match=r"step_000000002\.pt: its? .+; it is passed over, and is passed_over_step_000000002\.pt now$"
+    ):
         assert newest_step(run) == 1
+    assert names(run) == ["passed_over_step_000000002.pt", "step_000000001.pt"]
+    assert run.newest_step() == 1
 
 
 def test_what_was_saved_last_stays_though_damaged_ones_have_higher_numbers(run: RunDir) -> None:
     for step in (80, 88):
-        checkpoint.save(run, step, state(step)).write_text("damaged")
-    with pytest.warns(RuntimeWarning, match="cannot be read"):
+        checkpoint.save(run, state(step)).write_text("damaged")
+    with pytest.warns(RuntimeWarning, match="it is passed over"):
         assert checkpoint.load_newest(run) is None
-    checkpoint.save(run, 8, state(8))  # training starts again
+    checkpoint.save(run, state(8))  # training starts again
     assert newest_step(run) == 8
-    checkpoint.save(run, 16, state(16))
+    checkpoint.save(run, state(16))
     assert newest_step(run) == 16
-    assert names(run) == ["step_000000008.pt", "step_000000016.pt"]
+    assert [name for name in names(run) if name.startswith("step_")] == ["step_000000008.pt", "step_000000016.pt"]
 
 
 def test_code_in_a_checkpoint_is_not_run(run: RunDir, tmp_path: Path) -> None:
@@ -100,13 +115,13 @@ def test_code_in_a_checkpoint_is_not_run(run: RunDir, tmp_path: Path) -> None:
 
     run.checkpoints.mkdir(parents=True)
     torch.save({"model": Harm()}, run.checkpoints / "step_000000001.pt")
-    with pytest.warns(RuntimeWarning, match=r"step_000000001\.pt: cannot be read"):
+    with pytest.warns(RuntimeWarning, match=r"step_000000001\.pt: it is no checkpoint"):
         assert checkpoint.load_newest(run) is None
     assert not (tmp_path / "harm").exists()
 
 
 def test_a_temporary_file_of_a_killed_process_is_no_checkpoint(run: RunDir) -> None:
-    checkpoint.save(run, 1, state(1))
+    checkpoint.save(run, state(1))
     (run.checkpoints / ".step_000000002.pt.123.abcd").write_text("half")
     assert newest_step(run) == 1
 
@@ -156,25 +171,26 @@ def test_the_hash_is_of_the_values_alone() -> None:
 
 
 def test_the_writer_takes_the_state_as_it_is_at_the_call(run: RunDir) -> None:
-    changing: dict[str, Any] = {"model": {"weight": torch.zeros(1000)}, "progress": {"step": 0, "code_versions": ["a"]}}
+    weights = {"weight": torch.zeros(1000)}
+    progress = Progress(code_versions=["a"])
     with checkpoint.Writer() as writer:
         for step in (1, 2, 3):
-            changing["model"]["weight"].fill_(step)
-            changing["progress"]["step"] = step
-            writer.save(run, step, changing)
-            changing["model"]["weight"].fill_(-1)
-            changing["progress"]["step"] = -1
+            weights["weight"].fill_(step)
+            progress.step = step
+            writer.save(run, state(1, model=weights, progress=progress))
+            weights["weight"].fill_(-1)
+            progress.step = -1
             writer.wait()
             found = checkpoint.load_newest(run)
             assert found is not None
-            assert found[1]["progress"] == {"step": step, "code_versions": ["a"]}
-            assert torch.equal(found[1]["model"]["weight"], torch.full((1000,), float(step)))
+            assert found[1].progress == Progress(step=step, code_versions=["a"])
+            assert torch.equal(found[1].model["weight"], torch.full((1000,), float(step)))
 
 
 def test_leaving_the_writer_waits_for_what_is_under_way(run: RunDir) -> None:
     with checkpoint.Writer() as writer:
         for step in range(1, 9):
-            writer.save(run, step, state(step))
+            writer.save(run, state(step))
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step_000000007.pt", "step_000000008.pt"]
 
 
@@ -182,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_writer(run: RunD
     run.path.mkdir(parents=True, exist_ok=True)
     run.checkpoints.write_text("a file where the folder should be")
     with checkpoint.Writer() as writer:
-        writer.save(run, 1, state(1))
+        writer.save(run, state(1))
         with pytest.raises(OSError, match="checkpoints"):
             writer.wait()
         writer.wait()  # it has been said

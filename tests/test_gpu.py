@@ -9,7 +9,7 @@ import torch
 
 from tests.test_train import arguments, config_of, trained
 from vitpa.data.counter_rng import Purpose, key, permutation, random_bits, uniform
-from vitpa.logs import read_metrics
+from vitpa.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

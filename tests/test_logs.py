@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vitpa import logs
-from vitpa.logs import Logs, ProgressLine, read_metrics, wait_until_newest
+from vitpa.logs import Logs, ProgressLine
+from vitpa.metrics import read_metrics
 from vitpa.rundir import RunDir
 
 
@@ -47,8 +48,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def open_logs(run: RunDir, restored_step: int = 0, *, tensorboard: bool = False) -> Logs:
-    return Logs(run, restored_step=restored_step, tensorboard=tensorboard)
+def open_logs(
+    run: RunDir, restored_step: int = 0, rows: str | None = None, *, not_before_s: float = 0.0, tensorboard: bool = False
+) -> Logs:
+    step = restored_step
+    return Logs(run, restored_step=step, restored_rows=rows, not_before_s=not_before_s, tensorboard=tensorboard)
 
 
 def board(run: RunDir) -> EventAccumulator:
@@ -109,21 +113,42 @@ def test_tensorboard_shows_one_curve_over_a_resume(run: RunDir) -> None:
     assert events == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, -5.0)]
 
 
-def test_an_event_file_of_this_second_is_waited_for(run: RunDir) -> None:
-    run.tensorboard.mkdir()
-    second = int(time.time()) + 1
-    (run.tensorboard / f"events.out.tfevents.{second}.other.1.0").write_bytes(b"")
-    open_logs(run, tensorboard=True).__exit__(None, None, None)
-    assert max(int(path.name.split(".")[3]) for path in run.tensorboard.iterdir()) > second
+def names_of_board(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.tensorboard.iterdir())
 
 
-def test_an_event_file_from_the_future_is_waited_for_only_a_little(run: RunDir) -> None:
+@pytest.mark.parametrize("ahead_s", [0, 1, 3 * 3600])
+def test_an_event_file_sorts_after_those_that_are_there(run: RunDir, ahead_s: int) -> None:
     run.tensorboard.mkdir()
+    there = f"events.out.tfevents.{int(time.time()) + ahead_s}.zzz.1.0"
+    (run.tensorboard / there).write_bytes(b"")
+    (run.tensorboard / "events.out.tfevents.x").write_bytes(b"")
     started_s = time.monotonic()
-    wait_until_newest(run.tensorboard)
-    (run.tensorboard / f"events.out.tfevents.{int(time.time()) + 3600}.other.1.0").write_bytes(b"")
-    wait_until_newest(run.tensorboard)
+    open_logs(run, tensorboard=True).__exit__(None, None, None)
     assert time.monotonic() - started_s < 0.5
+    assert names_of_board(run).index(there) == 0 and names_of_board(run)[1].startswith("events.out.tfevents.1")
+
+
+def test_with_the_clock_put_back_no_point_is_lost_and_no_time_goes_back(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(log: Logs, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            log.row(step, step / 10, {"train/loss": float(step)})
+
+    with open_logs(run, tensorboard=True) as log:
+        steps(log, 1, 20)
+        rows, wall_time_s = log.rows, log.wall_time_s
+        steps(log, 21, 25)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3 * 3600)
+    with open_logs(run, 20, rows, not_before_s=wall_time_s, tensorboard=True) as log:
+        steps(log, 21, 25)
+        monkeypatch.setattr(time, "time", lambda: real() - 4 * 3600)  # once more, while it trains
+        steps(log, 26, 31)
+    events = board(run).Scalars("train/loss")
+    assert [event.step for event in events] == list(range(1, 32))
+    times = [event.wall_time for event in events]
+    assert times == sorted(times)
+    assert times[0] > real() - 60
 
 
 def test_hparams_land_in_the_runs_own_folder(run: RunDir) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.waiting import finish
+from vitpa.checkpoint_file import Footer
 from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, write_atomic, write_json
 
 RESULT: dict[str, Any] = {
@@ -357,6 +358,6 @@ def test_steps_of_checkpoints_and_what_the_trainer_leaves(tmp_path: Path) -> Non
     assert (run.checkpoint_steps(), run.newest_step()) == (set(), 0)
     run.checkpoints.mkdir(parents=True)
     for step in (50, 100):
-        (run.checkpoints / f"step_{step:09d}.pt").touch()
+        (run.checkpoints / f"step_{step:09d}.pt").write_bytes(b"archive" + Footer.of(b"archive", run.signature, step).line())
     assert (run.checkpoint_steps(), run.newest_step()) == ({50, 100}, 100)
     assert AttemptDir(run.attempts_dir / "0002").left_json == tmp_path / "runs" / run.signature / "attempts/0002/left.json"

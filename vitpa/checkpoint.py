@@ -1,6 +1,6 @@
-"""Checkpoints: a file appears whole or not at all, the two newest are kept, a damaged one is passed over.
+"""Checkpoints: a file appears whole or not at all, the two newest are kept, and only one that fits in all is believed.
 
-They are written by a thread, so that the training goes on meanwhile.
+They are written by a thread, so that the training goes on meanwhile. The bytes of the file are vitpa/checkpoint_file.py's.
 """
 
 from __future__ import annotations
@@ -8,19 +8,84 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
+from vitpa.metrics import EVALUATED
 from vitpa.rundir import RunDir, write_atomic
 
 KEEP = 2
+SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
+
+
+class Progress(BaseModel):
+    """How far a run is, over all attempts."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: int = Field(0, ge=0)
+    train_time_s: float = Field(0.0, ge=0)
+    gpu_time_s: float = Field(0.0, ge=0)
+    code_versions: list[str] = []
+    val: dict[str, float] = {}  # the newest evaluation
+    wall_time_s: float = Field(0.0, ge=0)  # the last time in TensorBoard's files, in seconds since the epoch
+
+
+class Checkpoint(BaseModel):
+    """Everything that a run needs to go on. `metrics` are the rows of metrics.jsonl; None in files of earlier versions."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    signature: str
+    beton_sha256: dict[str, str]
+    progress: Progress
+    window: Tensor  # (3,) float64: sums of the open window of training metrics
+    optimizer: dict[str, Any]  # torch.optim.AdamW's state_dict()
+    model: dict[str, Tensor]
+    metrics: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """As plain data for torch.save."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {**fields, "progress": self.progress.model_dump()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors that a run's checkpoints hold, by name with type and shape, and how the optimiser groups its own."""
+
+    tensors: Mapping[str, tuple[torch.dtype, torch.Size]]
+    groups: Sequence[Sequence[int]]
+    total_steps: int
+
+    @staticmethod
+    def of(model: Mapping[str, Tensor], optimizer: Mapping[str, Any], total_steps: int) -> Layout:
+        """That of a model's and an optimiser's state_dict()."""
+        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in _tensors(model, optimizer)}
+        return Layout(tensors, [group["params"] for group in optimizer["param_groups"]], total_steps)
+
+    @property
+    def max_bytes(self) -> int:
+        """A bound of the size of a file."""
+        return SLACK_BYTES + 2 * sum(dtype.itemsize * shape.numel() for dtype, shape in self.tensors.values())
+
+
+def _tensors(model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    yield from ((f"model {name}", tensor) for name, tensor in model.items())
+    for number, moments in optimizer["state"].items():
+        yield from ((f"optimizer {number} {name}", tensor) for name, tensor in moments.items())
 
 
 class Writer:
@@ -36,9 +101,9 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown()  # what is under way is written to its end
 
-    def save(self, run: RunDir, step: int, state: dict[str, Any]) -> None:
-        """As the function `save`, but return at once. `state` may change afterwards: it is copied."""
-        self._under_way.append(self._pool.submit(save, run, step, _on_host(state)))
+    def save(self, run: RunDir, checkpoint: Checkpoint) -> None:
+        """As the function `save`, but return at once. The tensors may change afterwards: they are copied."""
+        self._under_way.append(self._pool.submit(_write, run, checkpoint.progress.step, _on_host(checkpoint.state())))
 
     def wait(self) -> None:
         """Wait until all of them are written.
@@ -62,66 +127,151 @@ def _on_host(state: Any) -> Any:
     return state
 
 
-def save(run: RunDir, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` (tensors, numbers, strings, dicts and lists of them) as the checkpoint after `step` steps."""
+def save(run: RunDir, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, and remove all but it and the one before."""
+    return _write(run, checkpoint.progress.step, checkpoint.state())
+
+
+def _write(run: RunDir, step: int, state: dict[str, Any]) -> Path:
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    path = run.checkpoints / f"step_{step:09d}.pt"
-    write_atomic(path, buffer.getvalue())
-    found = _newest_first(run)
-    kept = [each for each in found if each.name <= path.name][:KEEP]  # a damaged one may lie beyond the step gone back to
+    archive = buffer.getvalue()
+    path = run.checkpoints / name_of(step)
+    write_atomic(path, archive + Footer.of(archive, run.signature, step).line())
+    found = _by_step(run)
+    kept = [each for each in sorted(found, reverse=True) if each <= step][:KEEP]  # beyond the step gone back to none is kept
     for other in set(found) - set(kept):
-        other.unlink()
+        with suppress(IsADirectoryError, PermissionError):  # nothing of ours
+            found[other].unlink()
     return path
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, its tensors on the CPU."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+def load(path: Path, signature: str, layout: Layout | None = None) -> tuple[Checkpoint, bool]:
+    """The checkpoint of the run `signature` in a file, its tensors on the CPU, and whether a checksum says that it is whole.
+
+    Only a file of an earlier version of vitpa has none.
+
+    Raises:
+        CheckpointError: the file is damaged, of another run or step, or does not fit the run's `layout`.
+    """
+    archive, has_checksum = read_archive(path, signature, sys.maxsize if layout is None else layout.max_bytes)
+    try:
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # torch.load raises many types on damaged files; its text has lines and advises to run their code
+        raise CheckpointError(f"it is no checkpoint ({type(error).__name__})") from error
+    try:
+        checkpoint = Checkpoint.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"it is no checkpoint ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+    if (checkpoint.metrics is not None) != has_checksum:
+        raise CheckpointError("its checksum is missing: it was cut or changed")
+    if checkpoint.signature != signature:
+        raise CheckpointError(f"it is a checkpoint of another run ({checkpoint.signature})")
+    if checkpoint.progress.step != step_of(path.name):
+        raise CheckpointError(f"it is a checkpoint of step {checkpoint.progress.step}, which is not what its name says")
+    if layout is not None and (reason := next(_misfits(checkpoint, layout), "")):
+        raise CheckpointError(f"it does not fit the run: {reason}")
+    return checkpoint, has_checksum
 
 
-def load_newest(run: RunDir) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, with its path; None if there is none. A damaged one is warned about."""
-    path = in_step([run])[0]
-    return None if path is None else (path, load(path))
+def _misfits(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
+    """What of a checkpoint a run of this layout cannot have written."""
+    progress, optimizer = checkpoint.progress, checkpoint.optimizer
+    if progress.step > layout.total_steps:
+        yield f"step {progress.step} of {layout.total_steps}"
+    if set(progress.val) not in ({*EVALUATED}, set()) or (progress.step == layout.total_steps and not progress.val):
+        yield f"an evaluation of {', '.join(progress.val) or 'nothing'}"
+    try:
+        found = dict(_tensors(checkpoint.model, optimizer))
+        groups = [group["params"] for group in optimizer["param_groups"]]
+        types = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
+    except (AttributeError, KeyError, TypeError):
+        yield "the optimiser's state is not AdamW's"
+        return
+    for name in sorted({*types, *layout.tensors}):
+        if types.get(name) != layout.tensors.get(name):
+            yield f"{name} is {_type(types.get(name))}, the run's {_type(layout.tensors.get(name))}"
+    if groups != layout.groups:
+        yield "the optimiser groups its parameters otherwise"
+    window = checkpoint.window
+    if (window.dtype, window.shape) != (torch.float64, torch.Size([3])):
+        yield f"window is {_type((window.dtype, window.shape))}"
+    for name, tensor in [*found.items(), ("window", window)]:
+        if not tensor.isfinite().all():
+            yield f"{name} is not finite"
+        if name.endswith(("exp_avg_sq", "window")) and (tensor < 0).any():
+            yield f"{name} is negative"
+        if name.endswith(" step") and tensor.item() != progress.step:
+            yield f"{name} is {tensor.item():g} at step {progress.step}"
 
 
-def in_step(runs: Sequence[RunDir]) -> dict[int, Path | None]:
+def _type(found: tuple[torch.dtype, torch.Size] | None) -> str:
+    return "missing" if found is None else f"{str(found[0]).removeprefix('torch.')} {list(found[1])}"
+
+
+def load_newest(run: RunDir, layout: Layout | None = None) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is believed, with its path; None if there is none. Others are warned about."""
+    path = in_step([run], layout)[0]
+    return None if path is None else (path, load(path, run.signature, layout)[0])
+
+
+def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, Path | None]:
     """Those of `runs`, by number, that can go on together, each with its checkpoint of one step (None: from the start).
 
-    As many as possible, at the newest step for which that holds. A checkpoint that cannot be read is warned about.
+    As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
     """
-    readable = functools.cache(_is_readable)
-    found = [{path.name: path for path in _newest_first(run)} for run in runs]
+    found = [_by_step(run) for run in runs]
+    for run in runs:
+        _warn_of_names(run)
+
+    @functools.cache
+    def believed(number: int, step: int) -> bool:
+        return _is_believed(runs[number], found[number][step], layout)
+
     best: dict[int, Path | None] = {}
-    for name in sorted(set().union(*found), reverse=True):
+    for step in sorted(set().union(*found), reverse=True):
         together: dict[int, Path | None] = {
-            number: paths[name] for number, paths in enumerate(found) if name in paths and readable(paths[name])
+            number: paths[step] for number, paths in enumerate(found) if step in paths and believed(number, step)
         }
         if len(together) == len(runs):
             return together
         if len(together) > len(best):
             best = together
     fresh: dict[int, Path | None] = {
-        number: None for number, paths in enumerate(found) if not any(readable(path) for path in paths.values())
+        number: None for number, steps in enumerate(found) if not any(believed(number, step) for step in steps)
     }
     return fresh if len(fresh) > len(best) else best
 
 
-def _is_readable(path: Path) -> bool:
+def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
     try:
-        load(path)
-    except Exception as error:  # torch.load raises many types on damaged files
-        name = type(error).__name__  # torch's text has many lines and advises to run code from the file
-        warnings.warn(f"{path}: cannot be read ({name}); it is passed over", RuntimeWarning, stacklevel=2)
+        _, has_checksum = load(path, run.signature, layout)
+    except CheckpointError as error:
+        aside = path.with_name(f"passed_over_{path.name}")  # so that nobody takes its step for one that was reached
+        with suppress(OSError):
+            path.rename(aside)
+        where = f", and is {aside.name} now" if not path.exists() else ""
+        warnings.warn(f"{path}: {error}; it is passed over{where}", RuntimeWarning, stacklevel=2)
         return False
+    if not has_checksum:
+        what = "is of an earlier version of vitpa and carries no checksum of its own; its archive's CRCs fit, and it is used"
+        warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=2)
     return True
 
 
-def _newest_first(run: RunDir) -> list[Path]:
-    return sorted(run.checkpoints.glob("step_*.pt"), reverse=True)
+def _by_step(run: RunDir) -> dict[int, Path]:
+    return {step: path for path in run.checkpoints.glob("step_*.pt") if (step := step_of(path.name)) is not None}
+
+
+def _warn_of_names(run: RunDir) -> None:
+    for path in sorted(run.checkpoints.glob("step_*.pt")):
+        if step_of(path.name) is None:
+            what = "a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over"
+            warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=3)
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

@@ -1,77 +1,93 @@
 """What a run says while it trains: metrics.jsonl for programs, TensorBoard for the eye; and one live line for a person.
 
-metrics.jsonl is the record, TensorBoard is a view of it. On resume the rows beyond the restored step go, here and, through
-`purge_step`, in TensorBoard: one curve over all attempts. Runs that are trained together share the line.
+metrics.jsonl is the record, TensorBoard is a view of it. On resume the rows up to the restored step are those that the
+checkpoint holds; the others go, in TensorBoard, too: one curve over all attempts, whose times never go back. Runs that are
+trained together share the line.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
+import socket
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import summary
 
+from vitpa.metrics import read_metrics, to_line
 from vitpa.rundir import RunDir, write_atomic
 
 PLAIN_LINE_EVERY_S = 10.0
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
-    if not path.exists():
-        return []
-    *lines, _unfinished = path.read_text(errors="replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=2)
-    return rows
-
-
 class Logs:
     """The files of one attempt; used by the main process only."""
 
-    def __init__(self, run: RunDir, *, restored_step: int, tensorboard: bool) -> None:
-        kept = [row for row in read_metrics(run.metrics_jsonl) if row["step"] <= restored_step]
-        write_atomic(run.metrics_jsonl, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(
+        self, run: RunDir, *, restored_step: int, restored_rows: str | None, not_before_s: float, tensorboard: bool
+    ) -> None:
+        """Go on after `restored_step` and the time `not_before_s`.
+
+        `restored_rows` are those up to that step, None for those in the file.
+        """
+        if restored_rows is None:
+            restored_rows = _rows_up_to(run, restored_step)
+        else:
+            _warn_if_others(run, restored_step, restored_rows)
+        self._lines = [restored_rows]
+        write_atomic(run.metrics_jsonl, restored_rows)
+        self._path = run.metrics_jsonl
         self._file = run.metrics_jsonl.open("a", buffering=1)
-        self._board = None
-        if tensorboard:
-            wait_until_newest(run.tensorboard)
-            self._board = SummaryWriter(str(run.tensorboard), purge_step=restored_step + 1)
+        self._board = EventFile(run.tensorboard, restored_step + 1, not_before_s) if tensorboard else None
+        self._not_before_s = not_before_s
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with suppress(OSError) if error is not None else _naming(self._path):  # a full disk has been said
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError) if error is not None else nullcontext():
+                self._board.close()
+
+    @property
+    def rows(self) -> str:
+        """What metrics.jsonl holds."""
+        return "".join(self._lines)
+
+    @property
+    def wall_time_s(self) -> float:
+        """The last time written, in seconds since the epoch: what comes after it in this run is not earlier."""
+        return self._not_before_s if self._board is None else self._board.wall_time_s
 
     def row(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
         """Record `metrics` after `step` optimiser steps: one row, one point on each curve."""
-        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+        line = to_line({"step": step, "epoch": round(epoch, 4), **metrics})
+        self._lines.append(line)
+        with _naming(self._path):
+            self._file.write(line)
         if self._board is not None:
             for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+                self._board.add(summary.scalar(name, value), step)
+            self._board.flush()
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Show an image (C, H, W), uint8 or floats in [0, 1], in TensorBoard."""
         if self._board is not None:
-            self._board.add_image(name, image, step)
+            self._board.add(summary.image(name, image, dataformats="CHW"), step)
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Show the run in TensorBoard's HPARAMS tab. Written into the run's own directory, unlike add_hparams."""
@@ -80,25 +96,87 @@ class Logs:
                 name: value if isinstance(value, bool | int | float | str) else str(value)
                 for name, value in parameters.items()
             }
-            for summary in hparams(flat, dict(metrics)):
-                self._board._get_file_writer().add_summary(summary)
+            for each in summary.hparams(flat, dict(metrics)):
+                self._board.add(each)
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        self._file.flush()
+        with _naming(self._path):
+            self._file.flush()
         if self._board is not None:
             self._board.flush()
 
 
-def wait_until_newest(folder: Path) -> None:
-    """Wait until an event file opened now sorts after those in `folder`: TensorBoard reads them by the second in their names.
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have the errors of writing name the file, which those of an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
-    At most five seconds: beyond that the clocks of two nodes disagree, and only the order of points suffers.
+
+def _rows_up_to(run: RunDir, step: int) -> str:
+    return "".join(to_line(row) for row in read_metrics(run.metrics_jsonl) if row["step"] <= step)
+
+
+def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
+    """Say so if metrics.jsonl does not begin with `rows`, those up to `step` by the checkpoint."""
+    path = run.metrics_jsonl
+    try:
+        found = path.read_bytes()
+    except FileNotFoundError:
+        found = b""
+    pairs = zip(found.splitlines(True), rows.encode().splitlines(True), strict=False)
+    if not found.startswith(rows.encode()):
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        what = f"damaged, cut or edited from line {same + 1} on; its rows up to step {step} are restored from the checkpoint"
+        warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=3)
+
+
+class EventFile:
+    """An event file of TensorBoard, which sorts after those that are there; the times in it never go back.
+
+    torch's SummaryWriter names and dates its events by the clock alone: after a clock was put back TensorBoard loses points.
     """
-    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
-    late_s = max(seconds, default=0) + 1 - time.time()
-    if 0 < late_s < 5:
-        time.sleep(late_s)
+
+    def __init__(self, folder: Path, purge_step: int, not_before_s: float) -> None:
+        """Points from `purge_step` on that other files in `folder` have are not shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.wall_time_s = not_before_s
+        second = max(int(time.time()), _newest_second(folder) + 1)  # TensorBoard reads the files in the order of their names
+        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
+        self._path = folder / name
+        self._file = self._path.open("xb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add(self, values: Any, step: int | None = None) -> None:
+        """Write a Summary."""
+        self._write(Event(summary=values, step=step))
+
+    def _write(self, event: Event) -> None:
+        self.wall_time_s = event.wall_time = max(time.time(), self.wall_time_s)
+        with _naming(self._path):
+            self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        with _naming(self._path):
+            self._records.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        with _naming(self._path):
+            self._records.close()
+
+
+def _newest_second(folder: Path) -> int:
+    """The largest number among the names of event files; 0 without any."""
+    numbers = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    return max((int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) == 10), default=0)
 
 
 class ProgressLine:

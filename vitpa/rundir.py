@@ -20,6 +20,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vitpa.checkpoint_file import is_plausible, step_of
+
 Json = Mapping[str, Any]
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
@@ -287,11 +289,12 @@ class RunDir:
             names = os.listdir(directory)  # noqa: PTH208 - a third of the time of Path.iterdir, for thousands of runs
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [AttemptDir(directory / name) for name in sorted(names) if name.isdigit()]
+        return [AttemptDir(directory / name) for name in sorted(names) if name.isascii() and name.isdigit()]
 
     def checkpoint_steps(self) -> set[int]:
-        """Steps done at each of the checkpoints that are kept, by their names."""
-        return {int(path.stem.removeprefix("step_")) for path in self.checkpoints.glob("step_*.pt")}
+        """Steps done at each of the checkpoints that are kept, by their names and last lines; damage inside is not seen."""
+        found = (path for path in self.checkpoints.glob("step_*.pt") if is_plausible(path, self.signature))
+        return {step for path in found if (step := step_of(path.name))}
 
     def newest_step(self) -> int:
         """Steps done at the newest checkpoint; 0 without one."""

@@ -32,6 +32,8 @@ from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.arguments import path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
+from vitpa.checkpoint import Checkpoint, Progress
+from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.batches import steps_per_epoch
@@ -63,17 +65,6 @@ class TrainError(Exception):
 
 
 @dataclass
-class Progress:
-    """How far a run is, over all attempts: with weights, optimiser and window all that a checkpoint holds."""
-
-    step: int = 0
-    train_time_s: float = 0.0
-    gpu_time_s: float = 0.0
-    code_versions: list[str] = field(default_factory=list)
-    val: dict[str, float] = field(default_factory=dict)  # the newest evaluation
-
-
-@dataclass
 class Replica:
     """One of the runs that are trained together; most often the only one."""
 
@@ -81,6 +72,7 @@ class Replica:
     run: RunDir
     model: Any  # timm's VisionTransformer: the weights
     progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint
+    metrics: str | None = ""  # the rows up to there; None: as metrics.jsonl has them
     logs: Logs | None = None  # in the main process
     left: str = ""  # why it is not trained any more, while the others are
     failed: bool = False  # whether that is a failure
@@ -129,8 +121,12 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
     """
-    paths = group.from_main(resume_points(configs) if group.is_main else {})
-    t = set_up([configs[number] for number in paths], group)
+    t = set_up(configs, group)
+    paths = group.from_main(resume_points(t) if group.is_main else {})
+    if len(paths) < len(configs):
+        t.steps.close()
+        del t  # and the memory that it takes
+        t = set_up([configs[number] for number in paths], group)
     resume(t, [path for path in paths.values() if path is not None])
     with ExitStack() as stack:
         open_logs(t, stack)
@@ -327,20 +323,25 @@ def total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def resume_points(configs: Sequence[RunConfig]) -> dict[int, Path | None]:
+def resume_points(t: Training) -> dict[int, Path | None]:
     """Those of the runs, by number, that are trained now, each with the checkpoint it goes on from (None: from the start).
 
     They must be at the same step. The others leave: they go on apart, when they are started again.
     """
-    paths = checkpoint.in_step([config.run_dir for config in configs])
+    paths = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
     at = next(iter(paths.values()))
-    step = "the start" if at is None else f"step {int(at.stem.removeprefix('step_'))}"
-    for number, config in enumerate(configs):
+    step = "the start" if at is None else f"step {step_of(at.name)}"
+    for number, replica in enumerate(t.replicas):
         if number not in paths:
             reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
-            print(f"seed {config.seed} is left out: {reason}", file=sys.stderr)
-            record_left(config.run_dir, "apart", reason)
+            print(f"seed {replica.config.seed} is left out: {reason}", file=sys.stderr)
+            record_left(replica.run, "apart", reason)
     return paths
+
+
+def layout(t: Training) -> checkpoint.Layout:
+    """What the checkpoints of the runs look like, which differ in the seed only."""
+    return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
 
 
 def record_left(run: RunDir, state: str, reason: str) -> None:
@@ -352,25 +353,27 @@ def record_left(run: RunDir, state: str, reason: str) -> None:
 def resume(t: Training, paths: Sequence[Path]) -> None:
     """Continue from the checkpoints, if there are any, and record what this attempt runs with."""
     for number, path in enumerate(paths):
-        replica, state = t.replicas[number], checkpoint.load(path)
-        if state.get("signature") != replica.config.signature:
-            raise RunError(f"{path}: is a checkpoint of another run ({state.get('signature')}); remove it")
-        if state["beton_sha256"] != t.beton_sha256:
+        replica = t.replicas[number]
+        try:
+            state, _ = checkpoint.load(path, replica.config.signature, layout(t))
+        except CheckpointError as error:  # since the main process has looked at it
+            raise RunError(f"{path}: {error}; start again") from error
+        if state.beton_sha256 != t.beton_sha256:
             raise RunError(
                 f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
                 f"restore that data, or remove {replica.run.path} to start again"
             )
-        replica.model.load_state_dict(state["model"])
-        t.steps.load_optimizer(number, state["optimizer"])
-        replica.progress = Progress(**state["progress"])
+        replica.model.load_state_dict(state.model)
+        t.steps.load_optimizer(number, state.optimizer)
+        replica.progress, replica.metrics = state.progress, state.metrics
         if t.group.is_main:  # the window's sums are those of all processes
-            t.steps.window.sums[number] = state["window"].to(t.group.device)
+            t.steps.window.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
     t.val = [replica.progress.val for replica in t.replicas]
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
     together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
-    document = {**facts, **sizes, **together, "beton_sha256": t.beton_sha256}
+    document = {**facts, **sizes, **together, "resumed_at_step": t.step, "beton_sha256": t.beton_sha256}
     for replica in t.replicas:
         if facts["code_version"] not in replica.progress.code_versions:
             replica.progress.code_versions.append(facts["code_version"])
@@ -395,7 +398,13 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     if isinstance(t.steps.feed, StreamedFeed) and config.train.order == "random":
         note_if_larger_than_memory(t, t.steps.feed.images["train"].beton)
     for replica in t.replicas:
-        logs = Logs(replica.run, restored_step=step, tensorboard=config.runtime.tensorboard)
+        logs = Logs(
+            replica.run,
+            restored_step=step,
+            restored_rows=replica.metrics,
+            not_before_s=replica.progress.wall_time_s,
+            tensorboard=config.runtime.tensorboard,
+        )
         replica.logs = stack.enter_context(logs)
         if not step:
             experiment = replica.config.experiment()
@@ -634,12 +643,18 @@ def save(t: Training) -> None:
         progress.step, progress.val = t.step, t.val[number]
         if replica.logs is not None:
             replica.logs.flush()
-            state = {"signature": replica.config.signature, "beton_sha256": t.beton_sha256}
-            state |= {"progress": vars(progress), "window": sums[number].clone()}
-            state["optimizer"] = t.steps.optimizer_state(number, t.step)
-            state["model"] = replica.model.state_dict()
+            progress.wall_time_s = replica.logs.wall_time_s
+            state = Checkpoint(
+                signature=replica.config.signature,
+                beton_sha256=t.beton_sha256,
+                progress=progress,
+                window=sums[number].clone(),
+                optimizer=t.steps.optimizer_state(number, t.step),
+                model=dict(replica.model.state_dict()),
+                metrics=replica.logs.rows,
+            )
             assert t.checkpoints is not None
-            t.checkpoints.save(replica.run, t.step, state)
+            t.checkpoints.save(replica.run, state)
     t.saved_s = time.monotonic()
 
 
