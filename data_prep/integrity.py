@@ -17,7 +17,7 @@ from vitpa.data.beton import jpeg_decompressor
 
 JPEG_MAGIC, PNG_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
-MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")  # but restarts, and bytes of a scan that look like one
+MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")  # but restarts, and bytes of a scan that look like one
 SEQUENTIAL, PROGRESSIVE = {0xC0, 0xC1, 0xC9}, {0xC2, 0xCA}  # frames, SOFn; others do not consist of such scans
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 SOS, EOI, APP0 = 0xDA, 0xD9, 0xE0
