@@ -11,14 +11,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.doctor_cluster import Check
+from jobs.own_jobs import SlurmJob
 from jobs.profile import SlurmProfile
 from jobs.sbatch import slurm_executor
-from jobs.scheduler import ENDED, Scheduler, SchedulerError
+from jobs.scheduler import Scheduler, SchedulerError
 
 PROBE = Path(__file__).resolve().with_name("doctor_probe.py")
 TIME_S = 600  # limit of the job
@@ -29,23 +30,8 @@ LAST_WORDS = '$(printf %s "$said" | tail -n 1 | tr -c "[:alnum:] ./:_()-" " " | 
 COMMENT = "vitpa-doctor: "
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The probe job, as squeue shows it."""
-
-    state: str
-    reason: str
-    nodes: str
-    comment: str
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is over."""
-        return self.state in ENDED
-
-
 def script_of(profile: SlurmProfile, folder: Path, root: Path, specification: dict[str, Any]) -> str:
-    """The probe's job script: as a run's, with a short time limit and no output files.
+    """The probe's job script: as a run's, with a short time limit and no output files. Its token is the folder's name.
 
     What the probe says when it fails goes into the job's comment: it may be that it cannot write to the shared folder.
 
@@ -56,7 +42,7 @@ def script_of(profile: SlurmProfile, folder: Path, root: Path, specification: di
         update={"time": str(min(TIME_S, profile.time_s) // 60), "signal_delay_s": 30, "mail_type": None, "mail_user": None}
     )
     executor = slurm_executor(
-        short, folder, root=root, name="vitpa-doctor", token="doctor", exclude=[], indices=[0], count=1
+        short, folder, root=root, name="vitpa-doctor", token=folder.name, exclude=[], indices=[0], count=1
     )  # fmt: skip
     probe = shlex.join([sys.executable, "-P", str(PROBE), json.dumps(specification), str(folder)])
     inner = f'said=$({probe} 2>&1) || scontrol update JobId=$SLURM_JOB_ID Comment="{COMMENT}{LAST_WORDS}"'
@@ -69,30 +55,30 @@ class ProbeJob:
 
     def __init__(self, scheduler: Scheduler, folder: Path, script: str, say: Callable[[str], None]) -> None:
         self.scheduler, self.folder, self.script, self.say = scheduler, folder, script, say
-        self.id = ""
+        self.token = folder.name
 
     def __enter__(self) -> ProbeJob:
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        with tempfile.NamedTemporaryFile("w", prefix=f"vitpa-{self.token}-", suffix=".sh") as file:
             file.write(self.script)
             file.flush()
-            self.id = self.scheduler.ask("sbatch", "--parsable", file.name).strip().partition(";")[0]
+            self.job = self.scheduler.submit(file.name, self.token)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._seen().ended:
-            self.scheduler.cancel([self.id])
+        if self._seen().live:
+            self.scheduler.cancel([self.job])
             deadline = time.monotonic() + 20
-            while not self._seen().ended and time.monotonic() < deadline:
+            while self._seen().live and time.monotonic() < deadline:
                 time.sleep(0.5)
 
     def checks(self, wait_s: float, nodes: int) -> Iterator[Check]:
         """What the job finds out; waits `wait_s` for its start, and again for its report."""
-        self.say(f"probe job {self.id} is submitted; waiting up to {wait_s:.0f} s for it to start (Ctrl-C cancels it)")
+        self.say(f"probe job {self.job.id} is submitted; waiting up to {wait_s:.0f} s for it to start (Ctrl-C cancels it)")
         hello, seen = self._wait_for("hello.0.json", wait_s)
         if hello is None:
             yield self._never_seen(seen, wait_s)
             return
-        yield Check("probe job", "ok", f"job {self.id} ran on {seen.nodes or hello['host']}")
+        yield Check("probe job", "ok", f"job {self.job.id} ran on {seen.nodes or hello['host']}")
         began_s, began = time.time(), time.monotonic()
         (self.folder / "ping").touch()
         pong, seen = self._wait_for("pong.json", wait_s)
@@ -127,7 +113,7 @@ class ProbeJob:
             return Check("requeue", "ok", "the job was requeued from inside; its restart was not waited for")
         return Check("requeue", "warning", f"the job was asked to be requeued and is now {seen.state}", _WAIT)
 
-    def _never_seen(self, seen: Seen, wait_s: float) -> Check:
+    def _never_seen(self, seen: SlurmJob, wait_s: float) -> Check:
         if seen.state == "PENDING":
             return Check(
                 "probe job",
@@ -140,17 +126,17 @@ class ProbeJob:
         what = f"says: {said.strip()}" if said else f"is {seen.state}; it left no file in {self.folder}"
         return Check("shared folder", "problem", f"the probe job{where} {what}", _SHARED)
 
-    def _wait_for(self, name: str, limit_s: float) -> tuple[dict[str, Any] | None, Seen]:
+    def _wait_for(self, name: str, limit_s: float) -> tuple[dict[str, Any] | None, SlurmJob]:
         """A file of the job's, and how the job is; None if it does not come in time, or the job has ended without it."""
         deadline, asked_s, said_s = time.monotonic() + limit_s, 0.0, time.monotonic()
-        seen = Seen("PENDING", "", "", "")
+        seen = self.job
         while True:
             if (document := _read(self.folder / name)) is not None:
                 return document, self._seen()
             now = time.monotonic()
             if now - asked_s > ASK_EVERY_S:
                 asked_s, seen = now, self._seen()
-            if seen.ended:  # what it has written may arrive late, unless it says that it could not write
+            if not seen.live:  # what it has written may arrive late, unless it says that it could not write
                 deadline = min(deadline, now + (0 if seen.comment.startswith(COMMENT) else LATE_S))
             if now > deadline:
                 return None, self._seen()
@@ -159,14 +145,12 @@ class ProbeJob:
                 self.say(f"still waiting: {seen.state}" + (f" ({seen.reason})" if seen.state == "PENDING" else ""))
             time.sleep(POLL_S)
 
-    def _seen(self) -> Seen:
-        form = "--format=%T|%r|%N|%k"
+    def _seen(self) -> SlurmJob:
+        """The job, as SLURM shows it now; over if SLURM has forgotten it."""
         try:
-            text = self.scheduler.ask("squeue", "--noheader", "--states=all", f"--jobs={self.id}", form).strip()
+            return self.scheduler.job(self.job.id, self.token) or replace(self.job, state="COMPLETED")
         except SchedulerError as error:
-            return Seen("COMPLETED" if "Invalid job id" in str(error) else "UNKNOWN", "", "", "")
-        columns = [*text.splitlines()[0].split("|", 3), "", "", ""][:4] if text else ["COMPLETED", "", "", ""]
-        return Seen(*columns)
+            return replace(self.job, state="COMPLETED" if "Invalid job id" in str(error) else "UNKNOWN")
 
 
 _SHARED = "--root has to be a folder that every node can see and write to, under the same path"

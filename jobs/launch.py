@@ -16,8 +16,9 @@ import submitit
 from jobs.groups import tasks_of
 from jobs.profile import SlurmProfile
 from jobs.sbatch import slurm_executor
+from jobs.scheduler import Scheduler
 from jobs.slurm_job import run_task
-from jobs.submission import SubmissionDir
+from jobs.submission import SubmissionDir, as_started, find_jobs
 from jobs.worker import work
 from vitpa.config import ProcessId, create_exclusive, parse_model, read_json, to_json, utc_now
 
@@ -49,7 +50,10 @@ def start_workers(root: Path, submission: str, intent: dict[str, Any], indices: 
 
 
 def start_array(root: Path, submission: str, intent: dict[str, Any], indices: list[int]) -> list[dict[str, Any]]:
-    """Submit a job array to SLURM with a task for each group of runs."""
+    """Submit a job array to SLURM with a task for each group of runs.
+
+    Which job that is, SLURM says: what sbatch prints may be preceded by lines of a site's wrapper, with other numbers in them.
+    """
     count = len(tasks_of(intent))
     executor = slurm_executor(
         parse_model(SlurmProfile, intent["profile"], "the intent"),
@@ -61,8 +65,11 @@ def start_array(root: Path, submission: str, intent: dict[str, Any], indices: li
         indices=indices,
         count=count,
     )
-    jobs = executor.map_array(run_task, [str(root)] * count, [submission] * count)
-    return [{"id": jobs[0].job_id.partition("_")[0], "array": count > 1, "tasks": len(indices)}]
+    said = executor.map_array(run_task, [str(root)] * count, [submission] * count)[0].job_id.partition("_")[0]
+    jobs = find_jobs(root, SubmissionDir(root / submission), intent["token"], Scheduler())
+    if not jobs:
+        sys.exit(f"sbatch: error: it said job {said}, but SLURM has no job of this submission")
+    return [{**job, "tasks": len(indices)} for job in as_started(jobs)]
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import Any
 import submitit
 
 from jobs.gres import parse_gres
+from jobs.own_jobs import COMMENT, job_name
 from jobs.profile import SlurmProfile, minutes
-from jobs.scheduler import COMMENT, ranges
+from jobs.scheduler import ranges
 
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
 PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
@@ -56,7 +57,7 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
     left_out = ",".join(filter(None, [profile.exclude or "", *exclude]))
     cpus = profile.cpus_per_node
     parameters = {
-        "job_name": name,
+        "job_name": job_name(name, token),
         "comment": COMMENT + token,
         "time": minutes(profile.time_s),
         "signal_delay_s": profile.signal_delay_s,

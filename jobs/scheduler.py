@@ -1,7 +1,7 @@
 """What is asked of SLURM and told to it: squeue, sacct, scontrol, scancel, sbatch. Nothing else here starts those programs.
 
-A job of ours carries the token of its submission as its comment; a run is one task of it, by its index. A state that is
-not known to be an end counts as live (job_state_string in SLURM's source has the names).
+They run in an environment of ours, in which nothing of the user's shell changes what they see or do but SLURM_CONF. What
+is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (jobs/own_jobs.py), never a number.
 """
 
 from __future__ import annotations
@@ -9,144 +9,121 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.grid import SweepError
-
-ENDED = frozenset(
-    {
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    }
+from jobs.own_jobs import (
+    ACCOUNT_COLUMNS,
+    COLUMN,
+    QUEUE_COLUMNS,
+    SUBMIT_LINE,
+    SlurmJob,
+    Snapshot,
+    in_accounting,
+    in_queue,
 )
-WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "CONFIGURING", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-COMMENT = "vitpa:"  # before the token
+
 TIMEOUT_S = 60
+IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "SLURM_CONF", "SLURM_JWT")
 
 
 class SchedulerError(SweepError):
     """SLURM does not answer, or refuses: one line with its own words."""
 
 
-@dataclass(frozen=True)
-class SlurmJob:
-    """A job, or a task of an array, as SLURM sees it."""
-
-    id: str  # 1234, or 1234_5 for task 5 of an array
-    state: str
-    reason: str = ""  # of waiting
-    nodes: str = ""
-
-    @property
-    def live(self) -> bool:
-        """Whether it is not known to have ended."""
-        return self.state not in ENDED
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it is live without running."""
-        return self.state in WAITING
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The queue at one moment."""
-
-    jobs: Mapping[tuple[str, int], SlurmJob]  # by (token, index of the task)
-    error: str = ""  # why it could not be had
-
-    def of(self, token: str, index: int) -> SlurmJob | None:
-        """The job that is to execute task `index` of the submission with that token."""
-        return self.jobs.get((token, index))
-
-    def ids(self, token: str) -> list[str]:
-        """The tasks of a submission."""
-        return [job.id for (found, _), job in self.jobs.items() if found == token]
-
-
 @dataclass
 class Scheduler:
-    """The cluster, through its command-line programs."""
+    """The cluster, through its command-line programs, as a shell with that environment reaches it."""
 
-    environment: Mapping[str, str] = field(default_factory=lambda: scheduler_environment(os.environ))
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def snapshot(self) -> Snapshot:
-        """All jobs of this user that carry a token, also those that ended a few minutes ago (SLURM's MinJobAge)."""
-        form = "%i|%T|%r|%N|%k"
+        """All our jobs, also those that ended a few minutes ago (SLURM's MinJobAge)."""
         try:
-            user = str(os.getuid())
-            text = self.ask("squeue", "--noheader", "--array", "--states=all", f"--user={user}", f"--format={form}")
+            return Snapshot(self._queue())
         except SchedulerError as error:
             return Snapshot({}, str(error))
-        jobs: dict[tuple[str, int], SlurmJob] = {}
-        for line in text.splitlines():
-            identity, state, reason, nodes, comment = [*line.split("|", 4), "", "", "", ""][:5]
-            if not comment.startswith(COMMENT):
-                continue
-            _, _, index = identity.partition("_")
-            job = SlurmJob(identity, state, "" if reason == "None" else reason, nodes)
-            key = (comment.removeprefix(COMMENT), int(index) if index.isdecimal() else 0)
-            if key not in jobs or job.live:
-                jobs[key] = job
-        return Snapshot(jobs)
 
-    def ended(self, ids: Iterable[str]) -> dict[str, SlurmJob]:
-        """What accounting knows of jobs that are no longer in the queue, by id. Empty where there is no accounting."""
-        numbers = sorted({identity.partition("_")[0] for identity in ids})
+    def job(self, identity: str, token: str) -> SlurmJob | None:
+        """The job with this id, if it is one of the submission with that token.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or knows no such job.
+        """
+        return next((job for (found, _), job in self._queue(f"--jobs={identity}").items() if found == token), None)
+
+    def _queue(self, *which: str) -> dict[tuple[str, int], SlurmJob]:
+        form = ("--noheader", "--array", "--states=all", f"--format={QUEUE_COLUMNS}")
+        return in_queue(self.ask("squeue", *form, f"--user={os.getuid()}", *which), os.getuid())
+
+    def submit(self, script: str, token: str) -> SlurmJob:
+        """Submit a job script that carries a token. Which job that has made is asked of SLURM, not read in what sbatch prints.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or has no such job.
+        """
+        said = " ".join(self.ask("sbatch", script).split())
+        deadline = time.monotonic() + IN_FLIGHT_S
+        while True:
+            snapshot = self.snapshot()
+            if snapshot.error:
+                raise SchedulerError(snapshot.error)
+            if jobs := snapshot.all(token):
+                return jobs[0]
+            if time.monotonic() > deadline:
+                raise SchedulerError(f"sbatch: SLURM has no job of ours, although it said: {said}")
+            time.sleep(0.2)
+
+    def accounted(self, ids: Iterable[str]) -> dict[tuple[str, int], SlurmJob]:
+        """What accounting knows of jobs with these ids, as far as they are ours, by (token, index of the task).
+
+        Empty where there is no accounting.
+        """
+        numbers = sorted({number for identity in ids if (number := identity.partition("_")[0]).isdecimal()})
         if not numbers:
             return {}
-        form = "JobID,State,NodeList"
-        try:
-            text = self.ask(
-                "sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(numbers)}", f"--format={form}"
-            )
-        except SchedulerError:
-            return {}
-        jobs = {}
-        for line in text.splitlines():
-            identity, state, nodes = [*line.split("|"), "", ""][:3]
-            if state:
-                jobs[identity] = SlurmJob(identity, state.split()[0], nodes=nodes)  # "CANCELLED by 1000"
-        return jobs
+        words = ["--noheader", "--parsable2", f"--delimiter={COLUMN}", "--allocations", "--duplicates"]
+        words += [f"--user={os.getuid()}", f"--jobs={','.join(numbers)}"]
+        for columns in ((*ACCOUNT_COLUMNS, SUBMIT_LINE), ACCOUNT_COLUMNS):
+            try:
+                return in_accounting(self.ask("sacct", *words, f"--format={','.join(columns)}"), os.getuid())
+            except SchedulerError as error:
+                if SUBMIT_LINE not in str(error):  # "Invalid field requested", from a SLURM before 21.08
+                    break
+        return {}
 
-    def cancel(self, ids: Iterable[str]) -> None:
-        """End jobs. Those that have ended already are passed over.
+    def cancel(self, jobs: Iterable[SlurmJob]) -> None:
+        """End jobs of ours. Those that have ended already are passed over.
 
         Raises:
             SchedulerError: SLURM does not answer.
         """
         arrays: dict[str, list[int]] = {}
-        for number, _, index in (identity.partition("_") for identity in ids):
+        for number, _, index in (job.id.partition("_") for job in jobs):
             arrays.setdefault(number, []).extend([int(index)] if index else [])
         words = [f"{number}_[{ranges(indices)}]" if indices else number for number, indices in arrays.items()]
         for start in range(0, len(words), 100):  # a command line has its limits
             self.ask("scancel", *words[start : start + 100])
 
-    def requeue(self, identity: str) -> None:
-        """Put a running job back into the queue; it is ended for that.
+    def requeue(self, job: SlurmJob) -> None:
+        """Put a running job of ours back into the queue; it is ended for that.
 
         Raises:
             SchedulerError: SLURM does not answer, or does not allow it.
         """
-        self.ask("scontrol", "requeue", identity)
+        self.ask("scontrol", "requeue", job.id)
 
-    def leave_out(self, identity: str, nodes: Iterable[str]) -> None:
-        """Have a job that waits in the queue run anywhere but on these nodes.
+    def leave_out(self, job: SlurmJob, nodes: Iterable[str]) -> None:
+        """Have a job of ours that waits in the queue run anywhere but on these nodes.
 
         Raises:
             SchedulerError: SLURM does not answer, or the job does not wait.
         """
-        self.ask("scontrol", "update", f"JobId={identity}", f"ExcNodeList={','.join(nodes)}")
+        self.ask("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={','.join(nodes)}")
 
     def time_left_s(self, identity: str) -> float | None:
         """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""
@@ -200,10 +177,11 @@ class Scheduler:
         try:
             answer = subprocess.run(
                 [program, *arguments],
-                env=dict(self.environment),
+                env=scheduler_environment(self.environment) if program == "sbatch" else query_environment(self.environment),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",  # a name or comment of a job may hold any bytes
                 timeout=TIMEOUT_S,
                 check=False,
             )
@@ -219,15 +197,26 @@ class Scheduler:
         return answer.stdout + (answer.stderr if with_stderr else "")
 
 
-def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without what a job has in its own: sbatch hands it on, and it would change the new job.
+def query_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What SLURM's programs get of `environment`: where they are, where the cluster is and who asks. sbatch needs more.
 
-    That is what SLURM sets and what torchrun sets, from which a training would take that it is one process of several.
-    Variables that say where the cluster is and who asks stay.
+    A list of what they get, since no list of what changes them is complete: SQUEUE_PARTITION hides jobs, SCANCEL_STATE
+    spares them, SLURM_CLUSTERS asks another cluster, and each version of SLURM adds some. PATH and LD_LIBRARY_PATH find
+    the programs, HOME and USER are for what a site wraps around them, SLURM_JWT is the password of clusters without munge.
     """
-    kept = {"SLURM_CONF", "SLURM_JWT", "SLURM_TIME_FORMAT"}
+    kept = {key: environment[key] for key in KEPT if key in environment}
+    return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
+
+
+def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what would change a new job: for sbatch, which hands the rest of it on to the job.
+
+    That is what sbatch and srun take options from, what SLURM sets in a job, and what torchrun sets, from which a training
+    would take that it is one process of several.
+    """
+    kept = {"SLURM_CONF", "SLURM_JWT"}
     dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"}
-    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI", "TORCHELASTIC_", "VITPA_")
+    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI", "TORCHELASTIC_", "VITPA_")
     return {
         key: value
         for key, value in environment.items()

@@ -412,7 +412,10 @@ class _Job:
                 return "cancelled"
             try:
                 with _shielded():
-                    self.scheduler.requeue(self.place.job)
+                    job = self.scheduler.job(self.place.job, self.intent["token"])
+                    if job is None:  # started by hand in an allocation that has other uses
+                        return f"SLURM does not know job {self.place.job} as one of this submission"
+                    self.scheduler.requeue(job)
             except SchedulerError as error:
                 refusal = str(error)
                 time.sleep(REQUEUE_WAIT_S)
@@ -428,7 +431,9 @@ class _Job:
         others = [self.profile["exclude"], *nodes.failed(self.root)]  # the list that SLURM has is replaced
         try:
             with _shielded():
-                self.scheduler.leave_out(self.place.job, dict.fromkeys(filter(None, [*others, without_node])))
+                job = self.scheduler.job(self.place.job, self.intent["token"])
+                if job is not None:
+                    self.scheduler.leave_out(job, dict.fromkeys(filter(None, [*others, without_node])))
         except SchedulerError as error:
             _say(f"cannot keep the job off {without_node}: {error}")
 

@@ -22,16 +22,15 @@ from pydantic import ValidationError
 
 from jobs.grid import Run
 from jobs.job_output import ENDED_EARLY, ended_early
-from jobs.scheduler import Scheduler, SlurmJob, Snapshot
+from jobs.own_jobs import SlurmJob, Snapshot
+from jobs.records import RESTORE, Receipt, SlurmClaim, read_record, record_of
+from jobs.scheduler import Scheduler
 from vitpa.config import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
 LIVE = frozenset({"running", "pending"})
 SUBMITTABLE = frozenset({"missing", "lost", "interrupted", "uncertain"})  # what `submit` takes
 RETRYABLE = frozenset({"failed", "cancelled", "broken"})  # what only `retry` takes
-
-
-_MEND = "it was edited by hand: restore it, or start the run again with `vitpa sweep retry`"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class RunState:
     attempt: AttemptDir | None = None  # the last one
     result: Result | None = None
     unseen: bool = False  # counts as alive only because it cannot be seen from here
-    job_id: str = ""  # SLURM's
+    job_id: str = ""  # SLURM's, by its own words or by our records: to be shown
+    job: SlurmJob | None = None  # the job that SLURM has in its queue and calls ours: what may be cancelled
 
     @property
     def ended_early(self) -> bool:
@@ -68,9 +68,9 @@ class Survey:
         self._root = root
         self._scheduler = scheduler or Scheduler()
         self._snapshot: Snapshot | None = None
-        self._ended: dict[str, SlurmJob] | None = None
+        self._accounts: dict[tuple[str, int], SlurmJob] | None = None
         self._alive: dict[ProcessId, bool | None] = {}
-        self._receipts: dict[str, dict[str, Any] | None] = {}
+        self._receipts: dict[str, Receipt | None] = {}
         self._looked_after: set[str] = set()  # submissions that had their jobs when SLURM was asked
 
     @property
@@ -151,7 +151,7 @@ class Survey:
             return RunState(run, "pending", _where(claimer, None), attempt, unseen=True)
         return RunState(run, "uncertain", self._nobody_left(claim, receipt), attempt)
 
-    def _nobody_left(self, claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
+    def _nobody_left(self, claim: dict[str, Any], receipt: Receipt | None) -> str:
         reason = "claimed, but nobody is left to start it"
         if "submission" in claim:
             submission = self._root / str(claim["submission"])
@@ -160,9 +160,8 @@ class Survey:
 
     def _of_slurm(self, run: Run, attempt: AttemptDir, claim: dict[str, Any]) -> RunState:
         """The state of a run whose last attempt belongs to a SLURM job."""
-        token, index, submission = claim.get("token"), claim.get("index"), claim.get("submission")
-        if not (isinstance(token, str) and isinstance(index, int) and isinstance(submission, str)):
-            raise RunError(f"{attempt.claim_json}: no usable `token`, `index` and `submission` in it; {_MEND}")
+        task = record_of(SlurmClaim, claim, attempt.claim_json)
+        token, index, submission = task.token, task.index, task.submission
         launchers: list[bool | None] = []
         if submission not in self._looked_after:  # first they, then the receipt: who is dead does not write it any more
             launchers = [self._is_alive(process) for process in self._launchers(claim, attempt)]
@@ -188,10 +187,15 @@ class Survey:
                 ("uncertain", self._nobody_left(claim, None)) if gone else ("pending", f"being submitted {where}".strip())
             )
         else:
-            identity = identity or _id_of(claim, self._receipt(submission))
-            last_words = job.state if job else self._accounted(identity)
-            state, reason = _over(attempt, identity, last_words, self._root / submission / "submitit")
-        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity)
+            receipt = self._receipt(submission) if not identity else None
+            identity = receipt.jobs[0].task(index) if receipt and receipt.jobs else identity
+            known = job or self._accounted(identity, token, index)
+            if known is not None and known.live:
+                state, unseen = "pending" if start is None or ended is not None or known.waiting else "running", True
+                reason = f"squeue does not show its job {known.id}, but sacct says {known.state}: it counts as alive"
+            else:
+                state, reason = _over(attempt, identity, known.state if known else "", self._root / submission / "submitit")
+        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity, job=job)
 
     def _job(self, token: str, index: int, submission: str) -> SlurmJob | None:
         """The job of a claim. If it is not in the queue as last seen, it may have been submitted since."""
@@ -210,31 +214,28 @@ class Survey:
             self._looked_after.add(str(path.parent.relative_to(self._root)))
         self._snapshot = self._scheduler.snapshot()
 
-    def _accounted(self, identity: str) -> str:
-        """The state in which a job ended that the queue has forgotten; empty where accounting does not know either."""
-        if self._ended is None:
+    def _accounted(self, identity: str, token: str, index: int) -> SlurmJob | None:
+        """What accounting knows of a task that the queue does not have; None where it knows nothing, or not of ours."""
+        if self._accounts is None:
             ids = {identity}
             for submission in self._looked_after:
                 with contextlib.suppress(RunError):  # a damaged receipt concerns its own runs
-                    ids |= {str(job["id"]) for job in (self._receipt(submission) or {"jobs": []})["jobs"]}
-            self._ended = self._scheduler.ended(ids)
-        ended = self._ended.get(identity)
-        return "" if ended is None else ended.state
+                    receipt = self._receipt(submission)
+                    ids |= {job.id for job in receipt.jobs} if receipt else set()
+            self._accounts = self._scheduler.accounted(ids)
+        return self._accounts.get((token, index))
 
-    def _receipt(self, submission: str) -> dict[str, Any] | None:
+    def _receipt(self, submission: str) -> Receipt | None:
         """What was written down after the jobs of a submission were started; None before that."""
         if submission not in self._receipts:
-            path = self._root / submission / "receipt.json"
-            receipt = read_json(path)
-            jobs = (receipt or {"jobs": []}).get("jobs")
-            if not isinstance(jobs, list) or not all(isinstance(job, dict) and "id" in job for job in jobs):
-                raise RunError(f"{path}: no usable list `jobs` in it; {_MEND}")
-            self._receipts[submission] = receipt
+            self._receipts[submission] = read_record(Receipt, self._root / submission / "receipt.json")
         return self._receipts[submission]
 
-    def _workers(self, claim: dict[str, Any], receipt: dict[str, Any]) -> list[ProcessId]:
-        path = self._root / str(claim["submission"]) / "receipt.json"
-        return [_process(job, path) for job in receipt["jobs"]]
+    def _workers(self, claim: dict[str, Any], receipt: Receipt) -> list[ProcessId]:
+        workers = [job.process for job in receipt.jobs if job.process is not None]
+        if len(workers) < len(receipt.jobs):
+            raise RunError(f"{self._root / str(claim['submission'])}/receipt.json: no usable `process` in it; {RESTORE}")
+        return workers
 
     def _launchers(self, claim: dict[str, Any], attempt: AttemptDir) -> list[ProcessId]:
         """Who may still start the jobs of a submission: the launcher, and the helper that it has started."""
@@ -264,14 +265,6 @@ def _job_of(start: dict[str, Any] | None) -> str:
     """The id of the job that has started an attempt; empty before that, or if it was withdrawn."""
     job = (start or {}).get("job")
     return str(job.get("id") or "") if isinstance(job, dict) else ""
-
-
-def _id_of(claim: dict[str, Any], receipt: dict[str, Any] | None) -> str:
-    """The id of the job of a claim, by the receipt of its submission; empty if it got none."""
-    if receipt is None or not receipt["jobs"]:
-        return ""
-    job = receipt["jobs"][0]
-    return f"{job['id']}_{claim['index']}" if job.get("array", True) else str(job["id"])
 
 
 def _may_go_on(ended: dict[str, Any]) -> bool:
@@ -356,7 +349,7 @@ def _process(document: dict[str, Any], path: Path) -> ProcessId:
     try:
         return ProcessId.model_validate(document["process"])
     except (KeyError, TypeError, ValidationError) as error:
-        raise RunError(f"{path}: no usable `process` in it; {_MEND}") from error
+        raise RunError(f"{path}: no usable `process` in it; {RESTORE}") from error
 
 
 def _where(process: ProcessId, alive: bool | None) -> str:

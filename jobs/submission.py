@@ -19,12 +19,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.grid import SweepError
-from jobs.scheduler import Scheduler, SchedulerError
+from jobs.own_jobs import SlurmJob
+from jobs.scheduler import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.state import RunState
 from vitpa.config import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
-IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
 
 
 class SubmissionDir:
@@ -118,12 +118,27 @@ def adopt(root: Path, submission: SubmissionDir, token: str, scheduler: Schedule
     Raises:
         SchedulerError: SLURM does not answer.
     """
-    ids = _find(submission, token, scheduler)
-    if ids:
-        _restore_pickles(root, submission, ids)
-        arrays = {identity.partition("_")[0]: "_" in identity for identity in ids}
-        close(submission, "adopted", [{"id": number, "array": array} for number, array in arrays.items()])
-    return len(ids)
+    jobs = find_jobs(root, submission, token, scheduler)
+    if jobs:
+        close(submission, "adopted", as_started(jobs))
+    return len(jobs)
+
+
+def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
+    """The jobs that SLURM has of a submission, each with what it needs to start; also if SLURM is only about to get them.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    jobs = _wait_for_jobs(submission, token, scheduler)
+    _restore_pickles(root, submission, [job.id for job in jobs])
+    return jobs
+
+
+def as_started(jobs: Sequence[SlurmJob]) -> list[dict[str, object]]:
+    """Jobs as a receipt names them: an array once."""
+    arrays = {number: bool(index) for number, _, index in (job.id.partition("_") for job in jobs)}
+    return [{"id": number, "array": array} for number, array in arrays.items()]
 
 
 def close(submission: SubmissionDir, how: str, jobs: Sequence[Mapping[str, object]] = ()) -> None:
@@ -174,8 +189,7 @@ def _alive(process: Any) -> bool | None:
         return False
 
 
-def _find(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[str]:
-    """The jobs that SLURM has of a submission, also if it is only about to get them."""
+def _wait_for_jobs(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
     began = last_sbatch = time.monotonic()
     while True:
         snapshot = scheduler.snapshot()
@@ -183,12 +197,12 @@ def _find(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[s
             raise SchedulerError(
                 f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
             )
-        ids = snapshot.ids(token)
+        jobs = snapshot.all(token)
         now = time.monotonic()
         if _sbatch_at_work(submission):
             last_sbatch = now
-        if ids or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
-            return ids
+        if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
+            return jobs
         time.sleep(0.5)
 
 

@@ -474,7 +474,8 @@ def _cancel(context: Context) -> int:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
     needed = {state.job_id for state in [*others, *running]}
-    context.scheduler.cancel({state.job_id for state in withdrawn} - needed - {""})  # they would find nothing to do
+    jobs = {state.job.id: state.job for state in withdrawn if state.job is not None and state.job.id not in needed}
+    context.scheduler.cancel(jobs.values())  # they would find nothing to do
     if withdrawn and context.unanswered:
         context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
     return OK

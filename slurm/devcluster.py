@@ -33,7 +33,7 @@ PROGRAMS = (
 )
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # where daemons are; not in an ordinary user's PATH
 STOP_TIMEOUT_S = 60
-CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SACCT|SCANCEL)_")
+CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 
 
 class DevClusterError(Exception):

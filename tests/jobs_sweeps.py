@@ -19,7 +19,8 @@ import yaml
 import jobs.submit
 from jobs.grid import Run, Sweep, load_sweep
 from jobs.groups import tasks_of
-from jobs.scheduler import Scheduler, SlurmJob, scheduler_environment
+from jobs.own_jobs import SlurmJob
+from jobs.scheduler import Scheduler
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
 from slurm.devcluster import DevCluster
@@ -200,7 +201,7 @@ class Field:
 
     @property
     def scheduler(self) -> Scheduler:
-        return Scheduler(scheduler_environment(self.environment))
+        return Scheduler(self.environment)
 
     def vitpa(self, verb: str, *terms: str, profile: Path | None = None) -> subprocess.CompletedProcess[str]:
         return launch(self.root, profile or self.profile, verb, *terms, environment=self.environment)
@@ -279,7 +280,7 @@ class Field:
     def clear(self) -> None:
         """Leave nothing in the queue."""
         self.usual_slurm()
-        self.scheduler.cancel([job.id for jobs in self.jobs().values() for job in jobs])
+        self.scheduler.cancel([job for jobs in self.jobs().values() for job in jobs])
         wait_for(lambda: self.live() == 0, poll_s=0.2)
 
 

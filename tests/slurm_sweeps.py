@@ -18,7 +18,7 @@ import yaml
 
 import jobs.submit
 from jobs.grid import Run, Sweep, load_sweep
-from jobs.scheduler import Scheduler, scheduler_environment
+from jobs.scheduler import Scheduler
 from jobs.state import RunState, Survey
 from jobs.status import nothing_live
 from slurm.devcluster import DevCluster
@@ -81,7 +81,7 @@ class Cell:
 
     def states(self, runs: list[Run] | None = None) -> list[RunState]:
         """The states of runs, of all by default."""
-        scheduler = Scheduler(scheduler_environment(self.cluster.environment))
+        scheduler = Scheduler(self.cluster.environment)
         return Survey(self.root, scheduler).states(self.sweep.runs if runs is None else runs)
 
     def settle(self, runs: list[Run] | None = None) -> list[RunState]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.grid import Run
-from jobs.scheduler import Scheduler, SlurmJob, Snapshot
+from jobs.own_jobs import SlurmJob, Snapshot
+from jobs.scheduler import Scheduler
 from jobs.state import RunState, Survey, withdraw
 from jobs.status import progress_of, row_of
 from tests.jobs_sweeps import make_sweep, write_result
@@ -187,15 +188,15 @@ def test_a_pid_used_again_is_not_the_same_process() -> None:
 class Queue(Scheduler):
     """A SLURM that says what a test wants."""
 
-    def __init__(self, job: SlurmJob | None = None, *, accounted: str = "", error: str = "") -> None:
+    def __init__(self, job: SlurmJob | None = None, *, account: str = "", error: str = "") -> None:
         super().__init__({})
-        self.job, self.accounted, self.error = job, accounted, error
+        self.found, self.account, self.error = job, account, error
 
     def snapshot(self) -> Snapshot:
-        return Snapshot({("t", 0): self.job} if self.job else {}, self.error)
+        return Snapshot({("t", 0): self.found} if self.found else {}, self.error)
 
-    def ended(self, ids: Iterable[str]) -> dict[str, SlurmJob]:
-        return {"7_0": SlurmJob("7_0", self.accounted)} if self.accounted else {}
+    def accounted(self, ids: Iterable[str]) -> dict[tuple[str, int], SlurmJob]:
+        return {("t", 0): SlurmJob("7_0", self.account)} if self.account else {}
 
 
 def slurm_claim(root: Path, run: Run, launcher: ProcessId = DEAD, *, number: int = 1, receipt: bool = True) -> AttemptDir:
@@ -246,21 +247,21 @@ def test_state_in_the_queue(tmp_path: Path, run: Run, job: SlurmJob, started: bo
 
 
 @pytest.mark.parametrize(
-    ("accounted", "started", "expected"),
+    ("account", "started", "expected"),
     [
         ("TIMEOUT", True, ("interrupted", "SLURM ended job 7_0: TIMEOUT")),
         ("CANCELLED", False, ("cancelled", "scancel")),
+        ("RUNNING", True, ("running", "squeue does not show its job 7_0, but sacct says RUNNING: it counts as alive")),
+        ("PENDING", False, ("pending", "squeue does not show its job 7_0, but sacct says PENDING: it counts as alive")),
         ("", True, ("lost", "its job 7_0 was killed")),
         ("", False, ("uncertain", "its job 7_0 ended (unknown to SLURM) before it started the run; see ")),
     ],
 )
-def test_the_queue_has_forgotten_it(
-    tmp_path: Path, run: Run, accounted: str, started: bool, expected: tuple[str, str]
-) -> None:
+def test_the_queue_has_forgotten_it(tmp_path: Path, run: Run, account: str, started: bool, expected: tuple[str, str]) -> None:
     attempt = slurm_claim(tmp_path, run)
     if started:
         slurm_start(attempt)
-    state, reason = ask(tmp_path, run, Queue(accounted=accounted))
+    state, reason = ask(tmp_path, run, Queue(account=account))
     assert state == expected[0]
     assert reason.startswith(expected[1])
 
@@ -310,7 +311,7 @@ def test_a_damaged_receipt_concerns_its_own_runs(tmp_path: Path, run: Run) -> No
     other = tmp_path / "sweeps/small/submissions/other/receipt.json"
     other.parent.mkdir()
     other.write_text("{")
-    assert ask(tmp_path, run, Queue(accounted="CANCELLED")) == ("cancelled", "scancel")
+    assert ask(tmp_path, run, Queue(account="CANCELLED")) == ("cancelled", "scancel")
     receipt = tmp_path / "sweeps/small/submissions/s/receipt.json"
     receipt.write_text('{"jobs": [')
     assert ask(tmp_path, run, Queue(SlurmJob("7_0", "PENDING")))[0] == "pending"
