@@ -123,6 +123,7 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
             help="also what fails alike each time, was last seen elsewhere, or would never start",
         )
     if verb == "cancel":
+        parser.add_argument("--gone", action="store_true", help="only what was started for the sweep and is no longer in it")
         parser.add_argument("--now", action="store_true", help="kill instead of letting a checkpoint be written")
     if verb == "status":
         output = parser.add_mutually_exclusive_group()

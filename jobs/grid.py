@@ -205,6 +205,19 @@ def load_sweep(spec: str, root: Path) -> Sweep:
     return Sweep(config, _resolve(config, path))
 
 
+def recorded_sweep(name: str, root: Path) -> Sweep | None:
+    """The sweep of that name as it was submitted last under `root`, whatever has become of its recipes; None without one.
+
+    Raises:
+        SweepError: its record has been cut or edited.
+        ConfigError: so has its sweep.yaml.
+    """
+    directory = SweepDir(root, name)
+    if not directory.sweep_yaml.is_file() or (runs := directory.recorded()) is None:
+        return None
+    return Sweep(load_model(SweepConfig, directory.sweep_yaml), runs)
+
+
 def _find(spec: str, root: Path) -> Path:
     path = Path(spec)
     if path.is_file():
@@ -215,8 +228,10 @@ def _find(spec: str, root: Path) -> Path:
         return shipped[spec]
     if recorded.is_file():
         return recorded
+    there = ", ".join(sorted(path.parent.name for path in root.glob("sweeps/*/runs.json")))
     raise SweepError(
         f"sweep {spec!r}: no such file, none of the shipped ones ({', '.join(shipped)}), and not in {root}/sweeps"
+        + (f", where there is {there}" if there else "")
     )
 
 

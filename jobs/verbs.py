@@ -20,7 +20,8 @@ from jobs import logs, status
 from jobs.benchmark import Benchmark, load_benchmark
 from jobs.causes import without_particulars
 from jobs.collect import collect, markdown, write_report
-from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep
+from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
+from jobs.membership import jobs_needed_by_others, runs_that_left, sweeps_with
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.scheduler import Scheduler, SchedulerError
 from jobs.slots import visible_gpus
@@ -66,6 +67,7 @@ class Context:
     console: Console
     scheduler: Scheduler
     place: Place  # where it runs: as the command line says, otherwise as at the last submission
+    left: list[Run] = field(default_factory=list)  # unfinished runs that were started for the sweep and have left it
     unanswered: list[str] = field(default_factory=list)  # questions to SLURM; states are then as far as the files tell
 
     @property
@@ -85,6 +87,13 @@ class Context:
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""
         return select(self.survey(self.sweep.runs), self.filters)
+
+    def look_around(self) -> tuple[list[RunState], list[RunState]]:
+        """The states of the runs that the filters select: of the sweep's, and of those in progress that have left it."""
+        states = self.survey([*self.sweep.runs, *self.left])
+        count = len(self.sweep.runs)
+        left = [state for state in states[count:] if state.state in LIVE]
+        return select(states[:count], self.filters), select(left, self.filters)
 
     def survey(self, runs: list[Run]) -> list[RunState]:
         """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
@@ -127,7 +136,7 @@ def _context(options: argparse.Namespace) -> Context:
     root = Path(options.root).resolve()
     if root.exists() and not root.is_dir():
         raise SweepError(f"--root {options.root}: not a folder; name the folder of runs/ and sweeps/")
-    sweep = load_sweep(options.sweep, root)
+    sweep = _load(options, root)
     recorded = SweepDir(root, sweep.name).recorded()
     drift = Drift.between(sweep, recorded)
     if options.verb not in ("plan", "submit"):
@@ -135,7 +144,8 @@ def _context(options: argparse.Namespace) -> Context:
             sweep = Sweep(sweep.config, recorded)
         elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
             raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
-    filters, overrides = parse_terms(options.terms, sweep.runs)
+    left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
+    filters, overrides = parse_terms(options.terms, [*sweep.runs, *left])
     if overrides and options.verb not in ("submit", "retry"):
         raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
     place = Place.of_last_submission(SweepDir(root, sweep.name).submissions).changed(
@@ -145,7 +155,19 @@ def _context(options: argparse.Namespace) -> Context:
         overrides.append(f"runtime.data_dir={json.dumps(literal_path(Path(place.data_dir)))}")
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
-    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place)
+    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place, left)
+
+
+def _load(options: argparse.Namespace, root: Path) -> Sweep:
+    """The sweep that is meant; without its recipes, as it was recorded, unless it is to be planned or submitted."""
+    try:
+        return load_sweep(options.sweep, root)
+    except (SweepError, ConfigError) as error:
+        recorded = recorded_sweep(options.sweep, root) if options.verb not in ("plan", "submit") else None
+        if recorded is None:
+            raise
+        print(f"warning: {error}; this is the sweep as it was submitted last", file=sys.stderr)
+        return recorded
 
 
 def _check_settings(options: argparse.Namespace, run: Run, overrides: list[str]) -> None:
@@ -201,7 +223,7 @@ def _plan(context: Context) -> int:
     from jobs.limits import NOTHING  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
-    states = context.look()
+    states, left = context.look_around()
     missing = _to_submit(context, states)
     problems, order, outlook = [], Order([], None), NOTHING
     try:
@@ -215,11 +237,13 @@ def _plan(context: Context) -> int:
     if context.options.json:
         document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "problem": problem}
         document |= {"jobs": len(order.groups), "slots": order.at_a_time}
+        document["no_longer_in_sweep"] = [status.row_of(state, context.root) for state in left]
         context.say_json({**document, "changed": context.drift.describe(), **outlook.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
     for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *outlook.lines()]):
         context.say(line)
+    _say_left(context, left)
     if context.options.gpu_hour_price and not outlook.forecast.cost:
         context.say("--gpu-hour-price is not used: there is no forecast of GPU-hours")
     if missing and problem:
@@ -262,13 +286,16 @@ def _look_ahead(
 
 
 def _submit(context: Context) -> int:
+    left = [state for state in context.survey(context.left) if state.state in LIVE] if context.left else []
     if context.drift.gone and not context.options.update:
+        live = f"; {len(left)} of its jobs are still in progress and would go on" if left else ""
         raise SweepError(
-            f"{context.drift.describe()}. Undo the change in the sweep's file or recipe, or repeat with --update "
+            f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, or repeat with --update "
             "to make the changed sweep the sweep"
         )
     if context.drift.added or context.drift.gone:
         context.say(context.drift.describe())
+    _say_left(context, left)
     _settle(context)
     states = context.look()
     return _start(context, states, _to_submit(context, states))
@@ -410,16 +437,28 @@ def _say_next(context: Context) -> None:
     context.say(f"  tensorboard --logdir {shlex.quote(str(folder))}")
 
 
+def _say_left(context: Context, left: list[RunState]) -> None:
+    if left:
+        some = [f"{state.run.label} ({state.state}{f' in job {state.job_id}' if state.job_id else ''})" for state in left]
+        shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if some[3:] else "")
+        context.say(
+            f"{len(left)} no longer in the sweep, still in progress: {shown}; they go on, "
+            f"`vitpa sweep cancel {context.suffix} --gone` ends them"
+        )
+
+
 def _status(context: Context) -> int:
-    states = context.look()
+    states, left = context.look_around()
     if context.options.watch:
+        _say_left(context, left)
         runs = [state.run for state in states]
         try:
             states = status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
         except KeyboardInterrupt:
             return OK
     elif context.options.json:
-        context.say_json({"sweep": context.sweep.name, "runs": [status.row_of(state, context.root) for state in states]})
+        rows, rows_left = ([status.row_of(state, context.root) for state in some] for some in (states, left))
+        context.say_json({"sweep": context.sweep.name, "runs": rows, "no_longer_in_sweep": rows_left})
     else:
         rows = [status.row_of(state, context.root) for state in states]
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
@@ -427,12 +466,17 @@ def _status(context: Context) -> int:
             context.say(context.drift.describe())
         for line in ran_other_code(context.root, states):
             context.say(line)
+        if left:
+            rows = [status.row_of(state, context.root) for state in left]
+            context.console.print(status.table_of(rows, f"no longer in the sweep, still in progress: {len(left)}"))
+            context.say(f"to end them: vitpa sweep cancel {context.suffix} --gone")
         _say_left_alone(context, states)
     return OK if all(state.state in {"done", *LIVE} for state in states) else PARTIAL
 
 
 def _logs(context: Context) -> int:
-    states = context.look()
+    states, left = context.look_around()
+    states += left
     if context.options.follow:
         try:
             logs.follow([state.run for state in states], context.root, context.console)
@@ -447,11 +491,16 @@ def _logs(context: Context) -> int:
 
 def _cancel(context: Context) -> int:
     """Pending claims first, so that the slots that become free find nothing to start."""
-    states = context.survey(context.sweep.runs)
+    states = context.survey([*context.sweep.runs, *context.left])
+    left = {run.signature for run in context.left}
     live = [state for state in select(states, context.filters) if state.state in LIVE or state.state == "uncertain"]
+    if context.options.gone:
+        live = [state for state in live if state.run.signature in left]
+    _say_shared(context, live)
     if context.options.dry_run:
         for state in live:
-            context.say(f"would cancel {state.run.label} ({state.state})")
+            where = ", no longer in the sweep" if state.run.signature in left else ""
+            context.say(f"would cancel {state.run.label} ({state.state}{where})")
         return OK
     others = [state for state in states if state.state in LIVE and state not in live]
     waiting = [state for state in live if state.state != "running"]
@@ -474,11 +523,25 @@ def _cancel(context: Context) -> int:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
     needed = {state.job_id for state in [*others, *running]}
+    needed |= jobs_needed_by_others(context.root, withdrawn)
     jobs = {state.job.id: state.job for state in withdrawn if state.job is not None and state.job.id not in needed}
     context.scheduler.cancel(jobs.values())  # they would find nothing to do
     if withdrawn and context.unanswered:
         context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
     return OK
+
+
+def _say_shared(context: Context, live: list[RunState]) -> None:
+    """Name the other sweeps for which these runs will be cancelled, too."""
+    label_of = {state.run.signature: state.run.label for state in live}
+    verb = "would be" if context.options.dry_run else "is"
+    for name, shared in sweeps_with(context.root, label_of, besides=context.sweep.name).items():
+        labels = [label_of[signature] for signature in label_of if signature in shared]
+        more = f" and {len(labels) - 3} more" if labels[3:] else ""
+        context.say(
+            f"sweep {name} has {len(labels)} of these runs, too ({', '.join(labels[:3])}{more}): what is cancelled here "
+            f"{verb} cancelled for it as well; `vitpa sweep retry {name}` starts it again"
+        )
 
 
 def _ask_to_stop(root: Path, now: bool, state: RunState) -> None:

@@ -1,0 +1,107 @@
+"""Runs and sweeps beyond a sweep's own list: what has left the sweep, what other sweeps have too, who shares a job.
+
+A sweep's list is what its file says; its submissions tell what was started for it. Both are looked at before something is
+cancelled, so that nothing goes on unseen and nothing is taken from others without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from jobs.grid import Run, SweepDir
+from jobs.records import Intent, RunsOfSweep, SlurmClaim, WantedRun, read_record, record_of
+from jobs.state import RunState
+from vitpa.config import ConfigError, RunDir, RunError, load_config, read_json
+
+
+def runs_that_left(root: Path, sweep: str, runs: Iterable[Run]) -> list[Run]:
+    """The unfinished runs that were last started for a sweep, and are not among `runs`, what it stands for now."""
+    seen = {run.signature for run in runs}
+    left = []
+    for path in sorted(SweepDir(root, sweep).submissions.glob("*/intent.json")):
+        for wanted in _wanted(path):
+            if wanted.signature in seen:
+                continue
+            seen.add(wanted.signature)
+            run = _started_for(sweep, RunDir(root, wanted.signature))
+            if run is not None:
+                left.append(run)
+    return left
+
+
+def _wanted(path: Path) -> list[WantedRun]:
+    try:
+        intent = read_record(Intent, path)
+    except RunError:  # `submit` says so
+        return []
+    return intent.runs if intent else []
+
+
+def _started_for(sweep: str, directory: RunDir) -> Run | None:
+    """The run of a directory, if it is unfinished and its last attempt is the sweep's; None if it is not, or damaged."""
+    attempts = directory.attempts()
+    if not attempts or directory.result_json.exists():
+        return None
+    try:
+        claim = read_json(attempts[-1].claim_json) or {}
+        if claim.get("sweep") != sweep:
+            return None
+        config = load_config(directory.config_yaml)
+    except (RunError, ConfigError):
+        return None
+    return Run(config, str(directory.config_yaml), directory.signature)
+
+
+def sweeps_with(root: Path, signatures: Collection[str], besides: str) -> dict[str, set[str]]:
+    """Other sweeps that have one of these runs: their names, each with the signatures."""
+    found = {}
+    for path in sorted(root.glob("sweeps/*/runs.json")):
+        if path.parent.name == besides:
+            continue
+        try:
+            recorded = read_record(RunsOfSweep, path)
+        except RunError:  # that sweep's own commands say so
+            continue
+        theirs = {run.signature for run in recorded.runs} if recorded else set()
+        if shared := theirs & set(signatures):
+            found[path.parent.name] = shared
+    return found
+
+
+def jobs_needed_by_others(root: Path, states: Iterable[RunState]) -> set[str]:
+    """Which of the SLURM jobs of these runs have still another run to train: their ids.
+
+    A job that cannot be told because a record has been edited counts as needed: it ends by itself if it is not.
+    """
+    intents: dict[str, Intent | None] = {}
+    needed = set()
+    for state in states:
+        if state.job is None or state.attempt is None:
+            continue
+        path = state.attempt.claim_json
+        try:
+            claim = record_of(SlurmClaim, read_json(path) or {}, path)
+            if claim.submission not in intents:
+                intents[claim.submission] = read_record(Intent, root / claim.submission / "intent.json")
+            intent = intents[claim.submission]
+            group = intent.signatures(claim.index) if intent else []
+            others = [RunDir(root, signature) for signature in group if signature != state.run.signature]
+            if any(_waits_for_job(directory, claim.token) for directory in others):
+                needed.add(state.job.id)
+        except RunError:
+            needed.add(state.job.id)
+    return needed
+
+
+def _waits_for_job(directory: RunDir, token: str) -> bool:
+    """Whether the last attempt of a run belongs to a submission and is not over."""
+    attempts = directory.attempts()
+    if not attempts or directory.result_json.exists():
+        return False
+    claim, start, ended = (
+        read_json(path) for path in (attempts[-1].claim_json, attempts[-1].start_json, attempts[-1].exit_json)
+    )
+    if (claim or {}).get("token") != token or "withdrawn" in (start or {}):
+        return False
+    return ended is None or bool(ended.get("requeued")) or ended.get("state") == "interrupted"
