@@ -11,7 +11,7 @@ from rich.console import Console
 from jobs.grid import Run
 from jobs.job_output import ended_early
 from jobs.logs import follow, show, show_failures
-from jobs.scheduler import SlurmJob
+from jobs.own_jobs import SlurmJob
 from jobs.state import RunState, Survey, early_ends
 from jobs.submit import _claim
 from jobs.verbs import _fails_alike
