@@ -258,7 +258,8 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
         bench.terminate()
         time.sleep(0.2)  # the first one is being seen to
         bench.terminate()
-        out = bench.stdout.read()
+        out, err = bench.stdout.read(), bench.stderr.read()
+    assert err.strip().splitlines() == ["vitpa bench: ended by SIGTERM; what was measured is kept"]  # nothing of torchrun's
     assert bench.returncode == 128 + signal.SIGTERM
     assert len(started) >= 2 and not any(process.exists() for process in started)
     document = json.loads(file.read_text())

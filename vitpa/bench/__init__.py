@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vitpa.bench import imagenet, small
 from vitpa.config import ConfigError
@@ -18,20 +18,27 @@ from vitpa.rundir import RunError, check_writable
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before."""
+    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before.
 
-    def leave(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
-        raise SystemExit(128 + signal.SIGTERM)
+    SIGHUP, of a terminal that is closed, likewise, unless it is ignored (nohup).
+    """
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+        with suppress(OSError):  # the terminal may be gone
+            print(f"vitpa bench: ended by {signal.Signals(number).name}; what was measured is kept", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     if "WORLD_SIZE" in os.environ:  # torchrun's processes just end
         yield
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN]
+    before = {name: signal.signal(name, leave) for name in names}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -379,7 +379,7 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
     with TemporaryDirectory() as folder:
         file = Path(folder) / "lines.json"
         words = [*worker_words(options), "--json", str(file)]
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+        launcher = ["vitpa.bench.torchrun", "--standalone", f"--nproc-per-node={gpus}", "-m"]
         process = subprocess.Popen([sys.executable, "-m", *launcher, "vitpa.cli", "bench", "imagenet", *words])
         try:
             process.wait()
