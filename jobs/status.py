@@ -19,6 +19,7 @@ from rich.text import Text
 
 from jobs.grid import Run
 from jobs.state import LIVE, STATES, RunState, Survey
+from jobs.waiting import advice, needs_somebody
 from vitpa.config import RunDir, RunError, read_json
 
 REFRESH_S = 1.0
@@ -122,6 +123,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "node": _node(state),
         "job": state.job_id,
         "reason": state.reason,
+        "advice": advice(state.job) if state.state == "pending" else "",
     }
 
 
@@ -192,7 +194,8 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     runs: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["reason"]:
-            runs.setdefault((row["state"], row["reason"]), []).append(row["run"])
+            text = f"{row['reason']}; {row['advice']}" if row.get("advice") else row["reason"]
+            runs.setdefault((row["state"], text), []).append(row["run"])
     ordered = sorted(runs, key=lambda key: MATTERS.index(key[0]))
     more = {key: f" and {len(runs[key]) - 1} more" if len(runs[key]) > 1 else "" for key in ordered}
     return [f"{runs[key][0]}{more[key]} {key[0]}: {key[1]}" for key in ordered]
@@ -264,7 +267,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
         while True:
             survey = Survey(root)
             states = survey.states(runs)
-            text = f"{name}: {summary(states)}{_warning(survey)}"
+            text = "\n".join([f"{name}: {summary(states)}{_warning(survey)}", *stuck(states)])
             if text != shown:
                 shown = text
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -280,6 +283,17 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
             if until(states):
                 return states
             time.sleep(pause_s(survey))
+
+
+def stuck(states: list[RunState]) -> list[str]:
+    """A line for each reason for which jobs wait that will not start by themselves."""
+    lines: dict[str, list[str]] = {}
+    for state in states:
+        if state.state == "pending" and needs_somebody(text := advice(state.job)):
+            lines.setdefault(text, []).append(state.run.label)
+    return [
+        f"{labels[0]}" + (f" and {len(labels) - 1} more" if labels[1:] else "") + f": {text}" for text, labels in lines.items()
+    ]
 
 
 def pause_s(survey: Survey) -> float:

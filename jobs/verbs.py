@@ -394,6 +394,8 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
         return INTERRUPTED
     context.say(f"{context.sweep.name}: {status.summary(states)}")
+    for line in status.stuck(states):
+        context.say(line)
     _say_left_alone(context, states)
     _say_next(context)
     settled = {"done"} if context.options.wait else {"done", *LIVE}
