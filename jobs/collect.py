@@ -10,6 +10,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
+import secrets
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +20,9 @@ from typing import Any
 
 from jobs.grid import Attention, Sweep, SweepError
 from jobs.state import RunState
-from vitpa.config import Result, utc_now, write_atomic, write_json
+from vitpa.config import Result, to_json, utc_now, write_atomic
+
+OLDER = "older-than-the-last-attempt"  # the folder of a report that a later `collect` could not replace
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,9 @@ def _mixture(dataset: str, states: list[RunState]) -> str:
             if state.result is not None and state.run.dataset == dataset:
                 runs.setdefault(version(state.result), []).append(f"{state.run.attention}-s{state.run.seed}")
         if len(runs) > 1:
-            which = ", ".join(f"{value} ({' '.join(labels)})" for value, labels in runs.items())
+            which = ", ".join(
+                f"{value} ({' '.join(runs[whole])})" for whole, value in zip(runs, _shown(list(runs)), strict=True)
+            )
             parts.append(f"{dataset}: runs of different {name}: {which}")
     return "; ".join(parts)
 
@@ -163,7 +170,14 @@ def _code(result: Result) -> str:
 
 
 def _data(result: Result) -> str:
-    return " ".join(f"{split}:{digest[:12]}" for split, digest in sorted(result.beton_sha256.items()))
+    """The whole digests: what is compared, and what programs get."""
+    return " ".join(f"{split}:{digest}" for split, digest in sorted(result.beton_sha256.items()))
+
+
+def _shown(versions: Sequence[str]) -> list[str]:
+    """Versions for people to read: digests with 12 digits where that does not make two of them alike."""
+    short = [re.sub(r"(:[0-9a-f]{12})[0-9a-f]{52}\b", r"\1", version) for version in versions]
+    return short if len(set(short)) == len(set(versions)) else list(versions)
 
 
 def _cell(sweep: Sweep, dataset: str, attention: Attention, states: list[RunState]) -> Cell:
@@ -199,13 +213,36 @@ def _difference(dataset: str, states: list[RunState]) -> Difference | None:
 
 
 def write_report(table: CollectedTable, folder: Path) -> None:
-    """Write table.csv, runs.csv, table.md, table.tex and report.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", table.as_json())
-    write_atomic(folder / "table.md", markdown(table) + "\n")
-    write_atomic(folder / "table.tex", latex(table))
-    write_atomic(folder / "table.csv", _csv(_table_rows(table)))
-    write_atomic(folder / "runs.csv", _csv(_run_rows(table)))
+    """Write table.csv, runs.csv, table.md, table.tex and report.json. They replace others when all of them are written."""
+    files = {
+        "report.json": to_json(table.as_json()),
+        "table.md": markdown(table) + "\n",
+        "table.tex": latex(table),
+        "table.csv": _csv(_table_rows(table)),
+        "runs.csv": _csv(_run_rows(table)),
+    }
+    draft = folder / f".draft-{secrets.token_hex(4)}"
+    draft.mkdir(parents=True)
+    try:
+        for name, text in files.items():
+            write_atomic(draft / name, text)
+        for name in files:
+            (draft / name).replace(folder / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(folder / OLDER, ignore_errors=True)
+
+
+def set_report_aside(folder: Path) -> Path | None:
+    """Move the report in `folder` into a folder there, so that nobody takes it for a new one; None if there is none."""
+    files = [path for path in folder.glob("*") if path.is_file()]
+    if not files:
+        return None
+    older = folder / OLDER
+    older.mkdir(exist_ok=True)
+    for path in files:
+        path.replace(older / path.name)
+    return older
 
 
 def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
@@ -352,7 +389,7 @@ def _notes(table: CollectedTable) -> list[str]:
     notes.append(f"Code {', '.join(code) or '-'}; collected {table.collected_utc}.")
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells):
         data = sorted({version for cell in table.cells if cell.dataset == dataset for version in cell.data_versions})
-        notes.append(f"Data {dataset}: {', '.join(data) or '-'}.")
+        notes.append(f"Data {dataset}: {', '.join(_shown(data)) or '-'}.")
     if table.mixed:
         notes.append(f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}.")
     if not table.complete:

@@ -25,7 +25,7 @@ from jobs.groups import num_images
 from jobs.state import RunState
 from jobs.status import duration
 from jobs.submit import Batch
-from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_json, read_yaml
+from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_with_checksum, read_yaml
 
 Kind = tuple[str, str]  # data set, attention
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
@@ -289,7 +289,7 @@ def _speed_of(results: list[Result], root: Path) -> Speed | None:
 
 def _hardware(run: RunDir) -> str:
     try:
-        made_with = read_json(run.env_json) or {}
+        made_with = read_with_checksum(run.env_json) or {}
     except RunError:
         return ""
     return str(made_with.get("gpu") or ("CPU" if made_with.get("device") == "cpu" else ""))

@@ -49,6 +49,7 @@ from vitpa.config import (
     code_version,
     create_exclusive,
     read_json,
+    read_with_checksum,
     to_json,
     utc_now,
     write_json,
@@ -397,7 +398,7 @@ class _Job:
             return self._why_given_up(member.run)
         if ended.state == "interrupted" and ended.reason not in WARNINGS:
             return "it was told to stop"
-        if member.run.newest_step() <= int((read_json(member.attempt.start_json) or {}).get("step") or 0):
+        if member.run.newest_step() <= _step_at_start(member.attempt):
             return "no new checkpoint in this attempt"
         return self._why_given_up(member.run)
 
@@ -469,6 +470,15 @@ def preflight(command: list[str], log: Any) -> dict[str, Any]:
 
 def _verdict(detail: str, blames: str) -> dict[str, Any]:
     return {"checks": [{"name": "preflight", "ok": False, "detail": detail, "blames": blames}]}
+
+
+def _step_at_start(attempt: AttemptDir) -> int:
+    """The step from which an attempt went on: as the training says, which passes damaged checkpoints over, if it got there."""
+    try:
+        step = (read_with_checksum(attempt.env_json) or {}).get("resumed_at_step")
+    except RunError:
+        step = None
+    return step if isinstance(step, int) else int((read_json(attempt.start_json) or {}).get("step") or 0)
 
 
 def _following(attempt: AttemptDir) -> Path:

@@ -13,6 +13,7 @@ missing      none of these
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,19 @@ from jobs.job_output import ENDED_EARLY, ended_early
 from jobs.own_jobs import SlurmJob, Snapshot
 from jobs.records import RESTORE, Receipt, SlurmClaim, read_record, record_of
 from jobs.scheduler import Scheduler
-from vitpa.config import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.config import (
+    AttemptDir,
+    ConfigError,
+    ProcessId,
+    Result,
+    RunDir,
+    RunError,
+    create_exclusive,
+    load_config,
+    read_json,
+    to_json,
+    utc_now,
+)
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
 LIVE = frozenset({"running", "pending"})
@@ -342,7 +355,25 @@ def _result(run: Run, directory: RunDir) -> Result | RunError | None:
         if getattr(result, key) != is_of:
             says = f"says {key} {getattr(result, key)}, its configuration {is_of}"
             return RunError(f"{directory.result_json}: {says}; it was edited by hand: delete it to train the run again")
+    try:
+        _check_config(run, directory, result)
+    except (ConfigError, RunError) as error:
+        return RunError(str(error))
     return result
+
+
+def _check_config(run: Run, directory: RunDir, result: Result) -> None:
+    """Raise RunError or ConfigError if config.yaml is not that of the run any more."""
+    path = directory.config_yaml
+    if result.config_sha256 is None:  # an older one
+        return
+    mend = "restore it, or move the run's directory away to train the run again"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
+    if hashlib.sha256(content).hexdigest() != result.config_sha256 and load_config(path).signature != run.signature:
+        raise RunError(f"{path}: was edited by hand, it is another experiment than {run.signature}; {mend}")
 
 
 def _process(document: dict[str, Any], path: Path) -> ProcessId:

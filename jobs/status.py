@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from rich.text import Text
 from jobs.grid import Run
 from jobs.state import LIVE, STATES, RunState, Survey
 from jobs.waiting import advice, needs_somebody
-from vitpa.config import RunDir, RunError, read_json
+from vitpa.config import RunDir, RunError, parse_line, read_json, read_with_checksum
 
 REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
@@ -48,6 +47,7 @@ class Progress:
     epoch: float | None = None
     val_top1: float | None = None  # of the last evaluation, fraction
     images_per_s: float | None = None
+    damaged: bool = False  # the end of metrics.jsonl, as far as it was looked at
 
 
 def progress_of(state: RunState, root: Path) -> Progress:
@@ -58,41 +58,43 @@ def progress_of(state: RunState, root: Path) -> Progress:
     if state.attempt is None:
         return Progress()
     directory = state.run.directory(root)
-    last = _last_values(directory)
-    return Progress(
-        last.get("step"), _steps_total(directory), last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s")
-    )
+    last, damaged = _last_values(directory)
+    total = _steps_total(directory)
+    return Progress(last.get("step"), total, last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s"), damaged)
 
 
-def _last_values(directory: RunDir) -> dict[str, Any]:
-    """The last value of each metric in PROGRESS, from the end of metrics.jsonl; a line cut at either end is left out."""
+def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
+    """The last value of each metric in PROGRESS, from the end of metrics.jsonl, and whether a line there is damaged.
+
+    A line cut at either end is left out.
+    """
     try:
         with directory.metrics_jsonl.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return {}
+    except OSError:
+        return {}, False
     found: dict[str, Any] = {}
-    wanted = dict(PROGRESS)
-    for line in reversed(lines):
+    wanted, damaged = dict(PROGRESS), any(b"\0" in line for line in lines)
+    for number, line in reversed(list(enumerate(lines))):
         if not any(key in line for key in wanted.values()):  # to parse every line takes longer than all the rest of `status`
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_line(line.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            damaged = damaged or 0 < number < len(lines) - 1
             continue
-        if isinstance(row, dict):
-            found |= {name: row[name] for name in wanted if name in row}
-            wanted = {name: key for name, key in wanted.items() if name not in row}
+        found |= {name: row[name] for name in wanted if isinstance(row.get(name), int | float)}
+        wanted = {name: key for name, key in wanted.items() if name not in found}
         if not wanted:
             break
-    return found
+    return found, damaged
 
 
 def _steps_total(directory: RunDir) -> int | None:
     try:
-        total = (read_json(directory.env_json) or {}).get("steps_total")
+        total = (read_with_checksum(directory.env_json) or {}).get("steps_total")
     except RunError:
         return None
     return total if isinstance(total, int) else None
@@ -103,7 +105,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
     progress = progress_of(state, root)
     eta_s = None
     if state.state == "running" and progress.step is not None and progress.steps_total and progress.images_per_s:
-        images = (progress.steps_total - progress.step) * state.run.config.train.global_batch_size
+        images = max(0, progress.steps_total - progress.step) * state.run.config.train.global_batch_size
         eta_s = round(images / progress.images_per_s, 1)
     return {
         "run": state.run.label,
@@ -122,7 +124,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "attempts": state.attempts,
         "node": _node(state),
         "job": state.job_id,
-        "reason": state.reason,
+        "reason": "; ".join(filter(None, [state.reason, "metrics.jsonl has damaged lines" if progress.damaged else ""])),
         "advice": advice(state.job) if state.state == "pending" else "",
     }
 

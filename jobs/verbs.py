@@ -19,7 +19,7 @@ from rich.console import Console
 from jobs import logs, status
 from jobs.benchmark import Benchmark, load_benchmark
 from jobs.causes import without_particulars
-from jobs.collect import collect, markdown, write_report
+from jobs.collect import collect, markdown, set_report_aside, write_report
 from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
 from jobs.membership import jobs_needed_by_others, runs_that_left, sweeps_with
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
@@ -574,8 +574,12 @@ def _task_of(state: RunState) -> tuple[str, str] | None:
 
 def _collect(context: Context) -> int:
     states = context.look()
-    table = collect(context.sweep, states, allow_mixed=context.options.allow_mixed)
     folder = SweepDir(context.root, context.sweep.name).report
+    try:
+        table = collect(context.sweep, states, allow_mixed=context.options.allow_mixed)
+    except SweepError as error:
+        older = None if context.filters else set_report_aside(folder)
+        raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error
     if not context.filters:
         write_report(table, folder)
     if context.options.json:

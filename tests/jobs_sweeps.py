@@ -27,6 +27,7 @@ from slurm.devcluster import DevCluster
 from tests.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
 from vitpa.config import Result, RunError, read_json
+from vitpa.metrics import EVALUATED, to_line
 from vitpa.rundir import write_atomic
 
 HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # of a profile: what is submitted stays in the queue
@@ -73,11 +74,19 @@ def result_document(run: Run, **values: object) -> dict[str, object]:
     }
 
 
+def evaluation_line(result: Mapping[str, object]) -> str:
+    """The row of metrics.jsonl that a run with this result ends with."""
+    evaluated = {name: result[f"val_{name.removeprefix('val/')}"] for name in EVALUATED}
+    return to_line({"step": result["steps"], "epoch": result["epochs"], **evaluated})
+
+
 def write_result(root: Path, run: Run, **values: object) -> None:
     """Put a valid result.json where the run's would be."""
     directory = run.directory(root)
     directory.path.mkdir(parents=True, exist_ok=True)
-    directory.result_json.write_text(json.dumps(result_document(run, **values)))
+    document = result_document(run, **values)
+    directory.result_json.write_text(json.dumps(document))
+    directory.metrics_jsonl.write_text(evaluation_line(document))
 
 
 def slurm_profile(root: Path, name: str = "slurm", /, **values: object) -> Path:

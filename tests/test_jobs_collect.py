@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jobs.collect import CollectedTable, Estimate, collect, latex, markdown, wri
 from jobs.grid import Reference, Sweep, SweepError
 from jobs.state import Survey
 from tests.jobs_sweeps import make_sweep, write_result
+from vitpa.config import to_yaml, write_json
 
 CONTENT = [0.90, 0.92, 0.94]
 POSITIONAL = [0.88, 0.91, 0.89]
@@ -146,3 +148,73 @@ def test_a_result_that_says_it_is_of_another_run_is_not_averaged(tmp_path: Path,
     (entry,) = table.absent
     assert (entry["run"], entry["state"]) == ("digits-content-s0", "broken")
     assert f"says {key} {value}, its configuration " in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("val_top1", 0.99), ("val_top5", 0.99), ("val_loss", 0.1), ("steps", 5), ("val_top1", 0.9000000000000001)],
+)
+def test_a_result_that_metrics_contradict_is_not_averaged(tmp_path: Path, key: str, value: float) -> None:
+    sweep = fill(tmp_path)
+    directory = sweep.runs[0].directory(tmp_path)
+    directory.result_json.write_text(json.dumps({**json.loads(directory.result_json.read_text()), key: value}))
+    table = table_of(tmp_path, sweep)
+    assert table.cells[0].seeds == [1, 2]
+    (entry,) = table.absent
+    assert entry["state"] == "broken"
+    name = key.replace("val_", "val/").replace("steps", "step")
+    assert f"says {name} {value}, the last evaluation in metrics.jsonl " in entry["reason"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "zeroed", "empty", "bit", "folder"])
+def test_a_result_that_cannot_be_verified_is_not_averaged(tmp_path: Path, damage: str) -> None:
+    sweep = fill(tmp_path)
+    path = sweep.runs[0].directory(tmp_path).metrics_jsonl
+    text = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes({"zeroed": bytes(len(text)), "empty": b"", "bit": text.replace(b"0.9", b"0.8", 1)}[damage])
+    table = table_of(tmp_path, sweep)
+    assert table.cells[0].seeds == [1, 2]
+    assert "cannot be verified" in table.absent[0]["reason"]
+
+
+@pytest.mark.parametrize("changed", [{"code_version": "g3"}, {"beton_sha256": {"train": "9" * 64}}, {"steps_total": 5}])
+def test_a_result_that_env_json_contradicts_is_not_averaged(tmp_path: Path, changed: dict[str, object]) -> None:
+    sweep = fill(tmp_path)
+    directory = sweep.runs[0].directory(tmp_path)
+    document = {"code_version": "g1", "beton_sha256": {"train": "0" * 64, "val": "1" * 64}, "steps_total": 4}
+    write_json(directory.env_json, document)
+    assert not table_of(tmp_path, sweep).absent
+    write_json(directory.env_json, {**document, **changed})
+    (entry,) = table_of(tmp_path, sweep).absent
+    assert entry["state"] == "broken"
+    assert f"says {next(iter(changed))} " in entry["reason"]
+
+
+def test_config_yaml_that_is_another_experiment_is_broken(tmp_path: Path) -> None:
+    sweep = fill(tmp_path)
+    run = sweep.runs[0]
+    path = run.directory(tmp_path).config_yaml
+    text = to_yaml(run.config.model_dump(mode="json"))
+    path.write_text(text)
+    write_result(tmp_path, run, val_top1=0.9, config_sha256=hashlib.sha256(text.encode()).hexdigest())
+    path.write_text("# by me\n" + text)
+    assert not table_of(tmp_path, sweep).absent
+    path.write_text(text.replace("epochs: 4", "epochs: 5"))
+    (entry,) = table_of(tmp_path, sweep).absent
+    assert (entry["state"], "it is another experiment" in entry["reason"]) == ("broken", True)
+    path.unlink()
+    assert table_of(tmp_path, sweep).absent[0]["state"] == "broken"
+
+
+def test_data_that_differ_in_the_last_digit_are_different(tmp_path: Path) -> None:
+    sweep = fill(tmp_path)
+    other = {"train": "0" * 63 + "1", "val": "1" * 64}
+    write_result(tmp_path, sweep.runs[0], val_top1=0.9, beton_sha256=other)
+    with pytest.raises(SweepError, match=r"different beton_sha256: train:0{63}1 .*train:0{64} "):
+        table_of(tmp_path, sweep)
+    write_result(tmp_path, sweep.runs[0], val_top1=0.9)
+    assert "Data digits: train:000000000000 val:111111111111." in markdown(table_of(tmp_path, sweep))

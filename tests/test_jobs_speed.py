@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from jobs.grid import Run, Sweep, SweepDir, load_sweep
-from tests.jobs_sweeps import RECIPE, REPOSITORY, result_document
+from tests.jobs_sweeps import RECIPE, REPOSITORY, evaluation_line, result_document
 from tests.waiting import run_to_end
 from vitpa.config import ProcessId, to_json, to_yaml
 
@@ -64,14 +64,15 @@ def fill(root: Path, run: Run, state: str, process: dict[str, object]) -> None:
     (attempt / "log.txt").write_text("step 10\n" * 100)
     directory.config_yaml.write_text(to_yaml(run.config.model_dump(mode="json")))
     directory.env_json.write_text(ENV)
-    if state != "done":  # then nobody looks at them
-        directory.metrics_jsonl.write_text(METRICS)
+    directory.metrics_jsonl.write_text(
+        METRICS + "\n" + (evaluation_line(result_document(run, steps=4000)) if state == "done" else "")
+    )
     if state == "running":
         return
     ended = {"state": state, "exit_code": 0, "reason": "ValueError: no" if state == "failed" else "", "duration_s": 60.0}
     (attempt / "exit.json").write_text(to_json(ended))
     if state == "done":
-        directory.result_json.write_text(json.dumps(result_document(run)))
+        directory.result_json.write_text(json.dumps(result_document(run, steps=4000)))
 
 
 def fill_all(root: Path, sweep: Sweep, mix: tuple[str, ...], alive: ProcessId) -> None:

@@ -151,6 +151,24 @@ def test_collect_at_any_time(sweep: Shell) -> None:
     assert json.loads((report / "report.json").read_text())["complete"] is False, "a filtered table is not written"
 
 
+def test_a_refused_collect_moves_the_older_report_out_of_the_way(sweep: Shell) -> None:
+    report = SweepDir(sweep.root, "small").report
+    assert sweep("collect")[0] == 4
+    files = {path.name: path.read_bytes() for path in report.iterdir()}
+    other = make_sweep(sweep.root, seeds=2).runs[1]
+    write_result(sweep.root, other, code_version="g2")
+    for _ in range(2):  # the second time there is nothing left to move
+        code, text = sweep("collect")
+        assert code == 1
+        assert "runs of different code_version" in text
+        older = report / "older-than-the-last-attempt"
+        assert list(report.iterdir()) == [older]
+        assert {path.name: path.read_bytes() for path in older.iterdir()} == files
+        assert ("the report that was there is in" in text) == (_ == 0)
+    assert sweep("collect --allow-mixed")[0] == 4
+    assert {path.name for path in report.iterdir()} == set(files)
+
+
 def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
     SweepDir(sweep.root, "small").record(make_sweep(sweep.root, seeds=2))
     recipe = yaml.safe_load((sweep.root / "recipe.yaml").read_text())

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,19 @@ import pytest
 
 from tests.waiting import finish
 from vitpa.checkpoint_file import Footer
-from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, write_atomic, write_json
+from vitpa.metrics import to_line
+from vitpa.rundir import (
+    AttemptDir,
+    ProcessId,
+    Result,
+    RunDir,
+    RunError,
+    create_exclusive,
+    read_json,
+    with_checksum,
+    write_atomic,
+    write_json,
+)
 
 RESULT: dict[str, Any] = {
     "signature": "0123456789abcdef",
@@ -38,6 +50,9 @@ RESULT: dict[str, Any] = {
     "beton_sha256": {"train": "1" * 64, "val": "2" * 64},
     "finished_utc": "2026-01-01T00:00:00Z",
 }
+
+
+EVALUATION = to_line({"step": 88, "epoch": 4.0, "val/loss": 0.3, "val/top1": 0.9, "val/top5": 1.0})
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -318,6 +333,7 @@ def recorded(tmp_path: Path, text: str) -> RunDir:
     run = RunDir(tmp_path, RESULT["signature"])
     run.path.mkdir(parents=True)
     run.result_json.write_text(text)
+    run.metrics_jsonl.write_text(EVALUATION)
     return run
 
 
@@ -351,6 +367,49 @@ def test_a_result_that_cannot_be_trusted_says_why_and_how_to_mend_it(tmp_path: P
     assert line.startswith(f"{run.result_json}: ")
     assert line.endswith("; delete it to train the run again")
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("key", RESULT)
+def test_a_result_that_was_changed_after_it_was_written_is_refused(tmp_path: Path, key: str) -> None:
+    document = with_checksum(RESULT)
+    run = recorded(tmp_path, json.dumps(document))
+    assert run.result() == Result(**RESULT)
+    text = json.dumps(RESULT[key])
+    digit = next(index for index, character in enumerate(text) if character.isalnum())
+    other = text[:digit] + ("2" if text[digit] != "2" else "3") + text[digit + 1 :]
+    run.result_json.write_text(json.dumps({**document, key: json.loads(other)}))
+    with pytest.raises(RunError, match="was changed after it was written; its record_sha256 does not fit; delete it"):
+        run.result()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("step_x.pt", Path.touch),
+        ("step_000000300.pt", Path.touch),
+        ("step_000000300.pt", Path.mkdir),
+        ("step_000000300.pt", os.mkfifo),
+        ("step_000000300.pt", lambda path: path.symlink_to("nowhere")),
+        ("step_00000300.pt", Path.mkdir),
+        ("step_-00000300.pt", Path.touch),
+        ("step_٣٣٣٣٣٣٣٣٣.pt", Path.touch),
+        ("step_000000300.pt", lambda path: path.write_bytes(whole(200))),
+        ("step_000000300.pt", lambda path: path.write_bytes(whole(300, "f" * 16))),
+        ("step_000000300.pt", lambda path: path.write_bytes(whole(300)[:-1])),
+        ("step_000000300.pt", lambda path: path.write_bytes(whole(300)[1:])),
+    ],
+)
+def test_no_step_is_believed_of_what_is_no_checkpoint(tmp_path: Path, name: str, make: Callable[[Path], object]) -> None:
+    run = RunDir(tmp_path, "0" * 16)
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "step_000000200.pt").write_bytes(whole(200))
+    make(run.checkpoints / name)
+    assert (run.checkpoint_steps(), run.newest_step()) == ({200}, 200)
+
+
+def whole(step: int, signature: str = "0" * 16) -> bytes:
+    """The bytes of a checkpoint file, but for the archive."""
+    return b"archive" + Footer.of(b"archive", signature, step).line()
 
 
 def test_steps_of_checkpoints_and_what_the_trainer_leaves(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vitpa.arguments import ConfigError, expand_path, literal_path
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa.metrics import parse_line
 from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import memory_gib, why_not_together
 from vitpa.rundir import (
@@ -32,6 +33,7 @@ from vitpa.rundir import (
     RunError,
     create_exclusive,
     read_json,
+    read_with_checksum,
     to_json,
     utc_now,
     write_atomic,
@@ -67,8 +69,10 @@ __all__ = [
     "memory_gib",
     "os_error_line",
     "parse_config",
+    "parse_line",
     "parse_model",
     "read_json",
+    "read_with_checksum",
     "read_yaml",
     "record_config",
     "shipped_configs",

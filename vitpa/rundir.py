@@ -7,6 +7,7 @@ clock of one host is compared with another's.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -16,11 +17,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
+from vitpa.metrics import last_evaluation
 
 Json = Mapping[str, Any]
 
@@ -170,6 +172,35 @@ def _start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+CHECKSUM = "record_sha256"
+
+
+def with_checksum(document: Json) -> dict[str, Any]:
+    """`document` with the SHA-256 of its content, by which a change is noticed when it is read."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return {**document, CHECKSUM: hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def read_with_checksum(path: Path) -> dict[str, Any] | None:
+    """A document that was written with a checksum, without it; None if there is no such file. Older ones have none.
+
+    Raises:
+        RunError: as for `read_json`, or it was changed.
+    """
+    found = read_json(path)
+    if found is None or CHECKSUM not in found:
+        return found
+    document = {key: value for key, value in found.items() if key != CHECKSUM}
+    try:
+        same = with_checksum(document) == found
+    except ValueError:  # NaN
+        same = False
+    if not same:
+        raise RunError(f"{path}: was changed after it was written; its {CHECKSUM} does not fit")
+    return document
+
+
 class Result(BaseModel):
     """`result.json`: it exists if and only if the run is finished and valid. Metrics are fractions, losses finite."""
 
@@ -188,10 +219,11 @@ class Result(BaseModel):
     gpu_hours: float = Field(ge=0)
     images_per_s: float = Field(ge=0)
     attempts: int = Field(ge=1)
-    weights_sha256: str
-    code_version: str
-    beton_sha256: dict[str, str]
-    finished_utc: str
+    weights_sha256: Sha256
+    code_version: str = Field(min_length=1)
+    beton_sha256: dict[str, Sha256] = Field(min_length=1)
+    finished_utc: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
+    config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
 
 
 class AttemptDir:
@@ -321,14 +353,14 @@ class RunDir:
         return AttemptDir(target)
 
     def result(self) -> Result | None:
-        """The run's result; None if it is not finished.
+        """The run's result; None if it is not finished. It is compared with the other records of the run.
 
         Raises:
             RunError: there is a result.json that cannot be trusted; the message says why.
         """
         mend = "delete it to train the run again"
         try:
-            document = read_json(self.result_json)
+            document = read_with_checksum(self.result_json)
         except RunError as error:
             raise RunError(f"{error}; {mend}") from error
         if document is None:
@@ -341,4 +373,38 @@ class RunDir:
             raise RunError(f"{self.result_json}: {field}: {first['msg']}; {mend}") from error
         if result.signature != self.signature:
             raise RunError(f"{self.result_json}: belongs to run {result.signature}, not {self.signature}; {mend}")
+        contradiction = self._contradiction_of_metrics(result) or self._contradiction_of_environment(result)
+        if contradiction:
+            advice = f"restore what was changed, or {mend} from its last checkpoint on"
+            raise RunError(f"{self.result_json}: {contradiction}; {advice}")
         return result
+
+    def _contradiction_of_metrics(self, result: Result) -> str:
+        """What of a result the last evaluation in metrics.jsonl contradicts; empty if nothing does."""
+        name = self.metrics_jsonl.name
+        try:
+            row = last_evaluation(self.metrics_jsonl)
+        except OSError as error:
+            return f"cannot be verified: {name} cannot be read ({error.strerror})"
+        if row is None:
+            return f"cannot be verified: the end of {name} is damaged, or holds no evaluation"
+        says = {"step": result.steps, **{f"val/{key}": getattr(result, f"val_{key}") for key in ("top1", "top5", "loss")}}
+        for key, value in says.items():
+            if row.get(key) != value:
+                return f"says {key} {value}, the last evaluation in {name} {row.get(key)}"
+        return ""
+
+    def _contradiction_of_environment(self, result: Result) -> str:
+        """What of a result env.json contradicts; empty if nothing does."""
+        try:
+            made_with = read_with_checksum(self.env_json) or {}
+        except RunError as error:
+            return str(error)
+        code = made_with.get("code_version")
+        if code is not None and code not in result.code_version.split(", "):
+            return f"says code_version {result.code_version}, {self.env_json.name} {code}"
+        says: dict[str, Any] = {"beton_sha256": result.beton_sha256, "steps_total": result.steps}
+        for key, value in says.items():
+            if key in made_with and made_with[key] != value:
+                return f"says {key} {value}, {self.env_json.name} {made_with[key]}"
+        return ""

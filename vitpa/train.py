@@ -13,6 +13,7 @@ steps themselves are in vitpa/replicas.py.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -53,7 +54,7 @@ from vitpa.optim import adamw, learning_rate
 from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
-from vitpa.rundir import Result, RunDir, RunError, utc_now, write_json
+from vitpa.rundir import Result, RunDir, RunError, utc_now, with_checksum, write_json
 from vitpa.window import NEVER, Row
 
 ALL_STOPS_S = 0.3
@@ -374,6 +375,7 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
     together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
     document = {**facts, **sizes, **together, "resumed_at_step": t.step, "beton_sha256": t.beton_sha256}
+    document = with_checksum(document)
     for replica in t.replicas:
         if facts["code_version"] not in replica.progress.code_versions:
             replica.progress.code_versions.append(facts["code_version"])
@@ -695,10 +697,11 @@ def finish(t: Training) -> None:
             code_version=", ".join(progress.code_versions),
             beton_sha256=t.beton_sha256,
             finished_utc=utc_now(),
+            config_sha256=hashlib.sha256(replica.run.config_yaml.read_bytes()).hexdigest(),
         )
         assert replica.logs is not None
         replica.logs.flush()
-        write_json(replica.run.result_json, result.model_dump())
+        write_json(replica.run.result_json, with_checksum(result.model_dump()))
         accuracy = f"val top-1 {100 * result.val_top1:.2f} % after {result.epochs} epochs"
         say(t, f"seed {config.seed} finished: {accuracy}; {replica.run.result_json}")
 
