@@ -23,6 +23,10 @@ from tests.cluster import cluster
 from tests.waiting import MARK, in_vain, ours, still
 
 os.environ[MARK] = str(os.getpid())  # what is started from here is known by it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as in the background of a shell script: what is started would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["cluster", "digits", "fresh_compiler", "photos"]
 

@@ -2,7 +2,8 @@
 
 Takes `train.epochs` steps of 50 ms, keeps a checkpoint after each, stops if asked to, resumes, and writes result.json last.
 With `--seeds 0,1` it does so for the runs of these seeds together. `<root>/trace` gets a file per run and process with the
-time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others.
+time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others,
+`<root>/hold` keeps all before their last step.
 """
 
 import hashlib
@@ -102,7 +103,8 @@ def main() -> int:
     while runs[0].step < runs[0].steps:
         time.sleep(0.05)
         for run in runs:
-            run.advance()
+            if run.step + 1 < run.steps or not (run.root / "hold").exists():
+                run.advance()
         leaving = {run: how for run in runs if (how := run.leaves())}
         if leaving and len(leaving) < len(runs):  # look again: all may be meant
             time.sleep(0.2)

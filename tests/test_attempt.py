@@ -62,7 +62,7 @@ def test_an_attempt_that_is_done(run: RunDir) -> None:
         write_json(run.result_json, {})
     ended = exit_of(run, 1)
     assert (ended["state"], ended["reason"]) == ("done", "")
-    assert 0 <= ended["duration_s"] < 60
+    assert 0 <= ended["duration_s"] < 600
     assert set(ended) == {"state", "reason", "finished_utc", "duration_s"}
 
 

@@ -279,11 +279,11 @@ def damaged(photos: Path, tmp_path: Path) -> Beton:
 
 
 def check_damaged(images: StreamedImages, damaged: Beton) -> None:
-    found, started_s = [], time.monotonic()
+    found, started_s = [], time.process_time()
     with pytest.raises(BetonError, match=r"train\.beton: the JPEG of sample 5 cannot be decoded; .*vitpa prep photos"):
         for batch in images.train_batches([*torch.arange(12).split(2), *[torch.arange(4)] * 50], 0):
             found.append(batch.labels.tolist())
-    assert time.monotonic() - started_s < 5
+    assert time.process_time() - started_s < 5
     assert found == [damaged.labels[:2].tolist(), damaged.labels[2:4].tolist()]
     assert not decoders()
 

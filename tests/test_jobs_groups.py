@@ -226,8 +226,8 @@ class Group:
 
 @pytest.fixture
 def long(tmp_path: Path) -> Group:
-    """Three seeds that train for half a minute unless they are stopped."""
-    group = Group(tmp_path, steps=600)
+    """Three seeds that train on until they are stopped."""
+    group = Group(tmp_path, steps=100_000)
     assert "submitted 3 of 6 runs on this machine (profile " in group.vitpa("submit")
     group.wait_until_it_trains()
     assert group.trainers() == 1
@@ -237,7 +237,7 @@ def long(tmp_path: Path) -> Group:
 def nearly_done(group: Group) -> None:
     """What is trained again has a step or two left."""
     for seed in range(len(group.runs)):
-        (group.directory(seed).path / "stand-in-checkpoint.json").write_text('[598, ""]')
+        (group.directory(seed).path / "stand-in-checkpoint.json").write_text('[99998, ""]')
 
 
 @pytest.mark.slow
@@ -281,11 +281,11 @@ def test_one_fails_alone_and_is_retried_alone(long: Group) -> None:
     end = read_json(long.directory(1).attempts()[0].exit_json) or {}
     assert (end["state"], end["left"]) == ("failed", True)
     mark.unlink()
-    (long.directory(1).path / "stand-in-checkpoint.json").write_text('[598, ""]')
+    (long.directory(1).path / "stand-in-checkpoint.json").write_text('[99998, ""]')
     assert "submitted 1 of 6 runs" in long.vitpa("retry")
     long.vitpa("cancel", "seed=0,2")
     wait_for(lambda: long.states() == ["cancelled", "done", "cancelled"])
-    assert (long.directory(1).attempts()[1].log).read_text() == "resumes at 598\n"
+    assert (long.directory(1).attempts()[1].log).read_text() == "resumes at 99998\n"
     assert_no_process_left(long.root)
 
 
@@ -311,7 +311,7 @@ def test_all_are_cancelled_and_go_on_together(long: Group) -> None:
     nearly_done(long)
     long.vitpa("retry", "--wait")
     assert long.ends() == [["cancelled", "done"]] * 3
-    assert long.directory(2).attempts()[1].log.read_text() == "resumes at 598 seed 0 seed 1 seed 2\n"
+    assert long.directory(2).attempts()[1].log.read_text() == "resumes at 99998 seed 0 seed 1 seed 2\n"
     assert finished_trainings(long.root).count(long.runs[0].signature) == 2
 
 

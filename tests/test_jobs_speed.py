@@ -98,14 +98,14 @@ def time_command(root: Path, *words: str, times: int = 3) -> Taken:
     line = [sys.executable, "-m", "vitpa.cli", "sweep", words[0], str(root / "large.yaml"), "--root", str(root), *words[1:]]
     taken = []
     for _ in range(times):
-        began, cpu_began_s = time.perf_counter(), _cpu_of_children_s()
+        began, cpu_began_s = time.perf_counter(), cpu_of_children_s()
         done = run_to_end(line, cwd=REPOSITORY)
-        taken.append(Taken(time.perf_counter() - began, _cpu_of_children_s() - cpu_began_s, done.stdout))
+        taken.append(Taken(time.perf_counter() - began, cpu_of_children_s() - cpu_began_s, done.stdout))
         assert done.returncode in (0, 4), done.stderr
     return min(taken)
 
 
-def _cpu_of_children_s() -> float:
+def cpu_of_children_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -85,7 +85,7 @@ def test_launchers_at_once(tmp_path: Path, launchers: int) -> None:
     for launcher in [start_launcher(tmp_path, SLOTS) for _ in range(launchers)]:
         assert launcher.wait() == 0
     assert_each_done_once(tmp_path, sweep)
-    assert exits(tmp_path, sweep) == [["done"]] * len(sweep.runs)
+    wait_for(lambda: exits(tmp_path, sweep) == [["done"]] * len(sweep.runs))  # exit.json comes after the result
 
 
 def test_two_sweeps_share_runs_and_slots(tmp_path: Path) -> None:
@@ -140,6 +140,7 @@ def test_worker_killed(tmp_path: Path) -> None:
     assert launch(tmp_path / "undisturbed", SLOTS, "submit", "--wait").returncode == 0
     root = tmp_path / "killed"
     sweep = make_sweep(root, seeds=1, steps=20)
+    (root / "hold").touch()
     assert launch(root, SLOTS).returncode == 0
     victim = sweep.runs[0].directory(root)
     wait_for(lambda: victim.metrics_jsonl.is_file() and len(victim.metrics_jsonl.read_text().splitlines()) > 5)
@@ -147,6 +148,7 @@ def test_worker_killed(tmp_path: Path) -> None:
     assert start is not None
     os.kill(start["process"]["pid"], signal.SIGKILL)
     wait_for(lambda: not any("stand_in" in line and str(victim.path) in line for line in processes_of(root)))
+    (root / "hold").unlink()
     states = settle(root, sweep)
     assert [state.state for state in states] == ["lost", "done"]
     assert "was killed" in states[0].reason
@@ -159,6 +161,7 @@ def test_worker_killed(tmp_path: Path) -> None:
 
 def test_all_workers_killed(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, steps=20)
+    (tmp_path / "hold").touch()
     assert launch(tmp_path, SLOTS).returncode == 0
     wait_for(lambda: starts(tmp_path) == SLOTS)
     for path in tmp_path.glob("runs/*/attempts/*/start.json"):
@@ -167,13 +170,15 @@ def test_all_workers_killed(tmp_path: Path) -> None:
         os.kill(start["process"]["pid"], signal.SIGKILL)
     assert [state.state for state in settle(tmp_path, sweep)] == ["lost"] * 2 + ["uncertain"] * 6
     assert_no_process_left(tmp_path)
+    (tmp_path / "hold").unlink()
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 0
     assert_each_done_once(tmp_path, sweep)
 
 
 def test_worker_told_to_stop(tmp_path: Path) -> None:
     """SIGTERM: checkpoint, `interrupted`, nothing else is started by this worker; submit goes on from the checkpoint."""
-    sweep = make_sweep(tmp_path, seeds=1, steps=30)
+    sweep = make_sweep(tmp_path, seeds=1, steps=10)
+    (tmp_path / "hold").touch()
     assert launch(tmp_path, 1).returncode == 0
     first = sweep.runs[0].directory(tmp_path)
     wait_for(first.metrics_jsonl.is_file)
@@ -185,13 +190,17 @@ def test_worker_told_to_stop(tmp_path: Path) -> None:
     assert states[0].reason == "signal SIGTERM"
     assert re.fullmatch(r"claimed, but nobody is left to start it; see /.*/submissions/.*/submitit/\*\.err", states[1].reason)
     assert not first.stop.exists()
+    (tmp_path / "hold").unlink()
     assert launch(tmp_path, 1, "submit", "--wait").returncode == 0
     assert "resumes at" in first.attempts()[1].log.read_text()
-    assert exits(tmp_path, sweep) == [["interrupted", "done"], ["interrupted", "done"]]
+    wait_for(
+        lambda: exits(tmp_path, sweep) == [["interrupted", "done"], ["interrupted", "done"]]
+    )  # exit.json comes after the result
 
 
 def test_cancel_and_retry(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, seeds=2, steps=100)
+    sweep = make_sweep(tmp_path, seeds=2, steps=10)
+    (tmp_path / "hold").touch()
     assert launch(tmp_path, 1).returncode == 0
     first = sweep.runs[0].directory(tmp_path)
     wait_for(first.metrics_jsonl.is_file)
@@ -204,13 +213,15 @@ def test_cancel_and_retry(tmp_path: Path) -> None:
     assert alone.returncode == 4
     assert "4 cancelled, not touched by submit" in alone.stdout
     assert "nothing to submit" in alone.stdout
+    (tmp_path / "hold").unlink()
     assert launch(tmp_path, 1, "retry", "seed=0", "attention=content", "--wait").returncode == 0
     assert [state.state for state in Survey(tmp_path).states(sweep.runs)] == ["done"] + ["cancelled"] * 3
     assert "resumes at" in first.attempts()[1].log.read_text()
 
 
 def test_cancel_now(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, seeds=1, steps=400)
+    sweep = make_sweep(tmp_path, seeds=1)
+    (tmp_path / "hold").touch()
     assert launch(tmp_path, SLOTS).returncode == 0
     wait_for(lambda: starts(tmp_path) == 2)
     assert launch(tmp_path, SLOTS, "cancel", "--now").returncode == 0
@@ -237,7 +248,7 @@ def test_failure_is_left_alone_and_retried(tmp_path: Path) -> None:
     assert "failed twice in the same way" in refused.stdout
     mark.unlink()
     assert launch(tmp_path, SLOTS, "retry", "--force", "--wait").returncode == 0
-    assert exits(tmp_path, sweep) == [["failed", "failed", "done"], ["done"]]
+    wait_for(lambda: exits(tmp_path, sweep) == [["failed", "failed", "done"], ["done"]])  # exit.json comes after the result
 
 
 @pytest.mark.parametrize("how", ["cut", "of another seed"])
@@ -254,7 +265,8 @@ def test_broken_result_is_retried(tmp_path: Path, how: str) -> None:
 
 
 def test_jobs_outlive_the_launcher_s_session(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, seeds=1, steps=20)
+    sweep = make_sweep(tmp_path, seeds=1)
+    (tmp_path / "hold").touch()
     launcher = start_launcher(tmp_path, SLOTS)
     assert launcher.wait() == 0
     wait_for(lambda: starts(tmp_path) == 2)
@@ -262,4 +274,5 @@ def test_jobs_outlive_the_launcher_s_session(tmp_path: Path) -> None:
         start = read_json(path)
         assert start is not None
         assert os.getsid(start["process"]["pid"]) not in (os.getsid(0), launcher.pid)
+    (tmp_path / "hold").unlink()
     assert_each_done_once(tmp_path, sweep)

@@ -236,7 +236,7 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     grid = make_cell(base / "grid", cluster, recipes, seeds=3, data=data, runtime=runtime)
     local = make_cell(base / "local", cluster, recipes, seeds=3, data=data)
     crash = make_cell(base / "crash", cluster, {"digits": DIGITS}, data=data, runtime=runtime, attentions=["content"])
-    stand_in_recipe = {**DIGITS, "train": {"epochs": 1500}}
+    stand_in_recipe = {**DIGITS, "train": {"epochs": 100_000}}
     stand_in = make_cell(base / "stand-in", cluster, {"digits": stand_in_recipe}, seeds=2, stand_in=True)
     lives = Lives(grid, local, crash, stand_in, {}, {}, {}, [])
     profile = base / "local.yaml"

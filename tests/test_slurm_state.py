@@ -17,7 +17,7 @@ from tests.waiting import wait_for
 from vitpa.config import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-STEPS = 1000  # 50 s: longer than any test
+STEPS = 100_000  # hours: longer than any test, on any machine
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_cancel_and_retry(field: Field) -> None:
     assert "submitted 2 of 2 runs" in field.vitpa("retry").stdout
     field.assert_one_job_each()
     wait_for(lambda: all(state.state == "done" for state in field.states()), poll_s=0.3)
-    assert "resumes at 998" in training.directory(field.root).attempts()[1].log.read_text()
+    assert "resumes at 99998" in training.directory(field.root).attempts()[1].log.read_text()
     wait_for(lambda: exits(field.root, field.sweep) == [["cancelled", "done"]] * 2)  # exit.json comes after the result
 
 

@@ -25,10 +25,10 @@ from tests.jobs_sweeps import (
     slurm_profile,
     start_launcher,
 )
+from tests.test_jobs_speed import SLACK, cpu_of_children_s
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-LOADED = 3  # a machine that does other things, too
 
 
 @pytest.fixture
@@ -228,15 +228,15 @@ def test_arrays_no_larger_than_slurm_allows(tmp_path: Path) -> None:
 
 def test_a_thousand_runs(tmp_path: Path, cluster: DevCluster) -> None:
     field = Field(tmp_path, cluster, seeds=500)
-    began = time.monotonic()
+    began, busy_s = time.monotonic(), cpu_of_children_s()
     done = field.vitpa("submit")
-    submitted = time.monotonic()
+    submitted, busy_s = time.monotonic(), cpu_of_children_s() - busy_s
     assert "submitted 1000 of 1000 runs" in done.stdout, done.stderr
     assert field.live() == 1000
     asked = time.monotonic()
     assert "1000 cancelled while they waited" in field.vitpa("cancel").stdout
     print(f"submit of 1,000 runs: {submitted - began:.1f} s, cancel: {time.monotonic() - asked:.1f} s")
-    assert submitted - began < 10 * LOADED
+    assert busy_s < 10 * SLACK  # of a CPU, so that it holds on a busy machine, too
     assert {state.state for state in field.states()} == {"cancelled"}
     wait_for(lambda: field.live() == 0, poll_s=0.2)
 
