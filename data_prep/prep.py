@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import PrepError
+from data_prep.errors import PrepError, shown
 from data_prep.lock import locked
 from data_prep.progress import progress_bar
 from data_prep.sources import SMALL_PX, Split, has_small_images, is_photo_set, load_splits
@@ -228,7 +228,7 @@ def _write(
     corrupt = (written := _write_once(writer, split, part, options, settings)).corrupt
     if not corrupt:
         return split, (), written
-    reasons = [f"  {split.describe(index)}: {reason}" for index, reason in sorted(corrupt.items())]
+    reasons = [f"  {split.describe(index)}: {shown(reason)}" for index, reason in sorted(corrupt.items())]
     if len(reasons) > LISTED:
         reasons[LISTED:] = [f"  and {len(reasons) - LISTED:,} more"]
     if not options.skip_corrupt:

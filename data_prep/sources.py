@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_prep.errors import PrepError
+from data_prep.errors import PrepError, shown
 from data_prep.images import Photo, load_photo, photo_size
 from data_prep.walk import (
     AGAIN,
@@ -143,12 +143,12 @@ class FolderSplit(Split):
 
     def describe(self, index: int) -> str:
         """`train/cats/1.jpg`; bytes of the name that are not UTF-8 are escaped."""
-        return f"{self.name}/{_text(self.paths[index])}"
+        return f"{self.name}/{shown(self.paths[index])}"
 
     @property
     def left_out(self) -> Mapping[str, int]:
         """By suffix what is no image by its name, and what else the walk left out."""
-        return {_text(kind): count for kind, count in sorted(self.listing.left_out.items(), key=_suffixes_first)}
+        return {shown(kind): count for kind, count in sorted(self.listing.left_out.items(), key=_suffixes_first)}
 
     def notes(self) -> tuple[str, ...]:
         """`left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders`, and what `same` says."""
@@ -179,7 +179,7 @@ def _suffixes_first(item: tuple[str, int]) -> tuple[int, str]:
 
 
 def _left_out(kind: str, count: int, examples: Collection[str]) -> str:
-    named = ", ".join(_text(name) for name in sorted(examples)[:NAMED]) + (" ..." if len(examples) > NAMED else "")
+    named = ", ".join(shown(name) for name in sorted(examples)[:NAMED]) + (" ..." if len(examples) > NAMED else "")
     kind = kind if count > 1 else _ONE.get(kind, kind)
     return f"{count:,} {kind}" + (f" ({named})" if named else "")
 
@@ -326,7 +326,7 @@ def _check_class_names(folder: Path, names: tuple[str, ...]) -> None:
         raise PrepError(f"{folder}: no class folders in it; the images must lie in one folder per class")
     first: dict[str, str] = {}
     for name in names:
-        twin = first.setdefault(unicodedata.normalize("NFC", _text(name)), name)
+        twin = first.setdefault(unicodedata.normalize("NFC", shown(name)), name)
         if twin is not name:
             raise PrepError(
                 f"{folder}: the class folders {_distinct(twin)} and {_distinct(name)} are one name, written in two ways; "
@@ -338,7 +338,7 @@ def _lookalikes(names: Sequence[str]) -> str:
     """What to say if some class names differ only in how they are written; empty if none do."""
     first: dict[str, str] = {}
     for name in names:
-        twin = first.setdefault(unicodedata.normalize("NFKC", _text(name)).casefold().strip(), name)
+        twin = first.setdefault(unicodedata.normalize("NFKC", shown(name)).casefold().strip(), name)
         if twin is not name:
             return f"the class names {_distinct(twin)} and {_distinct(name)} differ only in case, spaces or Unicode form"
     return ""
@@ -347,7 +347,7 @@ def _lookalikes(names: Sequence[str]) -> str:
 def _distinct(name: str) -> str:
     """A name as it is, if it is ASCII, else with all else escaped, in which alone two names may differ."""
     plain = name.isascii() and name.isprintable() and name == name.strip()
-    return name if plain else f"{_text(name)} ({os.fsencode(name).decode('utf-8', 'surrogateescape')!a})"
+    return name if plain else f"{shown(name)} ({os.fsencode(name).decode('utf-8', 'surrogateescape')!a})"
 
 
 def _same_file_notes(groups: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
@@ -363,7 +363,7 @@ def _same_file_notes(groups: Sequence[Sequence[str]]) -> dict[str, tuple[str, ..
         if split == "train":
             del kinds["also in train"]
         notes[split] = tuple(
-            f"{what}, by links: {len(same):,} ({_text(same[0][-1])} is {_text(same[0][0])})"
+            f"{what}, by links: {len(same):,} ({shown(same[0][-1])} is {shown(same[0][0])})"
             for what, same in kinds.items()
             if same
         )
@@ -387,9 +387,9 @@ def _folder_split(root: Path, split: str, listing: Listing, same: tuple[str, ...
     rest = replace(listing, images={})
     return FolderSplit(
         split,
-        tuple(map(_text, class_names)),
+        tuple(map(shown, class_names)),
         labels.astype(np.int64),
-        _text(str(root.resolve())),
+        shown(str(root.resolve())),
         digest.hexdigest(),
         folder,
         tuple(image.path for image in images),
@@ -397,7 +397,3 @@ def _folder_split(root: Path, split: str, listing: Listing, same: tuple[str, ...
         rest,
         same,
     )
-
-
-def _text(path: str) -> str:
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

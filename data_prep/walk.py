@@ -17,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from data_prep.errors import PrepError
+from data_prep.errors import PrepError, shown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder
 SYSTEM_NAMES = {  # beside all names that begin with a dot; in small letters
@@ -100,7 +100,7 @@ class _Place:
     path: str
 
     def __str__(self) -> str:
-        return f"{self.split}/{self.class_name}".rstrip("/")
+        return shown(f"{self.split}/{self.class_name}".rstrip("/"))
 
 
 class _Walk:
@@ -140,7 +140,8 @@ class _Walk:
     def check_dangling(self) -> None:
         """Refuse links to nothing that may stand for a folder."""
         if self.dangling:
-            first = f"{self.dangling[0]}: a link to {Path(self.dangling[0]).readlink()}, where there is nothing"
+            link = self.dangling[0]
+            first = f"{shown(link)}: a link to {shown(str(Path(link).readlink()))}, where there is nothing"
             more = f" (and {len(self.dangling) - 1} more such links)" if len(self.dangling) > 1 else ""
             raise PrepError(f"{first}{more}; if it stands for a folder, bring that back, else remove the link")
 
@@ -196,10 +197,13 @@ class _Walk:
         before = self.entered.setdefault(identity, place)
         above = self.above.get(identity) or (before.path if place.path.startswith(f"{before.path}/") else "")
         if above:
-            raise PrepError(f"{place.path}: a link back up to {above}, whose images would be counted again; remove the link")
+            raise PrepError(
+                f"{shown(place.path)}: a link back up to {shown(above)}, whose images would be counted again; remove the link"
+            )
         if (before.split, before.class_name) != (place.split, place.class_name):
             raise PrepError(
-                f"{place.path}: the same folder as {before.path}; its images would be in both {before} and {place}: "
+                f"{shown(place.path)}: the same folder as {shown(before.path)}; "
+                f"its images would be in both {before} and {place}: "
                 "remove one of the two"
             )
         return before is place

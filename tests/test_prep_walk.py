@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +294,15 @@ def test_names_that_are_not_utf8(source: Path, tmp_path: Path) -> None:
     assert "are one name, written in two ways" in refusal(source)
 
 
+def test_control_characters_of_names_are_shown_and_not_sent(source: Path, tmp_path: Path) -> None:
+    (source / "train/cat/a\nb\x1b[2J.png").write_bytes(b"corrupt")
+    with pytest.raises(PrepError) as caught:
+        prepare(Options("pets", source=source, out=tmp_path / "out"), print)
+    assert str(caught.value).splitlines()[1:] == ["  train/cat/a\\nb\\x1b[2J.png: not an image of a known kind"]
+    (source / "train/up\x1b").symlink_to("..")
+    assert refusal(source).startswith(f"{source}/train/up\\x1b: a link back up to")
+
+
 # ---- what is small
 
 
@@ -307,6 +318,21 @@ def test_a_folder_of_small_images_is_stored_as_raw_pixels(source: Path, tmp_path
         with Image.open(source / "train/cat/1.png") as image:
             np.testing.assert_array_equal(beton.read_image(1), np.asarray(image))
     assert prepare(Options("pets", source=source, out=tmp_path / "out"), lambda line: None)  # nothing to do
+
+
+def test_a_manifest_from_before_there_were_notes_is_read(source: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (source / "train/cat/Thumbs.db").write_bytes(b"")
+    options = Options("pets", source=source, out=tmp_path / "out")
+    assert prepare(options, said.append)
+    for split in ("train", "val"):
+        path = manifest_path(beton_path(tmp_path / "out", "pets", split))
+        document = json.loads(path.read_text())
+        del document["left_out"], document["notes"], document["images"]["white_level"]
+        path.write_text(json.dumps(document))
+        assert Manifest.read(path).notes == ()
+    assert prepare(replace(options, verify=True), said.append)
+    assert any("up to date" in line for line in said) and "pets/val: verified: content hash, 4 labels, 4 of 4 images" in said
 
 
 def test_what_is_small(source: Path) -> None:
