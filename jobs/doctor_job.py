@@ -18,7 +18,7 @@ from typing import Any
 from jobs.doctor_cluster import Check
 from jobs.own_jobs import SlurmJob
 from jobs.profile import SlurmProfile
-from jobs.sbatch import slurm_executor
+from jobs.sbatch import ON_EXIT, slurm_executor
 from jobs.scheduler import Scheduler, SchedulerError
 
 PROBE = Path(__file__).resolve().with_name("doctor_probe.py")
@@ -26,8 +26,9 @@ TIME_S = 600  # limit of the job
 RESTART_WAIT_S = 30  # SLURM may take minutes
 LATE_S = 10.0  # a file of the job that is seen later than this is seen late
 POLL_S, ASK_EVERY_S, SAY_EVERY_S = 0.1, 2.0, 15.0
-LAST_WORDS = '$(printf %s "$said" | tail -n 1 | tr -c "[:alnum:] ./:_()-" " " | cut -c 1-300)'
 COMMENT = "vitpa-doctor: "
+LAST_WORDS = '$(printf %s "$said" | tail -n 1 | tr -c "[:alnum:] ./:_()-" " " | cut -c 1-300)'
+SAY = f'scontrol update JobId=$SLURM_JOB_ID Comment="{COMMENT}{LAST_WORDS}"'
 
 
 def script_of(profile: SlurmProfile, folder: Path, root: Path, specification: dict[str, Any]) -> str:
@@ -45,9 +46,14 @@ def script_of(profile: SlurmProfile, folder: Path, root: Path, specification: di
         short, folder, root=root, name="vitpa-doctor", token=folder.name, exclude=[], indices=[0], count=1
     )  # fmt: skip
     probe = shlex.join([sys.executable, "-P", str(PROBE), json.dumps(specification), str(folder)])
-    inner = f'said=$({probe} 2>&1) || scontrol update JobId=$SLURM_JOB_ID Comment="{COMMENT}{LAST_WORDS}"'
-    script: str = executor._make_submission_file_text(f"bash -c {shlex.quote(inner)}", "doctor")
-    return re.sub(re.escape(str(folder)) + r"/%j_[%\w]+_log\.(out|err)", "/dev/null", script)
+    inner = f"said=$({probe} 2>&1) || {SAY}"
+    script: str = executor._make_submission_file_text(f"/bin/bash -c {shlex.quote(inner)}", "doctor")
+    script = re.sub(re.escape(str(folder)) + r"/%j_[%\w]+_log\.(out|err)", "/dev/null", script)
+    # what ends the job before the probe has a word: setup, or an srun that does not take its arguments
+    script = script.replace(ON_EXIT, f"said=$({ON_EXIT} 2>&1); {SAY}")
+    return re.sub(
+        r"^(srun .*)$", lambda line: f"said=$({line[1]} 2>&1) || {SAY.replace('tail', 'head')}", script, flags=re.MULTILINE
+    )
 
 
 class ProbeJob:
@@ -123,6 +129,8 @@ class ProbeJob:
             )
         where = f" on {seen.nodes}" if seen.nodes else ""
         said = seen.comment.removeprefix(COMMENT) if seen.comment.startswith(COMMENT) else ""
+        if said.startswith(("setup ended", "srun: ")):
+            return Check("probe job", "problem", f"it ended{where} before the probe began: {said.strip()}", _SETUP)
         what = f"says: {said.strip()}" if said else f"is {seen.state}; it left no file in {self.folder}"
         return Check("shared folder", "problem", f"the probe job{where} {what}", _SHARED)
 
@@ -154,6 +162,7 @@ class ProbeJob:
 
 
 _SHARED = "--root has to be a folder that every node can see and write to, under the same path"
+_SETUP = "mend `setup`, `srun_args` or additional_parameters in the profile"
 _WAIT = "try again later, or with a longer --wait-s"
 _MENDS = {
     "cpus": "cpus_per_gpu or cpus_per_task in the profile",

@@ -19,10 +19,8 @@ from jobs.scheduler import ranges
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
 PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
 # where `setup` ends the job, its output says so
-BEFORE_SETUP = (
-    "VITPA_SETUP=1",
-    """trap 'code=$?; [ -z "$VITPA_SETUP" ] || echo "setup ended the job with exit code $code: $BASH_COMMAND" >&2' EXIT""",
-)
+ON_EXIT = 'echo "setup ended the job with exit code $code: $BASH_COMMAND"'
+BEFORE_SETUP = ("VITPA_SETUP=1", f"""trap 'code=$?; [ -z "$VITPA_SETUP" ] || {{ {ON_EXIT}; }} >&2' EXIT""")
 AFTER_SETUP = "VITPA_SETUP="
 EXPORTED = ("PYTHONPATH", "PYTHONSAFEPATH")  # also where a cluster does not pass on the environment
 

@@ -85,6 +85,24 @@ def test_a_root_that_the_job_cannot_write(cluster: DevCluster, doctor: Doctor) -
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"setup": ["exit 7"]}, "setup ended the job with exit code 7: exit 7"),
+        ({"srun_args": ["--of-2030"]}, "srun: unrecognized option"),
+    ],
+)
+def test_a_job_that_ends_before_the_probe(cluster: DevCluster, doctor: Doctor, values: dict[str, Any], said: str) -> None:
+    doctor.on(cluster)
+    code, checks = doctor(**values)
+    assert code == 1
+    (check,) = checks["probe job"]
+    assert check["level"] == "problem"
+    assert f"before the probe began: {said}" in check["found"]
+    assert check["mend"] == "mend `setup`, `srun_args` or additional_parameters in the profile"
+
+
+@pytest.mark.slurm
 def test_a_wrong_partition_and_no_sacct(cluster: DevCluster, doctor: Doctor) -> None:
     doctor.on(cluster)
     folder = doctor.root / "bin"
