@@ -6,11 +6,10 @@ or a recipe is edited.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +19,11 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from vitpa.config import (
     ConfigError,
     Float,
+    Override,
     RunConfig,
     RunDir,
     RunError,
     Section,
-    apply_overrides,
     expand_path,
     load_model,
     parse_config,
@@ -252,21 +251,27 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
     for key in config.overrides:
         if key in ("seed", "model.attention", "dataset", "runtime.root"):
             raise SweepError(f"{path}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in config.overrides.items()]
-    documents = [
-        (recipe, apply_overrides(_recipe_document(recipe), [*overrides, f"model.attention={attention}"]))
-        for recipe in config.recipes
-        for attention in config.attentions
-    ]
+    for name in ("recipes", "attentions", "seeds"):
+        value, times = Counter(getattr(config, name)).most_common(1)[0]
+        if times > 1:
+            raise SweepError(f"{path}: {name}: {value} is given {times} times; once is enough")
+    overrides = [Override(key, value, f"{path}: overrides") for key, value in config.overrides.items()]
+    documents = {recipe: _recipe_document(recipe) for recipe in config.recipes}
     runs = [
-        _run({**document, "seed": seed}, recipe, f"{path}: {recipe}")
+        _run(
+            document,
+            recipe,
+            f"{path}: {recipe}",
+            [*overrides, Override("model.attention", attention, str(path)), Override("seed", seed, f"{path}: seeds")],
+        )
         for seed in config.seeds
-        for recipe, document in documents
+        for recipe, document in documents.items()
+        for attention in config.attentions
     ]
     labels = Counter(run.label for run in runs)
     label, times = labels.most_common(1)[0]
     if times > 1:
-        raise SweepError(f"{path}: {label} comes up {times} times; name another recipe in a sweep of its own")
+        raise SweepError(f"{path}: {label} comes up {times} times; two recipes of one data set need a sweep each")
     _check_reference(config, {run.dataset for run in runs}, path)
     return runs
 
@@ -285,8 +290,8 @@ def _recipe_document(recipe: str) -> dict[str, Any]:
     return read_yaml(shipped_configs().get(recipe, Path(recipe)))
 
 
-def _run(document: Mapping[str, Any], recipe: str, where: str) -> Run:
-    config = parse_config(document, where)
+def _run(document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = ()) -> Run:
+    config = parse_config(document, where, overrides)
     return Run(config, recipe, config.signature)
 
 

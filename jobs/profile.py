@@ -134,11 +134,9 @@ class SlurmProfile(Section):
 
     @field_validator("time", mode="before")
     @classmethod
-    def _quoted(cls, value: object) -> object:
-        """YAML 1.1 reads 24:00:00 as the number 86400."""
-        if isinstance(value, int) and not isinstance(value, bool):
-            raise ValueError(f"time={value}: a number; put SLURM's time in quotes, such as time: '24:00:00'")
-        return value
+    def _minutes(cls, value: object) -> object:
+        """`time: 30` is SLURM's '30', in minutes."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("mem", mode="before")
     @classmethod

@@ -46,6 +46,7 @@ from jobs.training import training_command
 from vitpa.config import (
     AttemptDir,
     ConfigError,
+    Override,
     ProcessId,
     RunConfig,
     RunDir,
@@ -103,7 +104,7 @@ def prepare(
     chosen: list[RunState],
     profile: Profile,
     root: Path,
-    overrides: Sequence[str],
+    overrides: Sequence[Override],
     scheduler: Scheduler | None,
     *,
     gpus: list[str] | None = None,
@@ -131,7 +132,7 @@ def prepare(
 
 
 def _prepare_local(
-    chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[str], gpus: list[str] | None
+    chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[Override], gpus: list[str] | None
 ) -> Order:
     configs = [_configure(state.run, profile.runtime, root, overrides) for state in chosen]
     devices = sorted({config.runtime.device for config in configs})
@@ -156,7 +157,7 @@ def _prepare_local(
 
 
 def _prepare_slurm(
-    chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[str], scheduler: Scheduler | None
+    chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[Override], scheduler: Scheduler | None
 ) -> Order:
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
@@ -222,10 +223,10 @@ def shares(limit: int | None, sizes: Sequence[int]) -> list[int | None]:
     return list(given)
 
 
-def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[str]) -> RunConfig:
+def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[Override]) -> RunConfig:
     document = run.config.model_dump(mode="json")
-    document["runtime"].update(runtime)
-    config = parse_config(document, run.label, [*overrides, f"runtime.root={json.dumps(literal_path(root))}"])
+    of_profile = [Override(f"runtime.{key}", value, "the profile") for key, value in runtime.items()]
+    config = parse_config(document, run.label, [*of_profile, *overrides, Override("runtime.root", literal_path(root))])
     assert config.signature == run.signature, "the runtime section must not change the signature"
     data_dir = literal_path(config.runtime.data_path.resolve())
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": data_dir})})

@@ -31,6 +31,7 @@ from jobs.submission import Place, ran_other_code, settle
 from jobs.submit import WRITERS, Order, check_data, prepare, submit
 from vitpa.config import (
     ConfigError,
+    Override,
     ProcessId,
     RunError,
     literal_path,
@@ -63,7 +64,7 @@ class Context:
     sweep: Sweep  # as it was recorded at the last submission; for plan and submit, as its file says now
     drift: Drift
     filters: Mapping[str, set[str]]
-    overrides: list[str]  # runtime.key=value
+    overrides: list[Override]  # of the section runtime
     console: Console
     scheduler: Scheduler
     place: Place  # where it runs: as the command line says, otherwise as at the last submission
@@ -147,12 +148,12 @@ def _context(options: argparse.Namespace) -> Context:
     left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
     filters, overrides = parse_terms(options.terms, [*sweep.runs, *left])
     if overrides and options.verb not in ("submit", "retry"):
-        raise SweepError(f"{overrides[0]}: runtime settings are for submit and retry")
+        raise SweepError(f"{overrides[0].key}: runtime settings are for submit and retry")
     place = Place.of_last_submission(SweepDir(root, sweep.name).submissions).changed(
         getattr(options, "profile", None), getattr(options, "data_dir", None)
     )
     if place.data_dir is not None:
-        overrides.append(f"runtime.data_dir={json.dumps(literal_path(Path(place.data_dir)))}")
+        overrides.append(Override("runtime.data_dir", literal_path(Path(place.data_dir)), "--data-dir"))
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
     return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place, left)
@@ -170,7 +171,7 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
         return recorded
 
 
-def _check_settings(options: argparse.Namespace, run: Run, overrides: list[str]) -> None:
+def _check_settings(options: argparse.Namespace, run: Run, overrides: list[Override]) -> None:
     """Refuse what is wrong on the command line also if nothing is to be started."""
     parse_config(run.config.model_dump(mode="json"), run.label, overrides)
     if options.data_dir and not Path(options.data_dir).is_dir():
@@ -182,7 +183,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=160)  # a file or a pipe has no width to fit
 
 
-def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[str]]:
+def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[Override]]:
     """Filters and runtime settings from `key=value` terms. Values of one key are alternatives.
 
     Raises:
@@ -199,7 +200,7 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
     for term in terms:
         key, equals, text = term.partition("=")
         if equals and key.startswith("runtime."):
-            overrides.append(term)
+            overrides.append(Override.parse(term))
             continue
         if not equals or key not in known:
             raise SweepError(

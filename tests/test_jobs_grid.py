@@ -81,7 +81,7 @@ def write(tmp_path: Path, **changes: object) -> str:
     [
         ({"recipes": ["cifr10"]}, "recipe 'cifr10': neither a shipped one (.*cifar10"),
         ({"recipes": ["digits", "recipe.yaml"]}, "digits-content-s0 comes up 2 times"),
-        ({"seeds": [1, 1]}, "digits-content-s1 comes up 2 times"),
+        ({"seeds": [0, 1, 1]}, "seeds: 1 is given 2 times; once is enough"),
         ({"reference": {"cifar10": {}}}, "reference.cifar10: no data set of the sweep; there is digits"),
         (
             {"attentions": ["content"], "reference": {"digits": {"positional": {"val_top1": 0.5, "source": "us"}}}},

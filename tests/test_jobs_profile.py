@@ -47,7 +47,6 @@ def test_the_cluster_profile_names_every_key() -> None:
         (f"{SLURM}time: '1:00:00'\nreplicas: 2.5", "replicas=2.5: expected a whole number, at least 1, or auto"),
         ("{gpus_per_run: 2, runs_per_gpu: 2}", "one of them must be 1"),
         (f"{SLURM}partitoin: gpu\ntime: '1:00:00'", "unknown key partitoin; did you mean partition?"),
-        (f"{SLURM}time: 24:00:00", "time=86400: a number; put SLURM's time in quotes, such as time: '24:00:00'"),
         (f"{SLURM}time: tomorrow", "time='tomorrow': expected SLURM's notation"),
         (f"{SLURM}time: '0:30'", "time=0:30: SLURM counts in whole minutes; at least '1:00'"),
         (f"{SLURM}time: '3:00'", "signal_delay_s=120 is more than half of time=3:00"),
@@ -82,6 +81,14 @@ def test_values_for_a_data_set(tmp_path: Path) -> None:
     large, small = profile.for_dataset("imagenet"), profile.for_dataset("digits")
     assert (large.gpus_per_node, large.time_s, large.processes) == (4, 2 * 86400, 4)
     assert (small.gpus_per_node, small.time_s, small.per_dataset) == (1, 3600, {})
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("24:00:00", 86400), ("1:30:00", 5400), ("90", 5400), ("2-00", 172800)])
+def test_a_time_needs_no_quotes(tmp_path: Path, written: str, seconds: int) -> None:
+    """YAML 1.1 reads 1:30:00 as the number 5400."""
+    profile = load(tmp_path, f"{SLURM}time: {written}\ncpus_per_task: 010\ngpus_per_node: 0")
+    assert isinstance(profile, SlurmProfile)
+    assert (profile.time, profile.time_s, profile.cpus_per_task) == (written, seconds, 10)
 
 
 @pytest.mark.parametrize(

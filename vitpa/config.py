@@ -10,17 +10,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
+import re
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from vitpa.arguments import ConfigError, expand_path, literal_path
+from vitpa.arguments import ConfigError, expand_path, literal_path, parse_float
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_json, parse_yaml, read_bytes, to_yaml
 from vitpa.metrics import parse_line
 from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import memory_gib, why_not_together
@@ -39,6 +41,7 @@ from vitpa.rundir import (
     write_atomic,
     write_json,
 )
+from vitpa.terminal import printable
 
 __all__ = [
     "CLAIMED",
@@ -46,9 +49,11 @@ __all__ = [
     "AttemptDir",
     "AugmentConfig",
     "ConfigError",
+    "DocumentError",
     "Float",
     "ModelConfig",
     "OptimConfig",
+    "Override",
     "ProcessId",
     "Result",
     "RunConfig",
@@ -69,8 +74,10 @@ __all__ = [
     "memory_gib",
     "os_error_line",
     "parse_config",
+    "parse_json",
     "parse_line",
     "parse_model",
+    "printable",
     "read_json",
     "read_with_checksum",
     "read_yaml",
@@ -84,16 +91,16 @@ __all__ = [
     "write_json",
 ]
 
+COMMAND_LINE = "command line"
+LONGEST_SHOWN = 200  # characters of a value in an error message
 EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
 
 
 def _number(value: object) -> object:
-    """PyYAML reads `1e-3` (no dot) as a string; any string that is a number is meant as one."""
+    """A string that is a number in YAML is meant as one: '1e-3' in quotes."""
     if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+        number = parse_float(value)
+        return value if number is None else number
     return value
 
 
@@ -336,7 +343,7 @@ def record_config(config: RunConfig) -> RunDir:
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str | Override] = ()) -> RunConfig:
     """Read a recipe and apply overrides such as `optim.lr=3e-4`.
 
     `path` may also be the name of a shipped recipe, such as `cifar10` for vitpa/configs/cifar10.yaml.
@@ -347,12 +354,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_model(RunConfig, _find(path, shipped_configs()), overrides)
 
 
-def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()) -> RunConfig:
     """A run configuration from a document in memory; `where` names its origin in error messages."""
     return parse_model(RunConfig, apply_overrides(document, overrides) if overrides else document, where, overrides)
 
 
-def load_model(model: type[SectionT], path: Path, overrides: Sequence[str] = ()) -> SectionT:
+def load_model(model: type[SectionT], path: Path, overrides: Sequence[str | Override] = ()) -> SectionT:
     """Read any YAML file of ours into its pydantic model, with overrides, under the same checks.
 
     Raises:
@@ -374,127 +381,162 @@ def _find(path: Path, shipped: Mapping[str, Path]) -> Path:
     raise ConfigError(f"{path}: no such file, and no shipped recipe of that name (there are {', '.join(shipped)})")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but two equal keys are an error instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                line = node.value[number][0].start_mark.line + 1
-                raise ConfigError(f"line {line}: the key {key!r} is given {keys.count(key)} times")
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, or a key given twice.
+        ConfigError: no such file, not YAML, not a mapping, a key given twice, or beyond the bounds of `vitpa.documents`.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    document = _parse_yaml(text, str(path))
+        document = parse_yaml(read_bytes(path, YAML_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except DocumentError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(document, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {type(document).__name__}")
+        found = "nothing" if document is None else "a list" if isinstance(document, list) else "a single value"
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
     return document
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        document = yaml.load(text, Loader=_StrictLoader)
-        json.dumps(document)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML: {reason}") from error
-    except (TypeError, ValueError) as error:  # a date, !!binary, !!set, an alias of itself, a number of 5,000 digits
-        raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
-    return document
+@dataclass(frozen=True)
+class Override:
+    """A value that replaces that of a document, and where it comes from, for error messages."""
+
+    key: str  # dotted
+    value: Any
+    origin: str = COMMAND_LINE
+
+    @staticmethod
+    def parse(text: str, origin: str = COMMAND_LINE) -> Override:
+        """The override that `a.b=value` stands for; the value is read as YAML.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        key, equals, written = text.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise ConfigError(f"override {text!r}: expected key=value, such as optim.lr=3e-4")
+        try:
+            return Override(key, parse_yaml(written), origin)
+        except DocumentError as error:
+            raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}") from error
 
 
-_DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper  # 0.6 ms for a configuration, not 2.2
-
-
-def to_yaml(document: Mapping[str, Any]) -> str:
-    """`document` as YAML in the order of its keys."""
-    return str(yaml.dump(dict(document), Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
-
-
-def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `document` with each `a.b=value` set; the value is read as YAML.
+def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
+    """A copy of `document` with each override set.
 
     Raises:
-        ConfigError: an override that is not of that form, or goes below something that is not a section.
+        ConfigError: an override that is not of the form `a.b=value`, or goes below something that is not a section.
     """
-    result = json.loads(json.dumps(document))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key or not all(key.split(".")):
-            raise ConfigError(f"override {override!r}: expected key=value, such as optim.lr=3e-4")
-        *parents, last = key.split(".")
+    result: dict[str, Any] = _copy(document)
+    for override in _parsed(overrides):
+        shown = f"override {override.key!r}" if override.origin == COMMAND_LINE else f"{override.origin}: {override.key}"
+        *parents, last = override.key.split(".")
         section = result
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
-        value = _parse_yaml(text, f"override {override!r}")
-        if isinstance(value, dict) or isinstance(section.get(last), dict):  # it would replace the recipe's other keys
-            raise ConfigError(f"override {override!r}: {key} is a section; give its keys one by one, as {key}.KEY=VALUE")
-        section[last] = value
-    return typing.cast(dict[str, Any], result)
+                raise ConfigError(f"{shown}: {parent} is a value, not a section")
+        if isinstance(override.value, dict) or isinstance(section.get(last), dict):  # it would replace the other keys
+            raise ConfigError(f"{shown}: {override.key} is a section; give its keys one by one, as {override.key}.KEY=VALUE")
+        section[last] = _copy(override.value)
+    return result
 
 
-def parse_model(model: type[SectionT], document: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> SectionT:
+def _parsed(overrides: Sequence[str | Override]) -> list[Override]:
+    return [Override.parse(each) if isinstance(each, str) else each for each in overrides]
+
+
+def _copy(value: Any) -> Any:
+    """A copy whose sections are all its own, also where an alias of YAML has made two of them one."""
+    if isinstance(value, Mapping):
+        return {key: _copy(each) for key, each in value.items()}
+    return [_copy(each) for each in value] if isinstance(value, list) else value
+
+
+def parse_model(
+    model: type[SectionT], document: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()
+) -> SectionT:
     """Check a document in memory against any pydantic model of ours.
 
-    `where` names its origin in error messages, unless all that is wrong came from `overrides`, which are part of it.
+    `where` names its origin in error messages, save for values that came from `overrides`, which are part of it.
 
     Raises:
         ConfigError: as for `load_config`.
     """
     try:
+        check_document(document)
         # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
-        return model.model_validate_json(json.dumps(document))
+        return model.model_validate_json(json.dumps(document, allow_nan=False))
     except ValidationError as error:
-        problems = [dict(problem) for problem in error.errors()]
-        given = tuple(override.partition("=")[0] + "." for override in overrides)
-        theirs = all(any(key.startswith(_key(each) + ".") for key in given) for each in problems)
-        origin = "command line" if theirs else where
-        raise ConfigError(f"{origin}: " + "; ".join(_explain(each, model) for each in problems)) from None
-    except TypeError as error:
+        origins = {override.key: override.origin for override in _parsed(overrides)}
+        told: dict[str, list[str]] = {}
+        for problem in error.errors():
+            origin, text = _problem(problem, model, document, where, origins)
+            told.setdefault(origin, []).append(text)
+        raise ConfigError(printable("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items()))) from None
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
 
 
-def _key(problem: Mapping[str, Any]) -> str:
-    return ".".join(str(part) for part in problem["loc"])
+def _problem(
+    problem: ErrorDetails, model: type[BaseModel], document: Mapping[str, Any], where: str, origins: Mapping[str, str]
+) -> tuple[str, str]:
+    """For a problem: where the value comes from; its key and what is wrong with it."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # of our own checks, which name their keys
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        named = [given for given in origins if re.search(rf"(?<![\w.]){re.escape(given)}(?!\.?\w)", message)]
+        if not named:
+            return where, message
+        others = [name for name in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", message) if name not in origins]
+        told = [f"{name} is {'from ' + where if _has(document, name) else 'the default'}" for name in dict.fromkeys(others)]
+        return origins[named[0]], message + (f" ({', '.join(told)})" if told else "")
+    given = (name for name in origins if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."))
+    origin = origins.get(next(given, ""), where)
+    return origin, _explain(problem, key, model, document, typed=origin == COMMAND_LINE)
 
 
-def _explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
-    key = _key(problem)
+def _has(document: Mapping[str, Any], key: str) -> bool:
+    value: Any = document
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: Mapping[str, Any], *, typed: bool) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(dotted_keys(model))
         if isinstance(problem["input"], dict) and problem["input"]:  # no such section
             key += f".{next(iter(problem['input']))}"
         near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section
-        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or difflib.get_close_matches(key[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key}; {hint}"
+        return f"unknown key {key[:LONGEST_SHOWN]}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return message  # our own checks name their keys
-    value = problem["input"]
-    shown = value if isinstance(value, int | float | str | bool | None) and not _is_nan(value) else json.dumps(value)
+    value = _written(problem, document)
+    shown = value if isinstance(value, str) else json.dumps(value)
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    message = str(problem["msg"])
+    if problem["type"] == "string_type" and not isinstance(problem["input"], list | dict):
+        quoted = f"{key}=\"'{shown}'\", with both kinds of quotes" if typed else f"{key.rpartition('.')[2]}: '{shown}'"
+        message += f"; if {shown} is a name, write {quoted}"
     return f"{key}={shown}: {message}"
 
 
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _written(problem: ErrorDetails, document: Mapping[str, Any]) -> Any:
+    """The value that a problem is about, a number as the user wrote it."""
+    value: Any = document
+    try:
+        for part in problem["loc"]:
+            value = value[part]
+    except (LookupError, TypeError):
+        return problem["input"]
+    return getattr(value, "written", "") or problem["input"]
 
 
 def keys_help() -> str:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
+from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.metrics import last_evaluation
 
 Json = Mapping[str, Any]
@@ -72,20 +73,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`; None if there is no such file.
 
     Raises:
-        RunError: the file holds anything but one whole JSON object.
+        RunError: the file holds anything but one whole JSON object, within the bounds of `vitpa.documents`.
     """
     try:
-        text = path.read_text()
+        document = parse_json(read_bytes(path, JSON_BYTES))
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: not a JSON text ({error.reason})") from error
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path}: not valid JSON ({error.msg} at line {error.lineno}); it was cut or edited") from error
+    except DocumentError as error:
+        raise RunError(f"{path}: {error}") from error
     if not isinstance(document, dict):
         raise RunError(f"{path}: expected a JSON object, found {type(document).__name__}")
     return document

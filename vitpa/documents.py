@@ -1,0 +1,336 @@
+"""JSON and YAML documents: read within bounds, with one meaning of numbers and names; YAML that reads back as it was.
+
+A scalar of YAML means what the core schema of YAML 1.2 says (https://yaml.org/spec/1.2.2/, section 10.3): 010 is ten, `on`
+and 1:30 are strings, and so is a date. PyYAML by itself reads YAML 1.1. Keys are always names, merge keys (`<<`) are merged.
+Whatever a file holds, reading it ends soon, in a document or in one line: size, depth, aliases and numbers are limited.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import yaml
+
+from vitpa.arguments import FLOAT, INTEGER, parse_float, parse_integer
+
+MAX_DEPTH = 64
+JSON_BYTES = 64 << 20  # a sweep of 25,000 runs has a runs.json of this size
+YAML_BYTES = 256 << 10  # PyYAML reads some 50,000 bytes a second; a list of 10,000 seeds has a quarter of this
+EXPANDED = 4 * YAML_BYTES  # what it may stand for once its aliases are filled in, characters
+INTEGER_DIGITS = 30  # beyond any count of ours, and small enough for a float
+SURROGATE = re.compile(
+    "[\ud800-\udbff\ude00-\udfff]|[\udc00-\udc7f\udd00-\udfff]"
+)  # save those that stand for bytes of a path
+
+
+class DocumentError(ValueError):
+    """A text that is not the JSON or YAML it should be: what is wrong, and where in the text; one line."""
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """What a regular file of at most `limit` bytes holds; does not wait at a pipe.
+
+    Raises:
+        OSError: it cannot be read.
+        DocumentError: it is larger, or no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb", closefd=True) as file:  # noqa: PTH123 - of a handle
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(21, "Is a directory", str(path))
+        if not stat.S_ISREG(kind):
+            raise DocumentError("not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise DocumentError(f"larger than {limit:,} bytes")
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The document that a JSON text holds.
+
+    Raises:
+        DocumentError: not JSON; NaN or another number that is not finite; a key given twice; too large or too deep.
+    """
+    if len(text) > JSON_BYTES:
+        raise DocumentError(f"larger than {JSON_BYTES:,} bytes")
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        document = json.loads(
+            text, object_pairs_hook=_object, parse_int=_json_integer, parse_float=_json_float, parse_constant=_json_constant
+        )
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"not a JSON text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"not valid JSON ({error.msg} at line {error.lineno}); it was cut or edited") from None
+    except RecursionError:
+        raise DocumentError(f"nested deeper than {MAX_DEPTH}") from None
+    check_document(document)
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise DocumentError(f"the key {_short(twice)} is given twice")
+    return document
+
+
+def _json_integer(text: str) -> int:
+    if len(text) > INTEGER_DIGITS:
+        raise DocumentError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _json_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise DocumentError(f"{_short(text)} is too large a number")
+    return number
+
+
+def _json_constant(text: str) -> NoReturn:
+    raise DocumentError(f"{text} is no number of JSON")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "...")
+
+
+def check_document(document: object) -> None:
+    """Refuse a document in memory that is too deep, or holds half a character.
+
+    Raises:
+        DocumentError: it is or does.
+    """
+    level: list[object] = [document]
+    for _ in range(MAX_DEPTH):
+        below: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+                raise DocumentError(f"{ascii(value)[:60]}: half of a character (a lone surrogate)")
+        if not below:
+            return
+        level = below
+    raise DocumentError(f"nested deeper than {MAX_DEPTH}")
+
+
+# --- YAML
+
+
+class WrittenInt(int):
+    """A whole number that remembers how it was written, such as 007."""
+
+    written: str = ""
+
+
+class WrittenFloat(float):
+    """A number that remembers how it was written, such as 1e3."""
+
+    written: str = ""
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """The document that a YAML text holds: mappings with names as keys, lists, strings, numbers, booleans and null.
+
+    Raises:
+        DocumentError: not YAML, several documents, a key given twice, a tag, too large, too deep or too many aliases.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        if len(text) > YAML_BYTES:
+            raise DocumentError(f"larger than {YAML_BYTES:,} bytes")
+        document = yaml.load(text, Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"not a text in UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.reader.ReaderError as error:
+        what = error.character if isinstance(error.character, str) else chr(error.character)
+        raise DocumentError(f"not valid YAML: the character {what!a} at position {error.position}") from None
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise DocumentError(f"not valid YAML: {reason}") from None
+    check_document(document)
+    return document
+
+
+CORE_SCHEMA = (  # tag, pattern, first characters; in this order
+    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    ("int", INTEGER, list("-+0123456789")),
+    ("float", re.compile(rf"{FLOAT.pattern}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"), list("-+.0123456789")),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader, with YAML 1.2's meaning of scalars, and limits."""
+
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._measured: dict[int, tuple[int, int]] = {}  # of each node: depth, and characters with all aliases filled in
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As in PyYAML, within the limits."""
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if id(node) not in self._measured:
+                raise DocumentError(f"line {line}: an alias of what it is in")
+            return node
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise DocumentError(f"line {line}: nested deeper than {MAX_DEPTH}")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            self._measured[id(node)] = depth, size = self._measure(node)
+            if depth > MAX_DEPTH:
+                raise DocumentError(f"line {line}: nested deeper than {MAX_DEPTH} by its aliases")
+            if size > EXPANDED:
+                raise DocumentError(f"line {line}: more than {EXPANDED:,} characters once its aliases are filled in")
+        return node
+
+    def _measure(self, node: yaml.Node) -> tuple[int, int]:
+        if isinstance(node, yaml.ScalarNode):
+            return 1, 1 + len(node.value)
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        measured = [self._measured[id(each)] for each in inner]
+        return 1 + max((depth for depth, _ in measured), default=0), 1 + sum(size for _, size in measured)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping; its keys are the texts of their scalars, whatever those mean as values."""
+        if not isinstance(node, yaml.MappingNode):
+            self.refuse_tag(node)
+        own = [(self._name(key), value) for key, value in node.value if not _is_merge(key)]
+        lines: dict[str, int] = {}
+        for (key, _), (key_node, _) in zip(own, (pair for pair in node.value if not _is_merge(pair[0])), strict=True):
+            if key in lines:
+                line = key_node.start_mark.line + 1
+                times = sum(name == key for name, _ in own)
+                raise DocumentError(f"line {line}: the key {_short(key)} is given {times} times")
+            lines[key] = key_node.start_mark.line + 1
+        mapping: dict[Hashable, Any] = {}
+        for other in self._merged(node):
+            for name, merged in self.construct_mapping(other, deep=True).items():
+                mapping.setdefault(name, merged)  # of several, the first one counts
+        for key, value in own:
+            mapping[key] = self.construct_object(value, deep=True)
+        return mapping
+
+    @staticmethod
+    def _name(key: yaml.Node) -> str:
+        if not isinstance(key, yaml.ScalarNode):
+            raise DocumentError(f"line {key.start_mark.line + 1}: a key must be a name, not a list or a section")
+        return str(key.value)
+
+    @staticmethod
+    def _merged(node: yaml.MappingNode) -> Iterator[yaml.MappingNode]:
+        for key, value in node.value:
+            if _is_merge(key):
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(each, yaml.MappingNode):
+                        raise DocumentError(f"line {key.start_mark.line + 1}: << merges sections only")
+                    yield each
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """The value of the root; nothing is left for later, so that values are whole when they are looked at."""
+        return self.construct_object(node, deep=True)
+
+    def refuse_tag(self, node: yaml.Node) -> NoReturn:
+        """For all tags that are not of the core schema."""
+        tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+        raise DocumentError(f"line {node.start_mark.line + 1}: the tag {_short(tag)[1:-1]} is not for our files; leave it out")
+
+    def scalar(self, node: yaml.Node) -> Any:
+        """The value of a scalar whose tag is one of the core schema's, given or found."""
+        kind, text = str(node.tag).rpartition(":")[2], node.value
+        where = f"line {node.start_mark.line + 1}"
+        pattern = next(pattern for name, pattern, _ in CORE_SCHEMA if name == kind)
+        if not isinstance(text, str) or not pattern.fullmatch(text):
+            raise DocumentError(f"{where}: {_short(str(text))} is not of the type !!{kind}")
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind == "int":
+            whole = parse_integer(text)
+            if whole is None or len(str(whole)) > INTEGER_DIGITS:
+                raise DocumentError(f"{where}: a number of {len(text):,} digits")
+            found: WrittenInt | WrittenFloat = WrittenInt(whole)
+            found.written = text
+            return found
+        number = parse_float(text)
+        if number is None or not math.isfinite(number):
+            raise DocumentError(f"{where}: {_short(text)[1:-1]} is not a finite number; no key takes it")
+        found = WrittenFloat(number)
+        found.written = text
+        return found
+
+
+def _is_merge(key: yaml.Node) -> bool:
+    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
+
+
+def _constructed_text(loader: _Loader, node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        loader.refuse_tag(node)
+    text = str(node.value)
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # JSON's escapes come in two halves
+
+
+def _constructed_list(loader: _Loader, node: yaml.Node) -> list[Any]:
+    if not isinstance(node, yaml.SequenceNode):
+        loader.refuse_tag(node)
+    return loader.construct_sequence(node, deep=True)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in CORE_SCHEMA:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.scalar)
+_Loader.add_constructor("tag:yaml.org,2002:str", _constructed_text)
+_Loader.add_constructor("tag:yaml.org,2002:seq", _constructed_list)
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
+_Loader.add_constructor(None, _Loader.refuse_tag)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what a reader of YAML 1.1 or of 1.2 would take for something else than a string."""
+
+
+class _FastDumper(yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper):  # type: ignore[misc]
+    """The same by libyaml: 0.6 ms for a configuration, not 2.2."""
+
+
+for _tag, _pattern, _first in CORE_SCHEMA:
+    for _dumper in (_Dumper, _FastDumper):
+        _dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+
+
+def to_yaml(document: Mapping[str, Any]) -> str:
+    """`document` as YAML in the order of its keys; `parse_yaml` makes the same of it again."""
+    try:
+        return str(yaml.dump(dict(document), Dumper=_FastDumper, sort_keys=False, allow_unicode=True))
+    except UnicodeEncodeError:  # a path with bytes that are no UTF-8, which libyaml does not take
+        return str(yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
