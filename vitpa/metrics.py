@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vitpa.documents import parse_json
+
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
 _CRC = re.compile(r', "crc32": "([0-9a-f]{8})"}\Z')
@@ -42,7 +44,7 @@ def parse_line(line: str) -> dict[str, Any]:
         line = line[: match.start()] + "}"
         if f"{zlib.crc32(line.encode(errors='replace')):08x}" != match[1]:
             raise ValueError("its CRC does not fit")
-    row = json.loads(line)
+    row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         raise ValueError("it is no row")
     return row
