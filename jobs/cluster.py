@@ -20,6 +20,7 @@ from jobs.scheduler import Scheduler, SchedulerError
 Level = Literal["problem", "warning", "unknown", "info"]  # problem: refused, or never started
 
 UNUSABLE = ("down", "drain", "fail", "maint", "unk", "error", "boot", "power", "reboot")
+NODE_FORMAT = "%R|%D|%G|%c|%m|%T|%f"  # of sinfo
 QOS = (
     "Name,GrpJobs,GrpSubmit,GrpTRES,MaxTRES,MaxTRESPerNode,MaxWall,"
     "MaxTRESPU,MaxJobsPU,MaxSubmitPU,MaxTRESPA,MaxJobsPA,MaxSubmitPA"
@@ -89,11 +90,13 @@ def ask(scheduler: Scheduler) -> Cluster:
         fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
         if "PartitionName" in fields:
             cluster.partitions[fields["PartitionName"]] = fields
-    for line in scheduler.ask("sinfo", "--noheader", "--exact", "--format=%R|%D|%G|%c|%m|%T|%f").splitlines():
+    for line in scheduler.ask("sinfo", "--noheader", "--exact", f"--format={NODE_FORMAT}").splitlines():
         partition, *columns = line.strip().split("|")
+        if len(columns) != NODE_FORMAT.count("|"):  # a line of a site's wrapper
+            continue
         cluster.nodes.setdefault(partition, []).append(_nodes_of(columns))
     own = scheduler.ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
-    cluster.own_jobs = len(own.splitlines())
+    cluster.own_jobs = len(re.findall(r"^\d+(?:_\d+)?$", own, re.MULTILINE))
     _ask_for_the_load(scheduler, cluster)
     _ask_for_limits(scheduler, cluster)
     return cluster
@@ -145,7 +148,8 @@ def _ask_for_limits(scheduler: Scheduler, cluster: Cluster) -> None:
 
 def _rows(text: str, columns: str) -> Iterator[dict[str, str]]:
     for line in text.splitlines():
-        yield dict(zip(columns.split(","), line.split("|"), strict=True))
+        if line.count("|") == columns.count(","):  # not one of a site's wrapper
+            yield dict(zip(columns.split(","), line.split("|"), strict=True))
 
 
 def seconds_of(text: str) -> int | None:

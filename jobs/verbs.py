@@ -142,7 +142,8 @@ def _context(options: argparse.Namespace) -> Context:
     drift = Drift.between(sweep, recorded)
     if options.verb not in ("plan", "submit"):
         if recorded is not None:
-            sweep = Sweep(sweep.config, recorded)
+            if not getattr(options, "gone", False):  # what an edited file leaves out is gone, too
+                sweep = Sweep(sweep.config, recorded)
         elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
             raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
     left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
@@ -289,7 +290,7 @@ def _look_ahead(
 def _submit(context: Context) -> int:
     left = [state for state in context.survey(context.left) if state.state in LIVE] if context.left else []
     if context.drift.gone and not context.options.update:
-        live = f"; {len(left)} of its jobs are still in progress and would go on" if left else ""
+        live = f"; {len(left)} of these runs are still in progress and would go on" if left else ""
         raise SweepError(
             f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, or repeat with --update "
             "to make the changed sweep the sweep"

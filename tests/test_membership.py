@@ -41,7 +41,9 @@ def test_runs_that_leave_the_sweep_stay_visible(tmp_path: Path, cluster: DevClus
     with_seeds(field, 0)
     refused = field.vitpa("submit")
     assert refused.returncode == 1
-    assert "2 of its jobs are still in progress and would go on" in refused.stderr
+    assert "2 of these runs are still in progress and would go on" in refused.stderr
+    ends = "would cancel digits-content-s1 (pending, no longer in the sweep)"
+    assert ends in field.vitpa("cancel", "--gone", "--dry-run").stdout
     updated = field.vitpa("submit", "--update")
     assert updated.returncode == 0
     line = f"2 no longer in the sweep, still in progress: digits-content-s1 (pending in job {ids[0]})"
@@ -53,7 +55,7 @@ def test_runs_that_leave_the_sweep_stay_visible(tmp_path: Path, cluster: DevClus
     document = json.loads(field.vitpa("status", "--json").stdout)
     assert [row["job"] for row in document["no_longer_in_sweep"]] == ids
     assert {row["seed"] for row in document["runs"]} == {0}
-    assert "would cancel digits-content-s1 (pending, no longer in the sweep)" in field.vitpa("cancel", "--dry-run").stdout
+    assert ends in field.vitpa("cancel", "--dry-run").stdout
     assert "2 cancelled while they waited" in field.vitpa("cancel", "--gone").stdout
     wait_for(lambda: not any(identity in queue_of(field) for identity in ids), poll_s=0.2)
     assert {(state.run.seed, state.state) for state in field.states()} == {(0, "pending"), (1, "cancelled")}

@@ -14,6 +14,8 @@ import pytest
 from jobs.cluster import ask
 from jobs.own_jobs import ACCOUNT_COLUMNS, COLUMN, QUEUE_COLUMNS, RECORD, in_accounting, in_queue
 from jobs.scheduler import Scheduler, query_environment, scheduler_environment
+from jobs.slurm_job import Place, _Job
+from jobs.training import Signals
 from slurm.devcluster import DevCluster
 from tests.jobs_sweeps import HOLD, Field, finished_trainings, slurm_profile
 from tests.waiting import run_to_end, wait_for
@@ -201,6 +203,12 @@ def test_job_ids_that_began_anew(field: Field, neighbour: Neighbour, started: bo
     assert state.state == ("lost" if started else "uncertain")
     assert state.job is None
     assert Scheduler(field.environment).job(neighbour.id, "00000000") is None
+    intent = read_json(field.files("intent.json")[0]) or {}
+    here = Place(neighbour.id, 0, 0, "node", 0, 1)  # a job script that was started by hand in an allocation of another use
+    job = _Job(field.root, field.files("intent.json")[0].parent, intent, here, Signals())
+    job.scheduler = Scheduler(field.environment)
+    assert job._requeue() == f"SLURM does not know job {neighbour.id} as one of this submission"
+    job._leave_out("node")
     field.vitpa("cancel")
     field.vitpa("cancel", "--now")
     assert field.vitpa("logs").returncode == 0
@@ -282,13 +290,13 @@ def test_variables_of_the_shell(field: Field) -> None:
     held = field.slurm("sbatch", "--parsable", *array).strip()
     try:
         ids = [state.job_id for state in field.states()]
-        wait_for(lambda: len(Scheduler(field.environment).accounted([held])) == len(shell), poll_s=0.5)
+        wait_for(lambda: len(Scheduler(field.environment).accounted(ids)) == len(ids), poll_s=0.5)
 
         def seen(environment: dict[str, str]) -> list[object]:
             scheduler = Scheduler(environment)
             cluster = ask(scheduler)
             cluster.configuration, cluster.jobs = {}, None  # they change by themselves
-            known = scheduler.snapshot().jobs, scheduler.accounted([*ids, held])
+            known = scheduler.snapshot().jobs, scheduler.accounted(ids)
             return [*({key: job.id for key, job in jobs.items()} for jobs in known), cluster]
 
         usual = seen(dict(field.environment))
