@@ -316,6 +316,39 @@ def test_a_damaged_newest_checkpoint_is_passed_over(digits: Path, tmp_path: Path
         assert trained(words).weights_sha256 == first.weights_sha256 == undisturbed.weights_sha256
 
 
+@pytest.mark.parametrize("damage", ["zeroed", "digit", "gone", "line", "checkpoint without checksum"])
+def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(digits: Path, tmp_path: Path, damage: str) -> None:
+    words = arguments(digits, tmp_path, "train.epochs=1", "runtime.log_every_steps=2", "runtime.cpu_threads=1")
+    reference, run = trained(words), config_of(words).run_dir
+    expected, path = run.metrics_jsonl.read_bytes(), run.metrics_jsonl
+    run.result_json.unlink()
+    if damage == "checkpoint without checksum":  # as commit 89b4f68 wrote it
+        newest = checkpoint.load_newest(run)
+        assert newest is not None
+        state = newest[1].state()
+        del state["metrics"], state["progress"]["wall_time_s"]
+        torch.save(state, newest[0])
+        match = "carries no checksum of its own"
+    else:
+        lines = expected.splitlines(keepends=True)
+        changed = {
+            "zeroed": bytes(len(expected)),
+            "digit": expected.replace(b'"train/loss": 2', b'"train/loss": 3', 1),
+            "gone": b"",
+            "line": b"".join(lines[:3] + lines[4:]),
+        }[damage]
+        assert changed != expected
+        path.write_bytes(changed)
+        line = {"line": 4}.get(damage, 1)
+        match = (
+            f"metrics.jsonl: damaged, cut or edited from line {line} on; its rows up to step 22 are restored from the check"
+        )
+    with pytest.warns(RuntimeWarning, match=match):
+        again = trained(words)
+    assert again.weights_sha256 == reference.weights_sha256
+    assert path.read_bytes() == expected
+
+
 def test_a_run_that_another_process_trains_is_refused(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
