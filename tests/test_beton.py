@@ -61,7 +61,7 @@ print(json.dumps([str(dtype) for dtype in dtypes] + [types.CURRENT_VERSION]))
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`digits` as raw pixels, and `noise`: 40 + 40 JPEGs of 48x40 px."""
+    """`digits` as raw pixels, and `noise`: 40 + 40 JPEGs of 56x40 px, which are larger than what is kept raw."""
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -69,7 +69,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             coarse = Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8))
             path = folder / "source" / split / f"class{index % 2}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            coarse.resize((48, 40), Image.Resampling.BICUBIC).save(path)
+            coarse.resize((56, 40), Image.Resampling.BICUBIC).save(path)
     with Writer() as writer, pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_prep.prep, "Writer", lambda: nullcontext(writer))  # one for both: importing FFCV takes 5 s
         assert prepare(Options("digits", out=folder), print)
@@ -139,11 +139,11 @@ def test_many_threads_read_the_same_pixels(data_dir: Path) -> None:
 
 def test_reading_into_an_array(data_dir: Path) -> None:
     with Beton.open(beton_path(data_dir, "noise", "val")) as beton:
-        batch = np.zeros((2, 40, 48, 3), np.uint8)
+        batch = np.zeros((2, 40, 56, 3), np.uint8)
         assert beton.read_image(3, out=batch[1]) is not None
         np.testing.assert_array_equal(batch[1], beton.read_image(3))
         assert not batch[0].any()
-        for wrong in (np.zeros((48, 40, 3), np.uint8), np.zeros((40, 48, 3)), np.zeros((48, 40, 3), np.uint8).swapaxes(0, 1)):
+        for wrong in (np.zeros((56, 40, 3), np.uint8), np.zeros((40, 56, 3)), np.zeros((56, 40, 3), np.uint8).swapaxes(0, 1)):
             with pytest.raises(ValueError, match="C-contiguous uint8 array"):
                 beton.read_image(3, out=wrong)  # type: ignore[arg-type]  # the float one
         for index in (-1, 40):
