@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
             "--dir", type=path_argument, default=default_root(), help="its folder, on a local disk (default: %(default)s)"
         )
         if verb == "start":
-            parser.add_argument("--nodes", type=whole_number(1), default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
+            parser.add_argument("--nodes", type=whole_number(0), default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
             parser.add_argument(
                 "--gpus", type=whole_number(0), default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)"
             )
