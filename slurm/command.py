@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, default_root, stop_cluster
-from slurm.devcluster_config import Layout, Settings
+from slurm.devcluster_config import Layout, Settings, resolved
 from slurm.devcluster_status import as_text, status_of
 from vitpa.arguments import path_argument, whole_number
 
@@ -99,7 +99,7 @@ vitpa devcluster stop{default}"""
 
 def _stop(options: argparse.Namespace) -> int:
     begin = time.monotonic()
-    root = options.dir.absolute()
+    root = resolved(options.dir)
     if stop_cluster(root, keep_logs=options.keep_logs):
         kept = f"; its logs are in {root}/log" if options.keep_logs else ""
         print(f"stopped in {time.monotonic() - begin:.1f} s{kept}")

@@ -16,15 +16,16 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from slurm import devcluster_processes as processes
-from slurm.devcluster_config import SOCKET_PATH_LIMIT, Layout, Settings
+from slurm.devcluster_config import LOG, RUN_TIME_FOLDERS, SOCKET_PATH_LIMIT, Layout, Settings, resolved
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core"
 PROGRAMS = (
@@ -80,7 +81,7 @@ class DevCluster:
         cpus: int = 8,
         max_array_size: int = 1001,
     ) -> None:
-        self.root = root.absolute()
+        self.root = resolved(root)  # once: a link may lead elsewhere when the cluster ends
         self.layout = Layout(self.root)
         self.settings = Settings(nodes, gpus, cpus, max_array_size)
         self.start_time_s = 0.0
@@ -128,27 +129,26 @@ class DevCluster:
         self.start_time_s = time.monotonic() - begin
 
     def _start_daemons(self) -> None:
-        lock = claim(self.root)
-        try:
+        with claim(self.root) as claimed:
             _end_remains(self.layout)
-            self.layout.remove(keep_logs=True)
-            shutil.rmtree(self.root / "log", ignore_errors=True)
-            (self.root / "log").mkdir(mode=0o700)
+            _clear(self.layout, claimed.folder)
+            descriptors = [claimed.lock, claimed.folder]
             with self.layout.output("supervisor").open("wb") as output:
                 self._supervisor = subprocess.Popen(
-                    [sys.executable, "-m", "slurm.devcluster_supervisor", str(self.root), self.settings.to_json(), str(lock)],
+                    [
+                        *(sys.executable, "-m", "slurm.devcluster_supervisor"),
+                        *(str(self.root), self.settings.to_json(), *map(str, descriptors)),
+                    ],
                     env={**self.environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=output,
                     text=True,
-                    pass_fds=[lock],
+                    pass_fds=descriptors,
                     start_new_session=True,
                 )
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(self._supervisor.pid).encode(), 0)
-        finally:
-            os.close(lock)
+            os.ftruncate(claimed.lock, 0)
+            os.pwrite(claimed.lock, str(self._supervisor.pid).encode(), 0)
         try:
             self._read_answer()
         except BaseException:
@@ -283,31 +283,134 @@ def check_root(root: Path, settings: Settings) -> None:
 # --- the folder
 
 
-def claim(root: Path) -> int:
-    """Make the folder and lock it: a descriptor that holds the lock as long as a copy of it is open.
+class Claim(NamedTuple):
+    """The folder of a cluster, held by descriptors; with `with` they are closed at the end."""
+
+    folder: int
+    lock: int  # of a file in it; it is locked as long as a copy of this is open
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.lock)
+        os.close(self.folder)
+
+
+def claim(root: Path) -> Claim:
+    """Make the folder and lock it.
 
     Raises:
         AlreadyRunningError: a cluster, or another `start`, holds it.
-        DevClusterError: it is not ours or cannot be written.
+        DevClusterError: it is not ours alone or cannot be written.
     """
-    lock = Layout(root).lock
     try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if root.stat().st_uid != os.geteuid():
-                raise DevClusterError(f"{root} belongs to another user; choose another folder with --dir")
-            if not lock.exists() and any(root.iterdir()):
-                raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
-            with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-                if not _lock(descriptor):
-                    os.close(descriptor)
-                    raise AlreadyRunningError(f"a cluster runs in {root}")
-                if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                    return descriptor
-                os.close(descriptor)  # its last holder removed it in the meantime
+            folder = open_folder(root)
+            if folder is None:  # removed since: by the cluster that ended in it
+                root.mkdir(mode=0o700, exist_ok=True)
+                continue
+            try:
+                lock = _claim_lock(root, folder)
+            except BaseException:
+                os.close(folder)
+                raise
+            if lock is not None:
+                return Claim(folder, lock)
+            os.close(folder)
     except OSError as error:
         raise DevClusterError(f"{error.filename or root}: {error.strerror}; choose another folder with --dir") from None
+
+
+def _claim_lock(root: Path, folder: int) -> int | None:
+    """The lock, taken; None if its last holder removed it, or the folder, in the meantime."""
+    name = Layout(root).lock.name
+    is_there = name in os.listdir(folder)
+    if not is_there and os.listdir(folder):
+        raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
+    try:
+        lock = open_lock(root, folder, os.O_CREAT)
+    except FileNotFoundError:
+        return None
+    try:
+        if not _lock(lock):
+            raise AlreadyRunningError(f"a cluster runs in {root}")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(name, dir_fd=folder, follow_symlinks=False)):
+                return lock
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
+
+
+def open_folder(root: Path) -> int | None:
+    """A descriptor of a cluster's folder, which is no link; None if there is no folder.
+
+    Raises:
+        DevClusterError: it is somebody else's, or others may write to it: they could put links there.
+    """
+    try:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        owner = root.stat().st_uid
+        raise DevClusterError(f"{root} belongs to {_name_of(owner)}; choose another folder with --dir") from None
+    status = os.fstat(folder)
+    what = "" if status.st_uid == os.geteuid() else f"belongs to {_name_of(status.st_uid)}; choose another folder with --dir"
+    if not what and status.st_mode & 0o022:
+        what = f"can be written to by others (mode {status.st_mode & 0o7777:o}); chmod 700 {root}"
+    if what:
+        os.close(folder)
+        raise DevClusterError(f"{root} {what}")
+    return folder
+
+
+def open_lock(root: Path, folder: int, flags: int = 0) -> int:
+    """A descriptor of the lock in the folder of the descriptor `folder`.
+
+    Raises:
+        DevClusterError: something else has its name.
+        FileNotFoundError: there is none, and `flags` do not make one.
+    """
+    path = Layout(root).lock
+    flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        lock = os.open(path.name, flags, 0o600, dir_fd=folder)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DevClusterError(f"{path}: {error.strerror}; it is not the lock of a cluster; remove it") from None
+    if not stat.S_ISREG(os.fstat(lock).st_mode):
+        os.close(lock)
+        raise DevClusterError(f"{path} is not the lock of a cluster; remove it")
+    return lock
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _clear(layout: Layout, folder: int) -> None:
+    """Remove what an earlier cluster has left in the folder of the descriptor `folder`, and make one for logs.
+
+    Raises:
+        DevClusterError: there are folders of such names that no cluster has made.
+    """
+    layout.remove(folder, keep_logs=True)
+    layout.remove_folder(LOG, folder)
+    strange = sorted({*RUN_TIME_FOLDERS, LOG} & set(os.listdir(folder)))
+    if strange:
+        raise DevClusterError(
+            f"{layout.root / strange[0]} is not of a cluster; remove it, or choose another folder with --dir"
+        )
+    layout.make_folder(LOG, folder)
 
 
 def _lock(descriptor: int) -> bool:
@@ -319,22 +422,34 @@ def _lock(descriptor: int) -> bool:
 
 
 def is_running(root: Path) -> bool:
-    """Whether a cluster lives in this folder."""
+    """Whether a cluster lives in this folder.
+
+    Raises:
+        DevClusterError: it is not ours.
+    """
     try:
-        descriptor = os.open(Layout(root).lock, os.O_RDWR)
-    except (FileNotFoundError, NotADirectoryError):
+        folder = open_folder(resolved(root))
+    except NotADirectoryError:
         return False
     except OSError as error:
         raise DevClusterError(f"{error.filename}: {error.strerror}") from None
+    if folder is None:
+        return False
     try:
-        return not _lock(descriptor)
+        lock = open_lock(root, folder)
+    except FileNotFoundError:
+        return False
     finally:
-        os.close(descriptor)
+        os.close(folder)
+    try:
+        return not _lock(lock)
+    finally:
+        os.close(lock)
 
 
 def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
     """Stop the cluster in a folder, whoever started it; False if there was none. What a killed one left goes, too."""
-    root = root.absolute()
+    root = resolved(root)
     layout = Layout(root)
     found = is_running(root)
     if found:
@@ -369,10 +484,9 @@ def _command_line(pid: int) -> list[str]:
 
 def remove_remains(root: Path) -> None:
     """End the processes and remove the files of a cluster whose supervisor is dead."""
-    lock = claim(root)
-    _end_remains(Layout(root))
-    Layout(root).remove(keep_logs=False)
-    os.close(lock)
+    with claim(root) as claimed:
+        _end_remains(Layout(root))
+        Layout(root).remove(claimed.folder, keep_logs=False)
 
 
 def _end_remains(layout: Layout) -> None:

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RUN_TIME_FOLDERS = ("etc", "run", "db", "spool", "state", "dev")  # all that goes at the end; log goes unless it is wanted
+LOG = "log"
+MARK = ".devcluster"  # a file in each folder that the cluster has made; what others have put beside those is not removed
 SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final zero; see unix(7)
 DATABASE = "slurm_acct_db"
 PORTS = range(20_000, 32_000)  # below Linux's ephemeral ports, which outgoing connections take
@@ -98,16 +100,52 @@ class Layout:
         name = settings.node_names[-1]
         return f"{self.root}/spool/{name}/{name}_99999999.4294967295"
 
-    def remove(self, *, keep_logs: bool) -> None:
-        """Remove what the cluster has made, and the folder if nothing else is in it; logs stay with the lock, as its mark."""
-        for name in RUN_TIME_FOLDERS:
-            shutil.rmtree(self.root / name, ignore_errors=True)
+    def make_folder(self, name: str, folder: int) -> None:
+        """Make a folder in `root`, whose descriptor is `folder`, with a mark that it is the cluster's."""
+        os.mkdir(name, 0o700, dir_fd=folder)
+        os.close(os.open(f"{name}/{MARK}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder))
+
+    def remove_folder(self, name: str, folder: int) -> None:
+        """Remove a folder in `root`, whose descriptor is `folder`, if the cluster has made it."""
+        if _is_marked(name, folder):
+            shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+
+    def remove(self, folder: int, *, keep_logs: bool) -> None:
+        """Remove what the cluster has made, and `root` if nothing else is in it; logs stay with the lock, as its mark.
+
+        Args:
+            folder: The descriptor of `root`: another folder may have got its name meanwhile.
+            keep_logs: Whether the logs stay.
+        """
+        for name in RUN_TIME_FOLDERS if keep_logs else (*RUN_TIME_FOLDERS, LOG):
+            self.remove_folder(name, folder)
         if keep_logs:
             return
-        shutil.rmtree(self.root / "log", ignore_errors=True)
-        self.lock.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.lock.name, dir_fd=folder)
         with contextlib.suppress(OSError):
-            self.root.rmdir()
+            if os.path.samestat(os.fstat(folder), self.root.lstat()):
+                self.root.rmdir()
+
+
+def _is_marked(name: str, folder: int) -> bool:
+    """Whether a folder in that of the descriptor `folder` is the cluster's."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError:
+        return False
+    try:
+        os.stat(MARK, dir_fd=descriptor, follow_symlinks=False)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def resolved(root: Path) -> Path:
+    """A cluster's folder without links: asked for once, since a link may lead elsewhere when the cluster ends."""
+    return Path(os.path.realpath(root))  # Path.resolve raises RuntimeError for a link to itself, up to Python 3.12
 
 
 def _text(path: Path) -> str:
@@ -137,16 +175,20 @@ def free_ports(count: int) -> list[int]:
     raise OSError(f"fewer than {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
 
 
-def write_configuration(layout: Layout, settings: Settings, slurmd_version: str) -> None:
+def write_configuration(layout: Layout, settings: Settings, slurmd_version: str, folder: int) -> None:
     """Make the folders and every configuration file, for this user and host, with free ports.
 
     Args:
         layout: Where.
         settings: Of what size.
         slurmd_version: What `slurmd -V` prints, such as "slurm-wlm 24.11.5".
+        folder: The descriptor of the cluster's folder.
+
+    Raises:
+        FileExistsError: there is a folder of such a name, which the cluster has not made.
     """
     for name in RUN_TIME_FOLDERS:
-        (layout.root / name).mkdir(mode=0o700)
+        layout.make_folder(name, folder)
     for index in range(settings.gpus):
         (layout.root / f"dev/gpu{index}").symlink_to("/dev/null")  # plain files, and one file for all, are refused
     user = user_name()

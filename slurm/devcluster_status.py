@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from slurm.devcluster import DevClusterError, client_environment, is_running
-from slurm.devcluster_config import Layout, Settings
+from slurm.devcluster_config import Layout, Settings, resolved
 
 CLIENT_TIMEOUT_S = 20
 
 
 def status_of(root: Path) -> dict[str, Any]:
     """The facts, ready for JSON; `{"up": False, ...}` if no cluster runs there, with `problem` if one runs but is ill."""
-    root = root.absolute()
+    root = resolved(root)
     facts: dict[str, Any] = {"up": False, "dir": str(root), "slurm_conf": str(Layout(root).slurm_conf)}
     if not is_running(root):
         return facts

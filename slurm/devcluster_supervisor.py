@@ -1,4 +1,4 @@
-"""The process that owns a development cluster: `python -m slurm.devcluster_supervisor ROOT SETTINGS LOCK`.
+"""The process that owns a development cluster: `python -m slurm.devcluster_supervisor ROOT SETTINGS LOCK FOLDER`.
 
 A guardian and, below it, the supervisor, whose children are the daemons. Both adopt orphans, so every process of the
 cluster, the jobs' included, is a descendant of both. If the supervisor dies the guardian ends what is left; if the guardian
@@ -44,8 +44,8 @@ class EndedError(Exception):
 class Supervisor:
     """The daemons of one cluster, as children of this process."""
 
-    def __init__(self, layout: Layout, settings: Settings, environment: dict[str, str]) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, folder: int, settings: Settings, environment: dict[str, str]) -> None:
+        self.layout, self.folder = layout, folder  # the descriptor of its root
         self.settings = settings
         self.environment = environment  # of every daemon and client
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -126,7 +126,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Everything, in the order in which one needs the other."""
-        write_configuration(self.layout, self.settings, slurmd_version=self._ask("slurmd", "-V"))
+        write_configuration(self.layout, self.settings, slurmd_version=self._ask("slurmd", "-V"), folder=self.folder)
         root, etc = self.layout.root, self.layout.root / "etc"
         self._spawn(
             "munged",
@@ -299,11 +299,11 @@ def answers(path: Path) -> bool:
             return False
 
 
-def supervise(layout: Layout, settings: Settings) -> bool:
+def supervise(layout: Layout, folder: int, settings: Settings) -> bool:
     """Own the cluster until its end; whether something failed, so that its logs are worth keeping."""
     environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
     environment |= {"SLURM_CONF": str(layout.slurm_conf), "MYSQL_UNIX_PORT": str(layout.database_socket)}
-    supervisor = Supervisor(layout, settings, environment)
+    supervisor = Supervisor(layout, folder, settings, environment)
     try:
         supervisor.run()
     except Exception:
@@ -315,7 +315,8 @@ def supervise(layout: Layout, settings: Settings) -> bool:
 
 def main(arguments: list[str]) -> None:
     """Be the guardian: start the supervisor, wait for its end, leave nothing."""
-    root, settings_json, lock = arguments
+    root, settings_json = arguments[:2]
+    lock, folder = map(int, arguments[2:])  # descriptors: of the lock, and of ROOT, whose name may come to mean another folder
     layout, settings = Layout(Path(root)), Settings(**json.loads(settings_json))
     for ignored in (signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
@@ -325,9 +326,9 @@ def main(arguments: list[str]) -> None:
     if supervisor == 0:
         processes.bind_to_parent(guardian, signal.SIGTERM)
         processes.adopt_orphans()
-        failed = supervise(layout, settings)
+        failed = supervise(layout, folder, settings)
         if os.getppid() != guardian:
-            layout.remove(keep_logs=True)
+            layout.remove(folder, keep_logs=True)
         os._exit(int(failed))
     signal.signal(signal.SIGTERM, lambda *_: os.kill(supervisor, signal.SIGTERM))
     os.close(0)
@@ -336,8 +337,8 @@ def main(arguments: list[str]) -> None:
     while pid != supervisor:
         pid, status = os.waitpid(-1, 0)
     processes.kill_descendants()
-    layout.remove(keep_logs=status != 0 or layout.keep_logs.exists())
-    os.close(int(lock))
+    layout.remove(folder, keep_logs=status != 0 or layout.keep_logs.exists())
+    os.close(lock)
 
 
 if __name__ == "__main__":

@@ -463,6 +463,90 @@ def test_folders_that_are_not_its_own_are_left_alone(capsys: pytest.CaptureFixtu
     root.rmdir()
 
 
+def strange_folders(root: Path) -> list[Path]:
+    """Somebody's work, in folders that are called like a cluster's."""
+    files = [root / name / "work" for name in ("db", "dev", "log", "etc", "state")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("years of it")
+    return files
+
+
+def test_a_link_that_leads_elsewhere_when_it_ends_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    base = short_folder()
+    real, other, link = base / "real", base / "other", base / "link"
+    real.mkdir(mode=0o700)
+    files = strange_folders(other)
+    link.symlink_to(real)
+    code, out, _ = devcluster(capsys, "start", "--dir", str(link), "--nodes", "1", "--gpus", "0")
+    assert code == 0 and f"export SLURM_CONF={real}/etc/slurm.conf" in out
+    (real / "notes").write_text("mine")  # beside what the cluster has made
+    link.unlink()
+    link.symlink_to(other)
+    assert devcluster(capsys, "stop", "--dir", str(link)) == (0, f"no cluster runs in {other}\n", "")
+    assert is_running(real)
+    # the folder itself gets another name, and another one its name
+    moved = base / "moved"
+    real.rename(moved)
+    other.rename(real)
+    supervisor = int((moved / "devcluster.lock").read_text())
+    os.kill(supervisor, signal.SIGTERM)
+    wait_for(lambda: not is_running(moved))
+    wait_for(lambda: [path.name for path in moved.iterdir()] == ["notes"])
+    assert [(real / file.relative_to(other)).read_text() for file in files] == ["years of it"] * len(files)
+    shutil.rmtree(base)
+
+
+def test_folders_that_it_has_not_made_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    root = short_folder()
+    (root / "devcluster.lock").touch()  # as after `stop --keep-logs`
+    files = strange_folders(root)
+    assert f"{root}/db is not of a cluster; remove it, or choose another folder" in refused(capsys, "--dir", str(root))
+    assert devcluster(capsys, "stop", "--dir", str(root)) == (0, f"no cluster runs in {root}\n", "")
+    assert [file.read_text() for file in files] == ["years of it"] * len(files)
+    shutil.rmtree(root)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_what_is_somebody_elses_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    root = short_folder()
+    for verb in ("start", "stop", "status"):
+        root.chmod(0o700)
+        os.chown(root, 65534, 65534)
+        code, out, error = devcluster(capsys, verb, "--dir", str(root))
+        assert (code, out) == (1, "")
+        assert error == f"error: {root} belongs to user nobody; choose another folder with --dir\n"
+        os.chown(root, 0, 0)
+        root.chmod(0o777)
+        code, out, error = devcluster(capsys, verb, "--dir", str(root))
+        assert (code, out, error) == (1, "", f"error: {root} can be written to by others (mode 777); chmod 700 {root}\n")
+    root.rmdir()
+
+
+@pytest.mark.timeout(60)
+def test_a_lock_that_is_none_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    require_slurm()
+    root = short_folder()
+    precious, lock = root / "precious", root / "devcluster.lock"
+    precious.write_text("12345")
+    for what in ("link", "pipe", "folder"):
+        if what == "link":
+            lock.symlink_to(precious)
+        elif what == "pipe":
+            os.mkfifo(lock)
+        else:
+            lock.mkdir()
+        for verb in ("start", "stop", "status"):
+            code, out, error = devcluster(capsys, verb, "--dir", str(root))
+            assert (code, out) == (1, "") and "not the lock of a cluster; remove it" in error and error.count("\n") == 1
+        lock.rmdir() if what == "folder" else lock.unlink()
+    assert precious.read_text() == "12345"
+    shutil.rmtree(root)
+
+
 def test_sizes_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     require_slurm()
     assert "0 nodes: from 1 to 64 are possible" in refused(capsys, "--nodes", "0")

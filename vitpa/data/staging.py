@@ -90,7 +90,8 @@ def _stage(data_dir: Path, dataset: str, stage_dir: str, abandoned: threading.Ev
     """What one process does: find the folder and, if it is the one that `copies`, see that the copy is there."""
     manifests = {split: Manifest.read(manifest_path(beton_path(data_dir, dataset, split))) for split in SPLITS}
     names = hashlib.sha256("".join(manifest.model_dump_json() for manifest in manifests.values()).encode()).hexdigest()
-    folder = expanded(stage_dir).resolve() / f"vitpa-{os.geteuid()}" / f"{dataset}-{names[:16]}"
+    disk = Path(os.path.realpath(expanded(stage_dir)))  # once; Path.resolve raises RuntimeError for a link to itself
+    folder = disk / f"vitpa-{os.geteuid()}" / f"{dataset}-{names[:16]}"
     staging = _Staging(data_dir, dataset, manifests, stage_dir, folder, abandoned)
     if copies:
         try:
