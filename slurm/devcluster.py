@@ -33,7 +33,7 @@ PROGRAMS = (
     *("sinfo", "squeue", "scancel", "scontrol", "sacctmgr", "sacct", "sbatch", "srun"),
 )
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # where daemons are; not in an ordinary user's PATH
-STOP_TIMEOUT_S = 60
+STOP_STILL_S = 60  # without a sign of life, after which the cluster is not waited for any more but killed
 CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 
 
@@ -468,9 +468,9 @@ def _end_supervisor(layout: Layout) -> None:
     ours = str(layout.root) in command and "slurm.devcluster_supervisor" in command
     if ours:
         processes.kill([pid], signal.SIGTERM)
-    deadline = time.monotonic() + STOP_TIMEOUT_S
+    life = processes.SignsOfLife(lambda: processes.with_descendants([pid]))
     while is_running(layout.root):
-        if ours and time.monotonic() > deadline:
+        if ours and life.idle_s() > STOP_STILL_S:
             processes.kill([*processes.descendants([pid]), pid])
         time.sleep(0.02)
 
@@ -490,7 +490,4 @@ def remove_remains(root: Path) -> None:
 
 
 def _end_remains(layout: Layout) -> None:
-    deadline = time.monotonic() + 10
-    while (remains := processes.remains_of(layout.root, layout.slurm_conf)) and time.monotonic() < deadline:
-        processes.kill(remains)
-        time.sleep(0.02)
+    processes.kill_all(lambda: processes.remains_of(layout.root, layout.slurm_conf))

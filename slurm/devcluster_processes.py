@@ -55,6 +55,12 @@ def descendants(roots: Iterable[int]) -> list[int]:
     return found
 
 
+def with_descendants(roots: Iterable[int]) -> list[int]:
+    """Those of `roots` and all living processes below them."""
+    pids = list(roots)
+    return [*pids, *descendants(pids)]
+
+
 def _processes() -> Iterable[tuple[int, str, int]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -134,15 +140,26 @@ def reap() -> dict[int, int]:
     return ended
 
 
-def kill_descendants(timeout_s: float = 10) -> None:
+def kill_descendants() -> None:
     """End everything below this process, and what it starts while it is being ended."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+
+    def living() -> list[int]:
         reap()
-        living = descendants([os.getpid()])
-        if not living:
+        return descendants([os.getpid()])
+
+    kill_all(living)
+
+
+def kill_all(find: Callable[[], list[int]]) -> None:
+    """Kill what `find` finds until it finds nothing, or for LONGEST_S the same: what is stuck in the kernel stays."""
+    before: list[int] = []
+    changed_s = time.monotonic()
+    while found := find():
+        kill(found)
+        if set(found) != set(before):
+            before, changed_s = found, time.monotonic()
+        if time.monotonic() - changed_s > LONGEST_S:
             return
-        kill(living)
         time.sleep(0.01)
 
 

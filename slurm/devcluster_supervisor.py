@@ -25,10 +25,10 @@ from typing import Any
 from slurm import devcluster_processes as processes
 from slurm.devcluster_config import Layout, Settings, user_name, write_configuration
 
-START_TIMEOUT_S = 60
-SETTLE_TIMEOUT_S = 20  # for a daemon that is started again
+STILL_S = 60.0  # without a sign of life of the daemons, after which something is not waited for any more
+CLIENT_TIMEOUT_S = 60
 QUEUE_TIMEOUT_S = 8  # for jobs to end; KillWait is 5 s
-GRACE_S = 3  # for a daemon to end
+GRACE_S = 3.0  # without a sign of life, for a daemon to end
 POLL_S = 0.02
 IDLE_S = 0.25
 
@@ -108,14 +108,18 @@ class Supervisor:
         if self.terminated or (self.bound and self._stdin.poll(0)):
             raise EndedError
 
-    def _wait(self, what: str, condition: Callable[[], bool], timeout_s: float = SETTLE_TIMEOUT_S, daemon: str = "") -> None:
-        deadline = time.monotonic() + timeout_s
+    def _wait(self, what: str, condition: Callable[[], bool], daemon: str = "") -> None:
+        """Wait as long as the daemons, or what they have started, get on: a busy machine may take minutes."""
+        life = processes.SignsOfLife(lambda: processes.with_descendants(each.pid for each in self.daemons.values()))
         while not condition():
             self._tick()
             if daemon and self.daemons[daemon].returncode is not None:
                 raise FailedError(self._obituary(daemon))
-            if time.monotonic() > deadline:
-                raise FailedError(f"{what} did not happen within {timeout_s:.0f} s; see the logs in {self.layout.root}/log")
+            if life.idle_s() > STILL_S:
+                raise FailedError(
+                    f"{what} did not come, and no daemon has done anything for {STILL_S:.0f} s; see the logs in "
+                    f"{self.layout.root}/log"
+                )
             time.sleep(POLL_S)
 
     def _obituary(self, name: str) -> str:
@@ -146,19 +150,19 @@ class Supervisor:
             "--auth-root-authentication-method=normal",
         )
         install = self.daemons["mariadb-install-db"]
-        self._wait("mariadb-install-db", lambda: install.returncode is not None, START_TIMEOUT_S)
+        self._wait("mariadb-install-db", lambda: install.returncode is not None)
         if install.returncode != 0:
             raise FailedError(self._obituary("mariadb-install-db"))
         del self.daemons["mariadb-install-db"]
         self._spawn("mariadbd", f"--defaults-file={etc}/my.cnf")
-        self._wait("mariadbd's answer", lambda: answers(self.layout.database_socket), START_TIMEOUT_S, "mariadbd")
-        self._wait("munged's answer", self.layout.munge_socket.exists, START_TIMEOUT_S, "munged")
+        self._wait("mariadbd's answer", lambda: answers(self.layout.database_socket), "mariadbd")
+        self._wait("munged's answer", self.layout.munge_socket.exists, "munged")
         self.start_accounting()
         self._start_controller()
         for name in self.settings.node_names:
             self._spawn(f"slurmd.{name}", "-D", "-N", name)
-        self._wait("idle nodes", self._all_idle, START_TIMEOUT_S)
-        self._wait("accounting's answer", self._accounting_answers, START_TIMEOUT_S)
+        self._wait("idle nodes", self._all_idle)
+        self._wait("accounting's answer", self._accounting_answers)
 
     def _spawn(self, name: str, *arguments: str) -> None:
         """Start a daemon in the foreground, bound to this process's life; `slurmd.NODE` is slurmd."""
@@ -196,7 +200,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=10,
+                timeout=CLIENT_TIMEOUT_S,
                 check=False,
             )
         except subprocess.TimeoutExpired:
@@ -245,9 +249,7 @@ class Supervisor:
         log = self.layout.log("slurmdbd")
         said = log.read_text().count(" started") if log.exists() else 0
         self._spawn("slurmdbd", "-D")
-        self._wait(
-            "slurmdbd's start", lambda: log.exists() and log.read_text().count(" started") > said, START_TIMEOUT_S, "slurmdbd"
-        )
+        self._wait("slurmdbd's start", lambda: log.exists() and log.read_text().count(" started") > said, "slurmdbd")
 
     # --- stop
 
@@ -277,13 +279,13 @@ class Supervisor:
         """End daemons side by side: by a signal, after a grace by SIGKILL."""
         living = [self.daemons[name] for name in names if self.daemons[name].returncode is None]
         processes.kill([process.pid for process in living], signal_number)
-        deadline = time.monotonic() + GRACE_S
+        life = processes.SignsOfLife(lambda: processes.with_descendants(process.pid for process in living))
         while living:
             ended = processes.reap()
             for process in self.daemons.values():
                 process.returncode = ended.get(process.pid, process.returncode)
             living = [process for process in living if process.returncode is None]
-            if time.monotonic() > deadline:
+            if life.idle_s() > GRACE_S:
                 processes.kill([process.pid for process in living])
             time.sleep(POLL_S / 4)
 

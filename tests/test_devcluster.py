@@ -549,7 +549,7 @@ def test_a_lock_that_is_none_is_not_followed(capsys: pytest.CaptureFixture[str])
 
 def test_sizes_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     require_slurm()
-    assert "0 nodes: from 1 to 64 are possible" in refused(capsys, "--nodes", "0")
+    assert "99 nodes: from 1 to 64 are possible" in refused(capsys, "--nodes", "99")
     assert "99 GPUs per node: from 0 to 16 are possible" in refused(capsys, "--gpus", "99")
 
 
