@@ -17,7 +17,7 @@ DATASET is {", ".join(DATASETS)}, or any other name for your own ImageFolder at 
 (train/ and val/, each with one folder per class). cifar10, cifar100 and svhn are downloaded if there is no --source.
 Photos are turned upright by their EXIF orientation and become RGB (transparent parts white); the default for them is
 short side 256 px, JPEG quality 90. Small images are stored as raw pixels: those of digits, cifar10, cifar100 and svhn,
-and a folder in which none has a side above 48 px. Images are never enlarged.
+and a folder in which none has a side above 32 px. Images are never enlarged.
 Left out are hidden and system files and folders, and what is no image by its name; the report and the manifest count
 them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt.
 Repeated with the same settings it does nothing."""

@@ -15,6 +15,7 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,7 +41,7 @@ from vitpa.datasets import DATASETS, SPLITS, facts_of
 __all__ = ["ArraySplit", "FolderSplit", "PrepError", "Split", "has_small_images", "is_photo_set", "load_splits"]
 
 PHOTO_SETS = ("imagenet",)
-SMALL_PX = 48  # images with no longer side are small; those of the data sets in memory have up to 32 px
+SMALL_PX = 32  # images with no longer side are small, as are those of digits, CIFAR and SVHN
 
 
 @dataclass(frozen=True)
@@ -381,10 +382,11 @@ def _folder_split(root: Path, split: str, listing: Listing, same: tuple[str, ...
             )
         for image in listing.images[name]:
             digest.update(os.fsencode(f"{image.path}\0{image.size_bytes}\0{image.mtime_ns}\n"))
-    images = [image for name in class_names for image in listing.images[name]]
     labels = np.repeat(np.arange(len(class_names)), [len(listing.images[name]) for name in class_names])
-    stamps = np.array([(image.size_bytes, image.mtime_ns) for image in images], np.int64)
-    rest = replace(listing, images={})
+    images = [image for name in class_names for image in listing.images.pop(name)]
+    stamps = np.empty((len(images), 2), np.int64)
+    for column, attribute in enumerate(("size_bytes", "mtime_ns")):
+        stamps[:, column] = np.fromiter(map(attrgetter(attribute), images), np.int64, len(images))
     return FolderSplit(
         split,
         tuple(map(shown, class_names)),
@@ -394,6 +396,6 @@ def _folder_split(root: Path, split: str, listing: Listing, same: tuple[str, ...
         folder,
         tuple(image.path for image in images),
         stamps,
-        rest,
+        listing,
         same,
     )

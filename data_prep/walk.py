@@ -221,13 +221,14 @@ def is_hidden(name: str) -> bool:
 
 def same_files(listings: Mapping[str, Listing]) -> list[list[str]]:
     """Files that are listed more than once, by links soft or hard: of each file its SPLIT/CLASS/paths."""
-    images = [(split, image) for split, listing in listings.items() for found in listing.images.values() for image in found]
-    inodes = np.fromiter((image.inode for _, image in images), np.uint64, len(images))
-    _, first, counts = np.unique(inodes, return_inverse=True, return_counts=True)
+    images = [image for listing in listings.values() for found in listing.images.values() for image in found]
+    inodes = np.fromiter((image.inode for image in images), np.uint64, len(images))
+    _, number, counts = np.unique(inodes, return_inverse=True, return_counts=True)
+    repeated = set(inodes[(counts[number] > 1) & (inodes > 0)].tolist())  # 0: a file system without inodes
     places: dict[Identity, list[str]] = {}
-    for index in np.flatnonzero((counts[first] > 1) & (inodes > 0)).tolist():  # 0: a file system without inodes
-        split, image = images[index]
-        places.setdefault((image.device, image.inode), []).append(f"{split}/{image.path}")
+    for split, listing in listings.items() if repeated else ():
+        for image in (image for found in listing.images.values() for image in found if image.inode in repeated):
+            places.setdefault((image.device, image.inode), []).append(f"{split}/{image.path}")
     return [same for same in places.values() if len(same) > 1]
 
 

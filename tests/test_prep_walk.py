@@ -337,16 +337,16 @@ def test_a_manifest_from_before_there_were_notes_is_read(source: Path, tmp_path:
 
 def test_what_is_small(source: Path) -> None:
     assert has_small_images(splits(source))
-    picture(source / "val/dog/2.png", 0, 48)
+    picture(source / "val/dog/2.png", 0, 32)
     (source / "train/cat/2.png").write_bytes(b"corrupt")
     assert has_small_images(splits(source))
-    picture(source / "val/dog/2.png", 0, 49)
+    picture(source / "val/dog/2.png", 0, 33)
     assert not has_small_images(splits(source))
 
 
 def test_jpeg_quality_of_small_images_needs_a_share(source: Path, tmp_path: Path) -> None:
     options = Options("pets", source=source, out=tmp_path / "out", jpeg_quality=80)
-    with pytest.raises(PrepError, match=r"no meaning for raw pixels \(no image is larger than 48 px\); give --jpeg-share too"):
+    with pytest.raises(PrepError, match=r"no meaning for raw pixels \(no image is larger than 32 px\); give --jpeg-share too"):
         prepare(options, print)
 
 
