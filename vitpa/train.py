@@ -35,6 +35,7 @@ from vitpa.arguments import path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.checkpoint import Checkpoint, Progress
 from vitpa.checkpoint_file import CheckpointError, step_of
+from vitpa.compiler_cache import check_compiler_cache
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
 from vitpa.data.augment import Augmentation, epoch_keys
 from vitpa.data.batches import steps_per_epoch
@@ -135,6 +136,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         if t.step < t.total_steps:
             if t.steps.compiles:
+                check_compiler_cache()
                 say(t, "compiling the step, which takes about a minute")
             for note in t.steps.prepare(t.step):
                 say(t, note)
