@@ -20,7 +20,7 @@ from typing import Any
 
 from jobs.grid import Attention, Sweep, SweepError
 from jobs.state import RunState
-from vitpa.config import Result, to_json, utc_now, write_atomic
+from vitpa.config import Result, printable, to_json, utc_now, write_atomic
 
 OLDER = "older-than-the-last-attempt"  # the folder of a report that a later `collect` could not replace
 
@@ -318,9 +318,9 @@ def _percent(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
-def _mean_std(estimate: Estimate, plus_minus: str, sign: bool = False) -> str:
+def _mean_std(estimate: Estimate, sign: bool = False) -> str:
     mean = _percent(estimate.mean, sign)
-    return mean if estimate.std is None else f"{mean} {plus_minus} {_percent(estimate.std)}"
+    return mean if estimate.std is None else f"{mean} ± {_percent(estimate.std)}"
 
 
 def _interval(estimate: Estimate, sign: bool = False) -> str:
@@ -333,7 +333,7 @@ def _of_wanted(estimate: Estimate, wanted: int) -> str:
     return f"{estimate.n}/{wanted}" + ("" if estimate.n == wanted else " incomplete")
 
 
-def _cells_text(table: CollectedTable, plus_minus: str) -> tuple[list[str], list[list[str]]]:
+def _cells_text(table: CollectedTable) -> tuple[list[str], list[list[str]]]:
     header = ["data set", "attention", "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
     rows = []
     for cell in table.cells:
@@ -342,7 +342,7 @@ def _cells_text(table: CollectedTable, plus_minus: str) -> tuple[list[str], list
             [
                 cell.dataset,
                 cell.attention,
-                _mean_std(cell.val_top1, plus_minus) + mark,
+                _mean_std(cell.val_top1) + mark,
                 _interval(cell.val_top1),
                 _of_wanted(cell.val_top1, cell.wanted),
                 _percent(cell.reference_val_top1),
@@ -352,7 +352,7 @@ def _cells_text(table: CollectedTable, plus_minus: str) -> tuple[list[str], list
     return header, rows
 
 
-def _differences_text(table: CollectedTable, plus_minus: str) -> tuple[list[str], list[list[str]]]:
+def _differences_text(table: CollectedTable) -> tuple[list[str], list[list[str]]]:
     header = ["data set", "content - positional, points", "95 % interval", "seeds in both"]
     rows = []
     for difference in table.differences:
@@ -360,7 +360,7 @@ def _differences_text(table: CollectedTable, plus_minus: str) -> tuple[list[str]
         rows.append(
             [
                 difference.dataset,
-                _mean_std(difference.val_top1, plus_minus, sign=True) + mark,
+                _mean_std(difference.val_top1, sign=True) + mark,
                 _interval(difference.val_top1, sign=True),
                 _of_wanted(difference.val_top1, difference.wanted),
             ]
@@ -370,10 +370,10 @@ def _differences_text(table: CollectedTable, plus_minus: str) -> tuple[list[str]
 
 def markdown(table: CollectedTable) -> str:
     """The tables in Markdown, readable as plain text."""
-    parts = [f"## {table.sweep}: {table.description}" if table.description else f"## {table.sweep}"]
-    parts.append(_markdown_table(*_cells_text(table, "±")))
+    parts = [f"## {table.sweep}: {_one_line(table.description)}" if table.description else f"## {table.sweep}"]
+    parts.append(_markdown_table(*_cells_text(table)))
     if table.differences:
-        parts.append(_markdown_table(*_differences_text(table, "±")))
+        parts.append(_markdown_table(*_differences_text(table)))
     parts.append("\n".join(_notes(table)))
     return "\n\n".join(parts)
 
@@ -395,7 +395,12 @@ def _notes(table: CollectedTable) -> list[str]:
     if not table.complete:
         notes.append(f"INCOMPLETE: {len(table.absent)} runs are not in these means:")
         notes += [f"- {entry['run']}: {entry['state']}" + _because(entry["reason"]) for entry in table.absent]
-    return notes
+    return [_one_line(note) for note in notes]
+
+
+def _one_line(text: str) -> str:
+    """A text of the user's or of a record as one line: a comment in LaTeX, or an entry of a list, ends with its line."""
+    return printable(" ".join(text.split()))
 
 
 def _because(reason: str) -> str:
@@ -413,9 +418,9 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def latex(table: CollectedTable) -> str:
     """The tables in LaTeX (package booktabs); the notes as comments."""
     parts = [f"% {note}" for note in _notes(table)]
-    parts.append(_latex_table(*_cells_text(table, "$\\pm$")))
+    parts.append(_latex_table(*_cells_text(table)))
     if table.differences:
-        parts.append(_latex_table(*_differences_text(table, "$\\pm$")))
+        parts.append(_latex_table(*_differences_text(table)))
     return "\n".join(parts) + "\n"
 
 
@@ -427,7 +432,14 @@ def _latex_table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+LATEX = {
+    **{character: "\\" + character for character in "&%_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+
+
 def _escape(text: str) -> str:
-    for character in "&%_#":
-        text = text.replace(character, "\\" + character)
-    return text.replace(" - ", " $-$ ")
+    return "".join(LATEX.get(character, character) for character in printable(text)).replace(" - ", " $-$ ")

@@ -37,7 +37,9 @@ def examine_machine(profile: LocalProfile, root: Path, data_dir: str | None) -> 
     root_was_there = root.exists()
     command = [sys.executable, "-P", str(PROBE), json.dumps(_specification(profile, root, data_dir))]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=LOCAL_LIMIT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=LOCAL_LIMIT_S, check=False
+        )
         if answer.returncode:
             yield Check("probe", "problem", (answer.stderr.strip().splitlines() or ["no message"])[-1], "see the message")
             return

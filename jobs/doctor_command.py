@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitpa.arguments import name_or_path, number
+from vitpa.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -66,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
     def add(check: Check) -> None:
         checks.append(check)
         if not options.json:
-            print(check.line(), flush=True)
+            print(printable(check.line()), flush=True)
 
     try:
         with closing(_examine(options)) as examination:  # Ctrl-C, too, takes the probe job away
@@ -76,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         add(error.check)
         code = UNREACHABLE
     except (SweepError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return ERROR
     code = code or (ERROR if any(check.level == "problem" for check in checks) else OK)
     if options.json:
@@ -100,6 +101,6 @@ def _examine(options: argparse.Namespace) -> Generator[Check, None, None]:
     check_root(root, profile.executor)
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     return examine_cluster(profile, root, options.data_dir, scheduler=Scheduler(), wait_s=options.wait_s, say=say)

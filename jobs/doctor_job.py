@@ -207,7 +207,7 @@ def _verdict(name: str, ok: bool, detail: str) -> Check:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return None
     return document

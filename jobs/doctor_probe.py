@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON file that is whole as soon as it is there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document))
+    temporary.write_text(json.dumps(document), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -141,7 +141,14 @@ def words_of(command: list[str]) -> tuple[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     try:
         answer = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=LIMIT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return "", f"no answer in {LIMIT_S} s"

@@ -12,7 +12,7 @@ from jobs.grid import Run
 from jobs.job_output import output_of
 from jobs.state import LIVE, RunState, Survey
 from jobs.status import pause_s
-from vitpa.config import AttemptDir
+from vitpa.config import AttemptDir, printable
 
 POLL_S = 0.5
 TAIL_BYTES = 200_000
@@ -24,9 +24,15 @@ def tail(path: Path, lines: int) -> list[str]:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
+            return _lines(file.read())[-lines:]
     except FileNotFoundError:
         return []
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of a log, whatever other characters for ends of lines are in them; of a progress bar's, the last state."""
+    lines = data.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return [line.rpartition("\r")[2] or line for line in lines] if data else []
 
 
 def logs_of(attempt: AttemptDir) -> list[Path]:
@@ -146,13 +152,13 @@ class _Followed:
             self._offset = self._offset or 0
             return
         shown = data if to_the_end else data[: data.rfind(b"\n") + 1]
-        for line in shown.decode(errors="replace").splitlines():
+        for line in _lines(shown):
             _say(self._prefix + line, self._console)
         self._offset = (self._offset or 0) + len(shown)
 
 
 def _say(text: str, console: Console, style: str = "") -> None:
-    console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text, keep="\t"), style=style or None, markup=False, highlight=False, soft_wrap=True)
 
 
 def _heading(state: RunState, console: Console, log: Path | None = None) -> None:

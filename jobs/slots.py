@@ -85,7 +85,7 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
     return answer.stdout.split() if answer.returncode == 0 else []
 
 
@@ -94,7 +94,7 @@ def gpu_memory_gib() -> float | None:
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
     sizes = [int(line) for line in answer.stdout.split() if line.isdecimal()]
     return min(sizes) / 1024 if answer.returncode == 0 and sizes else None
 

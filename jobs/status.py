@@ -19,7 +19,7 @@ from rich.text import Text
 from jobs.grid import Run
 from jobs.state import LIVE, STATES, RunState, Survey
 from jobs.waiting import advice, needs_somebody
-from vitpa.config import RunDir, RunError, parse_line, read_json, read_with_checksum
+from vitpa.config import RunDir, RunError, parse_line, printable, read_json, read_with_checksum
 
 REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
@@ -200,7 +200,7 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
             runs.setdefault((row["state"], text), []).append(row["run"])
     ordered = sorted(runs, key=lambda key: MATTERS.index(key[0]))
     more = {key: f" and {len(runs[key]) - 1} more" if len(runs[key]) > 1 else "" for key in ordered}
-    return [f"{runs[key][0]}{more[key]} {key[0]}: {key[1]}" for key in ordered]
+    return [f"{runs[key][0]}{more[key]} {key[0]}: {printable(key[1])}" for key in ordered]
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class StatusTable:
         """The columns that are shown, each with its width and its texts."""
         columns = []
         for column in COLUMNS:
-            texts = [column.text(row) for row in self.rows]
+            texts = [printable(column.text(row)) for row in self.rows]
             if column.name not in SLURM_COLUMNS or any(texts):
                 columns.append((column, max(len(text) for text in [column.name, *texts]), texts))
         for name in DISPENSABLE:
@@ -304,7 +304,7 @@ def pause_s(survey: Survey) -> float:
 
 
 def _warning(survey: Survey) -> str:
-    return f" ({survey.scheduler_error})" if survey.scheduler_error else ""
+    return f" ({printable(survey.scheduler_error)})" if survey.scheduler_error else ""
 
 
 def nothing_live(states: list[RunState]) -> bool:

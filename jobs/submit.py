@@ -390,7 +390,11 @@ def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: P
 
 def _why_not_started(submission: SubmissionDir, exit_code: int) -> str:
     """Why the helper could not start the jobs: SLURM's own words, if it has said any."""
-    lines = [line.strip() for line in submission.launch_log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in submission.launch_log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     said = [re.sub(r"^sbatch: ((error|fatal): )?", "", line) for line in lines if line.startswith("sbatch: ")]
     if said:
         return "SLURM refused the jobs: " + "; ".join(dict.fromkeys(said))

@@ -37,10 +37,12 @@ from vitpa.config import (
     literal_path,
     os_error_line,
     parse_config,
+    printable,
     read_json,
     utc_now,
     write_json,
 )
+from vitpa.console import PrintableConsole
 
 if TYPE_CHECKING:
     from jobs.limits import Outlook
@@ -101,7 +103,7 @@ class Context:
         survey = Survey(self.root, self.scheduler)
         states = survey.states(runs)
         if survey.scheduler_error:
-            print(f"warning: {survey.scheduler_error}; states are as far as the files tell", file=sys.stderr)
+            print(f"warning: {printable(survey.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
             self.unanswered.append(survey.scheduler_error)
         return states
 
@@ -121,15 +123,15 @@ def run_verb(options: argparse.Namespace) -> int:
         code = VERBS[options.verb](context)
         return UNREACHABLE if context.unanswered and code in (OK, PARTIAL) else code
     except SchedulerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return UNREACHABLE
     except (SweepError, ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         print("error: interrupted; the same command again goes on from here", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {os_error_line(error)}", file=sys.stderr)
+        print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
     return ERROR
 
 
@@ -180,8 +182,8 @@ def _check_settings(options: argparse.Namespace, run: Run, overrides: list[Overr
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)  # a file or a pipe has no width to fit
+    console = PrintableConsole()
+    return console if console.is_terminal else PrintableConsole(width=160)  # a file or a pipe has no width to fit
 
 
 def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[Override]]:
@@ -282,7 +284,7 @@ def _look_ahead(
     try:
         return look(context.scheduler)
     except SchedulerError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        print(f"warning: {printable(str(error))}", file=sys.stderr)
         context.unanswered.append(str(error))
         return look(None)
 
@@ -313,8 +315,8 @@ def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
     for first, *others in [] if getattr(context.options, "json", False) else reasons.values():
         more = f" and {len(others)} more are" if others else " is"
         context.say(
-            f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({first.reason}); mend that, "
-            f"then: vitpa sweep retry {context.start_suffix} --force"
+            f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({printable(first.reason)}); "
+            f"mend that, then: vitpa sweep retry {context.start_suffix} --force"
         )
     return [state for state in chosen if state not in in_vain]
 
@@ -334,7 +336,7 @@ def _retry(context: Context) -> int:
     hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
     for state in hopeless:
         how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
-        context.say(f"{state.run.label} is left alone: it {how} ({state.reason}); mend that, then --force")
+        context.say(f"{state.run.label} is left alone: it {how} ({printable(state.reason)}); mend that, then --force")
     chosen = [state for state in chosen if state not in hopeless]
     if not chosen:
         context.say(f"nothing to retry: {status.summary(states)}")

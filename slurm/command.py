@@ -15,6 +15,7 @@ from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, d
 from slurm.devcluster_config import Layout, Settings, resolved
 from slurm.devcluster_status import as_text, status_of
 from vitpa.arguments import path_argument, whole_number
+from vitpa.terminal import printable
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -63,7 +64,7 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return actions[options.verb](options)
     except DevClusterError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return ERROR
 
 

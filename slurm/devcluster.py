@@ -143,7 +143,8 @@ class DevCluster:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=output,
-                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
                     pass_fds=descriptors,
                     start_new_session=True,
                 )
@@ -463,7 +464,7 @@ def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
 
 def _end_supervisor(layout: Layout) -> None:
     """Ask it to stop and wait for it; if it cannot, end everything below it."""
-    pid = int(layout.lock.read_text() or 0)
+    pid = int(layout.lock.read_text(encoding="utf-8") or 0)
     command = _command_line(pid)
     ours = str(layout.root) in command and "slurm.devcluster_supervisor" in command
     if ours:
@@ -477,7 +478,7 @@ def _end_supervisor(layout: Layout) -> None:
 
 def _command_line(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return []
 

@@ -22,7 +22,7 @@ def status_of(root: Path) -> dict[str, Any]:
     if not is_running(root):
         return facts
     try:
-        settings = Settings(**json.loads(Layout(root).settings_json.read_text()))
+        settings = Settings(**json.loads(Layout(root).settings_json.read_text(encoding="utf-8")))
         facts["nodes"] = [_node(line, settings) for line in _ask(root, "sinfo", "-N", "-p", "main", "-O", NODE_COLUMNS)]
         columns = ("name", "state", "nodes")
         facts["partitions"] = [dict(zip(columns, line.split(), strict=True)) for line in _ask(root, "sinfo", "-o", "%R %a %D")]
@@ -56,7 +56,8 @@ def _ask(root: Path, program: str, *options: str) -> list[str]:
             [program, "-h", *options],
             env=client_environment(root),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=CLIENT_TIMEOUT_S,
             check=False,
         )

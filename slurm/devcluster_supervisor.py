@@ -199,7 +199,8 @@ class Supervisor:
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=CLIENT_TIMEOUT_S,
                 check=False,
             )
@@ -247,9 +248,11 @@ class Supervisor:
     def start_accounting(self) -> None:
         """Start slurmdbd and wait until it says so."""
         log = self.layout.log("slurmdbd")
-        said = log.read_text().count(" started") if log.exists() else 0
+        said = log.read_text(encoding="utf-8").count(" started") if log.exists() else 0
         self._spawn("slurmdbd", "-D")
-        self._wait("slurmdbd's start", lambda: log.exists() and log.read_text().count(" started") > said, "slurmdbd")
+        self._wait(
+            "slurmdbd's start", lambda: log.exists() and log.read_text(encoding="utf-8").count(" started") > said, "slurmdbd"
+        )
 
     # --- stop
 

@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = ("vitpa", "jobs", "data_prep", "slurm")
-FOR_EVERY_COMMAND = ("vitpa.arguments", "vitpa.terminal")  # what is typed and what is shown: the standard library and rich
+FOR_EVERY_COMMAND = (
+    "vitpa.arguments",
+    "vitpa.terminal",
+    "vitpa.console",
+)  # typed, shown
 TORCH = {"torch", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
 
 

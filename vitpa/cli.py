@@ -10,6 +10,7 @@ import data_prep.command
 import jobs.command
 import jobs.doctor_command
 import slurm.command
+from vitpa.terminal import printable_output
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `vitpa` command and return its exit code: 0 ok, 1 a user's error, 2 usage, 3 no scheduler, 4 partial."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with printable_output():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(words: list[str]) -> int:
     try:
         if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
             from vitpa.train import main as train

@@ -55,7 +55,7 @@ def code_record() -> dict[str, Any]:
 def _record() -> dict[str, Any] | None:
     """What `CODE_VERSION.json` says, if there is one and it belongs to the sources that are here."""
     try:
-        record: dict[str, Any] = json.loads((PACKAGE / CODE_VERSION_JSON).read_text())
+        record: dict[str, Any] = json.loads((PACKAGE / CODE_VERSION_JSON).read_text(encoding="utf-8"))
         return record if record["sources_sha256"] == _sources_sha256() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -71,7 +71,9 @@ def _sources_sha256() -> str:
 def _git(*arguments: str) -> str | None:
     """git's answer about the package's folder; None without git or outside a checkout."""
     try:
-        answer = subprocess.run(["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(
+            ["git", *arguments], cwd=PACKAGE, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()

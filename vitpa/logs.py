@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from vitpa.console import PrintableConsole
 from vitpa.metrics import read_metrics, to_line
 from vitpa.rundir import RunDir, write_atomic
 
@@ -188,8 +188,14 @@ class ProgressLine:
         self._first_step, self._step, self._started_s, self._printed_s = step, step, time.monotonic(), time.monotonic()
         self._live: Progress | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn(), TimeRemainingColumn())
-            self._live = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=Console(stderr=True))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TaskProgressColumn(),
+                TimeRemainingColumn(),
+            )
+            shown = TextColumn("{task.fields[metrics]}", markup=False)
+            self._live = Progress(*columns, shown, console=PrintableConsole(stderr=True))
             self._task = self._live.add_task(name, total=steps_total, completed=step, metrics="")
             self._live.start()
 

@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
     if not path.exists():
         return []
-    return _rows(path, path.read_text(errors="replace"))
+    return _rows(path, path.read_text(encoding="utf-8", errors="replace"))
 
 
 def _rows(path: Path, text: str) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from vitpa.arguments import number, path_argument, whole_number
 from vitpa.config import ConfigError, RunConfig, keys_help, load_config
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.datasets import SPLITS
+from vitpa.terminal import printable, printable_output
 
 Blame = Literal["node", "data", "run"]
 
@@ -222,6 +223,7 @@ def report(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: prints the report; 0 if the checks could be made, passed or not, 1 for an error of the user's."""
     parser = argparse.ArgumentParser(
@@ -255,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.runtime.device == "cuda" and not options.gpus:
             raise ConfigError("runtime.device=cuda with --gpus 0: ask for GPUs, or set runtime.device=cpu")
     except (ConfigError, OSError) as error:
-        print(f"vitpa preflight: {error}", file=sys.stderr)
+        print(f"vitpa preflight: {printable(str(error))}", file=sys.stderr)
         return 1
     if options.only is None:
         print(json.dumps(report(config, options)))

@@ -42,7 +42,11 @@ def utc_now() -> str:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` so that `path` holds either its old content or all of `data`, also after a crash."""
     temporary = _write_temporary(path, data)
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError as error:  # a folder is in the way: it is the one to be named, not the temporary file
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     _fsync_directory(path.parent)
 
 
@@ -53,6 +57,8 @@ def create_exclusive(path: Path, data: bytes | str) -> bool:
         os.link(temporary, path)  # atomic and exclusive, on NFS too
     except FileExistsError:
         return False
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink()
     _fsync_directory(path.parent)
@@ -103,7 +109,7 @@ def _write_temporary(path: Path, data: bytes | str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

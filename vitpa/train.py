@@ -56,6 +56,7 @@ from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import why_not_together
 from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, with_checksum, write_json
+from vitpa.terminal import printable, printable_output
 from vitpa.window import NEVER, Row
 
 ALL_STOPS_S = 0.3
@@ -778,6 +779,7 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
     options = command_parser().parse_intermixed_args(arguments)
@@ -808,10 +810,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vitpa train: {out_of_memory(configs)} ({str(error).partition('. ')[0]})", file=sys.stderr)
         return 1
     except (ConfigError, RunError, BetonError, TrainError) as error:
-        print(f"vitpa train: {error}", file=sys.stderr)
+        print(f"vitpa train: {printable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a missing right
-        print(f"vitpa train: {os_error_line(error)}", file=sys.stderr)
+        print(f"vitpa train: {printable(os_error_line(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)

@@ -14,6 +14,7 @@ from vitpa.config import ConfigError
 from vitpa.data.beton import BetonError
 from vitpa.os_errors import os_error_line
 from vitpa.rundir import RunError, check_writable
+from vitpa.terminal import printable, printable_output
 
 
 @contextmanager
@@ -41,6 +42,7 @@ def sigterm_as_exit() -> Iterator[None]:
             signal.signal(name, handler)
 
 
+@printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
     parser = argparse.ArgumentParser(
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with sigterm_as_exit():
             return int(options.measure(options))
     except (ConfigError, BetonError, RunError) as error:
-        print(f"vitpa bench: {error}", file=sys.stderr)
+        print(f"vitpa bench: {printable(str(error))}", file=sys.stderr)
     except OSError as error:
-        print(f"vitpa bench: {os_error_line(error)}", file=sys.stderr)
+        print(f"vitpa bench: {printable(os_error_line(error))}", file=sys.stderr)
     return 1

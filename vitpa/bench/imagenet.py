@@ -388,7 +388,7 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
                 process.terminate()
                 process.wait()
             if file.exists():
-                facts.update(json.loads(file.read_text()))
+                facts.update(json.loads(file.read_text(encoding="utf-8")))
                 lines += [Line(**{**each, "notes": tuple(each["notes"])}) for each in facts.pop("results")]
     return process.returncode == 0
 
