@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 SAMPLE_S = 1.0  # between two looks at the processes
 LONGEST_S = 30.0  # that counts of what is between two looks: longer ones mean that this machine, or process, stood still
-MOVED_S = 0.1  # of a CPU since the last sign of life: less says nothing
+MOVED_S = 0.03  # of a CPU since the last sign of life: less says nothing
 BUSY_SHARE = 0.03  # of a CPU: what only looks whether it may go on takes less, what computes gets more, at a load of 30, too
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

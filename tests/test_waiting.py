@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from slurm.devcluster_config import Layout, Settings
 from slurm.devcluster_processes import SignsOfLife
+from slurm.devcluster_supervisor import FailedError, Supervisor
 from tests.waiting import finish, ours, run_to_end, wait_for
 
 REPOSITORY = Path(__file__).parent.parent
@@ -77,6 +79,23 @@ def test_a_process_that_waits_for_a_disk_is_alive(monkeypatch: pytest.MonkeyPatc
     process.wait()
 
 
+def test_the_cluster_waits_for_a_daemon_that_gets_on_and_not_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurm.devcluster_supervisor.STILL_S", 2.0)
+    monkeypatch.setattr("slurm.devcluster_processes.reap", dict)  # this process has other children
+    supervisor = Supervisor(Layout(tmp_path), -1, Settings(1, 1, 1, 1), {})
+    supervisor.bound = False
+    with subprocess.Popen([sys.executable, "-c", COMPUTES.format(3)]) as busy:
+        supervisor.daemons = {"slurmctld": busy}
+        supervisor._wait("the end", lambda: busy.poll() is not None)
+    with subprocess.Popen(["sleep", "1000"]) as hangs:
+        supervisor.daemons = {"slurmctld": hangs}
+        with pytest.raises(FailedError, match="the end did not come, and no daemon has done anything for 2 s; see the logs"):
+            supervisor._wait("the end", lambda: hangs.poll() is not None)
+        hangs.kill()
+
+
 @pytest.mark.slow
 def test_a_test_has_its_time_from_the_last_sign_of_life(tmp_path: Path) -> None:
     """`timeout` of pytest: one that works twice as long passes, with itself or a process at work; one that hangs ends."""
@@ -86,9 +105,9 @@ def test_a_test_has_its_time_from_the_last_sign_of_life(tmp_path: Path) -> None:
         f"def test_a_child_works():\n    subprocess.run([sys.executable, '-c', {COMPUTES.format(3)!r}])\n"
         "def test_this_works():\n    end = time.process_time() + 3\n    while time.process_time() < end: pass\n"
         "def test_hangs():\n    subprocess.run(['sleep', '1000'])\n"
-        "def test_spins():\n    tests.conftest.SPIN = 4\n    while True: pass\n"
+        "def test_spins():\n    tests.conftest.SPIN = 2\n    while True: pass\n"
     )
-    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=1", f"--rootdir={tmp_path}"]
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=2", f"--rootdir={tmp_path}"]
     done = run_to_end([sys.executable, "-m", "pytest", *options, "-c", "/dev/null", str(file)], cwd=REPOSITORY)
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert "test_hangs: nothing has moved for " in done.stdout
