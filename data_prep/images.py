@@ -20,11 +20,12 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PpmImagePlugin import PpmImageFile
 
-from data_prep.integrity import JPEG_MAGIC, PNG_MAGIC, checked_png, jpeg_damage, with_end
+from data_prep.integrity import JPEG_MAGIC, PNG_MAGIC, checked_png, jpeg_bits, jpeg_damage, tiff_damage, with_end
 from vitpa.data.beton import ImageSettings, Pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
 MAX_FILE_BYTES = 1 << 30  # of an image
+BITS = 8  # of a channel, as they are stored
 DEEP_WHITE = 0xFFFF  # of 16-bit values
 NEARLY_BLACK = 4  # values that stay below white divided by this had another white in mind
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
@@ -84,13 +85,15 @@ def load_photo(path: Path, white_level: int | None = None, stamp: tuple[int, int
     """
     data, damage, cut = _read(path, stamp), "", False
     if data.startswith(JPEG_MAGIC):
+        if (bits := jpeg_bits(data)) > BITS:
+            raise CorruptImageError(f"a JPEG of {bits} bits, which is not supported; save it with {BITS}")
         whole = with_end(data)
         data, cut = whole, len(whole) > len(data)
     elif data.startswith(PNG_MAGIC):
         data, damage = checked_png(data)
     with _reasons(), Image.open(io.BytesIO(data), formats=_formats()) as image:
         jpeg = image.format in ("JPEG", "MPO")
-        damage = jpeg_damage(data, cmyk=image.mode == "CMYK") if jpeg else damage
+        damage = jpeg_damage(data) if jpeg else damage or tiff_damage(data, getattr(image, "tag_v2", {}))
         if damage:
             raise CorruptImageError(f"OSError: image file is truncated ({damage})" if cut else damage)
         more_frames = not jpeg and _has_more_frames(image)  # a camera's MPO holds previews

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,10 @@ TJPF_GRAY, TJPF_CMYK = 6, 11  # turbojpeg.h: pixel formats
 STOP_ON_WARNING, LIMIT_SCANS = 8192, 32768  # the same: flags
 SHRINK = 8  # decoding to an eighth reads all codes, and leaves most of the arithmetic out
 
+COMPRESSION, JPEG_IN_TIFF, JPEG_TABLES = 259, 7, 347  # tags of TIFF, and a value
+STRIPS_OR_TILES, SIZES_OF_THOSE = (273, 324), (279, 325)
+WARNINGS = ("Corrupt JPEG data", "Premature end")
+
 IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where Pillow looks for an orientation
@@ -40,6 +46,7 @@ class _Scans:
     Attributes:
         ended: Whether its last marker, EOI, is there.
         frame: The kind of its frame, SOFn; 0 if there is none.
+        bits: Of a channel.
         size: Width and height, pixels.
         low_bits: Of each component the lowest bit of each of its 64 coefficients that the scans have brought; None for none.
         revision_at: Where in the file JFIF's revision is.
@@ -47,6 +54,7 @@ class _Scans:
 
     ended: bool = False
     frame: int = 0
+    bits: int = 0
     size: tuple[int, int] = (0, 0)
     low_bits: dict[int, list[int | None]] = field(default_factory=dict)
     revision_at: int | None = None
@@ -73,12 +81,30 @@ def with_end(data: bytes) -> bytes:
     return data if _read_scans(data).ended else data + END_OF_IMAGE
 
 
-def jpeg_damage(data: bytes, *, cmyk: bool) -> str:
+def jpeg_bits(data: bytes) -> int:
+    """How many bits a channel of a JPEG has; 0 if it does not say."""
+    return _read_scans(data).bits
+
+
+def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
+    """What is wrong with the JPEGs that a TIFF consists of; empty if nothing is, or it is compressed in another way."""
+    if tags.get(COMPRESSION) != JPEG_IN_TIFF:
+        return ""
+    offsets, sizes = (tags.get(strips, tags.get(tiles, ())) for strips, tiles in (STRIPS_OR_TILES, SIZES_OF_THOSE))
+    tables = tags.get(JPEG_TABLES, b"")[: -len(END_OF_IMAGE)]
+    for offset, size in zip(offsets, sizes, strict=False):
+        strip = data[offset : offset + size]
+        damage = jpeg_damage(tables + strip[2:] if tables else strip)
+        if damage.startswith(WARNINGS):  # the rest are of colours, which are TIFF's to say
+            return damage
+    return ""
+
+
+def jpeg_damage(data: bytes) -> str:
     """What is wrong with a JPEG, in libjpeg's words; empty if it is whole.
 
     Args:
         data: All of the file, the last marker included: see `with_end`.
-        cmyk: Whether it has the four colours of printing.
     """
     scans = _read_scans(data)
     if scans.revision_at is not None and data[scans.revision_at] != 1:  # libjpeg warns of it; no pixel depends on it
@@ -86,6 +112,7 @@ def jpeg_damage(data: bytes, *, cmyk: bool) -> str:
     if 0 in scans.size:  # for TurboJPEG 0 means whatever the image has
         return "no frame with a width and a height"
     width, height = (-(-side // SHRINK) for side in scans.size)
+    cmyk = len(scans.low_bits) == 4
     pixels = np.empty((height, width, 4 if cmyk else 1), np.uint8)
     size = width, 0, height, TJPF_CMYK if cmyk else TJPF_GRAY
     with jpeg_decompressor() as (library, decoder):
@@ -105,7 +132,7 @@ def _read_scans(data: bytes) -> _Scans:
         size = int.from_bytes(data[at : at + 2])
         body = data[at + 2 : at + size]
         if marker in FRAMES and len(body) >= 6:
-            scans.frame, scans.size = marker, (int.from_bytes(body[3:5]), int.from_bytes(body[1:3]))
+            scans.frame, scans.bits, scans.size = marker, body[0], (int.from_bytes(body[3:5]), int.from_bytes(body[1:3]))
             scans.low_bits = {number: [None] * 64 for number in body[6::3]}
         elif marker == SOS:
             scans.add(body)

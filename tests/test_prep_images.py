@@ -239,6 +239,22 @@ def test_a_file_that_is_cut_is_corrupt_or_whole(kind: str, options: dict[str, An
     assert outcomes["corrupt"] >= 58
 
 
+def test_damage_of_a_jpeg_within_a_tiff_is_named(tmp_path: Path) -> None:
+    data = encoded(photo(), "TIFF", compression="jpeg")
+    np.testing.assert_array_equal(read(data, tmp_path), decoded(data))
+    middle = len(data) // 2
+    assert "Corrupt JPEG data" in reason(data[:middle] + bytes(600) + data[middle + 600 :], tmp_path)
+    for kind in ("L", "CMYK"):
+        whole = encoded(photo().convert(kind), "TIFF", compression="jpeg")
+        np.testing.assert_array_equal(read(whole, tmp_path), decoded(whole))
+
+
+def test_a_jpeg_of_12_bits_is_named(tmp_path: Path) -> None:
+    data = bytearray(JPEGS["baseline"])
+    data[data.index(b"\xff\xc0") + 4] = 12
+    assert reason(bytes(data), tmp_path) == "a JPEG of 12 bits, which is not supported; save it with 8"
+
+
 def test_other_formats_start_no_program(tmp_path: Path) -> None:
     """Ghostscript reads EPS, and Pillow starts it; a file's content need not be what its name says."""
     assert reason(encoded(photo(), "EPS"), tmp_path) == "not an image of a known kind"
