@@ -149,6 +149,7 @@ def test_headers_that_libjpeg_refuses_are_left_to_it() -> None:
         jpeg[:frame] + table_of_16_bits + jpeg[frame:],
         jpeg[: tables + 4] + b"\x04" + jpeg[tables + 5 :],  # table number 4
         jpeg[: codes + 4] + b"\x25" + jpeg[codes + 5 :],
+        jpeg[: codes + 32] + b"\x41" + jpeg[codes + 33 :],  # a DC coefficient of 65 bits
         jpeg[:codes] + b"\xff\xc4\x00\x05\x00\x01\x01" + jpeg[codes:],  # cut
     ):
         assert Headers(1).find(as_array(other), 32, 32) is None

@@ -185,9 +185,11 @@ def _huffman(body: bytes) -> dict[int, npt.NDArray[np.int16]]:
     """Tables by number, 16 more for those of AC coefficients."""
     tables = {}
     while len(body) >= 17 and body[0] & 0xEF < 4 and len(body) >= 17 + sum(body[1:17]):
-        counts = body[1:17]
-        tables[body[0]] = code_table(counts, body[17 : 17 + sum(counts)])
-        body = body[17 + sum(counts) :]
+        counts, symbols = body[1:17], body[17 : 17 + sum(body[1:17])]
+        if body[0] < 4 and max(symbols, default=0) > 15:
+            raise _UnusualError("a DC coefficient of more than 15 bits")
+        tables[body[0]] = code_table(counts, symbols)
+        body = body[17 + len(symbols) :]
     if body:
         raise _UnusualError("a table with an impossible number, or part of one")
     return tables
