@@ -108,6 +108,9 @@ class ReplicaSteps:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
         self.adamw.copy_values()
         if self.compiles:
+            from vitpa.unfinished_builds import cache_folders, remove_unfinished  # noqa: PLC0415 - loads the compiler
+
+            notes += [f"{path}: a killed run has left it unfinished; it is compiled again" for path in remove_unfinished()]
             compiler = partial(torch.compile, dynamic=False, fullgraph=True)
             network = self.network
             eager = self._batch, self._loss, self._count, self._update, self._eval_batch, self._score
@@ -121,7 +124,8 @@ class ReplicaSteps:
                     self._leaving_no_trace(self._step)
                     self._leaving_no_trace(self._evaluate_batch)
             except TorchDynamoException as error:
-                notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled")
+                damaged = f"if files of the compiler's cache are damaged, delete {' and '.join(map(str, cache_folders()))}"
+                notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled, slowly; {damaged}")
                 self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = eager
                 self.network = network
                 captured = False
