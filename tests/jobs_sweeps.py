@@ -265,15 +265,17 @@ class Field:
         return int((read_json(path) or {})["process"]["pid"])
 
     def slow_sbatch(self, before_s: float, after_s: float) -> None:
-        """From now on sbatch takes that long before and after it does its work."""
+        """From now on sbatch takes that long before and after it submits."""
         folder = self.root / "bin"
         called, submitted = f"touch {folder}/called; sleep {before_s}", f"touch {folder}/submitted; sleep {after_s}"
         self.replace_program("sbatch", called, f'{self.real("sbatch")} "$@"; code=$?', submitted, "exit $code")
 
     def replace_program(self, name: str, *lines: str) -> None:
-        """From now on SLURM's program of that name is a shell script."""
+        """From now on SLURM's program of that name is a shell script; sbatch's test before a submission stays as it is."""
         path = self.root / "bin" / name
         path.parent.mkdir(exist_ok=True)
+        if name == "sbatch":
+            lines = (f'[[ " $* " == *" --test-only "* ]] && exec {self.real(name)} "$@"', *lines)
         path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
         path.chmod(0o755)
         self.environment = {**self.cluster.environment, "PATH": f"{path.parent}:{self.cluster.environment['PATH']}"}
