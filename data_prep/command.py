@@ -96,6 +96,8 @@ def run(options: argparse.Namespace) -> int:
         done = prepare(Options(**arguments), report)
         if report.failure is None or isinstance(report.failure, BrokenPipeError):  # `| head` has read enough
             return 0 if done else 1
+        if isinstance(report.failure, SystemExit):
+            raise report.failure
         message = f"all is done, but the report could not be printed: {report.failure.strerror}"
     except (PrepError, BetonError) as error:
         message = str(error)

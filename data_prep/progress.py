@@ -25,7 +25,7 @@ class Report:
         failure: Why not all lines were printed; None if they were.
     """
 
-    failure: OSError | None = None
+    failure: OSError | SystemExit | None = None
 
     def __call__(self, line: str) -> None:
         """Print a line; characters that stdout's encoding does not have are escaped."""
@@ -34,7 +34,7 @@ class Report:
         try:
             encoding = sys.stdout.encoding or "ascii"
             print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        except OSError as error:
+        except (OSError, SystemExit) as error:  # SystemExit: of the command's stdout, when nobody reads it any more
             self.failure = error
             with suppress(OSError, ValueError):  # what is still in its buffer would fail again at the exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,7 +66,7 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
         if now - last >= LINE_EVERY_S and 0 < done < total:
             last = now
             eta_s = (now - start) / done * (total - done)
-            with suppress(OSError, ValueError):  # nobody reads it any more
+            with suppress(OSError, ValueError, SystemExit):  # nobody reads it any more
                 print(f"{what}: {done:,} of {total:,}, ETA {eta_s / 60:.1f} min", file=sys.stderr, flush=True)
 
     return advance
