@@ -8,11 +8,13 @@ freezes itself (SIGSTOP) as soon as it has a checkpoint, so that no run is over 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +80,7 @@ class Lives:
     local: Cell
     crash: Cell
     stand_in: Cell
+    together: Cell
     during_restart: dict[str, str]  # states of the jobs of the grid after the controller was restarted
     steps: dict[str, int]  # by label: steps at a checkpoint just before the disturbance
     states: dict[str, str]  # what was said about runs in between
@@ -222,6 +225,27 @@ def interrupt_without_progress(lives: Lives) -> None:
     cell.settle()
 
 
+def part_seeds_trained_together(lives: Lives) -> None:
+    """One of three leaves, then the job of the two others is requeued; `retry` starts the one again."""
+    cell = lives.together
+    first, cancelled, other = cell.sweep.runs
+    assert "would start 3 runs in 1 job\n" in cell.vitpa("submit", "--dry-run").stdout
+    cell.submit(nodelist="127.0.0.4", setup=with_code(cell, FREEZE))
+    wait_until_frozen(cell, first)
+    assert "1 asked to stop at their next step, with a checkpoint" in cell.vitpa("cancel", "seed=1").stdout
+    send(cell, first, signal.SIGCONT)
+    wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, poll_s=0.01)
+    send(cell, first, signal.SIGSTOP)
+    wait_for(lambda: [state.state for state in cell.states()] == ["running", "cancelled", "running"], poll_s=0.1)
+    assert len({cell.job(run) for run in (first, other)}) == 1
+    cell.slurm("scontrol", "requeue", cell.job(first))
+    thaw_when_told_to_stop(cell, first)
+    cell.settle()
+    assert "submitted 1 of 3 runs" in cell.vitpa("retry").stdout
+    cell.settle()
+    wait_for(lambda: cell.ends(cancelled)[-1] == "done", poll_s=0.1)  # it comes after the result
+
+
 @pytest.fixture(scope="session")
 def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
     """All the disturbances at once."""
@@ -238,7 +262,10 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     crash = make_cell(base / "crash", cluster, {"digits": DIGITS}, data=data, runtime=runtime, attentions=["content"])
     stand_in_recipe = {**DIGITS, "train": {"epochs": 100_000}}
     stand_in = make_cell(base / "stand-in", cluster, {"digits": stand_in_recipe}, seeds=2, stand_in=True)
-    lives = Lives(grid, local, crash, stand_in, {}, {}, {}, [])
+    recipe = {**DIGITS, "train": {**TRAIN, "epochs": 40}}
+    more: dict[str, Any] = {"attentions": ["content"], "runtime": runtime, "profile": {"replicas": 3}}
+    together = make_cell(base / "together", cluster, {"digits": recipe}, seeds=3, data=data, **more)
+    lives = Lives(grid, local, crash, stand_in, together, {}, {}, {}, [])
     profile = base / "local.yaml"
     profile.write_text(yaml.safe_dump({"slots": 2, "runtime": {**RUNTIME, "data_dir": str(data)}}))
     words = [str(local.root / "life.yaml"), "--root", str(local.root), "--profile", str(profile), "--wait"]
@@ -247,10 +274,10 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     )
 
     grid.profile["setup"] = with_code(grid, FREEZE)
+    began_s = time.monotonic()
     grid.submit("attention=content", nodelist="127.0.0.1")  # an array of 3 digits and 3 photos
     grid.submit("attention=positional", "dataset=digits", "seed=0", partition="low", nodelist="127.0.0.2")
     grid.submit("attention=positional", "dataset=digits", "seed=1", exclude="127.0.0.1,127.0.0.2")
-    grid.submit("attention=positional", "dataset=digits", "seed=2", nodelist="127.0.0.1", time="1:00", signal_delay_s=20)
     crash.submit(nodelist="127.0.0.1", max_attempts=2, setup=with_code(crash, DISK_FULL))
     (stand_in.root / "fail").mkdir()
     for attention in ("content", "positional"):
@@ -259,10 +286,20 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     with ThreadPoolExecutor(10) as pool:
         early = [pool.submit(kill_trainers, lives), pool.submit(interrupt_without_progress, lives)]
         long = [run for run in grid.sweep.runs if run.dataset == "digits"]
-        assert list(pool.map(lambda run: wait_until_frozen(grid, run), long)) == [None] * 6
+        early_ones = [run for run in long if run != lives.time_limit]
+        assert list(pool.map(lambda run: wait_until_frozen(grid, run), early_ones)) == [None] * 5
+        limit_min = math.ceil((time.monotonic() - began_s + 30) / 60)  # no less than it takes this machine to start a run
+        grid.submit(
+            *("attention=positional", "dataset=digits", "seed=2"),
+            nodelist="127.0.0.1",
+            time=f"{limit_min}:00",
+            signal_delay_s=20,
+        )
+        wait_until_frozen(grid, lives.time_limit)
         cluster.restart_controller()
         lives.during_restart |= {state.run.label: state.state for state in grid.states(long)}
         disturbances = [requeue, cancel_and_retry, preempt_then_kill_the_node, set_node_down, run_into_the_time_limit]
+        disturbances.append(part_seeds_trained_together)
         futures = [pool.submit(disturb, lives) for disturb in disturbances]
         wait_for(lambda: "scancel" in lives.states or any(future.done() for future in futures), poll_s=0.1)
         send(grid, lives.untouched, signal.SIGCONT)
@@ -272,7 +309,7 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     grid.settle()
     wait_for(lambda: undisturbed.poll() is not None, poll_s=0.01)
     assert undisturbed.returncode == 0
-    lives.left += processes_left([grid, crash, stand_in])
+    lives.left += processes_left([grid, crash, stand_in, together])
     return lives
 
 
@@ -402,32 +439,15 @@ def test_cancelled_while_it_waits_to_be_started_again(lives: Lives) -> None:
     assert_ended(lives.stand_in, lives.stand_in.run("positional", 1), TERM, "cancelled: cancelled while it waited to go on")
 
 
-def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Path) -> None:
+def test_seeds_trained_together(lives: Lives) -> None:
     """One of three is cancelled, the job of the others is requeued, the one is trained again alone: each is done once."""
-    recipe = {**DIGITS, "train": {**TRAIN, "epochs": 40}}
-    runtime = {"checkpoint_every_steps": EVERY_STEPS}
-    more = {"attentions": ["content"], "runtime": runtime, "profile": {"replicas": 3}}
-    cell = make_cell(tmp_path / "together", cluster, {"digits": recipe}, seeds=3, data=digits, **more)
+    cell = lives.together
     runs = first, cancelled, other = cell.sweep.runs
-    assert "would start 3 runs in 1 job\n" in cell.vitpa("submit", "--dry-run").stdout
-    cell.submit(setup=with_code(cell, FREEZE))
-    wait_until_frozen(cell, first)
-    assert "1 asked to stop at their next step, with a checkpoint" in cell.vitpa("cancel", "seed=1").stdout
-    send(cell, first, signal.SIGCONT)
-    wait_for(cell.directory(cancelled).attempts()[0].left_json.exists, poll_s=0.01)
-    send(cell, first, signal.SIGSTOP)
-    wait_for(lambda: [state.state for state in cell.states()] == ["running", "cancelled", "running"])
-    assert len({cell.job(run) for run in (first, other)}) == 1
-    cell.slurm("scontrol", "requeue", cell.job(first))
-    thaw_when_told_to_stop(cell, first)
-    cell.settle()
-    assert "submitted 1 of 3 runs" in cell.vitpa("retry").stdout
-    cell.settle()
     for run in (first, other):
         assert_ended(cell, run, TERM, "done")
         assert cell.start(run)["job"]["restart"] == 1
         assert cell.start(run)["step"] > 0
-    wait_for(lambda: cell.ends(cancelled) == ["cancelled: cancel", "done"])  # it comes after the result
+    assert cell.ends(cancelled) == ["cancelled: cancel", "done"]
     assert cell.start(cancelled)["step"] > 0
     together = [
         [(read_json(each.env_json) or {})["trained_with_seeds"] for each in cell.directory(run).attempts()] for run in runs
@@ -437,7 +457,6 @@ def test_seeds_trained_together(cluster: DevCluster, digits: Path, tmp_path: Pat
         assert cell.result(run).seed == run.seed
         assert len(set(cell.rows(run))) == len(cell.rows(run)), "every row once"
     assert [log.is_symlink() for log in (each.log for each in cell.directory(other).attempts())] == [True, True]
-    assert processes_left([cell]) == []
 
 
 @pytest.mark.parametrize(
