@@ -6,6 +6,7 @@ Of a cluster: what its configuration says, and what one submitted probe job find
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def _specification(profile: LocalProfile | SlurmProfile, root: Path, data_dir: s
 
 def data_folder(data_dir: str | None) -> Path:
     """The folder of the data sets: as given, or where runs look for it."""
-    return (Path(data_dir) if data_dir else RuntimeConfig().data_path).resolve()
+    return Path(os.path.realpath(data_dir or RuntimeConfig().data_path))
 
 
 def data_sets(folder: Path) -> list[str]:

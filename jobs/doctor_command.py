@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from contextlib import closing
 from dataclasses import asdict
@@ -94,7 +95,7 @@ def _examine(options: argparse.Namespace) -> Generator[Check, None, None]:
     from jobs.scheduler import Scheduler  # noqa: PLC0415
     from jobs.submission import check_root  # noqa: PLC0415
 
-    profile, root = load_profile(options.profile), Path(options.root).resolve()
+    profile, root = load_profile(options.profile), Path(os.path.realpath(options.root))
     if isinstance(profile, LocalProfile):
         return examine_machine(profile, root, options.data_dir)
 

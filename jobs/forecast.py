@@ -25,7 +25,7 @@ from jobs.groups import num_images
 from jobs.state import RunState
 from jobs.status import duration
 from jobs.submit import Batch
-from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_with_checksum, read_yaml
+from vitpa.config import ConfigError, Result, RunConfig, RunDir, RunError, read_json, read_with_checksum, read_yaml
 
 Kind = tuple[str, str]  # data set, attention
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
@@ -266,14 +266,14 @@ def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> di
     looked_at = dict.fromkeys(models, 0)
     for path in sorted((root / "runs").glob("*/result.json")):
         try:
-            result = Result.model_validate_json(path.read_bytes())
+            result = Result.model_validate(read_json(path))
             kind = (result.dataset, result.attention)
             if kind not in models or looked_at[kind] == CONFIGS_LOOKED_AT:
                 continue
             looked_at[kind] += 1
             if read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
                 found.setdefault(kind, []).append(result)
-        except (OSError, ValidationError, ConfigError):  # `status` says what is wrong with it
+        except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
             continue
     return found
 

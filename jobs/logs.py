@@ -12,7 +12,7 @@ from jobs.grid import Run
 from jobs.job_output import output_of
 from jobs.state import LIVE, RunState, Survey
 from jobs.status import pause_s
-from vitpa.config import AttemptDir, printable
+from vitpa.config import AttemptDir, open_regular, printable
 
 POLL_S = 0.5
 TAIL_BYTES = 200_000
@@ -21,7 +21,7 @@ TAIL_BYTES = 200_000
 def tail(path: Path, lines: int) -> list[str]:
     """The last lines of a log; none if it is not there."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
             return _lines(file.read())[-lines:]
@@ -141,7 +141,7 @@ class _Followed:
         if self._attempt is None:
             return
         try:
-            with self._attempt.log.open("rb") as file:
+            with open_regular(self._attempt.log) as file:
                 file.seek(self._offset or 0)
                 data = file.read()
         except FileNotFoundError:

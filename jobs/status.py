@@ -19,7 +19,7 @@ from rich.text import Text
 from jobs.grid import Run
 from jobs.state import LIVE, STATES, RunState, Survey
 from jobs.waiting import advice, needs_somebody
-from vitpa.config import RunDir, RunError, parse_line, printable, read_json, read_with_checksum
+from vitpa.config import RunDir, RunError, open_regular, parse_line, printable, read_json, read_with_checksum
 
 REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
@@ -69,7 +69,7 @@ def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
     A line cut at either end is left out.
     """
     try:
-        with directory.metrics_jsonl.open("rb") as file:
+        with open_regular(directory.metrics_jsonl) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")

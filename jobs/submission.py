@@ -9,6 +9,7 @@ taken-N.json   on this machine: a worker has task N, a group of several runs
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,14 +71,15 @@ class Place:
             except RunError:
                 continue
             if isinstance(place, dict) and isinstance(place.get("profile"), str):
-                return Place(place["profile"], place.get("data_dir"))
+                data_dir = place.get("data_dir")
+                return Place(place["profile"], data_dir if isinstance(data_dir, str) else None)
         return Place()
 
     def changed(self, profile: str | None, data_dir: str | None) -> Place:
         """This place, with what is given instead; files by their absolute paths."""
         if profile is not None and Path(profile).is_file():
-            profile = str(Path(profile).resolve())
-        return Place(profile or self.profile, str(Path(data_dir).resolve()) if data_dir else self.data_dir)
+            profile = os.path.realpath(profile)
+        return Place(profile or self.profile, os.path.realpath(data_dir) if data_dir else self.data_dir)
 
 
 def settle(root: Path, scheduler: Scheduler) -> list[str]:

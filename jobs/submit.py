@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 import socket
@@ -228,7 +229,7 @@ def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequenc
     of_profile = [Override(f"runtime.{key}", value, "the profile") for key, value in runtime.items()]
     config = parse_config(document, run.label, [*of_profile, *overrides, Override("runtime.root", literal_path(root))])
     assert config.signature == run.signature, "the runtime section must not change the signature"
-    data_dir = literal_path(config.runtime.data_path.resolve())
+    data_dir = literal_path(Path(os.path.realpath(config.runtime.data_path)))
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": data_dir})})
 
 

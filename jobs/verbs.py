@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections import Counter
@@ -136,7 +137,7 @@ def run_verb(options: argparse.Namespace) -> int:
 
 
 def _context(options: argparse.Namespace) -> Context:
-    root = Path(options.root).resolve()
+    root = Path(os.path.realpath(options.root))  # Path.resolve raises RuntimeError at a loop of links
     if root.exists() and not root.is_dir():
         raise SweepError(f"--root {options.root}: not a folder; name the folder of runs/ and sweeps/")
     sweep = _load(options, root)

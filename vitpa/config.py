@@ -22,7 +22,16 @@ from pydantic_core import ErrorDetails
 
 from vitpa.arguments import ConfigError, expand_path, literal_path, parse_float
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
-from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_json, parse_yaml, read_bytes, to_yaml
+from vitpa.documents import (
+    YAML_BYTES,
+    DocumentError,
+    check_document,
+    open_regular,
+    parse_json,
+    parse_yaml,
+    read_bytes,
+    to_yaml,
+)
 from vitpa.metrics import parse_line
 from vitpa.os_errors import os_error_line
 from vitpa.replica_fit import memory_gib, why_not_together
@@ -72,6 +81,7 @@ __all__ = [
     "load_config",
     "load_model",
     "memory_gib",
+    "open_regular",
     "os_error_line",
     "parse_config",
     "parse_json",

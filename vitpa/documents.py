@@ -7,6 +7,7 @@ Whatever a file holds, reading it ends soon, in a document or in one line: size,
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import stat
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import yaml
 
@@ -34,20 +35,33 @@ class DocumentError(ValueError):
     """A text that is not the JSON or YAML it should be: what is wrong, and where in the text; one line."""
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, opened for reading; a pipe in its place is not waited at.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(handle, "rb")
+    except OSError:
+        os.close(handle)
+        raise
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """What a regular file of at most `limit` bytes holds; does not wait at a pipe.
 
     Raises:
-        OSError: it cannot be read.
-        DocumentError: it is larger, or no regular file.
+        OSError: it cannot be read, or is no regular file.
+        DocumentError: it is larger.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb", closefd=True) as file:  # noqa: PTH123 - of a handle
-        kind = os.fstat(handle).st_mode
-        if stat.S_ISDIR(kind):
-            raise IsADirectoryError(21, "Is a directory", str(path))
-        if not stat.S_ISREG(kind):
-            raise DocumentError("not a regular file")
+    with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise DocumentError(f"larger than {limit:,} bytes")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitpa.documents import parse_json
+from vitpa.documents import open_regular, parse_json
 
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
@@ -54,7 +54,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
     if not path.exists():
         return []
-    return _rows(path, path.read_text(encoding="utf-8", errors="replace"))
+    with open_regular(path) as file:
+        return _rows(path, file.read().decode(errors="replace"))
 
 
 def _rows(path: Path, text: str) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def last_evaluation(path: Path) -> dict[str, Any] | None:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = file.seek(0, 2)
         for length in (TAIL_BYTES, size):
             file.seek(max(0, size - length))
