@@ -294,7 +294,7 @@ def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
 
 def test_odd_folders_and_little_environment(tmp_path: Path, cluster: DevCluster) -> None:
     """Whatever SLURM takes literally is fine as a root; a job needs nothing of the environment in which it was submitted."""
-    field = Field(tmp_path / "a b'c\"$HOME#d,ü(e)&;[f]", cluster)
+    field = Field(tmp_path / "a b'c\"$,#d,ü(e)&;[f]", cluster)
     assert field.vitpa("submit", profile=slurm_profile(field.root, additional_parameters={"export": "NONE"})).returncode == 0
     field.assert_each_done_once()
 
