@@ -116,7 +116,7 @@ class Cell:
     def values(self, run: Run) -> list[dict[str, float]]:
         """Rows of metrics.jsonl without what the clock says."""
         lines = [json.loads(line) for line in self.directory(run).metrics_jsonl.read_text().splitlines()]
-        return [{key: value for key, value in line.items() if not key.startswith(("perf/", "time"))} for line in lines]
+        return [{key: value for key, value in line.items() if not key.startswith(("perf/", "time", "crc32"))} for line in lines]
 
 
 def make_cell(
