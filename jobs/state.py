@@ -35,6 +35,7 @@ from vitpa.config import (
     RunError,
     create_exclusive,
     load_config,
+    open_regular,
     read_json,
     to_json,
     utc_now,
@@ -369,7 +370,8 @@ def _check_config(run: Run, directory: RunDir, result: Result) -> None:
         return
     mend = "restore it, or move the run's directory away to train the run again"
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
     if hashlib.sha256(content).hexdigest() != result.config_sha256 and load_config(path).signature != run.signature:
