@@ -121,7 +121,7 @@ def test_result_removed_by_the_user(tmp_path: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"val_top1": float("nan")}, "val_top1"),
+        ({"val_top1": float("nan")}, "result.json: NaN is no number of JSON"),
         ({"val_top1": 91.2}, "val_top1"),
         ({"signature": "0123456789abcdef"}, "belongs to run 0123456789abcdef"),
         ({"seed": "0"}, "seed"),

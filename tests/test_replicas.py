@@ -490,8 +490,8 @@ def test_finished_seeds_are_left_out(
     ("seeds", "message"),
     [
         ("1,2,1", "1,2,1: a seed comes up twice"),
-        ("1,two", "'1,two': expected seeds with commas between"),
-        ("", "'': expected seeds with commas between"),
+        ("1,two", "'1,two': expected whole numbers from 0 up with commas between"),
+        ("", "'': expected whole numbers from 0 up with commas between"),
     ],
 )
 def test_seeds_that_are_no_list_of_seeds(
