@@ -196,7 +196,10 @@ def trainers(root: Path, run: Run) -> list[int]:
     """The training processes of a run, without what starts them."""
     found = []
     for pid in processes_below(root, "vitpa.train"):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has ended in the meantime
+            continue
         if words[1:3] == ["-m", "vitpa.train"] and run.signature in words[3]:
             found.append(pid)
     return found
