@@ -31,7 +31,7 @@ def test_so_is_what_has_left_this_process(tmp_path: Path) -> None:
     worker = f"{COMPUTES.format(3)}\nopen('ended', 'w')"
     program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)
-    wait_for((tmp_path / "ended").exists, poll_s=0.05, idle_s=2)
+    assert wait_for((tmp_path / "ended").exists, poll_s=0.05, idle_s=2)
 
 
 @pytest.mark.parametrize("program", ["import time; time.sleep(1000)", LOOKS_AROUND])
@@ -48,7 +48,11 @@ def test_what_hangs_is_given_up_with_what_there_is(program: str) -> None:
 
 def test_a_change_of_what_is_seen_is_a_sign_of_life() -> None:
     began_s = time.monotonic()
-    wait_for(lambda: time.monotonic() - began_s > 4, seen=lambda: (time.monotonic() - began_s) // 1.3, poll_s=0.05, idle_s=3)
+
+    def passed_s() -> float:
+        return time.monotonic() - began_s
+
+    assert wait_for(lambda: passed_s() > 4, seen=lambda: passed_s() // 1.3, poll_s=0.05, idle_s=3)
 
 
 def test_a_program_that_hangs_is_killed_and_what_it_said_is_told() -> None:
