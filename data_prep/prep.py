@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,8 @@ def _lock(folder: Path, stack: ExitStack) -> OSError | None:
             raise
         return error  # to look at what is there needs no lock
     for leftover in folder.glob(".*.part"):
-        leftover.unlink()
+        with suppress(PermissionError, IsADirectoryError):  # somebody else's, in a shared folder
+            leftover.unlink()
     return None
 
 
@@ -176,7 +178,7 @@ def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callabl
 def _convert(writer: Writer, split: Split, options: Options, settings: ImageSettings, say: Callable[[str], None]) -> None:
     start = time.monotonic()
     path = beton_path(options.out, options.dataset, split.name)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         kept, skipped, written = _write(writer, split, part, options, settings)
         with BetonFile(part) as file:
@@ -278,7 +280,7 @@ def _write_once(writer: Writer, split: Split, part: Path, options: Options, sett
         with progress_bar(f"{options.dataset}/{split.name}", len(split)) as advance:
             return writer.write(job, advance)
     except WriterError as error:
-        raise PrepError(f"writing {part.parent / part.name[1:-5]} failed: {error}") from error
+        raise PrepError(f"writing {beton_path(options.out, options.dataset, split.name)} failed: {error}") from error
 
 
 def _verified(split: Split, options: Options, say: Callable[[str], None]) -> bool:

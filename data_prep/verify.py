@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from data_prep.errors import PrepError
 from data_prep.images import CorruptImageError, shrink
 from data_prep.sources import SMALL_PX, Split
 from vitpa.data.beton import Beton, BetonError, Pixels, decode_jpeg
@@ -93,5 +94,6 @@ def _through_jpeg(pixels: Pixels, quality: int) -> Pixels:
     """Encode as FFCV's writer does and decode as its loader does."""
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     decoded = np.empty_like(pixels)
-    decode_jpeg(encoded.reshape(-1), decoded)
+    if not decode_jpeg(encoded.reshape(-1), decoded):
+        raise PrepError(f"OpenCV's JPEG of {pixels.shape[1]}x{pixels.shape[0]} px cannot be decoded again")
     return decoded

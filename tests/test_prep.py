@@ -327,10 +327,14 @@ def test_interrupted_between_beton_and_manifest(folder: Path, tmp_path: Path) ->
     path = beton_path(tmp_path / "out", "pets", "train")
     path.write_bytes(b"half")
     manifest_path(path).unlink()
-    (path.parent / ".val.beton.part").write_bytes(b"left by a killed run")
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"of another program")
+    (path.parent / ".val.beton.part").symlink_to(kept)  # left by a killed run, or put there to have it written to
+    (path.parent / ".train.beton.part").mkdir()
     assert prep(*common) == 0
     assert len(pixels_of(path)) == 12
-    assert not (path.parent / ".val.beton.part").exists()
+    assert kept.read_bytes() == b"of another program"
+    assert [path.name for path in path.parent.glob(".*")] == [".train.beton.part"]
 
 
 def test_damaged_file_is_not_taken_for_done(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
