@@ -12,6 +12,7 @@ import signal
 import stat
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -19,7 +20,8 @@ PR_SET_CHILD_SUBREAPER = 36
 SAMPLE_S = 1.0  # between two looks at the processes
 LONGEST_S = 30.0  # that counts of what is between two looks: longer ones mean that this machine, or process, stood still
 MOVED_S = 0.03  # of a CPU since the last sign of life: less says nothing
-BUSY_SHARE = 0.03  # of a CPU: what only looks whether it may go on takes less, what computes gets more, at a load of 30, too
+BUSY_SHARE = 0.03  # of a CPU: what only looks whether it may go on takes less
+RUNNABLE_SHARE = 0.5  # of the time: what computes has a CPU or waits for one, however many want it
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -69,6 +71,14 @@ def _processes() -> Iterable[tuple[int, str, int]]:
                 yield int(entry.name), state, int(parent)
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What a process has done since it began."""
+
+    busy_s: float = 0.0  # it, and its children that have ended, computed or waited for a disk
+    runnable_s: float = 0.0  # it had a CPU or waited for one
+
+
 class SignsOfLife:
     """Whether processes get on: how long none of them has computed or waited for a disk.
 
@@ -81,7 +91,7 @@ class SignsOfLife:
         self._idle_s = 0.0
         self._looked_s = time.monotonic()
         self._disk_s: dict[tuple[int, str], float] = {}
-        self._at_last_sign: dict[tuple[int, str], float] = {}
+        self._at_last_sign: dict[tuple[int, str], Activity] = {}
 
     def idle_s(self) -> float:
         """Seconds since the last sign of life, as far as this process itself was awake; looks at most once a second."""
@@ -89,22 +99,36 @@ class SignsOfLife:
         if passed_s >= SAMPLE_S:
             self._looked_s += passed_s
             self._idle_s += min(passed_s, LONGEST_S)
-            busy_s, needed_s = self._busy_s(passed_s), max(MOVED_S, BUSY_SHARE * self._idle_s)
-            if any(seconds - self._at_last_sign.get(process, 0.0) >= needed_s for process, seconds in busy_s.items()):
-                self._idle_s, self._at_last_sign = 0.0, busy_s
+            found = self._looked(passed_s)
+            if any(self._moved(activity, self._at_last_sign.get(process, Activity())) for process, activity in found.items()):
+                self._idle_s, self._at_last_sign = 0.0, found
         return self._idle_s
 
-    def _busy_s(self, passed_s: float) -> dict[tuple[int, str], float]:
-        """By process (pid and start): seconds that it, and its children that have ended, computed or waited for a disk."""
-        found: dict[tuple[int, str], float] = {}
+    def _moved(self, now: Activity, before: Activity) -> bool:
+        busy_s, runnable_s = now.busy_s - before.busy_s, now.runnable_s - before.runnable_s
+        return busy_s >= max(MOVED_S, BUSY_SHARE * self._idle_s) or runnable_s >= max(MOVED_S, RUNNABLE_SHARE * self._idle_s)
+
+    def _looked(self, passed_s: float) -> dict[tuple[int, str], Activity]:
+        """What each process, by its pid and start, has done so far."""
+        found: dict[tuple[int, str], Activity] = {}
         for pid in self._pids():
             with contextlib.suppress(OSError):
                 columns = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5): from the third on
                 process = pid, columns[19]
                 if columns[0] == "D":
                     self._disk_s[process] = self._disk_s.get(process, 0.0) + passed_s
-                found[process] = sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK") + self._disk_s.get(process, 0.0)
+                busy_s = sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK") + self._disk_s.get(process, 0.0)
+                found[process] = Activity(busy_s, _runnable_s(pid))
         return found
+
+
+def _runnable_s(pid: int) -> float:
+    """Seconds that the first thread of a process has had a CPU or waited for one; 0 where the kernel does not count them."""
+    try:
+        running_ns, waiting_ns, _ = Path(f"/proc/{pid}/schedstat").read_text().split()  # sched-stats.rst of the kernel
+    except (OSError, ValueError):
+        return 0.0
+    return (int(running_ns) + int(waiting_ns)) / 1e9
 
 
 def writes_below(pid: int, folder: Path) -> bool:

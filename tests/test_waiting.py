@@ -83,6 +83,33 @@ def test_a_process_that_waits_for_a_disk_is_alive(monkeypatch: pytest.MonkeyPatc
     process.wait()
 
 
+def test_a_process_that_waits_for_a_cpu_is_alive() -> None:
+    """However many others want it: this one gets a CPU only where nobody else wants it, and somebody does."""
+    cpu = min(os.sched_getaffinity(0))
+    choose = f"import os; os.sched_setaffinity(0, [{cpu}])"
+    yielding = f"{choose}; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"
+    forever = "\nwhile True: pass"
+    with (
+        subprocess.Popen([sys.executable, "-c", choose + forever]) as busy,
+        subprocess.Popen([sys.executable, "-c", yielding + forever]) as process,
+    ):
+        life, begun_s, idle_s = SignsOfLife(lambda: [process.pid]), cpu_s(process.pid), []
+        for _ in range(24):
+            time.sleep(0.25)
+            idle_s.append(life.idle_s())
+        taken_s = cpu_s(process.pid) - begun_s
+        busy.kill()
+        process.kill()
+    assert taken_s < 1
+    assert max(idle_s) < 3
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has taken."""
+    columns = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, columns[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_the_cluster_waits_for_a_daemon_that_gets_on_and_not_for_one_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
