@@ -91,6 +91,8 @@ class SignsOfLife:
         self._idle_s = 0.0
         self._looked_s = time.monotonic()
         self._disk_s: dict[tuple[int, str], float] = {}
+        self._counted_s: dict[tuple[int, str], float] = {}  # by the kernel, which counts a wait for a CPU when it ends
+        self._starved_s: dict[tuple[int, str], float] = {}  # of waits that had not ended
         self._at_last_sign: dict[tuple[int, str], Activity] = {}
 
     def idle_s(self) -> float:
@@ -118,7 +120,11 @@ class SignsOfLife:
                 if columns[0] == "D":
                     self._disk_s[process] = self._disk_s.get(process, 0.0) + passed_s
                 busy_s = sum(map(int, columns[11:15])) / os.sysconf("SC_CLK_TCK") + self._disk_s.get(process, 0.0)
-                found[process] = Activity(busy_s, _runnable_s(pid))
+                counted_s = _runnable_s(pid)
+                if columns[0] == "R" and self._counted_s.get(process) == counted_s:  # waits ever since the last look
+                    self._starved_s[process] = self._starved_s.get(process, 0.0) + passed_s
+                self._counted_s[process] = counted_s
+                found[process] = Activity(busy_s, counted_s + self._starved_s.get(process, 0.0))
         return found
 
 
