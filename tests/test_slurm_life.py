@@ -188,9 +188,20 @@ def set_node_down(lives: Lives) -> None:
 
 
 def run_into_the_time_limit(lives: Lives) -> None:
-    """The trainer stays frozen, so the run is not over; it thaws when it is told to stop."""
+    """The trainer stays frozen, so the run is not over; it thaws when it is told to stop.
+
+    SLURM's warning, which comes up to a minute early, lets stopped processes go on: they are stopped again.
+    """
     cell, run = lives.grid, lives.time_limit
-    thaw_when_told_to_stop(cell, run)
+    stop = cell.directory(run).stop
+
+    def told_to_stop() -> bool:
+        if not stop.exists():
+            send(cell, run, signal.SIGSTOP)
+        return stop.exists() or not trainers(cell.root, run)
+
+    wait_for(told_to_stop, poll_s=0.02)
+    send(cell, run, signal.SIGCONT)
     cell.settle([run])
 
 
