@@ -38,8 +38,6 @@ from data_prep.walk import (
 from vitpa.data.beton import Ints, Pixels
 from vitpa.datasets import DATASETS, SPLITS, facts_of
 
-__all__ = ["ArraySplit", "FolderSplit", "PrepError", "Split", "has_small_images", "is_photo_set", "load_splits"]
-
 PHOTO_SETS = ("imagenet",)
 SMALL_PX = 32  # images with no longer side are small, as are those of digits, CIFAR and SVHN
 

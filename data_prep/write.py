@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_prep.sources import Split
+from vitpa import CODE
 from vitpa.data.beton import ImageSettings
 
 STALL_S = 900.0  # without a sign of life; a slow network file system may take minutes for a few photos
@@ -77,7 +78,7 @@ class Writer:
         self._errors = b""
 
     def __enter__(self) -> Self:
-        packages = str(Path(__file__).resolve().parent.parent)
+        packages = str(CODE)
         path = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "data_prep.writer_process", str(os.getpid())],

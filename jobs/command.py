@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitpa import CODE
 from vitpa.arguments import name_or_path, number, whole_number
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     starts = verb in ("submit", "retry")
-    shipped = ", ".join(sorted(path.stem for path in (Path(__file__).parent / "sweeps").glob("*.yaml")))
+    shipped = ", ".join(sorted(path.stem for path in (CODE / "jobs" / "sweeps").glob("*.yaml")))
     parser.add_argument("sweep", metavar="SWEEP", type=name_or_path, help=f"a shipped sweep ({shipped}) or a YAML file")
     settings = "; runtime.KEY=VALUE sets what does not change the numbers" if starts else ""
     parser.add_argument("terms", metavar="KEY=VALUE", nargs="*", help=FILTER_HELP + settings)

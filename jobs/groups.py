@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from vitpa.config import RunConfig, RunDir, RunError, memory_gib, read_json, why_not_together
+from vitpa.config import RunConfig
 from vitpa.datasets import facts_of
+from vitpa.rundir import RunDir, RunError, read_json
+from vitpa.step.fit import memory_gib, why_not_together
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
 MOST_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from jobs.grid import Run, SweepDir
 from jobs.records import Intent, RunsOfSweep, SlurmClaim, WantedRun, read_record, record_of
 from jobs.state import RunState
-from vitpa.config import ConfigError, RunDir, RunError, load_config, read_json
+from jobs.sweep import Run, SweepDir
+from vitpa.arguments import ConfigError
+from vitpa.config import load_config
+from vitpa.rundir import RunDir, RunError, read_json
 
 
 def runs_that_left(root: Path, sweep: str, runs: Iterable[Run]) -> list[Run]:

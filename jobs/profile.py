@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from jobs.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
-from jobs.grid import SweepError
-from jobs.slurm_options import check_srun_args, sbatch_option
-from vitpa.config import ConfigError, Float, Section, load_model, parse_model, read_yaml
+from jobs.scheduler.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
+from jobs.scheduler.options import check_srun_args, sbatch_option
+from jobs.sweep import SweepError
+from vitpa import CODE
+from vitpa.arguments import ConfigError
+from vitpa.config import Float, Section, load_model, parse_model, read_yaml
 
-SHIPPED = Path(__file__).parent.parent / "slurm"
+SHIPPED = CODE / "slurm"
 
 
 def _count(value: object, field: ValidationInfo) -> object:

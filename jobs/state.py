@@ -21,25 +21,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from jobs.grid import Run
-from jobs.job_output import ENDED_EARLY, ended_early
-from jobs.own_jobs import SlurmJob, Snapshot
 from jobs.records import RESTORE, Receipt, SlurmClaim, read_record, record_of
-from jobs.scheduler import Scheduler
-from vitpa.config import (
-    AttemptDir,
-    ConfigError,
-    ProcessId,
-    Result,
-    RunDir,
-    RunError,
-    create_exclusive,
-    load_config,
-    open_regular,
-    read_json,
-    to_json,
-    utc_now,
-)
+from jobs.scheduler.client import Scheduler
+from jobs.scheduler.job_output import ENDED_EARLY, ended_early
+from jobs.scheduler.own_jobs import SlurmJob, Snapshot
+from jobs.sweep import Run
+from vitpa.arguments import ConfigError
+from vitpa.config import load_config
+from vitpa.documents import open_regular
+from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
 LIVE = frozenset({"running", "pending"})

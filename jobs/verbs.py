@@ -17,36 +17,28 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from jobs import logs, status
-from jobs.benchmark import Benchmark, load_benchmark
-from jobs.causes import without_particulars
-from jobs.collect import collect, markdown, set_report_aside, write_report
-from jobs.grid import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
+from jobs.execute.slots import visible_gpus
+from jobs.failures import without_particulars
 from jobs.membership import jobs_needed_by_others, runs_that_left, sweeps_with
+from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
-from jobs.scheduler import Scheduler, SchedulerError
-from jobs.slots import visible_gpus
-from jobs.snapshot import make_snapshot
+from jobs.report import logs, status
+from jobs.report.collect import collect, markdown, set_report_aside, write_report
+from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, early_ends, withdraw
-from jobs.submission import Place, ran_other_code, settle
-from jobs.submit import WRITERS, Order, check_data, prepare, submit
-from vitpa.config import (
-    ConfigError,
-    Override,
-    ProcessId,
-    RunError,
-    literal_path,
-    os_error_line,
-    parse_config,
-    printable,
-    read_json,
-    utc_now,
-    write_json,
-)
+from jobs.submit.snapshot import make_snapshot
+from jobs.submit.submission import Place, ran_other_code, settle
+from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
+from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
+from vitpa.arguments import ConfigError, literal_path
+from vitpa.config import Override, parse_config
 from vitpa.console import PrintableConsole
+from vitpa.os_errors import os_error_line
+from vitpa.rundir import ProcessId, RunError, read_json, utc_now, write_json
+from vitpa.terminal import printable
 
 if TYPE_CHECKING:
-    from jobs.limits import Outlook
+    from jobs.plan.limits import Outlook
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
@@ -225,7 +217,7 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 def _plan(context: Context) -> int:
     """What submit would do; with SLURM also what its limits say to that. Exit code 1 if it would be refused."""
-    from jobs.limits import NOTHING  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
+    from jobs.plan.limits import NOTHING  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states, left = context.look_around()
@@ -266,7 +258,7 @@ def _look_ahead(
 
     With a benchmark, a machine without GPUs is looked at as if it had those of a job: to plan is possible anywhere.
     """
-    from jobs.limits import look_ahead  # noqa: PLC0415 - as above
+    from jobs.plan.limits import look_ahead  # noqa: PLC0415 - as above
 
     profile = load_profile(context.place.profile)
     gpus, notes = None, []
@@ -413,7 +405,7 @@ def _check_limits(context: Context, states: list[RunState], order: Order) -> Non
     Raises:
         SweepError: SLURM would refuse them, or never start them, and nobody says --force.
     """
-    from jobs.limits import look_ahead  # noqa: PLC0415 - as above
+    from jobs.plan.limits import look_ahead  # noqa: PLC0415 - as above
 
     if not order.batches or order.batches[0].how["executor"] != "slurm":
         return

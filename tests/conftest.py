@@ -19,8 +19,8 @@ from PIL import Image
 
 from data_prep.prep import Options, prepare
 from slurm.devcluster_processes import SignsOfLife
-from tests.cluster import cluster
-from tests.waiting import MARK, in_vain, ours, still
+from tests.support.cluster import cluster
+from tests.support.waiting import MARK, in_vain, ours, still
 
 os.environ[MARK] = str(os.getpid())  # what is started from here is known by it
 if (

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import vitpa.cli
-from jobs.grid import load_sweep
 from jobs.profile import load_profile
+from jobs.sweep import load_sweep
 from slurm.devcluster import default_root
 from slurm.devcluster_config import Layout
+from tests.support.repository import ROOT
 from vitpa.train import command_parser, configs_of
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

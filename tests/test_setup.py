@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from slurm.devcluster import PACKAGES
-from tests.cluster import require_slurm
+from tests.support.cluster import require_slurm
+from tests.support.repository import ROOT
 
-SCRIPT = Path(__file__).parent.parent / ".system-packages.sh"
+SCRIPT = ROOT / ".system-packages.sh"
 
 
 def run_script(path: str, python: str = sys.executable, *words: str) -> subprocess.CompletedProcess[str]:

@@ -13,9 +13,9 @@ import pytest
 from slurm.devcluster_config import Layout, Settings
 from slurm.devcluster_processes import SignsOfLife
 from slurm.devcluster_supervisor import FailedError, Supervisor
-from tests.waiting import finish, ours, run_to_end, wait_for
+from tests.support.repository import ROOT
+from tests.support.waiting import finish, ours, run_to_end, wait_for
 
-REPOSITORY = Path(__file__).parent.parent
 COMPUTES = "import time\nwhile time.process_time() < {}: pass"
 LOOKS_AROUND = "import os, time\nwhile True: os.listdir('.'); time.sleep(0.05)"
 
@@ -139,7 +139,7 @@ def test_a_test_has_its_time_from_the_last_sign_of_life(tmp_path: Path) -> None:
         "def test_spins():\n    tests.conftest.SPIN = 2\n    while True: pass\n"
     )
     options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=2", f"--rootdir={tmp_path}"]
-    done = run_to_end([sys.executable, "-m", "pytest", *options, "-c", "/dev/null", str(file)], cwd=REPOSITORY)
+    done = run_to_end([sys.executable, "-m", "pytest", *options, "-c", "/dev/null", str(file)], cwd=ROOT)
     assert "2 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert "test_hangs: nothing has moved for " in done.stdout
     assert "test_spins: it has moved for " in done.stdout

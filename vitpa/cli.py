@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import data_prep.command
 import jobs.command
-import jobs.doctor_command
+import jobs.doctor.command
 import slurm.command
 from vitpa.terminal import printable_output
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one run, or several seeds of it together", add_help=False)
     commands.add_parser("bench", help="how fast the pieces are on this machine", add_help=False)
     jobs.command.add_parser(commands)
-    jobs.doctor_command.add_parser(commands)
+    jobs.doctor.command.add_parser(commands)
     slurm.command.add_parser(commands)
     return top
 

@@ -1,7 +1,7 @@
 """The name of the code of this package: equal names mean equal code. For env.json, result.json and snapshots.
 
-A snapshot (jobs/snapshot.py) is a copy without git; `CODE_VERSION.json` among its sources says what they are called, and is
-believed as long as the sources are those it was written for.
+A snapshot (jobs/submit/snapshot.py) is a copy without git; `CODE_VERSION.json` among its sources says what they are called,
+and is believed as long as the sources are those it was written for.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parent
+from vitpa import CODE
+
+PACKAGE = CODE / "vitpa"
 CODE_VERSION_JSON = "CODE_VERSION.json"  # in the package's folder of a snapshot
 
 

@@ -20,86 +20,21 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from vitpa.arguments import ConfigError, expand_path, literal_path, parse_float
-from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
+from vitpa import CODE
+from vitpa.arguments import ConfigError, expand_path, parse_float
 from vitpa.documents import (
     YAML_BYTES,
     DocumentError,
     check_document,
-    open_regular,
-    parse_json,
     parse_yaml,
     read_bytes,
     to_yaml,
 )
-from vitpa.metrics import parse_line
-from vitpa.os_errors import os_error_line
-from vitpa.replica_fit import memory_gib, why_not_together
 from vitpa.rundir import (
-    CLAIMED,
-    AttemptDir,
-    ProcessId,
-    Result,
     RunDir,
-    RunError,
     create_exclusive,
-    read_json,
-    read_with_checksum,
-    to_json,
-    utc_now,
-    write_atomic,
-    write_json,
 )
 from vitpa.terminal import printable
-
-__all__ = [
-    "CLAIMED",
-    "CODE_VERSION_JSON",
-    "AttemptDir",
-    "AugmentConfig",
-    "ConfigError",
-    "DocumentError",
-    "Float",
-    "ModelConfig",
-    "OptimConfig",
-    "Override",
-    "ProcessId",
-    "Result",
-    "RunConfig",
-    "RunDir",
-    "RunError",
-    "RuntimeConfig",
-    "Section",
-    "TrainConfig",
-    "apply_overrides",
-    "code_record",
-    "code_version",
-    "create_exclusive",
-    "expand_path",
-    "keys_help",
-    "literal_path",
-    "load_config",
-    "load_model",
-    "memory_gib",
-    "open_regular",
-    "os_error_line",
-    "parse_config",
-    "parse_json",
-    "parse_line",
-    "parse_model",
-    "printable",
-    "read_json",
-    "read_with_checksum",
-    "read_yaml",
-    "record_config",
-    "shipped_configs",
-    "to_json",
-    "to_yaml",
-    "utc_now",
-    "why_not_together",
-    "write_atomic",
-    "write_json",
-]
 
 COMMAND_LINE = "command line"
 LONGEST_SHOWN = 200  # characters of a value in an error message
@@ -380,7 +315,7 @@ def load_model(model: type[SectionT], path: Path, overrides: Sequence[str | Over
 
 def shipped_configs() -> dict[str, Path]:
     """The recipes that come with vitpa, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+    return {path.stem: path for path in sorted((CODE / "vitpa" / "configs").glob("*.yaml"))}
 
 
 def _find(path: Path, shipped: Mapping[str, Path]) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from vitpa.config import ConfigError
+from vitpa.arguments import ConfigError
 
 T = TypeVar("T")
 

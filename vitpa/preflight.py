@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vitpa.arguments import number, path_argument, whole_number
-from vitpa.config import ConfigError, RunConfig, keys_help, load_config
+from vitpa.arguments import ConfigError, number, path_argument, whole_number
+from vitpa.config import RunConfig, keys_help, load_config
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.datasets import SPLITS
 from vitpa.terminal import printable, printable_output

@@ -7,7 +7,7 @@ A run killed at any moment and started again continues from its newest checkpoin
 bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
 Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone. The
-steps themselves are in vitpa/replicas.py.
+steps themselves are in vitpa/step/step.py.
 """
 
 from __future__ import annotations
@@ -31,19 +31,18 @@ from torchvision.utils import make_grid
 
 from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
-from vitpa.arguments import path_argument, whole_numbers
+from vitpa.arguments import ConfigError, path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.checkpoint import Checkpoint, Progress
 from vitpa.checkpoint_file import CheckpointError, step_of
-from vitpa.compiler_cache import check_compiler_cache
-from vitpa.config import ConfigError, RunConfig, keys_help, load_config, record_config
-from vitpa.data.augment import Augmentation, epoch_keys
-from vitpa.data.batches import steps_per_epoch
+from vitpa.config import RunConfig, keys_help, load_config, record_config
+from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, BetonError, beton_path
-from vitpa.data.counter_rng import Purpose, key
-from vitpa.data.feed import ResidentFeed, StreamedFeed
-from vitpa.data.gpu_decoder import GpuDecoder, why_not_gpu
+from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
+from vitpa.data.loader import ResidentFeed, StreamedFeed
 from vitpa.data.resident import ResidentImages, decoded
+from vitpa.data.rng import Purpose, key
+from vitpa.data.sampler import steps_per_epoch
 from vitpa.data.staging import open_copy, staged
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
@@ -53,11 +52,12 @@ from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rate
 from vitpa.os_errors import os_error_line
-from vitpa.replica_fit import why_not_together
-from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import Result, RunDir, RunError, utc_now, with_checksum, write_json
+from vitpa.step.compiler_cache import check_compiler_cache
+from vitpa.step.fit import why_not_together
+from vitpa.step.step import ReplicaSteps
+from vitpa.step.window import NEVER, Row
 from vitpa.terminal import printable, printable_output
-from vitpa.window import NEVER, Row
 
 ALL_STOPS_S = 0.3
 RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take

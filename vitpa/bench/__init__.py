@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from vitpa.arguments import ConfigError
 from vitpa.bench import imagenet, small
-from vitpa.config import ConfigError
 from vitpa.data.beton import BetonError
 from vitpa.os_errors import os_error_line
 from vitpa.rundir import RunError, check_writable

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitpa.arguments import number, whole_number, whole_numbers
+from vitpa.arguments import ConfigError, number, whole_number, whole_numbers
 from vitpa.bench.measure import (
     file_name,
     gflop_per_image,
@@ -37,12 +37,12 @@ from vitpa.bench.measure import (
     step_runner,
     wait,
 )
-from vitpa.config import ConfigError, RunConfig, load_config, shipped_configs
-from vitpa.data.batches import Batch
+from vitpa.config import RunConfig, load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
-from vitpa.data.feed import ResidentFeed, StreamedFeed
-from vitpa.data.gpu_decoder import why_not_gpu
+from vitpa.data.decode.gpu import why_not_gpu
+from vitpa.data.loader import ResidentFeed, StreamedFeed
 from vitpa.data.resident import ResidentImages
+from vitpa.data.sampler import Batch
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group, join, leave

@@ -14,13 +14,13 @@ import torch
 from vitpa.arguments import path_argument
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig
-from vitpa.data.augment import Augmentation
-from vitpa.data.feed import ResidentFeed, StreamedFeed
+from vitpa.data.augment.pipeline import Augmentation
+from vitpa.data.loader import ResidentFeed, StreamedFeed
 from vitpa.datasets import facts_of
 from vitpa.distributed import Group
 from vitpa.models import build_model
 from vitpa.optim import adamw
-from vitpa.replicas import ReplicaSteps
+from vitpa.step.step import ReplicaSteps
 
 WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
 LEARNING_RATE = 1e-4
@@ -116,7 +116,7 @@ def wait(device: torch.device) -> None:
 
 
 def measured(config: RunConfig) -> dict[str, Any]:
-    """What the figures hold for, as `vitpa sweep plan --speeds` reads it (jobs/benchmark.py)."""
+    """What the figures hold for, as `vitpa sweep plan --speeds` reads it (jobs/plan/speeds.py)."""
     return {"network": config.network(), "augment": config.augment.model_dump(mode="json")}
 
 

@@ -1,7 +1,7 @@
 """`vitpa bench small`: training steps of the paper's small ViT on images of 32 pixels, the usual way and ours.
 
 Whole steps (forward, backward, clipping, AdamW) with the order of the images, their augmentation and the metrics, on random
-images that lie on the device. `eager` and `compile` are timm's module; `graph` is the step of vitpa/replicas.py.
+images that lie on the device. `eager` and `compile` are timm's module; `graph` is the step of vitpa/step/step.py.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from vitpa.bench.measure import (
 )
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig, load_config, shipped_configs
-from vitpa.data.feed import ResidentFeed
+from vitpa.data.loader import ResidentFeed
 from vitpa.data.resident import ResidentImages
 from vitpa.distributed import Group, join
 from vitpa.environment import environment
-from vitpa.replicas import ReplicaSteps
 from vitpa.rundir import write_json
+from vitpa.step.step import ReplicaSteps
 
 Attention = Literal["content", "positional"]
 Step = Literal["eager", "compile", "graph"]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitpa.config import RunConfig
-from vitpa.data.augment import Augmentation, epoch_keys
-from vitpa.data.feed import ResidentFeed, StreamedFeed
-from vitpa.window import Window
+from vitpa.data.augment.pipeline import Augmentation, epoch_keys
+from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.step.window import Window
 
 
 class TimmSteps:

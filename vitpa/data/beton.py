@@ -26,29 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vitpa import __version__ as VITPA_VERSION
 from vitpa.datasets import DATASETS
-from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, utc_now, write_json
-
-__all__ = [
-    "VITPA_VERSION",
-    "Beton",
-    "BetonError",
-    "BetonFile",
-    "ImageSettings",
-    "Manifest",
-    "ProcessId",
-    "RunError",
-    "beton_path",
-    "create_exclusive",
-    "decode_jpeg",
-    "jpeg_decompressor",
-    "jpeg_size",
-    "manifest_path",
-    "read_json",
-    "utc_now",
-    "write_json",
-]
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Ints = npt.NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 Crops are torchvision's RandomResizedCrop (training) and Resize + CenterCrop (evaluation), with parameters from our
 counter-based generator: the same for a (seed, epoch, sample) whatever decodes them, in however many threads or processes.
-Here is the decoder for the CPU; vitpa/data/gpu_decoder.py has that for a GPU. FFCV's own loader is not used:
+Here is the decoder for the CPU; vitpa/data/decode/gpu.py has that for a GPU. FFCV's own loader is not used:
 its crops ignore seeds and its threads hang on errors.
 """
 
@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data import crops
-from vitpa.data.batches import Batch, labels_of
+from vitpa.data.augment import crop_boxes as crops
+from vitpa.data.augment.crop_boxes import Crops
 from vitpa.data.beton import Beton, Pixels
-from vitpa.data.counter_rng import Purpose, key
-from vitpa.data.crops import Crops
-from vitpa.data.gpu_decoder import GpuDecoder
+from vitpa.data.decode.gpu import GpuDecoder
+from vitpa.data.rng import Purpose, key
+from vitpa.data.sampler import Batch, labels_of
 
 BATCHES_AHEAD = 3
 

@@ -1,7 +1,8 @@
 """Normalisation of images with random erasing by noise, and then with mixup or cutmix, in one pass over memory.
 
-Each erased pixel gets its own numbers, computed inside the box alone: those of `noise` in vitpa/data/augment.py, to the bit.
-Mixing is that of vitpa/data/mixup.py: a program does the same tile of both images of a pair.
+Each erased pixel gets its own numbers, computed inside the box alone: those of `noise` in
+vitpa/data/augment/pipeline.py, to the bit. Mixing is that of mixup.py beside it: a program does the same tile of both images
+of a pair.
 
 Axes: B batch, C channels, H W pixels, P = H * W.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 TILE = 512  # pixels of a program: 4 a thread, whose numbers are one load of bytes and one store of floats
 
-# SplitMix64's, as in vitpa/data/counter_rng.py
+# SplitMix64's, as in vitpa/data/rng.py
 _GOLDEN, _MIX1, _MIX2 = (tl.constexpr(n - 2**64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 

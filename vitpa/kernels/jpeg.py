@@ -4,7 +4,7 @@ Huffman codes can only be read one after the other: an image takes one thread of
 So rows of MCUs are cut into segments, where each of these begins is found once and kept, and from then on a thread reads one
 segment, and only those that are wanted. What follows is done for all blocks in parallel: the inverse cosine transform
 (libjpeg's jidctint.c: a product with integers, rounded twice), the chroma interpolated to full size (jdsample.c, "fancy
-upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; what of it: vitpa/data/jpeg.py.
+upsampling") and RGB (jdcolor.c). Format: ITU-T T.81; what of it: vitpa/data/decode/jpeg_headers.py.
 
 Axes: J images. A block has 8 x 8 samples; an MCU has 6 blocks, 4 of Y for 16 x 16 pixels, one of Cb and one of Cr.
 """
@@ -266,7 +266,7 @@ def unstuff(plan: Tensor, stored: Tensor, words: Tensor, bits: Tensor) -> None:
     """Take out the zeros that follow bytes of ones.
 
     Args:
-        plan: (J, P) int64 on the device of all the others: `vitpa.data.jpeg.Plan.table`.
+        plan: (J, P) int64 on the device of all the others: `vitpa.data.decode.jpeg_headers.Plan.table`.
         stored: uint8: the bytes of all images.
         words: (W,) int32, to be filled: the codes, their first bit the highest one of a word.
         bits: (J,) int32, to be filled: how many there are; -1 where there are markers among the codes.
@@ -292,7 +292,7 @@ def find_segments(
         plan: As above.
         words: From `unstuff`.
         bits: From `unstuff`.
-        codes: (headers, 2, 2, T) int16: `vitpa.data.jpeg.Header.codes` of each kind of header.
+        codes: (headers, 2, 2, T) int16: `vitpa.data.decode.jpeg_headers.Header.codes` of each kind of header.
         entries: (segments,) int64, those of the J images to be filled: first bit, and DC of Y, Cb and Cr in the block before.
         damaged: (J,) int32, to be filled: 1 where the codes cannot be read, or do not end where they should.
         short_bits: How many bits of a code are looked up first in `codes`.
@@ -325,7 +325,7 @@ def read_segments(
         words: From `unstuff`.
         bits: From `unstuff`.
         codes: As above.
-        factors: (headers, 2, 64) int32: `vitpa.data.jpeg.Header.factors`.
+        factors: (headers, 2, 64) int32: `vitpa.data.decode.jpeg_headers.Header.factors`.
         entries: From `find_segments`, of undamaged images.
         coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
         short_bits: As above.

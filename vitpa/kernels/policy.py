@@ -2,7 +2,7 @@
 
 What an image needs is chosen on the device by its kind: programs of the others leave at once. Pixels are computed in whole
 numbers, or in floats whose products are exact, so that nothing depends on how a compiler contracts them: the results are,
-byte for byte, those of the formulations in torch of vitpa/data/rand_augment.py and auto_augment.py. Counts are added
+byte for byte, those of the formulations in torch of vitpa/data/augment/rand_augment.py and auto_augment.py. Counts are added
 atomically, as whole numbers.
 
 Axes: B batch, H W pixels, P = H * W, V = 256 pixel values.
@@ -28,7 +28,7 @@ TILE_OF_NEIGHBOURS = 256  # pixels at a time where each has up to 16 sources: mo
 
 @triton.jit
 def _grey(red, green, blue, PILLOW: tl.constexpr):
-    """Brightness of int32 pixels: Pillow's, or torchvision's (for rounding see vitpa/data/auto_augment.py)."""
+    """Brightness of int32 pixels: Pillow's, or torchvision's (for rounding see vitpa/data/augment/auto_augment.py)."""
     if PILLOW:
         grey = (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
     else:

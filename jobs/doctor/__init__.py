@@ -1,0 +1,1 @@
+"""`vitpa doctor`: whether a place is fit, and how to fix it."""

@@ -1,0 +1,1 @@
+"""What runs inside a job, or a worker of this machine."""

@@ -1,0 +1,315 @@
+"""One attempt of a group of runs: the training process, from start.json to how each ended. Used by every kind of job.
+
+A request to stop is the file `stop` in the run's directory, {reason, attempt, now, utc}: the trainer reads it at a step
+boundary, writes a checkpoint and exits 0 without a result; if it is for a part of the group only, that part is dropped, and
+the others go on. `attempt` says whom it is meant for. Signals to the job and its time limit become such files, for all. The
+training never outlives the process that supervises it (jobs/execute/die_with_parent.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jobs.execute.die_with_parent import PARENT, child_environment
+from jobs.failures import is_loss_of_peer
+from jobs.groups import in_step
+from vitpa.config import load_config
+from vitpa.rundir import CLAIMED, AttemptDir, RunDir, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+
+Json = Mapping[str, Any]
+
+POLL_S = 0.3
+BOUND = (sys.executable, "-m", "jobs.execute.die_with_parent")
+TRAIN = (sys.executable, "-m", "vitpa.train")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+class Signals:
+    """Whether this process has been told to stop, and by which signals."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []  # names, in order
+
+    def listen(self) -> None:
+        """From now on note these signals instead of dying of them."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(signal.Signals(number).name)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the supervisor wants of its training: all of it to stop with a checkpoint, or (`kill`) to be gone at once."""
+
+    reason: str
+    kill: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended: `done`, `failed`, `interrupted` or `cancelled`."""
+
+    state: str
+    exit_code: int | None
+    reason: str
+
+
+def training_command(processes: int) -> list[str]:
+    """How a run is trained by that many processes of one node; its config.yaml and overrides are appended."""
+    if processes <= 1:
+        return list(TRAIN)
+    return [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}", "--no-python", *BOUND, *TRAIN]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A run of a group, with the attempt whose start.json this process has created."""
+
+    run: RunDir
+    attempt: AttemptDir
+    claim: Json
+
+    def stop(self) -> dict[str, Any] | None:
+        """The request to stop, also if it has been taken; None if there is none."""
+        taken = read_stop(self.attempt.path / "stop.json")
+        if taken is not None and taken.get("attempt", self.attempt.number) != self.attempt.number:  # a left-over
+            taken = None
+        return read_stop(self.run.stop) or taken
+
+    def take_stop(self) -> None:
+        """Move `stop` out of the run's directory; it is read afterwards: a request that comes in between is not lost."""
+        with suppress(FileNotFoundError):
+            self.run.stop.replace(self.attempt.path / "stop.json")
+
+
+class Training:
+    """The training process of a group of runs, mostly of one. Their attempts belong to this process.
+
+    Attempts that end while others of the group go on are recorded at once, with `left` in their exit.json.
+    """
+
+    def __init__(self, members: Sequence[Member], command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.active = list(members)  # those whose attempt has not been recorded as over
+        self.left: list[Ended] = []  # how the others ended
+        self.command = command
+        self.environment = environment
+        self.log = members[0].attempt.log
+        self._began = time.monotonic()
+        self._asked = ""  # for what reason all were asked to stop
+
+    def supervise(self, request: Callable[[], Request | None]) -> list[tuple[Member, Ended]]:
+        """Train until the end, or until `request` or the files `stop` end it; how the attempts not yet recorded ended."""
+        try:
+            refused = self._refused()
+            if len(refused) == len(self.active):
+                return refused
+            for member, ended in refused:
+                self._leave(member, ended)
+            code, killed_for = self.wait(self.start(self.log), request)
+            self._record_leavers()
+            return [(member, self._outcome(member, code, killed_for)) for member in self.active]
+        except (OSError, RunError, ValueError) as error:  # nothing was trained: a full disk, say
+            return [(member, Ended("failed", None, str(error))) for member in self.active]
+        finally:
+            for member in self.active:
+                member.take_stop()
+
+    def record(self, member: Member, ended: Ended, **more: object) -> None:
+        """Write exit.json."""
+        write_json(
+            member.attempt.exit_json,
+            {
+                "state": ended.state,
+                "exit_code": ended.exit_code,
+                "reason": ended.reason,
+                **more,
+                "finished_utc": utc_now(),
+                "duration_s": round(time.monotonic() - self._began, 3),
+            },
+        )
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        """Start the training; what it prints goes to `log`."""
+        first, *others = self.active
+        config = load_config(first.run.config_yaml)
+        recorded = config.runtime.model_dump(mode="json")
+        changed = {key: value for key, value in first.claim["runtime"].items() if recorded.get(key) != value}
+        arguments = [f"runtime.{key}={json.dumps(value)}" for key, value in changed.items()]
+        if others:
+            seeds = [config.seed, *(load_config(member.run.config_yaml).seed for member in others)]
+            arguments += ["--seeds", ",".join(map(str, seeds))]
+        for member in self.active:
+            if member.attempt.log != self.log:
+                with suppress(FileExistsError):
+                    member.attempt.log.symlink_to(os.path.relpath(self.log, member.attempt.path))
+        environment = {key: value for key, value in child_environment().items() if not key.startswith("SUBMITIT_")}
+        environment |= {
+            **self.environment,
+            CLAIMED: str(first.attempt.path),
+            "PET_LOG_DIR": str(first.attempt.path / "torchrun"),  # its --log-dir; otherwise it leaves folders in /tmp
+            PARENT: str(os.getpid()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [*BOUND, *self.command, str(first.run.config_yaml), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def wait(self, process: subprocess.Popen[bytes], request: Callable[[], Request | None]) -> tuple[int, str]:
+        """Wait for the training's end, passing on requests; its exit code, and why it was killed if it was by us."""
+        killed_for = ""
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=POLL_S), killed_for
+                except subprocess.TimeoutExpired:
+                    self._record_leavers()
+                    killed_for = self._pass_on(request(), process) or killed_for
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _refused(self) -> list[tuple[Member, Ended]]:
+        """Members that cannot be trained, or not together with the first that can."""
+        refused: list[tuple[Member, Ended]] = []
+        fit: list[Member] = []
+        for member in self.active:
+            member.take_stop()
+            if member.stop() is not None:
+                refused.append((member, Ended("cancelled", None, "cancelled before it started")))
+                continue
+            try:
+                load_config(member.run.config_yaml)
+                _set_broken_result_aside(member)
+            except (OSError, RunError, ValueError) as error:
+                refused.append((member, Ended("failed", None, str(error))))
+            else:
+                fit.append(member)
+        for indices in in_step([member.run for member in fit])[1:]:
+            reason = "no checkpoint of a step that the seeds trained with it have, too: submit again, and it goes on by itself"
+            refused += [(fit[index], Ended("interrupted", None, reason)) for index in indices]
+        return refused
+
+    def _pass_on(self, request: Request | None, process: subprocess.Popen[bytes]) -> str:
+        if request is not None and not request.kill:
+            self._asked = self._asked or request.reason
+            for member in self.active:
+                if read_stop(member.run.stop) is None:
+                    number = member.attempt.number
+                    document = {"reason": self._asked, "attempt": number, "now": False, "utc": utc_now()}
+                    with suppress(OSError):  # a full disk: again at the next look
+                        create_exclusive(member.run.stop, to_json(document))
+        if self.active and all((member.stop() or {}).get("now") for member in self.active):
+            os.killpg(process.pid, signal.SIGKILL)
+        elif request is not None and request.kill:
+            os.killpg(process.pid, signal.SIGKILL)
+            return request.reason
+        return ""
+
+    def _record_leavers(self) -> None:
+        """Record the ends of those that the trainer has dropped, unless all are to stop."""
+        for member in list(self.active):
+            with suppress(OSError, RunError):  # a full disk: again at the next look
+                left = read_json(member.attempt.left_json)
+                if left is None:
+                    continue
+                if left.get("state") == "failed":
+                    self._leave(member, Ended("failed", None, str(left.get("reason"))))
+                elif left.get("state") == "apart":
+                    self._leave(member, Ended("interrupted", None, str(left.get("reason"))))
+                elif (stop := member.stop()) is not None and stop.get("reason") != self._asked:
+                    self._leave(member, _stopped(stop, None))
+
+    def _leave(self, member: Member, ended: Ended) -> None:
+        member.take_stop()
+        self.record(member, ended, left=True)
+        self.active.remove(member)
+        self.left.append(ended)
+
+    def _outcome(self, member: Member, code: int, killed_for: str) -> Ended:
+        """How an attempt ended when the process did. A valid result decides; codes are only evidence."""
+        try:
+            if member.run.result() is not None:
+                return Ended("done", code, "")
+        except RunError as error:
+            return Ended("failed", code, str(error))
+        if killed_for:
+            return Ended("failed", code, killed_for)
+        stop = member.stop()
+        dropped = member.attempt.left_json.exists()  # as it was told, a moment before the others
+        for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
+        if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
+            return _stopped(stop, code)
+        return Ended("failed", code, failure_of(code, self.log))
+
+
+def _stopped(stop: Json, code: int | None) -> Ended:
+    reason = str(stop.get("reason"))
+    return Ended("cancelled" if reason == "cancel" else "interrupted", code, reason)
+
+
+def _set_broken_result_aside(member: Member) -> None:
+    try:
+        result, config = member.run.result(), load_config(member.run.config_yaml)
+        trusted = result is None or (result.seed, result.attention) == (config.seed, config.model.attention)
+    except RunError:
+        trusted = False
+    if not trusted:
+        member.run.result_json.replace(member.attempt.path / "broken-result.json")
+
+
+def failure_of(code: int, log: Path) -> str:
+    """Why a training with this exit code and log ended without a result."""
+    if code == 0:
+        return "the training ended without a result"
+    return _killed_by(signal.Signals(-code).name) if code < 0 else last_error(log)
+
+
+def _killed_by(name: str) -> str:
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def read_stop(path: Path) -> dict[str, Any] | None:
+    """The request in a file `stop`; None if there is none. Made by hand (`touch stop`) it is a request, too."""
+    try:
+        return read_json(path)
+    except RunError:
+        return {"reason": "the file stop"}
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that best says why a program failed.
+
+    That is the last exception, of several processes that of one that did not just lose another one; or the signal that
+    torchrun names as the root cause; otherwise the last line.
+    """
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 100_000))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    exception = re.compile(r"^(\[rank\d+\]: ?)?([\w.]+(Error|Exception|Interrupt)\b.*)")
+    found = [match[2] for line in lines if (match := exception.match(line)) and "ChildFailedError" not in line]
+    causes = [line for line in found if not is_loss_of_peer(line)]
+    root_cause = "".join(lines).rpartition("Root Cause (first observed failure)")[2]
+    if not causes and (killed := re.search(r"Signal \d+ \((SIG\w+)\) received by PID", root_cause)):
+        return _killed_by(killed[1])
+    return (causes or found or lines or ["no output"])[-1][:300]

@@ -1,0 +1,79 @@
+"""What a job on this machine does: works through the groups of claimed runs of its submission, one at a time.
+
+It takes the runs of a group by creating their start.json, trains them (attempt.py), and records how each ended. That
+a group of several goes to one worker as a whole is settled before, by the exclusive creation of its taken-N.json. A worker
+never outlives its use: it ends when every claim of its submission has been started by somebody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.execute.attempt import Member, Request, Signals, Training
+from jobs.execute.slots import Slot, take_slot
+from jobs.groups import tasks_of
+from vitpa.rundir import AttemptDir, ProcessId, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
+
+
+def work(root: str, submission: str) -> None:
+    """Work through the claims of `submission` (a path below `root`)."""
+    signals = Signals()
+    signals.listen()
+    intent = read_json(Path(root) / submission / "intent.json")
+    assert intent is not None, "a job is started only after the intent is written"
+    slots = [Slot.model_validate(slot) for slot in intent["slots"]]
+
+    def useful() -> bool:
+        return not signals.received and any(True for _ in waiting_groups(Path(root), intent))
+
+    def request() -> Request | None:
+        return Request(f"signal {signals.received[0]}") if signals.received else None
+
+    slot = take_slot(Path(root), slots, useful)
+    if slot is None:
+        return
+    for task, group in waiting_groups(Path(root), intent):
+        if signals.received:
+            return
+        taken = Path(root) / submission / f"taken-{task}.json"
+        if len(tasks_of(intent)[task]) > 1 and not create_exclusive(taken, to_json({"utc": utc_now()})):
+            continue
+        start = {
+            "process": ProcessId.mine().model_dump(),
+            "host": os.uname().nodename,
+            "slot": slot.units,
+            "gpus": slot.gpus,
+            "started_utc": utc_now(),
+        }
+        ours = [member for member in group if create_exclusive(member.attempt.start_json, to_json(start))]
+        if ours:
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
+            training = Training(ours, intent["train_command"], environment)
+            for member, ended in training.supervise(request):
+                training.record(member, ended)
+
+
+def waiting_groups(root: Path, intent: dict[str, Any]) -> Iterator[tuple[int, list[Member]]]:
+    """The tasks of a submission with their runs, as far as nobody has started or withdrawn the claims; none is empty."""
+    for task, indices in enumerate(tasks_of(intent)):
+        group = [member for index in indices if (member := _waiting(root, intent, index)) is not None]
+        if group:
+            yield task, group
+
+
+def _waiting(root: Path, intent: dict[str, Any], index: int) -> Member | None:
+    entry = intent["runs"][index]
+    run = RunDir(root, entry["signature"])
+    attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
+    if attempt.start_json.exists():
+        return None
+    try:
+        claim = read_json(attempt.claim_json)
+    except RunError:
+        return None  # `status` shows it as broken; the others go on
+    if claim is None or claim.get("token") != intent["token"] or not isinstance(claim.get("runtime"), dict):
+        return None
+    return Member(run, attempt, claim)

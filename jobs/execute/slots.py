@@ -1,0 +1,143 @@
+"""Slots: how many runs are in training at a time on this machine, whatever the number of submissions and launchers.
+
+A slot is what one run, or group of replicas, occupies: its GPUs (or share of one), or without a GPU some CPUs.
+
+A worker takes a slot before its first run and keeps it until it ends; nothing has to be given back, because a slot whose
+holder is dead is free. Every unit of a slot (a GPU, a share of one, a CPU) has a directory
+`<root>/slots/<host>/<unit>/` of numbered records; the last one names the holder. Whoever finds the holder dead creates the
+next number, exclusively: of several exactly one succeeds. Profiles used at the same time on one host should agree.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from jobs.profile import LocalProfile
+from jobs.sweep import SweepError
+from vitpa.config import Section
+from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+
+POLL_S = 1.0
+
+
+class Slot(Section):
+    """What one run occupies. `units` are the names under which it is claimed."""
+
+    units: list[str]
+    gpus: list[str]
+
+
+def slots_of(profile: LocalProfile, device: str, gpus: list[str] | None = None) -> list[Slot]:
+    """The slots of this machine, or of one with these GPUs, for runs on `device` (runtime.device).
+
+    Raises:
+        SweepError: more slots or GPUs are asked for than there are.
+    """
+    gpus = [] if device == "cpu" else visible_gpus() if gpus is None else gpus
+    if not gpus and device == "cuda":
+        raise SweepError("runtime.device=cuda, but no GPU is visible (nvidia-smi lists none); use runtime.device=cpu or auto")
+    slots = _gpu_slots(profile, gpus) if gpus else _cpu_slots(profile)
+    if profile.slots == "auto":
+        return slots
+    if gpus and profile.slots > len(slots):
+        raise SweepError(
+            f"the profile asks for {profile.slots} slots, but {len(gpus)} GPUs give {len(slots)}; see runs_per_gpu"
+        )
+    return slots[: profile.slots]
+
+
+def _gpu_slots(profile: LocalProfile, gpus: list[str]) -> list[Slot]:
+    if profile.gpus_per_run > len(gpus):
+        raise SweepError(f"the profile asks for gpus_per_run={profile.gpus_per_run}, but {len(gpus)} GPUs are visible")
+    groups = [gpus[i : i + profile.gpus_per_run] for i in range(0, len(gpus) - profile.gpus_per_run + 1, profile.gpus_per_run)]
+    return [
+        Slot(units=[f"gpu{gpu}.{share}" for gpu in group], gpus=group)
+        for share in range(profile.runs_per_gpu)
+        for group in groups
+    ]
+
+
+def _cpu_slots(profile: LocalProfile) -> list[Slot]:
+    fitting = max(1, len(os.sched_getaffinity(0)) // profile.cpus_per_slot)
+    count = fitting if profile.slots == "auto" else profile.slots
+    return [Slot(units=[f"cpu{index}"], gpus=[]) for index in range(count)]
+
+
+def threads_per_process(profile: LocalProfile, slots: list[Slot]) -> int:
+    """CPUs that each training process may use when all slots are busy."""
+    if not slots[0].gpus:
+        return profile.cpus_per_slot
+    return max(1, len(os.sched_getaffinity(0)) // (len(slots) * profile.gpus_per_run))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
+
+
+def gpu_memory_gib() -> float | None:
+    """The memory of the smallest GPU of this machine; None if nvidia-smi does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    sizes = [int(line) for line in answer.stdout.split() if line.isdecimal()]
+    return min(sizes) / 1024 if answer.returncode == 0 and sizes else None
+
+
+def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot | None:
+    """Wait for a free slot and take it for this process; None once `wanted` says that there is no use for it any more.
+
+    A slot of several units is taken in the order of their names, and held while waiting for the rest: with one order for
+    everybody nobody waits for somebody who waits for him.
+    """
+    while wanted():
+        for slot in slots:
+            first, *others = sorted(slot.units)
+            if not _take_unit(root, first):
+                continue
+            for unit in others:
+                while not _take_unit(root, unit):
+                    if not wanted():
+                        return None
+                    time.sleep(POLL_S)
+            return slot
+        time.sleep(POLL_S)
+    return None
+
+
+def _held(record: Path) -> bool:
+    """Whether the holder may be alive. A record that does not name one, damaged or edited, holds nothing."""
+    try:
+        holder = ProcessId.model_validate((read_json(record) or {}).get("process"))
+    except RunError as error:
+        return isinstance(error.__cause__, OSError)  # it cannot be read at the moment: not known to be free
+    except ValidationError:
+        return False
+    return holder.alive() is not False
+
+
+def _take_unit(root: Path, unit: str) -> bool:
+    directory = root / "slots" / socket.gethostname() / unit
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
+    last = numbers[-1] if numbers else 0
+    if last and _held(directory / f"{last:06d}.json"):
+        return False
+    record = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
+    return create_exclusive(directory / f"{last + 1:06d}.json", to_json(record))

@@ -1,0 +1,506 @@
+"""What a SLURM job does: trains the group of runs of its array index, and sees that SLURM goes on with it if it must.
+
+Node 0 leads: it makes an attempt of each run, trains, writes exit.json and asks SLURM to requeue the job where that can
+help: at the time limit or after a failure if a run has a newer checkpoint than at the start, after a failed pre-flight on
+another node. Whatever restarts the job (preemption, a dead node, `scontrol requeue`), the next execution finds the records
+of the last one and makes the next attempts, but not of what is finished, cancelled or has left the group. Other nodes
+follow: they join the training that node 0 has published; a group on several nodes is a single run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.execute import bad_nodes as nodes
+from jobs.execute.attempt import (
+    BOUND,
+    TORCHRUN,
+    TRAIN,
+    Ended,
+    Member,
+    Request,
+    Signals,
+    Training,
+    failure_of,
+    read_stop,
+)
+from jobs.execute.die_with_parent import PARENT, child_environment
+from jobs.failures import is_loss_of_peer
+from jobs.groups import tasks_of
+from jobs.scheduler.client import Scheduler, SchedulerError
+from jobs.state import withdraw
+from vitpa.code_version import code_version
+from vitpa.rundir import (
+    AttemptDir,
+    ProcessId,
+    RunDir,
+    RunError,
+    create_exclusive,
+    read_json,
+    read_with_checksum,
+    to_json,
+    utc_now,
+    write_json,
+)
+
+TIME_LIMIT = "time limit"
+WARNINGS = (TIME_LIMIT, "signal SIGUSR1", "signal SIGUSR2")  # after which the run is to go on; SIGTERM may be a cancellation
+EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
+PREFLIGHT_LIMIT_S = 180.0
+FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
+REPORTS_WAIT_S = 45.0  # for the node that is to blame to say why; torchrun takes up to 30 s to end its processes
+FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
+REQUEUE_TRIES = 12
+REQUEUE_WAIT_S = 5.0
+POLL_S = 0.3
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process is: SLURM's variables."""
+
+    job: str  # as scontrol takes it: 1234, or 1234_5 for task 5 of an array
+    restart: int
+    index: int  # of the task in the submission
+    node: str
+    node_rank: int
+    num_nodes: int
+    task_on_node: int = 0
+
+    @staticmethod
+    def here(environment: Mapping[str, str]) -> Place:
+        """The place that SLURM's environment describes."""
+        task = environment.get("SLURM_ARRAY_TASK_ID")
+        array = f"{environment.get('SLURM_ARRAY_JOB_ID')}_{task}"
+        return Place(
+            job=environment["SLURM_JOB_ID"] if task is None else array,
+            restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            index=int(task or "0"),
+            node=environment.get("SLURMD_NODENAME") or socket.gethostname(),
+            node_rank=int(environment.get("SLURM_NODEID", "0")),
+            num_nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+            task_on_node=int(environment.get("SLURM_LOCALID", "0")),
+        )
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """This execution of the job, as start.json names it."""
+        return {"id": self.job, "restart": self.restart}
+
+
+def run_task(root: str, submission: str) -> None:
+    """Execute the runs of `submission` (a path below `root`) that this job is for."""
+    signals = Signals()
+    signals.listen()
+    intent = read_json(Path(root) / submission / "intent.json")
+    assert intent is not None, "a job is started only after the intent is written"
+    place = Place.here(os.environ)
+    if place.task_on_node:  # a profile asks for one task per node, and refuses what says otherwise
+        _say(f"task {place.task_on_node} on {place.node}: the job has several tasks on a node; the first one trains, not this")
+        sys.exit(0)
+    job = _Job(Path(root), Path(root) / submission, intent, place, signals)
+    sys.exit(job.lead() if place.node_rank == 0 else job.follow())
+
+
+class _Job:
+    def __init__(self, root: Path, submission: Path, intent: dict[str, Any], place: Place, signals: Signals) -> None:
+        self.root = root
+        self.intent = intent
+        self.place = place
+        self.signals = signals
+        self.scheduler = Scheduler()
+        self.profile: dict[str, Any] = intent["profile"]
+        self.runs = [RunDir(root, intent["runs"][index]["signature"]) for index in tasks_of(intent)[place.index]]
+        self.published = submission / "executions" / f"{place.job}-{place.restart}.json"  # what the other nodes wait for
+        self._deadline: float | None = None
+        self._first_failure_s: float | None = None
+
+    def lead(self) -> int:
+        """Train the runs; 0 if they are done, cancelled or not ours any more."""
+        left_s = self.scheduler.time_left_s(self.place.job)
+        if left_s is not None:
+            self._deadline = time.monotonic() + left_s - self.profile["signal_delay_s"]
+        members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
+        if not members:
+            self._publish(None, 0)
+            return 0
+        port = _free_port()
+        self._publish(members[0].attempt, port)
+        training = Training(members, self._command(self.place.node, port), {})
+        for member in members:
+            step = member.run.newest_step()
+            _say(f"{member.run.path} attempt {member.attempt.number} on {self.place.node}, from step {step}")
+        self._report_drift()
+        ends, without_node = self._train(training)
+        self._end(training, ends, without_node)
+        return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
+
+    def follow(self) -> int:
+        """Take part in the training that node 0 leads."""
+        deadline = time.monotonic() + FOLLOWERS_WAIT_S
+        while (published := read_json(self.published)) is None:
+            if "SIGTERM" in self.signals.received or time.monotonic() > deadline:
+                return 1
+            time.sleep(POLL_S)
+        if published["attempt"] is None:
+            return 0
+        (run,) = self.runs
+        attempt = AttemptDir(run.attempts_dir / f"{published['attempt']:04d}")
+        member = Member(run, attempt, read_json(attempt.claim_json) or {})
+        training = Training([member], self._command(published["master_addr"], published["master_port"]), {})
+        problem = self._preflight(member)
+        if problem is not None:
+            return self._report_node(attempt, problem.reason)
+        log = attempt.path / f"log.node{self.place.node_rank}.txt"
+        process = training.start(log)
+        code, killed_for = training.wait(process, lambda: self._followers_request(attempt))
+        return self._report_node(attempt, failure_of(code, log)) if code and not killed_for else 0
+
+    def _next_attempt(self, run: RunDir) -> Member | None:
+        """The attempt of this execution, started; None if there is nothing to do, or somebody else has the run."""
+        try:
+            return self._claim_next(run, run.attempts())
+        except RunError as error:  # a damaged record: the run's state says so, and the others go on
+            _say(f"{error}; left alone")
+            return None
+
+    def _claim_next(self, run: RunDir, attempts: list[AttemptDir]) -> Member | None:
+        token = self.intent["token"]
+        last = attempts[-1] if attempts else None
+        claim = (read_json(last.claim_json) or {}) if last else {}
+        if last is None or claim.get("token") != token:
+            _say(f"{run.path}: another submission has this run now; nothing to do")
+            return None
+        if create_exclusive(last.start_json, to_json(self._start_document(run))):
+            return Member(run, last, claim)
+        if reason := self._why_nothing_to_do(run, last):
+            _say(f"{last.path}: {reason}; nothing to do")
+            return None
+        again = {**claim, "process": ProcessId.mine().model_dump(), "utc": utc_now()}
+        following = run.claim_attempt(last.number + 1, again)
+        if following is None:
+            return None
+        if self._was_cancelled(run, last):
+            withdraw(following, "cancelled", "cancelled between two executions")
+        elif reason := self._why_given_up(run):
+            _say(reason)
+            withdraw(following, "failed", reason)
+        elif create_exclusive(following.start_json, to_json(self._start_document(run))):
+            return Member(run, following, again)
+        return None
+
+    def _why_nothing_to_do(self, run: RunDir, last: AttemptDir) -> str:
+        """Why there is nothing left to do after the last attempt, which has been started; empty if there is."""
+        start, ended = read_json(last.start_json) or {}, read_json(last.exit_json) or {}
+        left = read_json(last.left_json) or {}
+        if run.result_json.exists():
+            return "the run is finished"
+        if "withdrawn" in start or ended.get("left") or ended.get("state") in ("cancelled", "done"):
+            return f"it was {ended.get('state')}"
+        if start.get("job", {}).get("id") != self.place.job:
+            return f"it belongs to job {start.get('job', {}).get('id')}"
+        if left.get("state") == "failed":  # and whoever was to write it down was killed
+            end = {"state": "failed", "exit_code": None, "reason": str(left.get("reason")), "left": True}
+            create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.get("utc"), "duration_s": None}))
+            return "it has failed"
+        return ""
+
+    def _was_cancelled(self, run: RunDir, last: AttemptDir) -> bool:
+        """Whether the user has cancelled the last attempt when it was over already."""
+        stop = read_stop(run.stop) or {}
+        return stop.get("reason") == "cancel" and stop.get("attempt") == last.number
+
+    def _why_given_up(self, run: RunDir) -> str:
+        """Why there is no point in another execution after these; empty if there is one."""
+        ours = [each for each in run.attempts() if (read_json(each.claim_json) or {}).get("token") == self.intent["token"]]
+        started = [each for each in ours if each.start_json.exists()]
+        step, idle = run.newest_step(), 0
+        for attempt in reversed(started):
+            if (read_json(attempt.start_json) or {}).get("step") != step:
+                break
+            idle += 1
+        if idle >= self.profile["max_idle_attempts"]:
+            return f"given up: {idle} executions in a row without a new checkpoint (max_idle_attempts)"
+        if len(started) >= self.profile["max_attempts"]:
+            return f"given up after {len(started)} executions (max_attempts)"
+        return ""
+
+    def _start_document(self, run: RunDir) -> dict[str, Any]:
+        return {
+            "process": ProcessId.mine().model_dump(),
+            "host": socket.gethostname(),
+            "nodes": os.environ.get("SLURM_JOB_NODELIST", self.place.node),
+            "job": self.place.execution,
+            "step": run.newest_step(),
+            "code_version": code_version(),
+            "started_utc": utc_now(),
+        }
+
+    def _publish(self, attempt: AttemptDir | None, port: int) -> None:
+        if self.place.num_nodes == 1:
+            return
+        self.published.parent.mkdir(exist_ok=True)
+        number = None if attempt is None else attempt.number
+        write_json(self.published, {"attempt": number, "master_addr": self.place.node, "master_port": port})
+
+    def _command(self, master_addr: str, port: int) -> list[str]:
+        if self.place.num_nodes == 1:
+            return list(self.intent["train_command"])
+        return [
+            *TORCHRUN,
+            f"--nnodes={self.place.num_nodes}",
+            f"--node-rank={self.place.node_rank}",
+            f"--nproc-per-node={self.intent['processes_per_node']}",
+            "--rdzv-backend=static",
+            f"--master-addr={master_addr}",
+            f"--master-port={port}",
+            "--no-python",
+            *BOUND,
+            *TRAIN,
+        ]
+
+    def _report_drift(self) -> None:
+        submitted, now = self.intent["code_version"], code_version()
+        if submitted != now:
+            _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
+
+    def _train(self, training: Training) -> tuple[list[tuple[Member, Ended]], str]:
+        """How the attempts ended that are not recorded yet, and a node that is to blame for it and to be avoided."""
+        problem = self._preflight(training.active[0])
+        if problem is not None:
+            return [(member, problem) for member in training.active], self.place.node if problem.state == "interrupted" else ""
+        ends = training.supervise(lambda: self._request(training))
+        if self._told_to_end():  # a training may have got the signal before it was deaf to it, or was too slow
+            last = self.signals.received[-1]
+            return [
+                (member, Ended("interrupted", ended.exit_code, f"signal {last}: {ended.reason}"))
+                if ended.state == "failed"
+                else (member, ended)
+                for member, ended in ends
+            ], ""
+        if self.place.num_nodes == 1 or not ends:
+            return ends, ""
+        ((member, ended),) = ends
+        ended, without_node = self._blame(ended, member.attempt)
+        return [(member, ended)], without_node
+
+    def _request(self, training: Training) -> Request | None:
+        """What this execution wants of its training now."""
+        if any(_following(member.attempt).exists() for member in training.active):
+            return Request("another execution of this run has taken over", kill=True)
+        failed = self._failed_nodes(training.active[0].attempt) if training.active else []
+        if failed:
+            self._first_failure_s = self._first_failure_s or time.monotonic()
+            if time.monotonic() - self._first_failure_s > FOLLOWERS_GRACE_S:
+                return Request(failed[0][1], kill=True)
+        left_s = math.inf if self._deadline is None else self._deadline - time.monotonic()
+        if left_s <= 0:
+            return Request(TIME_LIMIT)
+        told = [name for name in self.signals.received if name != "SIGUSR2" or not left_s < EARLY_S]
+        return Request(f"signal {told[0]}") if told else None
+
+    def _followers_request(self, attempt: AttemptDir) -> Request | None:
+        if attempt.exit_json.exists() or _following(attempt).exists():
+            return Request("node 0 has ended", kill=True)
+        return None
+
+    def _failed_nodes(self, attempt: AttemptDir) -> list[tuple[str, str]]:
+        """Other nodes whose part of the training has failed, with the reason."""
+        if self.place.num_nodes == 1:
+            return []
+        reports = [read_json(path) or {} for path in sorted(attempt.path.glob("node*.json"))]
+        return [(str(report.get("node")), f"on {report.get('node')}: {report.get('reason')}") for report in reports]
+
+    def _blame(self, ended: Ended, attempt: AttemptDir) -> tuple[Ended, str]:
+        """Where several nodes have failed, prefer a reason that is not just the loss of the others."""
+        if ended.state != "failed":
+            return ended, ""
+        deadline = time.monotonic() + REPORTS_WAIT_S
+        while is_loss_of_peer(ended.reason) and not self._failed_nodes(attempt) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for node, reason in self._failed_nodes(attempt):
+            if nodes.PREFLIGHT in reason:
+                return Ended("interrupted", None, reason), node
+            if not is_loss_of_peer(reason) and is_loss_of_peer(ended.reason):
+                return Ended("failed", ended.exit_code, reason), ""
+        return ended, ""
+
+    def _report_node(self, attempt: AttemptDir, reason: str) -> int:
+        write_json(attempt.path / f"node{self.place.node_rank}.json", {"node": self.place.node, "reason": reason})
+        return 1
+
+    def _preflight(self, member: Member) -> Ended | None:
+        """Check this node; None if it is fit. A node that is not is recorded."""
+        if not self.profile["preflight"]:
+            return None
+        with member.attempt.log.open("ab") as log:
+            report = preflight(self._preflight_command(member), log)
+        failed = [check for check in report["checks"] if not check["ok"]]
+        if not failed:
+            return None
+        reason = f"{nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
+        if any(check["blames"] == "node" for check in failed):
+            nodes.record(self.root, self.place.node, reason)
+            return Ended("interrupted", None, f"node {self.place.node}: {reason}")
+        return Ended("failed", None, reason)
+
+    def _preflight_command(self, member: Member) -> list[str]:
+        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim["runtime"].items()]
+        command = [sys.executable, "-m", "vitpa.preflight", str(member.run.config_yaml), *runtime]
+        command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
+        cpus = self.intent["cpus_per_node"]
+        return [*command, f"--cpus={cpus}"] if cpus else command
+
+    def _end(self, training: Training, ends: list[tuple[Member, Ended]], without_node: str) -> None:
+        """Write exit.json, and have SLURM start the job again if that can help one of the runs."""
+        unfinished = [(member, ended) for member, ended in ends if ended.state in ("interrupted", "failed")]
+        refusals = [self._why_not_requeued(member, ended, without_node) for member, ended in unfinished]
+        refusal = refusals[0] if all(refusals) and refusals else ""
+        if unfinished and not refusal:
+            for member, ended in ends:
+                self._record(training, member, ended, requeued=(member, ended) in unfinished)
+            refusal = self._requeue()
+            if not refusal:
+                self._leave_out(without_node)
+                self._wait_for_the_end()
+                return
+        for member, ended in ends:
+            why = refusal if (member, ended) in unfinished else ""
+            _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {why}" if why else ""))
+            self._record(training, member, ended, requeued=False, not_requeued=why)
+
+    def _record(self, training: Training, member: Member, ended: Ended, **more: object) -> None:
+        """Write exit.json. Without it, on a full disk, the run counts as lost, and goes on from its checkpoint as well."""
+        try:
+            training.record(member, ended, **more)
+        except OSError as error:
+            _say(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})")
+
+    def _why_not_requeued(self, member: Member, ended: Ended, without_node: str) -> str:
+        """Why the job is not requeued for a run after this end; empty if it is."""
+        if self._told_to_end():
+            return "SLURM requeues after preemption, nobody after a cancellation"
+        if _following(member.attempt).exists():
+            return "another execution has the run"
+        if without_node:
+            return self._why_given_up(member.run)
+        if ended.state == "interrupted" and ended.reason not in WARNINGS:
+            return "it was told to stop"
+        if member.run.newest_step() <= _step_at_start(member.attempt):
+            return "no new checkpoint in this attempt"
+        return self._why_given_up(member.run)
+
+    def _told_to_end(self) -> bool:
+        return not {"SIGTERM", "SIGINT"}.isdisjoint(self.signals.received)
+
+    def _requeue(self) -> str:
+        """Have SLURM start this job again; why that cannot be, empty if it will."""
+        refusal = ""
+        for _ in range(REQUEUE_TRIES):
+            if self._told_to_end():  # also while the controller did not answer
+                return "cancelled"
+            try:
+                with _shielded():
+                    job = self.scheduler.job(self.place.job, self.intent["token"])
+                    if job is None:  # started by hand in an allocation that has other uses
+                        return f"SLURM does not know job {self.place.job} as one of this submission"
+                    self.scheduler.requeue(job)
+            except SchedulerError as error:
+                refusal = str(error)
+                time.sleep(REQUEUE_WAIT_S)
+            else:
+                _say("requeued")
+                return ""
+        return refusal
+
+    def _leave_out(self, without_node: str) -> None:
+        """Have the next execution avoid a node, and those that have failed before."""
+        if not without_node:
+            return
+        others = [self.profile["exclude"], *nodes.failed(self.root)]  # the list that SLURM has is replaced
+        try:
+            with _shielded():
+                job = self.scheduler.job(self.place.job, self.intent["token"])
+                if job is not None:
+                    self.scheduler.leave_out(job, dict.fromkeys(filter(None, [*others, without_node])))
+        except SchedulerError as error:
+            _say(f"cannot keep the job off {without_node}: {error}")
+
+    def _wait_for_the_end(self) -> None:
+        """SLURM ends a job that it requeues, in its own time."""
+        deadline = time.monotonic() + 300
+        while not self._told_to_end() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+
+def preflight(command: list[str], log: Any) -> dict[str, Any]:
+    """Run the pre-flight and return its report; one that fails or hangs is a report against the node."""
+    environment = {**child_environment(), PARENT: str(os.getpid())}
+    try:
+        answer = subprocess.run(
+            [*BOUND, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            timeout=PREFLIGHT_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return _verdict(f"no answer in {PREFLIGHT_LIMIT_S:.0f} s", "node")
+    try:
+        report: dict[str, Any] = json.loads(answer.stdout)
+        assert isinstance(report["checks"], list)
+    except (ValueError, KeyError, AssertionError):
+        return _verdict(f"vitpa.preflight ended with code {answer.returncode} and no report; see the log", "run")
+    return report
+
+
+def _verdict(detail: str, blames: str) -> dict[str, Any]:
+    return {"checks": [{"name": "preflight", "ok": False, "detail": detail, "blames": blames}]}
+
+
+def _step_at_start(attempt: AttemptDir) -> int:
+    """The step from which an attempt went on: as the training says, which passes damaged checkpoints over, if it got there."""
+    try:
+        step = (read_with_checksum(attempt.env_json) or {}).get("resumed_at_step")
+    except RunError:
+        step = None
+    return step if isinstance(step, int) else int((read_json(attempt.start_json) or {}).get("step") or 0)
+
+
+def _following(attempt: AttemptDir) -> Path:
+    return attempt.path.with_name(f"{attempt.number + 1:04d}")
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Keep SIGTERM from what is started in the body: SLURM sends it to every process of a job as soon as that is requeued."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _free_port() -> int:
+    """A port that is free on this node now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,332 @@
+"""How long a sweep will take and what it will cost: arithmetic on what was measured, never a guess.
+
+A run takes (training images x epochs) / (images per second of finished runs of its data set and attention), evaluation
+included, for that is how images_per_s is measured. One that goes on from a checkpoint counts as a whole one. Where runs
+share a GPU, as replicas or side by side, each counts by its share: it costs the GPU-hours that measured ones have cost.
+
+Where no run of a kind has finished, a benchmark's rate of training may stand in (jobs/plan/speeds.py). It has no evaluation
+in it: an image of that is counted as a third of one in training, of whose arithmetic the forward pass is a third.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs.groups import num_images
+from jobs.plan.speeds import Benchmark, Rate, difference
+from jobs.report.status import duration
+from jobs.state import RunState
+from jobs.submit.submit import Batch
+from jobs.sweep import Run
+from vitpa.arguments import ConfigError
+from vitpa.config import RunConfig, read_yaml
+from vitpa.rundir import Result, RunDir, RunError, read_json, read_with_checksum
+
+Kind = tuple[str, str]  # data set, attention
+JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
+EVALUATED = 1 / 3  # of an image in training is what one in an evaluation costs
+CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What finished runs of a kind have measured."""
+
+    images_per_s: float
+    runs: int
+    hardware: str  # GPU's name, or `CPU`; empty if it was not written down
+    gpus: float  # of one run, its share where several had one together; 0 on the CPU
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` has it."""
+        return {"images_per_s": self.images_per_s, "runs": self.runs, "hardware": self.hardware, "gpus_per_run": self.gpus}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs with equal resources, in the order in which they start; each trains a run, or several as replicas."""
+
+    durations_s: tuple[float | None, ...]  # of each job; None: its kind has not been measured
+    gpus: float  # of one job
+    arrays: int = 1
+    at_a_time: int | None = None  # jobs, as far as is known; None: as many as SLURM gives
+    replicas: float = 1  # runs of a job, on the average
+
+    @property
+    def gpus_per_run(self) -> float:
+        """What a run has of the GPUs."""
+        return self.gpus / self.replicas
+
+    @property
+    def longest_s(self) -> float | None:
+        """The longest job; None unless all are known."""
+        known = [seconds for seconds in self.durations_s if seconds is not None]
+        return max(known, default=0.0) if len(known) == len(self.durations_s) else None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The whole submission. None where a kind of run has not been measured."""
+
+    train_s: float | None  # one job after the other
+    gpu_hours: float | None
+    wall_s: float | None  # once they start; None also where nobody says how many run at a time
+    speeds: Mapping[Kind, Speed]
+    unmeasured: tuple[Kind, ...]
+    longest_s: float | None = None  # of the jobs
+    rates: Mapping[JobKind, Rate] | None = None  # of a benchmark, where there are no speeds; None: no benchmark was given
+    gpu_hour_price: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Of the GPU-hours, in the currency of their price."""
+        return None if self.gpu_hours is None or self.gpu_hour_price is None else self.gpu_hours * self.gpu_hour_price
+
+    @property
+    def _rates(self) -> list[tuple[JobKind, Rate]]:
+        return sorted((self.rates or {}).items(), key=lambda pair: pair[0])
+
+    def as_json(self) -> dict[str, Any]:
+        """As `plan --json` has it."""
+        return {
+            "estimated_train_s": self.train_s,
+            "gpu_hours": self.gpu_hours,
+            "gpu_hour_price": self.gpu_hour_price,
+            "cost": self.cost,
+            "wall_s": self.wall_s,
+            "measured": {" ".join(kind): speed.as_json() for kind, speed in sorted(self.speeds.items())},
+            "benchmark": [{"dataset": kind[0], "attention": kind[1], **rate.as_json()} for kind, rate in self._rates],
+            "unmeasured": [" ".join(kind) for kind in self.unmeasured],
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if self.train_s is None:
+            if not self.unmeasured:
+                return ["GPU-hours and time: unknown until the number of images is known: run `vitpa prep` first"]
+            kinds = ", ".join(map(" ".join, self.unmeasured))
+            advice = "; --speeds FILE takes a benchmark's figures instead" if self.rates is None else ""
+            return [f"GPU-hours and time: unknown until a run of each kind has finished (not yet: {kinds}){advice}"]
+        parts = [f"{self.gpu_hours:,.{1 if self.gpu_hours >= 10 else 2}f} GPU-hours"] if self.gpu_hours else []
+        if self.cost:
+            parts[-1] += f" ({self.cost:,.2f} at {self.gpu_hour_price:,.2f} each)"
+        parts.append(f"{duration(self.train_s)} of training one after the other (the longest job: {duration(self.longest_s)})")
+        if self.wall_s is not None:
+            parts.append(f"{duration(self.wall_s)} once they start (waiting in the queue and restarts are not counted)")
+        return [f"about {', '.join(parts)}", *self._sources()]
+
+    def _sources(self) -> list[str]:
+        """What the figures rest on."""
+        measured = [
+            f"{' '.join(kind)} {speed.images_per_s:,.0f} images/s{f' on {speed.hardware}' if speed.hardware else ''} "
+            f"({speed.runs} run{'s' if speed.runs > 1 else ''})"
+            for kind, speed in sorted(self.speeds.items())
+        ]
+        lines = [f"measured: {'; '.join(measured)}"] if measured else []
+        for rate in dict.fromkeys(rate for _, rate in self._rates):  # small data sets have it in common
+            kinds = ", ".join(" ".join(kind[:2]) for kind, its in self._rates if its == rate)
+            lines.append(f"{rate.file}: {kinds}: {rate}")
+        if self.rates:
+            lines.append(
+                "with a benchmark's rate, an evaluation is an estimate (an image of it as a third of one in training), and "
+                "start, compilation and checkpoints are left out"
+            )
+        return lines
+
+
+def forecast(
+    groups: Sequence[Group],
+    speeds: Mapping[Kind, Speed],
+    unmeasured: Iterable[Kind] = (),
+    *,
+    rates: Mapping[JobKind, Rate] | None = None,
+    gpu_hour_price: float | None = None,
+) -> Forecast:
+    """Add up what the groups take. They run side by side."""
+    durations = [[seconds for seconds in group.durations_s if seconds is not None] for group in groups]
+    found = Forecast(None, None, None, speeds, tuple(sorted(set(unmeasured))), rates=rates, gpu_hour_price=gpu_hour_price)
+    if any(len(known) < len(group.durations_s) for known, group in zip(durations, groups, strict=True)):
+        return found
+    walls = [makespan_s(known, group.at_a_time) for known, group in zip(durations, groups, strict=True)]
+    gpu_s = math.fsum(sum(known) * group.gpus for known, group in zip(durations, groups, strict=True))
+    return replace(
+        found,
+        train_s=math.fsum(map(sum, durations)),
+        gpu_hours=gpu_s / 3600,
+        wall_s=None if None in walls else max((wall for wall in walls if wall is not None), default=0.0),
+        longest_s=max((max(known) for known in durations if known), default=0.0),
+    )
+
+
+def makespan_s(durations_s: Sequence[float], at_a_time: int | None) -> float | None:
+    """Time until all are done, if the next one starts whenever one ends; None if nobody knows how many run at a time."""
+    if at_a_time is None:
+        return None
+    free = [0.0] * min(at_a_time, len(durations_s))
+    for seconds in durations_s:
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free, default=0.0)
+
+
+def attempts(run_s: float, time_s: float, signal_delay_s: float) -> int:
+    """Executions of a run that is told to stop `signal_delay_s` before each time limit."""
+    return max(1, math.ceil(run_s / (time_s - signal_delay_s)))
+
+
+def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float | None:
+    """Seconds of training of a run on `images` images; None if that or its speed is not known."""
+    speed = speeds.get((run.dataset, run.attention))
+    if speed is None or images is None:
+        return None
+    return images * run.config.train.epochs / speed.images_per_s
+
+
+def job_s(runs: Sequence[float | None], speed: Speed | None, gpus: float) -> float | None:
+    """Seconds of a job with `gpus` that trains runs of one kind together, which take so long as they were measured."""
+    known = [seconds for seconds in runs if seconds is not None]
+    if len(known) < len(runs) or speed is None:
+        return None
+    shares = 0 < speed.gpus <= 1 and 0 < gpus <= 1  # of one GPU, when measured and now
+    return max(known) * (speed.gpus * len(runs) / gpus if shares else 1)
+
+
+def benchmark_s(config: RunConfig, rate: Rate, images: tuple[int | None, int | None]) -> float | None:
+    """Seconds of a job of `rate.replicas` runs, with evaluations; None if the numbers of images are not known.
+
+    Args:
+        config: Of one of the runs.
+        rate: Of the whole job.
+        images: In the training set and in that of an evaluation.
+    """
+    train, val = images
+    if train is None or val is None:
+        return None
+    epochs = config.train.epochs
+    evaluations = math.ceil(epochs / config.runtime.eval_every_epochs)
+    return rate.replicas * (train * epochs + EVALUATED * val * evaluations) / rate.images_per_s
+
+
+def gpus_of(batch: Batch) -> float:
+    """GPUs of a job, on all its nodes; a share of one where several processes have it."""
+    if batch.how["executor"] == "slurm":
+        return float(batch.how["profile"]["nodes"] * batch.how["profile"]["gpus_per_node"])
+    return len(batch.how["slots"][0]["gpus"]) / batch.configs[0].runtime.runs_per_gpu
+
+
+def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapping[JobKind, Rate]) -> Group:
+    """The jobs of batches with equal resources."""
+    how, gpus = batches[0].how, gpus_of(batches[0])
+    if how["executor"] == "slurm":
+        at_a_time = sum(batch.how["profile"]["array_parallelism"] or 0 for batch in batches) or None  # each has its share
+    else:
+        at_a_time = len(how["slots"])
+    images: dict[str, tuple[int | None, int | None]] = {}
+    durations = []
+    for batch in batches:
+        for task in batch.tasks:
+            run, config = batch.chosen[task[0]].run, batch.configs[task[0]]
+            if run.dataset not in images:
+                images[run.dataset] = num_images(config, "train"), num_images(config, "val")
+            rate = rates.get((run.dataset, run.attention, len(task)))
+            if rate is not None:
+                durations.append(benchmark_s(config, rate, images[run.dataset]))
+                continue
+            runs = [run_s(batch.chosen[index].run, speeds, images[run.dataset][0]) for index in task]
+            durations.append(job_s(runs, speeds.get((run.dataset, run.attention)), gpus))
+    replicas = sum(len(batch.chosen) for batch in batches) / len(durations)
+    return Group(tuple(durations), gpus, len(batches), at_a_time, replicas)
+
+
+# --- what has been measured
+
+
+def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> dict[Kind, Speed]:
+    """The speeds of the kinds of the `wanted` runs: of the sweep's finished runs, or else of others with the same model."""
+    finished: dict[Kind, list[Result]] = {}
+    for state in states:
+        if state.result is not None:
+            finished.setdefault((state.run.dataset, state.run.attention), []).append(state.result)
+    models: dict[Kind, dict[str, Any]] = {
+        (run.dataset, run.attention): run.config.model.model_dump(mode="json") for run in wanted
+    }
+    elsewhere = {kind: model for kind, model in models.items() if kind not in finished}
+    if elsewhere:
+        finished |= _finished_elsewhere(elsewhere, root)
+    found = {kind: _speed_of(results, root) for kind, results in finished.items() if kind in models}
+    return {kind: speed for kind, speed in found.items() if speed is not None}
+
+
+def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> dict[Kind, list[Result]]:
+    found: dict[Kind, list[Result]] = {}
+    looked_at = dict.fromkeys(models, 0)
+    for path in sorted((root / "runs").glob("*/result.json")):
+        try:
+            result = Result.model_validate(read_json(path))
+            kind = (result.dataset, result.attention)
+            if kind not in models or looked_at[kind] == CONFIGS_LOOKED_AT:
+                continue
+            looked_at[kind] += 1
+            if read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
+                found.setdefault(kind, []).append(result)
+        except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
+            continue
+    return found
+
+
+def _speed_of(results: list[Result], root: Path) -> Speed | None:
+    valid = [result for result in results if result.images_per_s > 0 and result.train_time_s > 0]
+    if not valid:
+        return None
+    gpus = math.fsum(result.gpu_hours * 3600 / result.train_time_s for result in valid) / len(valid)
+    speed = math.fsum(result.images_per_s for result in valid) / len(valid)
+    return Speed(speed, len(valid), _hardware(RunDir(root, valid[-1].signature)), gpus)
+
+
+def _hardware(run: RunDir) -> str:
+    try:
+        made_with = read_with_checksum(run.env_json) or {}
+    except RunError:
+        return ""
+    return str(made_with.get("gpu") or ("CPU" if made_with.get("device") == "cpu" else ""))
+
+
+def job_kinds(batches: Iterable[Batch]) -> dict[JobKind, tuple[Batch, RunConfig]]:
+    """The kinds of jobs, each with the batch and the configuration of the first of them."""
+    found: dict[JobKind, tuple[Batch, RunConfig]] = {}
+    for batch in batches:
+        for task in batch.tasks:
+            run = batch.chosen[task[0]].run
+            found.setdefault((run.dataset, run.attention, len(task)), (batch, batch.configs[task[0]]))
+    return found
+
+
+def rates_of(
+    batches: Iterable[Batch], benchmark: Benchmark, speeds: Mapping[Kind, Speed]
+) -> tuple[dict[JobKind, Rate], list[str]]:
+    """What the benchmark says of jobs whose kind has no speed, and for people: of which it says nothing, and what differs."""
+    rates: dict[JobKind, Rate] = {}
+    said: list[str] = []
+    for (dataset, attention, replicas), (batch, config) in job_kinds(batches).items():
+        if (dataset, attention) in speeds:
+            continue
+        nodes = batch.how["profile"]["nodes"] if batch.how["executor"] == "slurm" else 1
+        found = benchmark.rate(config, gpus=gpus_of(batch), nodes=nodes, replicas=replicas)
+        if isinstance(found, str):
+            said.append(f"{benchmark.file} says nothing of {dataset} {attention}: {found}")
+            continue
+        rates[dataset, attention, replicas] = found
+        other = difference(benchmark.augment or {}, config.augment.model_dump(mode="json"))
+        if other:
+            said.append(f"{benchmark.file} was measured with another augmentation than that of {dataset} ({other})")
+        if found.images_of not in ("", dataset):
+            said.append(f"{benchmark.file} was measured with images of {found.images_of}, not of {dataset}")
+    if rates and benchmark.network is None:
+        said.append(f"{benchmark.file} does not say what network it was measured with: taken for that of {benchmark.recipe}")
+    return rates, list(dict.fromkeys(said))

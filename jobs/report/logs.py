@@ -1,0 +1,171 @@
+"""What the training processes printed: ends of logs, failures by cause, and following what is being written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from jobs.failures import Cause, cause_of, essence, without_particulars
+from jobs.report.status import pause_s
+from jobs.scheduler.job_output import output_of
+from jobs.state import LIVE, RunState, Survey
+from jobs.sweep import Run
+from vitpa.documents import open_regular
+from vitpa.rundir import AttemptDir
+from vitpa.terminal import printable
+
+POLL_S = 0.5
+TAIL_BYTES = 200_000
+
+
+def tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log; none if it is not there."""
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            return _lines(file.read())[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of a log, whatever other characters for ends of lines are in them; of a progress bar's, the last state."""
+    lines = data.decode(errors="replace").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    return [line.rpartition("\r")[2] or line for line in lines] if data else []
+
+
+def logs_of(attempt: AttemptDir) -> list[Path]:
+    """The logs of an attempt: of the first node, and of the others if it ran on several."""
+    return [attempt.log, *sorted(attempt.path.glob("log.node*.txt"))]
+
+
+def show(states: list[RunState], lines: int, console: Console) -> None:
+    """Path and last lines of each run's last attempt; of runs that train together once.
+
+    Of one that was never started it is what its job has printed.
+    """
+    same_logs: dict[tuple[Path, ...], list[RunState]] = {}
+    for state in states:
+        if state.attempt is not None:
+            logs = early_output(state) or [state.attempt.log.resolve()]
+            same_logs.setdefault(tuple(logs), []).append(state)
+    for files, together in same_logs.items():
+        for log in files:
+            for state in together:
+                _heading(state, console, log)
+            for line in tail(log, lines):
+                _say(line, console)
+
+
+def early_output(state: RunState) -> list[Path]:
+    """What the job of a run has printed, where that has ended before it started the run; errors first."""
+    early = state.ended_early or (state.state == "uncertain" and not state.job_id)
+    return output_of(state.attempt, state.job_id) if early and state.attempt is not None else []
+
+
+def show_failures(states: list[RunState], lines: int, console: Console) -> None:
+    """Failures by their cause, each with how to mend it; every different traceback once, with the runs that ended so."""
+    causes: dict[str, tuple[Cause, dict[str, list[tuple[RunState, list[str]]]]]] = {}
+    for state in states:
+        early = early_output(state)
+        if state.attempt is not None and (state.state == "failed" or (state.state == "uncertain" and early)):
+            log = [line for path in early or logs_of(state.attempt) for line in tail(path, 10_000)]
+            cause, told = cause_of(state.reason, "\n".join(log)), essence(log)
+            _, alike = causes.setdefault(cause.name, (cause, {}))
+            alike.setdefault(without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
+    for cause, alike in causes.values():
+        failed = sum(len(members) for members in alike.values())
+        _say(f"{cause.name}: {failed} failed. To mend it: {cause.advice}", console, style="bold")
+        for members in alike.values():
+            first, told = members[0]
+            _say(f"{', '.join(state.run.label for state, _ in members)}: {first.reason}", console)
+            _heading(first, console, next(iter(early_output(first)), None))
+            for line in told:
+                _say(line, console)
+    if not causes:
+        console.print("no run has failed")
+
+
+def follow(runs: list[Run], root: Path, console: Console) -> None:
+    """Print what the runs print, through all their attempts, until none of them is in progress."""
+    printed: dict[Path, str] = {}
+    followed = {
+        run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console, printed) for run in runs
+    }
+    while True:
+        survey = Survey(root)
+        states = survey.states(runs)
+        for state in states:
+            followed[state.run.signature].update(state)
+        if not any(state.state in LIVE for state in states):
+            return
+        for _ in range(max(1, round(pause_s(survey) / POLL_S))):  # files may be looked at more often than the scheduler
+            time.sleep(POLL_S)
+            for each in followed.values():
+                each.print_new()
+
+
+class _Followed:
+    """One run whose log is followed: where in which attempt we are."""
+
+    def __init__(self, run: Run, root: Path, prefix: str, console: Console, printed: dict[Path, str]) -> None:
+        self._directory = run.directory(root)
+        self._label = run.label
+        self._prefix = prefix
+        self._console = console
+        self._printed = printed  # the run under whose name each log is printed; those that train together have one
+        self._attempt: AttemptDir | None = None
+        self._offset: int | None = None  # None: nothing printed yet
+
+    def update(self, state: RunState) -> None:
+        """Print what is new, of the attempt that we know to its end and then of those after it."""
+        if state.attempt is None:
+            return
+        if self._attempt is None:
+            self._attempt = state.attempt
+            if state.state not in LIVE:  # over before we came
+                self._offset = self._attempt.log.stat().st_size if self._attempt.log.is_file() else 0
+        while self._attempt.number < state.attempt.number:
+            self.print_new(to_the_end=True)
+            following = self._attempt.number + 1
+            self._attempt, self._offset = AttemptDir(self._directory.attempts_dir / f"{following:04d}"), None
+        self.print_new(to_the_end=state.state not in LIVE)
+        for path in [] if state.state in LIVE else early_output(state):
+            _say(f"== {self._label} attempt {self._attempt.number}: {path}", self._console, style="bold")
+            for line in tail(path, 10_000):
+                _say(self._prefix + line, self._console)
+
+    def print_new(self, *, to_the_end: bool = False) -> None:
+        """Print what has come since; as long as it is being written, whole lines only."""
+        if self._attempt is None:
+            return
+        try:
+            with open_regular(self._attempt.log) as file:
+                file.seek(self._offset or 0)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        if self._offset is None:
+            _say(f"== {self._label} attempt {self._attempt.number}: {self._attempt.log}", self._console, style="bold")
+        if self._printed.setdefault(self._attempt.log.resolve(), self._label) != self._label:
+            self._offset = self._offset or 0
+            return
+        shown = data if to_the_end else data[: data.rfind(b"\n") + 1]
+        for line in _lines(shown):
+            _say(self._prefix + line, self._console)
+        self._offset = (self._offset or 0) + len(shown)
+
+
+def _say(text: str, console: Console, style: str = "") -> None:
+    console.print(printable(text, keep="\t"), style=style or None, markup=False, highlight=False, soft_wrap=True)
+
+
+def _heading(state: RunState, console: Console, log: Path | None = None) -> None:
+    assert state.attempt is not None
+    own = state.attempt.log
+    shown = own if log is None or log == own.resolve() else log  # of several that train together each has its own name for it
+    heading = f"== {state.run.label} {state.state}, attempt {state.attempts}: {shown}"
+    _say(heading, console, style="bold")

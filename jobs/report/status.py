@@ -1,0 +1,315 @@
+"""What a sweep looks like at one moment: a row per run, as a table for people and as plain data for programs."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions
+from rich.live import Live
+from rich.segment import Segment
+from rich.style import Style
+from rich.text import Text
+
+from jobs.report.waiting import advice, needs_somebody
+from jobs.state import LIVE, STATES, RunState, Survey
+from jobs.sweep import Run
+from vitpa.documents import open_regular
+from vitpa.metrics import parse_line
+from vitpa.rundir import RunDir, RunError, read_json, read_with_checksum
+from vitpa.terminal import printable
+
+REFRESH_S = 1.0
+REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
+TAIL_BYTES = 16_384
+PROGRESS = {name: f'"{name}"'.encode() for name in ("step", "epoch", "val/top1", "perf/images_per_s")}  # as in the file
+STYLES = {
+    state: Style(color=colour)
+    for state, colour in {
+        "done": "green",
+        "running": "cyan",
+        "pending": "blue",
+        "failed": "red",
+        "broken": "red",
+        "lost": "yellow",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, from its own records. None where nothing is known."""
+
+    step: int | None = None
+    steps_total: int | None = None
+    epoch: float | None = None
+    val_top1: float | None = None  # of the last evaluation, fraction
+    images_per_s: float | None = None
+    damaged: bool = False  # the end of metrics.jsonl, as far as it was looked at
+
+
+def progress_of(state: RunState, root: Path) -> Progress:
+    """Progress of a run: from its result, or else from the ends of its records."""
+    if state.result is not None:
+        result = state.result
+        return Progress(result.steps, result.steps, result.epochs, result.val_top1, result.images_per_s)
+    if state.attempt is None:
+        return Progress()
+    directory = state.run.directory(root)
+    last, damaged = _last_values(directory)
+    total = _steps_total(directory)
+    return Progress(last.get("step"), total, last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s"), damaged)
+
+
+def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
+    """The last value of each metric in PROGRESS, from the end of metrics.jsonl, and whether a line there is damaged.
+
+    A line cut at either end is left out.
+    """
+    try:
+        with open_regular(directory.metrics_jsonl) as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return {}, False
+    found: dict[str, Any] = {}
+    wanted, damaged = dict(PROGRESS), any(b"\0" in line for line in lines)
+    for number, line in reversed(list(enumerate(lines))):
+        if not any(key in line for key in wanted.values()):  # to parse every line takes longer than all the rest of `status`
+            continue
+        try:
+            row = parse_line(line.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            damaged = damaged or 0 < number < len(lines) - 1
+            continue
+        found |= {name: row[name] for name in wanted if isinstance(row.get(name), int | float)}
+        wanted = {name: key for name, key in wanted.items() if name not in found}
+        if not wanted:
+            break
+    return found, damaged
+
+
+def _steps_total(directory: RunDir) -> int | None:
+    try:
+        total = (read_with_checksum(directory.env_json) or {}).get("steps_total")
+    except RunError:
+        return None
+    return total if isinstance(total, int) else None
+
+
+def row_of(state: RunState, root: Path) -> dict[str, Any]:
+    """One run as plain data; times in seconds, accuracy as a fraction. Empty texts where something is not known."""
+    progress = progress_of(state, root)
+    eta_s = None
+    if state.state == "running" and progress.step is not None and progress.steps_total and progress.images_per_s:
+        images = max(0, progress.steps_total - progress.step) * state.run.config.train.global_batch_size
+        eta_s = round(images / progress.images_per_s, 1)
+    return {
+        "run": state.run.label,
+        "signature": state.run.signature,
+        "dataset": state.run.dataset,
+        "attention": state.run.attention,
+        "seed": state.run.seed,
+        "state": state.state,
+        "step": progress.step,
+        "steps_total": progress.steps_total,
+        "epoch": progress.epoch,
+        "epochs": state.run.config.train.epochs,
+        "val_top1": progress.val_top1,
+        "images_per_s": progress.images_per_s,
+        "eta_s": eta_s,
+        "attempts": state.attempts,
+        "node": _node(state),
+        "job": state.job_id,
+        "reason": "; ".join(filter(None, [state.reason, "metrics.jsonl has damaged lines" if progress.damaged else ""])),
+        "advice": advice(state.job) if state.state == "pending" else "",
+    }
+
+
+def _node(state: RunState) -> str:
+    """Where its last attempt runs, or ended badly: `node[1-2]`, as SLURM names several."""
+    if state.attempt is None or state.state in ("done", "pending", "missing"):
+        return ""
+    try:
+        start = read_json(state.attempt.start_json) or {}
+    except RunError:
+        return ""
+    nodes = start.get("nodes") or start.get("host") or ""
+    return ",".join(map(str, nodes)) if isinstance(nodes, list) else str(nodes)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table."""
+
+    name: str
+    text: Callable[[dict[str, Any]], str]
+    right: bool = True
+
+    def padded(self, text: str, width: int) -> str:
+        """`text`, set to the column's side."""
+        return text.rjust(width) if self.right else text.ljust(width)
+
+
+HOST = socket.gethostname()
+COLUMNS = (
+    Column("run", lambda row: row["run"], right=False),
+    Column("state", lambda row: row["state"], right=False),
+    Column("step", lambda row: "" if row["step"] is None else f"{row['step']}/{row['steps_total'] or '?'}"),
+    Column("epoch", lambda row: "" if row["epoch"] is None else f"{row['epoch']:.1f}/{row['epochs']}"),
+    Column("top-1 %", lambda row: "" if row["val_top1"] is None else f"{100 * row['val_top1']:.2f}"),
+    Column("images/s", lambda row: "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"),
+    Column("ETA", lambda row: duration(row["eta_s"])),
+    Column("try", lambda row: str(row["attempts"] or "")),
+    Column("node", lambda row: row["node"] if row["job"] or row["node"] != HOST else "", right=False),
+    Column("job", lambda row: row["job"], right=False),
+)
+SLURM_COLUMNS = ("node", "job")  # left out where empty
+DISPENSABLE = ("job", "epoch", "try", "images/s", "step", "node", "ETA", "top-1 %")  # in this order, on a narrow screen
+MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", "pending", "missing", "done")
+
+
+def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) -> StatusTable:
+    """Rows as a table; below it a line for each reason to be as they are.
+
+    Args:
+        rows: As `row_of` makes them.
+        title: The first line.
+        height: Lines of the screen, if it must fit there: then what matters most now is shown.
+    """
+    reasons = _reasons(rows)
+    if height is not None:
+        most = max(1, height // 3)
+        if len(reasons) > most:
+            reasons = [*reasons[: most - 1], f"and {len(reasons) - most + 1} more reasons"]
+        room = max(1, height - 4 - len(reasons))
+        if len(rows) > room:
+            order = sorted(range(len(rows)), key=lambda index: (MATTERS.index(rows[index]["state"]), index))
+            rows, title = [rows[index] for index in sorted(order[:room])], f"{title}; {room} of them:"
+    return StatusTable(rows, title, reasons, one_line_each=height is not None)
+
+
+def _reasons(rows: list[dict[str, Any]]) -> list[str]:
+    runs: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            text = f"{row['reason']}; {row['advice']}" if row.get("advice") else row["reason"]
+            runs.setdefault((row["state"], text), []).append(row["run"])
+    ordered = sorted(runs, key=lambda key: MATTERS.index(key[0]))
+    more = {key: f" and {len(runs[key]) - 1} more" if len(runs[key]) > 1 else "" for key in ordered}
+    return [f"{runs[key][0]}{more[key]} {key[0]}: {printable(key[1])}" for key in ordered]
+
+
+@dataclass(frozen=True)
+class StatusTable:
+    """For `Console.print`. rich's own table lays out every cell as a text by itself: a second for 1,000 runs."""
+
+    rows: list[dict[str, Any]]
+    title: str
+    reasons: list[str]
+    one_line_each: bool  # cut reasons that are longer than a line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment | Text]:
+        """The lines, with the columns for which there is room."""
+        columns = self._columns(options.max_width)
+        bold = Style(bold=True)
+        yield Segment(f"{self.title}\n", bold)
+        yield Segment(" ".join(column.padded(column.name, width) for column, width, _ in columns).rstrip() + "\n", bold)
+        yield Segment(" ".join("-" * width for _, width, _ in columns) + "\n")
+        for index, row in enumerate(self.rows):
+            cells = [column.padded(texts[index], width) for column, width, texts in columns]
+            yield Segment(f"{cells[0]} ")
+            yield Segment(cells[1], STYLES.get(row["state"]))
+            yield Segment(" ".join(["", *cells[2:]]).rstrip() + "\n")
+        yield Segment("\n")
+        for reason in self.reasons:
+            yield Text(reason, no_wrap=self.one_line_each, overflow="ellipsis" if self.one_line_each else "fold")
+
+    def _columns(self, width: int) -> list[tuple[Column, int, list[str]]]:
+        """The columns that are shown, each with its width and its texts."""
+        columns = []
+        for column in COLUMNS:
+            texts = [printable(column.text(row)) for row in self.rows]
+            if column.name not in SLURM_COLUMNS or any(texts):
+                columns.append((column, max(len(text) for text in [column.name, *texts]), texts))
+        for name in DISPENSABLE:
+            if sum(width for _, width, _ in columns) + len(columns) - 1 <= width:
+                break
+            columns = [entry for entry in columns if entry[0].name != name]
+        return columns
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person says them: `45 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    if seconds is None:
+        return ""
+    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def summary(states: list[RunState]) -> str:
+    """Counts per state, such as `4 of 6 done, 2 running`."""
+    counts = Counter(state.state for state in states)
+    parts = [f"{counts['done']} of {len(states)} done"]
+    return ", ".join(parts + [f"{counts[name]} {name}" for name in STATES if name != "done" and counts[name]])
+
+
+def watch(runs: list[Run], root: Path, name: str, console: Console, until: Callable[[list[RunState]], bool]) -> list[RunState]:
+    """Show the table until `until` says so; without a terminal, a line whenever the counts change.
+
+    Returns the last states.
+    """
+    if not console.is_terminal:
+        shown = ""
+        while True:
+            survey = Survey(root)
+            states = survey.states(runs)
+            text = "\n".join([f"{name}: {summary(states)}{_warning(survey)}", *stuck(states)])
+            if text != shown:
+                shown = text
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if until(states):
+                return states
+            time.sleep(pause_s(survey))
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            survey = Survey(root)
+            states = survey.states(runs)
+            rows = [row_of(state, root) for state in states]
+            live.update(table_of(rows, f"{name}: {summary(states)}{_warning(survey)}", console.height - 1), refresh=True)
+            if until(states):
+                return states
+            time.sleep(pause_s(survey))
+
+
+def stuck(states: list[RunState]) -> list[str]:
+    """A line for each reason for which jobs wait that will not start by themselves."""
+    lines: dict[str, list[str]] = {}
+    for state in states:
+        if state.state == "pending" and needs_somebody(text := advice(state.job)):
+            lines.setdefault(text, []).append(state.run.label)
+    return [
+        f"{labels[0]}" + (f" and {len(labels) - 1} more" if labels[1:] else "") + f": {text}" for text, labels in lines.items()
+    ]
+
+
+def pause_s(survey: Survey) -> float:
+    """How long to wait before the next look."""
+    return REFRESH_SLURM_S if survey.asked_slurm else REFRESH_S
+
+
+def _warning(survey: Survey) -> str:
+    return f" ({printable(survey.scheduler_error)})" if survey.scheduler_error else ""
+
+
+def nothing_live(states: list[RunState]) -> bool:
+    """Whether no run is in progress or about to be."""
+    return not any(state.state in LIVE for state in states)

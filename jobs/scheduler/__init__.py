@@ -1,0 +1,1 @@
+"""SLURM: its commands, their answers and their options."""

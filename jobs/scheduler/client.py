@@ -1,0 +1,235 @@
+"""What is asked of SLURM and told to it: squeue, sacct, scontrol, scancel, sbatch. Nothing else here starts those programs.
+
+They run in an environment of ours, in which nothing of the user's shell changes what they see or do but SLURM_CONF. What
+is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (own_jobs.py), never a number.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jobs.scheduler.own_jobs import (
+    ACCOUNT_COLUMNS,
+    COLUMN,
+    QUEUE_COLUMNS,
+    SUBMIT_LINE,
+    SlurmJob,
+    Snapshot,
+    in_accounting,
+    in_queue,
+)
+from jobs.sweep import SweepError
+
+TIMEOUT_S = 60
+IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "SLURM_CONF", "SLURM_JWT")
+
+
+class SchedulerError(SweepError):
+    """SLURM does not answer, or refuses: one line with its own words."""
+
+
+@dataclass
+class Scheduler:
+    """The cluster, through its command-line programs, as a shell with that environment reaches it."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def snapshot(self) -> Snapshot:
+        """All our jobs, also those that ended a few minutes ago (SLURM's MinJobAge)."""
+        try:
+            return Snapshot(self._queue())
+        except SchedulerError as error:
+            return Snapshot({}, str(error))
+
+    def job(self, identity: str, token: str) -> SlurmJob | None:
+        """The job with this id, if it is one of the submission with that token.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or knows no such job.
+        """
+        return next((job for (found, _), job in self._queue(f"--jobs={identity}").items() if found == token), None)
+
+    def _queue(self, *which: str) -> dict[tuple[str, int], SlurmJob]:
+        form = ("--noheader", "--array", "--states=all", f"--format={QUEUE_COLUMNS}")
+        return in_queue(self.ask("squeue", *form, f"--user={os.getuid()}", *which), os.getuid())
+
+    def submit(self, script: str, token: str) -> SlurmJob:
+        """Submit a job script that carries a token. Which job that has made is asked of SLURM, not read in what sbatch prints.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or has no such job.
+        """
+        said = " ".join(self.ask("sbatch", script).split())
+        deadline = time.monotonic() + IN_FLIGHT_S
+        while True:
+            snapshot = self.snapshot()
+            if snapshot.error:
+                raise SchedulerError(snapshot.error)
+            if jobs := snapshot.all(token):
+                return jobs[0]
+            if time.monotonic() > deadline:
+                raise SchedulerError(f"sbatch: SLURM has no job of ours, although it said: {said}")
+            time.sleep(0.2)
+
+    def accounted(self, ids: Iterable[str]) -> dict[tuple[str, int], SlurmJob]:
+        """What accounting knows of jobs with these ids, as far as they are ours, by (token, index of the task).
+
+        Empty where there is no accounting.
+        """
+        numbers = sorted({number for identity in ids if (number := identity.partition("_")[0]).isdecimal()})
+        if not numbers:
+            return {}
+        words = ["--noheader", "--parsable2", f"--delimiter={COLUMN}", "--allocations", "--duplicates"]
+        words += [f"--user={os.getuid()}", f"--jobs={','.join(numbers)}"]
+        for columns in ((*ACCOUNT_COLUMNS, SUBMIT_LINE), ACCOUNT_COLUMNS):
+            try:
+                return in_accounting(self.ask("sacct", *words, f"--format={','.join(columns)}"), os.getuid())
+            except SchedulerError as error:
+                if SUBMIT_LINE not in str(error):  # "Invalid field requested", from a SLURM before 21.08
+                    break
+        return {}
+
+    def cancel(self, jobs: Iterable[SlurmJob]) -> None:
+        """End jobs of ours. Those that have ended already are passed over.
+
+        Raises:
+            SchedulerError: SLURM does not answer.
+        """
+        arrays: dict[str, list[int]] = {}
+        for number, _, index in (job.id.partition("_") for job in jobs):
+            arrays.setdefault(number, []).extend([int(index)] if index else [])
+        words = [f"{number}_[{ranges(indices)}]" if indices else number for number, indices in arrays.items()]
+        for start in range(0, len(words), 100):  # a command line has its limits
+            self.ask("scancel", *words[start : start + 100])
+
+    def requeue(self, job: SlurmJob) -> None:
+        """Put a running job of ours back into the queue; it is ended for that.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or does not allow it.
+        """
+        self.ask("scontrol", "requeue", job.id)
+
+    def leave_out(self, job: SlurmJob, nodes: Iterable[str]) -> None:
+        """Have a job of ours that waits in the queue run anywhere but on these nodes.
+
+        Raises:
+            SchedulerError: SLURM does not answer, or the job does not wait.
+        """
+        self.ask("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={','.join(nodes)}")
+
+    def time_left_s(self, identity: str) -> float | None:
+        """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""
+        try:
+            text = self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%L").strip()
+        except SchedulerError:
+            return None
+        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+        if match is None:
+            return None
+        days, hours, mins, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + mins) * 60 + seconds)
+
+    def configuration(self) -> dict[str, str]:
+        """The cluster's configuration, as `scontrol show config` names it.
+
+        Raises:
+            SchedulerError: SLURM does not answer.
+        """
+        pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
+        return {key.strip(): value.strip() for key, equals, value in pairs if equals}
+
+    def max_array_tasks(self) -> int:
+        """The largest job array that SLURM takes.
+
+        Raises:
+            SchedulerError: it does not answer.
+        """
+        configuration = self.configuration()
+        option = re.search(r"max_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
+        sizes = [int(configuration.get("MaxArraySize", "1001"))] + ([int(option[1])] if option else [])
+        return max(1, min(sizes))
+
+    def test_only(self, script: str) -> str:
+        """What SLURM says to a job script without submitting it: where and when it would start.
+
+        Raises:
+            SchedulerError: it would be refused.
+        """
+        return self.ask("sbatch", "--test-only", script, with_stderr=True).strip()
+
+    def ask(self, program: str, *arguments: str, with_stderr: bool = False) -> str:
+        """Run one of SLURM's programs and return what it prints.
+
+        Raises:
+            SchedulerError: it is not there, does not answer in time, or fails.
+        """
+        conf = self.environment.get("SLURM_CONF")
+        if conf and not Path(conf).is_file():  # its programs would try for a minute
+            raise SchedulerError(f"{program}: SLURM_CONF={conf}: no such file; is the cluster up, and visible from here?")
+        try:
+            answer = subprocess.run(
+                [program, *arguments],
+                env=scheduler_environment(self.environment) if program == "sbatch" else query_environment(self.environment),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",  # a name or comment of a job may hold any bytes
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise SchedulerError(f"{program}: not found; is this a login node of the cluster, and SLURM in PATH?") from None
+        except subprocess.TimeoutExpired:
+            raise SchedulerError(f"{program}: no answer from SLURM in {TIMEOUT_S} s; try again later") from None
+        if answer.returncode != 0:
+            words = " ".join((answer.stderr or answer.stdout).split()) or f"exit code {answer.returncode}"
+            if "establish a configuration source" in words:
+                words = "SLURM finds no slurm.conf; is this a login node of the cluster, or is SLURM_CONF to be set?"
+            raise SchedulerError(f"{program}: {words}")
+        return answer.stdout + (answer.stderr if with_stderr else "")
+
+
+def query_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What SLURM's programs get of `environment`: where they are, where the cluster is and who asks. sbatch needs more.
+
+    A list of what they get, since no list of what changes them is complete: SQUEUE_PARTITION hides jobs, SCANCEL_STATE
+    spares them, SLURM_CLUSTERS asks another cluster, and each version of SLURM adds some. PATH and LD_LIBRARY_PATH find
+    the programs, HOME and USER are for what a site wraps around them, SLURM_JWT is the password of clusters without munge.
+    """
+    kept = {key: environment[key] for key in KEPT if key in environment}
+    return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
+
+
+def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without what would change a new job: for sbatch, which hands the rest of it on to the job.
+
+    That is what sbatch and srun take options from, what SLURM sets in a job, and what torchrun sets, from which a training
+    would take that it is one process of several.
+    """
+    kept = {"SLURM_CONF", "SLURM_JWT"}
+    dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"}
+    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI", "TORCHELASTIC_", "VITPA_")
+    return {
+        key: value
+        for key, value in environment.items()
+        if key in kept or (key not in dropped and not key.startswith(prefixes))
+    }
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Indices of an array as SLURM writes them: [0, 1, 2, 5] is 0-2,5."""
+    spans: list[list[int]] = []
+    for index in sorted(indices):
+        if spans and index == spans[-1][1] + 1:
+            spans[-1][1] = index
+        else:
+            spans.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)

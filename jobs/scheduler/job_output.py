@@ -1,0 +1,71 @@
+"""What a job has printed itself, before or without its runs' own logs, and what that says of a job that ended too early.
+
+sbatch and srun write it to `submitit/` in the submission: `<id>_0_log.err` and `.out`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vitpa.rundir import AttemptDir, RunError, read_json
+
+ENDED_EARLY = "before it started the run"
+# ends by the job's own fault: another one would meet them, too
+ITS_OWN_FAULT = frozenset({"FAILED", "COMPLETED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"})
+TAIL_BYTES = 20_000
+_OF_SLURM = re.compile(r"(srun|slurmstepd|sbatch|submitit)\b")
+_ERROR = re.compile(r"error|exception|not found|no such|cannot|denied|unrecognized|ended the job|CANCELLED", re.IGNORECASE)
+
+
+def ended_early(identity: str, last_words: str, output: Path) -> tuple[str, str]:
+    """State and reason of a run whose job is over without having started it.
+
+    Args:
+        identity: Of the job; empty if it got none.
+        last_words: The state in which it ended, if that is known.
+        output: The folder of what jobs print.
+    """
+    if not identity:
+        return "uncertain", f"it got no job {ENDED_EARLY}; see {output}"
+    state = "failed" if last_words in ITS_OWN_FAULT else "uncertain"
+    what = _what(f"its job {identity}", last_words)
+    files = printed(output, identity)
+    if cause := _cause(files):
+        return state, f"{_what('its job', last_words)}: {cause}; see {output}"  # alike for all jobs that end like this
+    if last_words == "FAILED" and not any(output.glob(f"{identity}_*_log.err")):
+        said = "its node could not write there (full, gone, read-only?), or could not start it"
+        return state, f"{_what('its job', last_words)}: {said}; see {output}"
+    return state, f"{what}; see {output}"
+
+
+def _what(job: str, last_words: str) -> str:
+    return f"{job} ended ({last_words or 'unknown to SLURM'}) {ENDED_EARLY}"
+
+
+def output_of(attempt: AttemptDir, identity: str) -> list[Path]:
+    """What the job of an attempt has printed, or what all of its submission have where it is not known: errors first."""
+    try:
+        submission = (read_json(attempt.claim_json) or {}).get("submission")
+    except RunError:
+        return []
+    return printed(attempt.path.parents[3] / str(submission) / "submitit", identity or "*")
+
+
+def printed(output: Path, identity: str) -> list[Path]:
+    """The files in which a job has printed something: errors first."""
+    files = [*sorted(output.glob(f"{identity}_*_log.err")), *sorted(output.glob(f"{identity}_*_log.out"))]
+    return [path for path in files if path.stat().st_size]
+
+
+def _cause(files: list[Path]) -> str:
+    """The line that best says why a job ended, from what went to stderr: the last error, its own before SLURM's."""
+    lines = []
+    for path in files:
+        if path.suffix == ".err":
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+                lines += [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if not _OF_SLURM.match(line)]
+    errors = [line for line in own if _ERROR.search(line)] or [line for line in lines if _ERROR.search(line)]
+    return (errors or own or lines or [""])[-1][:300]

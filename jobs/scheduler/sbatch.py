@@ -1,0 +1,101 @@
+"""A profile as submitit's SLURM executor: the sbatch options of a job array of ours, and the lines of its script."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from jobs.profile import SlurmProfile, minutes
+from jobs.scheduler.client import ranges
+from jobs.scheduler.gres import parse_gres
+from jobs.scheduler.own_jobs import COMMENT, job_name
+
+# SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
+PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
+# where `setup` ends the job, its output says so
+ON_EXIT = 'echo "setup ended the job with exit code $code: $BASH_COMMAND"'
+BEFORE_SETUP = ("VITPA_SETUP=1", f"""trap 'code=$?; [ -z "$VITPA_SETUP" ] || {{ {ON_EXIT}; }} >&2' EXIT""")
+AFTER_SETUP = "VITPA_SETUP="
+EXPORTED = ("PYTHONPATH", "PYTHONSAFEPATH")  # also where a cluster does not pass on the environment
+
+
+def slurm_executor(
+    profile: SlurmProfile,
+    folder: Path,
+    *,
+    root: Path,
+    name: str,
+    token: str,
+    exclude: list[str],
+    indices: list[int],
+    count: int,
+) -> submitit.SlurmExecutor:
+    """The executor for an array of `count` tasks, of which those in `indices` are to be started.
+
+    Raises:
+        ValueError: submitit does not know a parameter.
+    """
+    executor = submitit.SlurmExecutor(folder=folder, python=PYTHON)
+    parameters = sbatch_parameters(profile, root=root, name=name, token=token, exclude=exclude)
+    at_a_time = profile.array_parallelism or count
+    if count > 1 and len(indices) < count:
+        parameters["additional_parameters"]["array"] = f"{ranges(indices)}%{at_a_time}"
+    executor.update_parameters(**parameters, array_parallelism=at_a_time)
+    return executor
+
+
+def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: str, exclude: list[str]) -> dict[str, Any]:
+    """The parameters of submitit's executor, which are sbatch's by their long names."""
+    left_out = ",".join(filter(None, [profile.exclude or "", *exclude]))
+    cpus = profile.cpus_per_node
+    parameters = {
+        "job_name": job_name(name, token),
+        "comment": COMMENT + token,
+        "time": minutes(profile.time_s),
+        "signal_delay_s": profile.signal_delay_s,
+        "nodes": profile.nodes,
+        "ntasks_per_node": 1,  # it starts torchrun, which starts a process per GPU
+        "cpus_per_task": cpus,
+        "gpus_per_node": None if profile.gpus_in_gres else profile.gpus_per_node or None,
+        "gres": ",".join(map(str, parse_gres(profile.gres or ""))) or None,
+        "mem": profile.mem,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "nodelist": profile.nodelist,
+        "exclude": left_out or None,
+        "mail_type": profile.mail_type,
+        "mail_user": profile.mail_user,
+    }
+    more = {"chdir": str(root), "requeue": True, "nice": profile.nice, "reservation": profile.reservation}
+    srun = [
+        "--kill-on-bad-exit=0",  # node 0 has to write down why
+        f"--ntasks={profile.nodes}",  # whatever `setup` exports
+        "--export=ALL",  # what the job has, also where the job itself got little (additional_parameters.export)
+    ]
+    if cpus is not None:
+        srun.append(f"--cpus-per-task={cpus}")  # not inherited from sbatch since SLURM 22.05
+    return {
+        **{key: value for key, value in parameters.items() if value is not None},
+        "additional_parameters": {
+            **{key: value for key, value in more.items() if value is not None},
+            **profile.additional_parameters,
+        },
+        "srun_args": [*srun, *profile.srun_args],
+        "setup": [*BEFORE_SETUP, *_exports(), *profile.setup, AFTER_SETUP],
+    }
+
+
+def _exports() -> list[str]:
+    """Lines that give a job the variables it needs, also where a cluster does not pass on the environment."""
+    lines = [f"export {name}={shlex.quote(os.environ[name])}" for name in EXPORTED if name in os.environ]
+    srun = shutil.which("srun")
+    programs = f' command -v srun > /dev/null || PATH="$PATH:"{shlex.quote(str(Path(srun).parent))}' if srun else ""
+    return [*lines, 'export PATH="${PATH:-/usr/local/bin:/usr/bin:/bin}"' + (f";{programs}" if programs else "")]

@@ -1,0 +1,1 @@
+"""From runs to jobs that are started, and the records of it."""

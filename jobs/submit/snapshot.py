@@ -1,0 +1,105 @@
+"""A copy of the code for the jobs of a submission: what was submitted is what runs, whatever is edited in the meantime.
+
+`<root>/code/<code version>-<hash of all files>/` holds the packages `vitpa` and `jobs` and goes first on PYTHONPATH. It is
+addressed by its content: made once, found again, and put right if a file of it was lost or edited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from jobs.sweep import SweepError
+from vitpa import CODE
+from vitpa.code_version import CODE_VERSION_JSON, code_record
+from vitpa.rundir import to_json, write_atomic
+
+PACKAGES = ("vitpa", "jobs")
+KINDS = (".py", ".yaml", ".typed")
+RECORD = f"vitpa/{CODE_VERSION_JSON}"
+
+
+def make_snapshot(root: Path) -> Path:
+    """Copy the code that runs here below `root`, unless that copy is there already.
+
+    Several launchers may do this at once, and be killed in between: a snapshot appears whole or not at all.
+
+    Returns:
+        The folder to put first on PYTHONPATH.
+
+    Raises:
+        SweepError: the code is being edited, the disk is full or must not be written to, or a snapshot holds a stray file.
+    """
+    files, version = _read_code()
+    digest = hashlib.sha256()
+    for path, content in files.items():
+        if path != RECORD:  # it names a commit of the whole repository; several may hold the same code
+            digest.update(f"{path} {len(content)}\n".encode() + content)
+    target = (root / "code" / f"{version}-{digest.hexdigest()[:12]}").absolute()
+    if os.pathsep in str(target):
+        raise SweepError(f"{target}: a snapshot of the code cannot lie below a name with '{os.pathsep}'; choose another root")
+    try:
+        if not target.exists():
+            _create(target, files)
+        _put_right(target, files)
+    except OSError as error:
+        mend = "mend that, or submit with --code live"
+        raise SweepError(f"{target}: the code cannot be copied there ({error.strerror}); {mend}") from error
+    return target
+
+
+def _read_code() -> tuple[dict[str, bytes], str]:
+    """All files of the code by their path, with the record of its name, and that name."""
+    for _ in range(3):
+        record = code_record()
+        files = {path.relative_to(CODE).as_posix(): path.read_bytes() for name in PACKAGES for path in _files_in(CODE / name)}
+        if code_record() == record:
+            return {**files, RECORD: to_json(record).encode()}, str(record["code_version"])
+    raise SweepError(f"{CODE}: the code changes while it is copied; submit again when it is saved")
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in KINDS and path.is_file())
+
+
+def _create(target: Path, files: dict[str, bytes]) -> None:
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        for path, content in files.items():
+            (draft / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(draft / path, content)
+            (draft / path).chmod(0o444)  # not edited by mistake
+        draft.rename(target)
+    except OSError:
+        if not target.exists():  # another launcher was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _put_right(target: Path, files: dict[str, bytes]) -> None:
+    """Write again what is missing or differs; jobs that run from there can only gain by it."""
+    for path, content in files.items():
+        there = target / path
+        if not there.is_file() or not _is_same(path, there.read_bytes(), content):
+            there.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(there, content)
+            there.chmod(0o444)
+    for found in _files_in(target):
+        if found.relative_to(target).as_posix() not in files:
+            raise SweepError(f"{found}: is not of the code that this is a copy of; remove that file")
+
+
+def _is_same(path: str, found: bytes, content: bytes) -> bool:
+    """Whether a file of the snapshot is as it has to be; its record may name another commit of the same code."""
+    if path != RECORD or found == content:
+        return found == content
+    try:
+        ours, theirs = json.loads(content), json.loads(found)
+        return all(ours[key] == theirs[key] for key in ("code_version", "sources_sha256"))
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,237 @@
+"""The records of a submission: `<root>/sweeps/<name>/submissions/<utc>-<token>`, and what becomes of one cut short.
+
+intent.json    before anything is started: the runs wanted, each with the number of its next attempt
+launch.json    by the helper that starts the jobs, before it does; created exclusively: whoever finds the launcher dead and
+               no such file abandons the submission by creating it
+receipt.json   after the jobs were started: their ids
+taken-N.json   on this machine: a worker has task N, a group of several runs
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
+from jobs.scheduler.own_jobs import SlurmJob
+from jobs.state import RunState
+from jobs.sweep import SweepError
+from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+
+HELPER_WAIT_S = 120.0
+
+
+class SubmissionDir:
+    """All paths of a submission."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.intent_json = path / "intent.json"
+        self.launch_json = path / "launch.json"
+        self.receipt_json = path / "receipt.json"
+        self.launch_log = path / "launch.log"
+        self.submitit = path / "submitit"  # pickles and output of the jobs
+
+
+def check_root(root: Path, executor: str) -> None:
+    """Refuse a root in whose name submitit, or SLURM, would put something else.
+
+    Raises:
+        SweepError: it holds such characters.
+    """
+    patterns = r"%[jtaA]" if executor == "local" else r"%|\\|[\x00-\x1f\x7f]"
+    found = re.search(patterns, str(root))
+    if found is not None:
+        by = "submitit puts the job's number in its place" if executor == "local" else "SLURM does not take it literally"
+        raise SweepError(
+            f"--root {str(root)!r}: jobs cannot work below a name with {found[0]!r} in it ({by}); choose another folder"
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sweep runs, as the user says it."""
+
+    profile: str = "local"  # a shipped one, or the path of a YAML file
+    data_dir: str | None = None
+
+    @staticmethod
+    def of_last_submission(submissions: Path) -> Place:
+        """Where the sweep with that folder of submissions was sent last; the default before the first time."""
+        for path in sorted(submissions.glob("*"), reverse=True):
+            try:
+                place = (read_json(SubmissionDir(path).intent_json) or {}).get("place")
+            except RunError:
+                continue
+            if isinstance(place, dict) and isinstance(place.get("profile"), str):
+                data_dir = place.get("data_dir")
+                return Place(place["profile"], data_dir if isinstance(data_dir, str) else None)
+        return Place()
+
+    def changed(self, profile: str | None, data_dir: str | None) -> Place:
+        """This place, with what is given instead; files by their absolute paths."""
+        if profile is not None and Path(profile).is_file():
+            profile = os.path.realpath(profile)
+        return Place(profile or self.profile, os.path.realpath(data_dir) if data_dir else self.data_dir)
+
+
+def settle(root: Path, scheduler: Scheduler) -> list[str]:
+    """Bring submissions whose launcher was killed to a clear state; a line for each of which jobs were found in SLURM.
+
+    A helper still at work is waited for. Jobs that SLURM has, by their token, are adopted: their receipt is written.
+
+    Raises:
+        SchedulerError: SLURM does not answer, so nobody knows whether it has the jobs.
+    """
+    lines = []
+    for path in sorted(root.glob("sweeps/*/submissions/*")):
+        submission = SubmissionDir(path)
+        if submission.receipt_json.exists():
+            continue
+        try:
+            intent = read_json(submission.intent_json)
+        except RunError as error:
+            lines.append(f"{error}; its runs are shown as uncertain, and can be submitted again")
+            continue
+        if intent is None or _alive(intent.get("launcher")) is not False:
+            continue
+        me = {"abandoned_by": ProcessId.mine().model_dump(), "utc": utc_now()}
+        if create_exclusive(submission.launch_json, to_json(me)):
+            close(submission, "abandoned")
+        elif not _helper_ends(submission) and intent.get("executor") == "slurm":
+            count = adopt(root, submission, str(intent.get("token")), scheduler)
+            if count:
+                lines.append(f"adopted {count} jobs of {path.name}, whose launcher was killed")
+            else:
+                close(submission, "abandoned")
+    return lines
+
+
+def adopt(root: Path, submission: SubmissionDir, token: str, scheduler: Scheduler) -> int:
+    """Write the receipt for jobs that SLURM has although nobody is left who could; their number.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    jobs = find_jobs(root, submission, token, scheduler)
+    if jobs:
+        close(submission, "adopted", as_started(jobs))
+    return len(jobs)
+
+
+def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
+    """The jobs that SLURM has of a submission, each with what it needs to start; also if SLURM is only about to get them.
+
+    Raises:
+        SchedulerError: SLURM does not answer.
+    """
+    jobs = _wait_for_jobs(submission, token, scheduler)
+    _restore_pickles(root, submission, [job.id for job in jobs])
+    return jobs
+
+
+def as_started(jobs: Sequence[SlurmJob]) -> list[dict[str, object]]:
+    """Jobs as a receipt names them: an array once."""
+    arrays = {number: bool(index) for number, _, index in (job.id.partition("_") for job in jobs)}
+    return [{"id": number, "array": array} for number, array in arrays.items()]
+
+
+def close(submission: SubmissionDir, how: str, jobs: Sequence[Mapping[str, object]] = ()) -> None:
+    """Write the receipt of a submission of which nothing more will come than `jobs`."""
+    create_exclusive(submission.receipt_json, to_json({"jobs": list(jobs), how: True, "utc": utc_now()}))
+
+
+def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
+    """A line for each change of the code between a submission and the last executions of its runs."""
+    intents: dict[str, str] = {}
+    runs: dict[tuple[str, str], list[str]] = {}
+    for state in states:
+        try:
+            ran = state.attempt and (read_json(state.attempt.start_json) or {}).get("code_version")
+            if not ran or state.attempt is None:
+                continue
+            folder = str((read_json(state.attempt.claim_json) or {}).get("submission"))
+            if folder not in intents:
+                intents[folder] = str((read_json(root / folder / "intent.json") or {}).get("code_version"))
+        except RunError:  # its state says what is damaged
+            continue
+        if ran != intents[folder]:
+            runs.setdefault((intents[folder], ran), []).append(state.run.label)
+    lines = []
+    for (submitted, ran), labels in runs.items():
+        more = f" and {len(labels) - 1} more" if labels[1:] else ""
+        change = f"{submitted} then, {ran} when started; `submit --code snapshot` prevents that"
+        lines.append(f"{labels[0]}{more} ran other code than was submitted: {change}")
+    return lines
+
+
+def _helper_ends(submission: SubmissionDir) -> bool:
+    """Wait while the helper of a submission is alive; whether it has written the receipt."""
+    try:
+        helper = (read_json(submission.launch_json) or {}).get("process")
+    except RunError:  # damaged: SLURM knows what has become of it
+        helper = None
+    deadline = time.monotonic() + HELPER_WAIT_S
+    while not submission.receipt_json.exists() and _alive(helper) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return submission.receipt_json.exists()
+
+
+def _alive(process: Any) -> bool | None:
+    try:
+        return ProcessId.model_validate(process).alive()
+    except ValidationError:
+        return False
+
+
+def _wait_for_jobs(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
+    began = last_sbatch = time.monotonic()
+    while True:
+        snapshot = scheduler.snapshot()
+        if snapshot.error:
+            raise SchedulerError(
+                f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
+            )
+        jobs = snapshot.all(token)
+        now = time.monotonic()
+        if _sbatch_at_work(submission):
+            last_sbatch = now
+        if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
+            return jobs
+        time.sleep(0.5)
+
+
+def _sbatch_at_work(submission: SubmissionDir) -> bool:
+    """Whether an sbatch has outlived the helper that started it."""
+    folder = str(submission.submitit).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        if folder in line and b"sbatch\0" in line:
+            return True
+    return False
+
+
+def _restore_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> None:
+    """submitit names a job's pickle by the job's id, after sbatch: those of adopted jobs may not have been named yet."""
+    from submitit.core.utils import DelayedSubmission, JobPaths  # noqa: PLC0415 - slow, and needed only here
+
+    from jobs.execute.slurm import run_task  # noqa: PLC0415
+
+    for identity in ids:
+        path = JobPaths(submission.submitit, job_id=identity).submitted_pickle
+        if not path.exists():
+            delayed = DelayedSubmission(run_task, str(root), str(submission.path.relative_to(root)))
+            delayed.set_timeout(0, 0)
+            temporary = path.with_name(f".{path.name}")
+            delayed.dump(temporary)
+            temporary.replace(path)

@@ -1,0 +1,315 @@
+"""WHICH runs: a sweep's YAML file and the ordered, resolved list of runs it stands for.
+
+Also the sweep's own directory, where that list is recorded, so that a sweep in flight stays what it was when the YAML file
+or a recipe is edited.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+
+from vitpa import CODE
+from vitpa.arguments import ConfigError, expand_path
+from vitpa.config import Float, Override, RunConfig, Section, load_model, parse_config, read_yaml, shipped_configs
+from vitpa.documents import to_yaml
+from vitpa.rundir import RunDir, RunError, read_json, write_atomic, write_json
+
+Attention = Literal["content", "positional"]
+
+
+class SweepError(Exception):
+    """Something the user has to mend: one line saying what, where and how."""
+
+
+class Reference(Section):
+    """A published accuracy to stand beside ours."""
+
+    val_top1: Float = Field(ge=0, le=1, description="top-1 accuracy, fraction")
+    source: str = Field(min_length=1, description="who published it, and what differs")
+
+
+class SweepConfig(Section):
+    """A sweep's YAML file: recipes x attentions x seeds."""
+
+    name: str = Field(
+        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="its directory is <root>/sweeps/<name>"
+    )
+    description: str = Field("", description="what is compared, and its source")
+    recipes: list[str] = Field(min_length=1, description="shipped recipes by name, or paths beside the sweep's file")
+    attentions: list[Attention] = Field(min_length=1, description="values of model.attention")
+    seeds: list[int] = Field(min_length=1, description="values of seed")
+    overrides: dict[str, JsonValue] = Field({}, description="dotted key: value, for all runs")
+    reference: dict[str, dict[Attention, Reference]] = Field({}, description="per data set and attention")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One resolved configuration of a sweep."""
+
+    config: RunConfig
+    recipe: str
+    signature: str
+
+    @property
+    def dataset(self) -> str:
+        """Name of its data set."""
+        return self.config.dataset
+
+    @property
+    def attention(self) -> Attention:
+        """What its attention matrix depends on."""
+        return self.config.model.attention
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.config.seed
+
+    @property
+    def label(self) -> str:
+        """Its name within the sweep, for people."""
+        return f"{self.dataset}-{self.attention}-s{self.seed}"
+
+    def directory(self, root: Path) -> RunDir:
+        """Where it lives under `root`."""
+        return RunDir(root, self.signature)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and the runs it stands for, in the order in which they are to be done."""
+
+    config: SweepConfig
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.config.name
+
+
+class _RecordedRun(BaseModel):
+    label: str
+    recipe: str
+    config: dict[str, Any]
+
+
+class _Recorded(BaseModel):
+    """`runs.json`, as far as it is read again."""
+
+    runs: list[_RecordedRun]
+
+
+class SweepDir:
+    """All paths of a sweep: `<root>/sweeps/<name>`."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.path = root / "sweeps" / name
+        self.sweep_yaml = self.path / "sweep.yaml"
+        self.runs_json = self.path / "runs.json"
+        self.submissions = self.path / "submissions"
+        self.by_name = self.path / "by-name"
+        self.report = self.path / "report"
+
+    def recorded(self) -> list[Run] | None:
+        """The runs of the last submission of this sweep; None before the first.
+
+        Raises:
+            SweepError: its record has been cut or edited.
+        """
+        mend = "delete it and submit again"
+        try:
+            document = read_json(self.runs_json)
+            if document is None:
+                return None
+            entries = _Recorded.model_validate(document).runs
+            return [_run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}") for entry in entries]
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise SweepError(f"{self.runs_json}: {field}: {first['msg']}; {mend}") from error
+        except (RunError, ConfigError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            raise SweepError(f"{error}; {mend}") from error
+
+    def record(self, sweep: Sweep) -> None:
+        """Write down what the sweep stands for, with a readable name for each of its runs."""
+        self.by_name.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.sweep_yaml, to_yaml(sweep.config.model_dump(mode="json")))
+        runs = [
+            {
+                "signature": run.signature,
+                "label": run.label,
+                "recipe": run.recipe,
+                "config": run.config.model_dump(mode="json"),
+            }
+            for run in sweep.runs
+        ]
+        write_json(self.runs_json, {"name": sweep.name, "runs": runs})
+        labels = {run.label for run in sweep.runs}
+        for link in self.by_name.iterdir():
+            if link.name not in labels and not link.name.startswith("."):  # no longer in the sweep
+                link.unlink(missing_ok=True)
+        for run in sweep.runs:
+            _link(self.by_name / run.label, Path("..") / ".." / ".." / "runs" / run.signature)
+
+
+def _link(link: Path, target: Path) -> None:
+    """Make `link` a symbolic link to `target`, replacing another one atomically."""
+    if link.is_symlink() and link.readlink() == target:
+        return
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """The sweeps that come with vitpa, by name."""
+    return {path.stem: path for path in sorted((CODE / "jobs" / "sweeps").glob("*.yaml"))}
+
+
+def load_sweep(spec: str, root: Path) -> Sweep:
+    """The sweep that `spec` names: a path, a shipped sweep, or one submitted under `root` before.
+
+    Raises:
+        SweepError: there is none, or its grid contradicts itself.
+        ConfigError: its file, or a recipe, is not valid.
+    """
+    path = _find(spec, root)
+    config = load_model(SweepConfig, path)
+    config = config.model_copy(update={"recipes": [_recipe_path(recipe, path) for recipe in config.recipes]})
+    return Sweep(config, _resolve(config, path))
+
+
+def recorded_sweep(name: str, root: Path) -> Sweep | None:
+    """The sweep of that name as it was submitted last under `root`, whatever has become of its recipes; None without one.
+
+    Raises:
+        SweepError: its record has been cut or edited.
+        ConfigError: so has its sweep.yaml.
+    """
+    directory = SweepDir(root, name)
+    if not directory.sweep_yaml.is_file() or (runs := directory.recorded()) is None:
+        return None
+    return Sweep(load_model(SweepConfig, directory.sweep_yaml), runs)
+
+
+def _find(spec: str, root: Path) -> Path:
+    path = Path(spec)
+    if path.is_file():
+        return path
+    shipped = shipped_sweeps()
+    recorded = SweepDir(root, spec).sweep_yaml
+    if spec in shipped:
+        return shipped[spec]
+    if recorded.is_file():
+        return recorded
+    there = ", ".join(sorted(path.parent.name for path in root.glob("sweeps/*/runs.json")))
+    raise SweepError(
+        f"sweep {spec!r}: no such file, none of the shipped ones ({', '.join(shipped)}), and not in {root}/sweeps"
+        + (f", where there is {there}" if there else "")
+    )
+
+
+def _recipe_path(recipe: str, sweep_path: Path) -> str:
+    """A shipped recipe stays a name; anything else is a file beside the sweep's file or in the current directory."""
+    if recipe in shipped_configs():
+        return recipe
+    expanded = expand_path(recipe, f"{sweep_path}: recipes")
+    for path in (sweep_path.parent / expanded, expanded, Path(recipe)):  # the last one: as it was recorded
+        if path.is_file():
+            return str(path.resolve())
+    names = ", ".join(shipped_configs())
+    raise SweepError(f"{sweep_path}: recipe {recipe!r}: neither a shipped one ({names}) nor a file beside {sweep_path}")
+
+
+def _resolve(config: SweepConfig, path: Path) -> list[Run]:
+    """Seed by seed, so that what is finished after a while is a whole comparison with fewer seeds."""
+    for key in config.overrides:
+        if key in ("seed", "model.attention", "dataset", "runtime.root"):
+            raise SweepError(f"{path}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
+    for name in ("recipes", "attentions", "seeds"):
+        value, times = Counter(getattr(config, name)).most_common(1)[0]
+        if times > 1:
+            raise SweepError(f"{path}: {name}: {value} is given {times} times; once is enough")
+    overrides = [Override(key, value, f"{path}: overrides") for key, value in config.overrides.items()]
+    documents = {recipe: _recipe_document(recipe) for recipe in config.recipes}
+    runs = [
+        _run(
+            document,
+            recipe,
+            f"{path}: {recipe}",
+            [*overrides, Override("model.attention", attention, str(path)), Override("seed", seed, f"{path}: seeds")],
+        )
+        for seed in config.seeds
+        for recipe, document in documents.items()
+        for attention in config.attentions
+    ]
+    labels = Counter(run.label for run in runs)
+    label, times = labels.most_common(1)[0]
+    if times > 1:
+        raise SweepError(f"{path}: {label} comes up {times} times; two recipes of one data set need a sweep each")
+    _check_reference(config, {run.dataset for run in runs}, path)
+    return runs
+
+
+def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> None:
+    for dataset, attentions in config.reference.items():
+        if dataset not in datasets:
+            raise SweepError(f"{path}: reference.{dataset}: no data set of the sweep; there is {', '.join(sorted(datasets))}")
+        for attention in attentions:
+            if attention not in config.attentions:
+                known = ", ".join(config.attentions)
+                raise SweepError(f"{path}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
+
+
+def _recipe_document(recipe: str) -> dict[str, Any]:
+    return read_yaml(shipped_configs().get(recipe, Path(recipe)))
+
+
+def _run(document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = ()) -> Run:
+    config = parse_config(document, where, overrides)
+    return Run(config, recipe, config.signature)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How a sweep's file differs from what was recorded at its last submission."""
+
+    added: list[str]  # labels
+    gone: list[str]  # labels of recorded runs that are no longer in the sweep, at least not with this configuration
+
+    @staticmethod
+    def between(sweep: Sweep, recorded: list[Run] | None) -> Drift:
+        """What came and what went since `recorded`."""
+        if recorded is None:
+            return Drift([], [])
+        now = {run.signature for run in sweep.runs}
+        before = {run.signature for run in recorded}
+        return Drift(
+            [run.label for run in sweep.runs if run.signature not in before],
+            [run.label for run in recorded if run.signature not in now],
+        )
+
+    def describe(self) -> str:
+        """One line for people; empty if nothing changed."""
+        parts = []
+        if self.added:
+            parts.append(f"{len(self.added)} new ({_some(self.added)})")
+        if self.gone:
+            parts.append(f"{len(self.gone)} no longer in it as configured before ({_some(self.gone)}; results are kept)")
+        return "since the last submission the sweep has changed: " + ", ".join(parts) if parts else ""
+
+
+def _some(labels: list[str]) -> str:
+    return ", ".join(labels[:3]) + (" ..." if len(labels) > 3 else "")

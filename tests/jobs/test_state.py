@@ -1,0 +1,322 @@
+"""The state of a run from its records, one test for each state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from jobs.report.status import progress_of, row_of
+from jobs.scheduler.client import Scheduler
+from jobs.scheduler.own_jobs import SlurmJob, Snapshot
+from jobs.state import RunState, Survey, withdraw
+from jobs.sweep import Run
+from tests.support.jobs_sweeps import make_sweep, write_result
+from vitpa.rundir import AttemptDir, ProcessId, read_json, write_json
+
+ALIVE = ProcessId.mine()
+DEAD = ALIVE.model_copy(update={"start_ticks": ALIVE.start_ticks + 1})  # same pid, another process
+ELSEWHERE = ALIVE.model_copy(update={"host": "elsewhere"})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_sweep(tmp_path, seeds=1).runs[0]
+
+
+def look(root: Path, run: Run) -> RunState:
+    return Survey(root).state(run)
+
+
+def claim(root: Path, run: Run, number: int, claimer: ProcessId, submission: str = "sweeps/small/submissions/s") -> AttemptDir:
+    attempt = run.directory(root).claim_attempt(number, {"process": claimer.model_dump(), "submission": submission})
+    assert attempt is not None
+    return attempt
+
+
+def receipt(root: Path, *processes: ProcessId) -> None:
+    path = root / "sweeps/small/submissions/s/receipt.json"
+    path.parent.mkdir(parents=True)
+    write_json(path, {"jobs": [{"id": "1", "process": process.model_dump()} for process in processes]})
+
+
+def start(attempt: AttemptDir, process: ProcessId) -> None:
+    write_json(attempt.start_json, {"process": process.model_dump()})
+
+
+def test_missing(tmp_path: Path, run: Run) -> None:
+    assert look(tmp_path, run).state == "missing"
+    assert look(tmp_path, run).attempts == 0
+
+
+def test_done(tmp_path: Path, run: Run) -> None:
+    write_result(tmp_path, run, val_top1=0.75)
+    state = look(tmp_path, run)
+    assert state.state == "done"
+    assert state.result is not None
+    assert state.result.val_top1 == 0.75
+
+
+@pytest.mark.parametrize("claimer", [ALIVE, ELSEWHERE])
+def test_pending_while_the_launcher_lives(tmp_path: Path, run: Run, claimer: ProcessId) -> None:
+    claim(tmp_path, run, 1, claimer)
+    state = look(tmp_path, run)
+    assert (state.state, state.unseen) == ("pending", claimer is ELSEWHERE)
+
+
+def test_pending_while_a_job_of_its_submission_lives(tmp_path: Path, run: Run) -> None:
+    claim(tmp_path, run, 1, DEAD)
+    receipt(tmp_path, DEAD, ALIVE)
+    assert look(tmp_path, run).state == "pending"
+
+
+def test_uncertain_without_receipt(tmp_path: Path, run: Run) -> None:
+    claim(tmp_path, run, 1, DEAD)
+    assert look(tmp_path, run).state == "uncertain"
+
+
+def test_uncertain_with_all_jobs_dead(tmp_path: Path, run: Run) -> None:
+    claim(tmp_path, run, 1, ALIVE)  # a launcher that waits does not start anything any more
+    receipt(tmp_path, DEAD, DEAD)
+    assert look(tmp_path, run).state == "uncertain"
+
+
+@pytest.mark.parametrize("worker", [ALIVE, ELSEWHERE])
+def test_running(tmp_path: Path, run: Run, worker: ProcessId) -> None:
+    start(claim(tmp_path, run, 1, DEAD), worker)
+    state = look(tmp_path, run)
+    assert (state.state, state.unseen) == ("running", worker is ELSEWHERE)
+    assert ("on elsewhere, which cannot be seen" in state.reason) == (worker is ELSEWHERE)
+
+
+def test_lost(tmp_path: Path, run: Run) -> None:
+    start(claim(tmp_path, run, 1, ALIVE), DEAD)
+    state = look(tmp_path, run)
+    assert (state.state, state.attempts) == ("lost", 1)
+    assert f"process {DEAD.pid}" in state.reason
+
+
+@pytest.mark.parametrize("ending", ["failed", "interrupted", "cancelled"])
+def test_last_attempt_decides(tmp_path: Path, run: Run, ending: str) -> None:
+    first = claim(tmp_path, run, 1, DEAD)
+    start(first, DEAD)
+    write_json(first.exit_json, {"state": "failed", "reason": "earlier"})
+    second = claim(tmp_path, run, 2, DEAD)
+    start(second, DEAD)
+    write_json(second.exit_json, {"state": ending, "reason": "why"})
+    state = look(tmp_path, run)
+    assert (state.state, state.reason, state.attempts) == (ending, "why", 2)
+
+
+def test_result_removed_by_the_user(tmp_path: Path, run: Run) -> None:
+    attempt = claim(tmp_path, run, 1, DEAD)
+    start(attempt, DEAD)
+    write_json(attempt.exit_json, {"state": "done", "reason": ""})
+    state = look(tmp_path, run)
+    assert (state.state, state.reason) == ("missing", "its result.json was removed")
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"val_top1": float("nan")}, "result.json: NaN is no number of JSON"),
+        ({"val_top1": 91.2}, "val_top1"),
+        ({"signature": "0123456789abcdef"}, "belongs to run 0123456789abcdef"),
+        ({"seed": "0"}, "seed"),
+    ],
+)
+def test_broken_result(tmp_path: Path, run: Run, values: dict[str, object], reason: str) -> None:
+    write_result(tmp_path, run, **values)
+    state = look(tmp_path, run)
+    assert state.state == "broken"
+    assert reason in state.reason
+    assert state.result is None
+
+
+def test_truncated_result_is_broken_unless_being_made_again(tmp_path: Path, run: Run) -> None:
+    write_result(tmp_path, run)
+    path = run.directory(tmp_path).result_json
+    path.write_text(path.read_text()[:100])
+    assert look(tmp_path, run).state == "broken"
+    claim(tmp_path, run, 1, ALIVE)
+    assert look(tmp_path, run).state == "pending"
+
+
+def test_broken_record(tmp_path: Path, run: Run) -> None:
+    attempt = claim(tmp_path, run, 1, DEAD)
+    attempt.start_json.write_text("{")
+    state = look(tmp_path, run)
+    assert state.state == "broken"
+    assert str(attempt.start_json) in state.reason
+
+
+def test_withdrawing_and_starting_exclude_each_other(tmp_path: Path, run: Run) -> None:
+    attempt = claim(tmp_path, run, 1, DEAD)
+    assert withdraw(attempt, "cancelled", "cancelled before it started")
+    assert not withdraw(attempt, "interrupted", "again")
+    assert look(tmp_path, run).state == "cancelled"
+    attempt.exit_json.unlink()  # as if killed between the two records
+    assert look(tmp_path, run).state == "cancelled"
+    started = claim(tmp_path, run, 2, DEAD)
+    start(started, ALIVE)
+    assert not withdraw(started, "cancelled", "too late")
+    assert look(tmp_path, run).state == "running"
+
+
+def test_progress_ignores_half_written_lines(tmp_path: Path, run: Run) -> None:
+    start(claim(tmp_path, run, 1, ALIVE), ALIVE)
+    directory = run.directory(tmp_path)
+    write_json(directory.env_json, {"steps_total": 10})
+    rows = '{"step": 4, "epoch": 2.0, "val/top1": 0.5}\n{"step": 5, "epoch": 2.5, "perf/images_per_s": 64.0}\n{"step": 6, "ep'
+    directory.metrics_jsonl.write_text(rows)
+    progress = progress_of(look(tmp_path, run), tmp_path)
+    assert (progress.step, progress.steps_total, progress.epoch, progress.val_top1) == (5, 10, 2.5, 0.5)
+    assert row_of(look(tmp_path, run), tmp_path)["eta_s"] == 10.0  # 5 steps of 128 images at 64 images/s
+
+
+def test_a_pid_used_again_is_not_the_same_process() -> None:
+    assert ALIVE.pid == os.getpid()
+    assert ALIVE.alive() is True
+    assert DEAD.alive() is False
+
+
+# --- a run whose attempt belongs to a SLURM job
+
+
+class Queue(Scheduler):
+    """A SLURM that says what a test wants."""
+
+    def __init__(self, job: SlurmJob | None = None, *, account: str = "", error: str = "") -> None:
+        super().__init__({})
+        self.found, self.account, self.error = job, account, error
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot({("t", 0): self.found} if self.found else {}, self.error)
+
+    def accounted(self, ids: Iterable[str]) -> dict[tuple[str, int], SlurmJob]:
+        return {("t", 0): SlurmJob("7_0", self.account)} if self.account else {}
+
+
+def slurm_claim(root: Path, run: Run, launcher: ProcessId = DEAD, *, number: int = 1, receipt: bool = True) -> AttemptDir:
+    folder = "sweeps/small/submissions/s"
+    document = {"executor": "slurm", "token": "t", "index": 0, "submission": folder, "process": launcher.model_dump()}
+    attempt = run.directory(root).claim_attempt(number, document)
+    assert attempt is not None
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    if receipt:
+        write_json(root / folder / "receipt.json", {"jobs": [{"id": "7", "array": True, "tasks": 1}]})
+    return attempt
+
+
+def slurm_start(attempt: AttemptDir) -> None:
+    write_json(attempt.start_json, {"process": ELSEWHERE.model_dump(), "job": {"id": "7_0", "restart": 0}, "step": 0})
+
+
+def ask(root: Path, run: Run, queue: Queue) -> tuple[str, str]:
+    state = Survey(root, queue).state(run)
+    return state.state, state.reason
+
+
+@pytest.mark.parametrize(
+    ("job", "started", "expected"),
+    [
+        (SlurmJob("7_0", "PENDING", "Priority"), False, ("pending", "pending in SLURM: Priority")),
+        (SlurmJob("7_0", "RUNNING"), False, ("pending", "running in SLURM")),
+        (SlurmJob("7_0", "RUNNING"), True, ("running", "")),
+        (SlurmJob("7_0", "PENDING", "BeginTime"), True, ("pending", "pending in SLURM: BeginTime")),
+        (SlurmJob("7_0", "REQUEUE_HOLD"), True, ("pending", "requeue_hold in SLURM")),
+        (SlurmJob("7_0", "A_STATE_OF_2030"), True, ("running", "")),
+        (SlurmJob("7_0", "TIMEOUT"), True, ("interrupted", "SLURM ended job 7_0: TIMEOUT")),
+        (SlurmJob("7_0", "NODE_FAIL"), True, ("lost", "its job 7_0 was killed (NODE_FAIL)")),
+        (SlurmJob("7_0", "OUT_OF_MEMORY"), True, ("failed", "host out of memory: SLURM ended job 7_0 (OUT_OF_MEMORY)")),
+        (SlurmJob("7_0", "CANCELLED"), True, ("cancelled", "scancel")),
+        (SlurmJob("7_0", "CANCELLED"), False, ("cancelled", "scancel")),
+        (SlurmJob("7_0", "FAILED"), False, ("failed", "its job ended (FAILED) before it started the run: ")),
+        (SlurmJob("7_0", "NODE_FAIL"), False, ("uncertain", "its job 7_0 ended (NODE_FAIL) before it started the run; see ")),
+    ],
+)
+def test_state_in_the_queue(tmp_path: Path, run: Run, job: SlurmJob, started: bool, expected: tuple[str, str]) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    if started:
+        slurm_start(attempt)
+    state, reason = ask(tmp_path, run, Queue(job))
+    assert state == expected[0]
+    assert reason.startswith(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("account", "started", "expected"),
+    [
+        ("TIMEOUT", True, ("interrupted", "SLURM ended job 7_0: TIMEOUT")),
+        ("CANCELLED", False, ("cancelled", "scancel")),
+        ("RUNNING", True, ("running", "squeue does not show its job 7_0, but sacct says RUNNING: it counts as alive")),
+        ("PENDING", False, ("pending", "squeue does not show its job 7_0, but sacct says PENDING: it counts as alive")),
+        ("", True, ("lost", "its job 7_0 was killed")),
+        ("", False, ("uncertain", "its job 7_0 ended (unknown to SLURM) before it started the run; see ")),
+    ],
+)
+def test_the_queue_has_forgotten_it(tmp_path: Path, run: Run, account: str, started: bool, expected: tuple[str, str]) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    if started:
+        slurm_start(attempt)
+    state, reason = ask(tmp_path, run, Queue(account=account))
+    assert state == expected[0]
+    assert reason.startswith(expected[1])
+
+
+def test_its_own_records_come_before_slurm_s(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    slurm_start(attempt)
+    write_json(attempt.exit_json, {"state": "interrupted", "reason": "time limit", "requeued": True})
+    waits = Queue(SlurmJob("7_0", "PENDING", "BeginTime"))
+    assert ask(tmp_path, run, waits) == ("pending", "pending in SLURM: BeginTime")
+    assert ask(tmp_path, run, Queue()) == ("interrupted", "time limit"), "it was to go on, and did not"
+    write_json(attempt.exit_json, {"state": "failed", "reason": "a bug"})
+    assert ask(tmp_path, run, Queue(SlurmJob("7_0", "COMPLETING"))) == ("failed", "a bug")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [(ALIVE, "pending"), (ELSEWHERE, "pending"), (DEAD, "uncertain")],
+    ids=["here", "elsewhere", "dead"],
+)
+def test_being_submitted(tmp_path: Path, run: Run, launcher: ProcessId, expected: str) -> None:
+    slurm_claim(tmp_path, run, launcher, receipt=False)
+    state = Survey(tmp_path, Queue()).state(run)
+    assert (state.state, state.unseen) == (expected, launcher is ELSEWHERE)
+
+
+def test_slurm_does_not_answer(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    assert ask(tmp_path, run, Queue(error="squeue: no route")) == ("pending", "as far as is known: squeue: no route")
+    slurm_start(attempt)
+    assert ask(tmp_path, run, Queue(error="squeue: no route"))[0] == "running"
+    write_result(tmp_path, run)
+    assert ask(tmp_path, run, Queue(error="squeue: no route"))[0] == "done"
+
+
+@pytest.mark.parametrize("name", ["token", "index", "submission"])
+def test_damaged_claim(tmp_path: Path, run: Run, name: str) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    write_json(attempt.claim_json, {**(read_json(attempt.claim_json) or {}), name: None})
+    state, reason = ask(tmp_path, run, Queue())
+    assert state == "broken"
+    assert reason.startswith(f"{attempt.claim_json}: no usable `token`, `index` and `submission` in it; it was edited by hand")
+
+
+def test_a_damaged_receipt_concerns_its_own_runs(tmp_path: Path, run: Run) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    other = tmp_path / "sweeps/small/submissions/other/receipt.json"
+    other.parent.mkdir()
+    other.write_text("{")
+    assert ask(tmp_path, run, Queue(account="CANCELLED")) == ("cancelled", "scancel")
+    receipt = tmp_path / "sweeps/small/submissions/s/receipt.json"
+    receipt.write_text('{"jobs": [')
+    assert ask(tmp_path, run, Queue(SlurmJob("7_0", "PENDING")))[0] == "pending"
+    state, reason = ask(tmp_path, run, Queue())
+    assert state == "broken"
+    assert reason.startswith(f"{receipt}: not valid JSON")
+    slurm_start(attempt)
+    assert ask(tmp_path, run, Queue())[0] == "lost"

@@ -1,0 +1,145 @@
+"""Sweep files and profiles: what ships resolves, order, names, and errors that say how to mend."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.execute.slots import slots_of, threads_per_process, visible_gpus
+from jobs.profile import LocalProfile
+from jobs.sweep import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
+from tests.support.jobs_sweeps import make_sweep
+from vitpa.arguments import ConfigError
+
+RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10}
+
+
+@pytest.mark.parametrize("name", list(shipped_sweeps()))
+def test_shipped_sweeps_resolve(name: str, tmp_path: Path) -> None:
+    sweep = load_sweep(name, tmp_path)
+    assert sweep.name == name
+    cells = len(sweep.config.recipes) * len(sweep.config.attentions)
+    assert len({run.signature for run in sweep.runs}) == len(sweep.runs) == cells * len(sweep.config.seeds)
+    assert len(sweep.runs) == RUNS.get(name, len(sweep.runs))
+    assert {run.seed for run in sweep.runs[:cells]} == {0}, "a whole comparison comes first"
+    for dataset in sweep.config.reference:
+        assert dataset in {run.dataset for run in sweep.runs}
+
+
+def test_order_and_labels(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2)
+    labels = ["digits-content-s0", "digits-positional-s0", "digits-content-s1", "digits-positional-s1"]
+    assert [run.label for run in sweep.runs] == labels
+
+
+def test_recorded_runs_are_the_resolved_ones(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2)
+    directory = SweepDir(tmp_path, "small")
+    assert directory.recorded() is None
+    directory.record(sweep)
+    assert directory.recorded() == sweep.runs
+    assert load_sweep("small", tmp_path).runs == sweep.runs, "a submitted sweep is found by its name"
+    assert (directory.by_name / "digits-content-s1").readlink() == Path("../../../runs") / sweep.runs[2].signature
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"runs": [{}]}', '{"runs": [', '{"runs": [{"label": "a", "recipe": "b", "config": {}}]}']
+)
+def test_a_damaged_record_says_its_mend(tmp_path: Path, text: str) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    directory = SweepDir(tmp_path, "small")
+    directory.record(sweep)
+    directory.runs_json.write_text(text)
+    with pytest.raises(SweepError, match=r"runs\.json.*; delete it and submit again$"):
+        directory.recorded()
+
+
+def test_drift(tmp_path: Path) -> None:
+    before = make_sweep(tmp_path, seeds=1)
+    assert Drift.between(before, before.runs).describe() == ""
+    more = make_sweep(tmp_path, seeds=2)
+    assert Drift.between(more, before.runs) == Drift(["digits-content-s1", "digits-positional-s1"], [])
+    longer = make_sweep(tmp_path, seeds=1, steps=5)
+    drift = Drift.between(longer, before.runs)
+    assert drift.gone == ["digits-content-s0", "digits-positional-s0"]
+    assert "2 no longer in it as configured before" in drift.describe()
+
+
+def write(tmp_path: Path, **changes: object) -> str:
+    make_sweep(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipes": ["cifr10"]}, "recipe 'cifr10': neither a shipped one (.*cifar10"),
+        ({"recipes": ["digits", "recipe.yaml"]}, "digits-content-s0 comes up 2 times"),
+        ({"seeds": [0, 1, 1]}, "seeds: 1 is given 2 times; once is enough"),
+        ({"reference": {"cifar10": {}}}, "reference.cifar10: no data set of the sweep; there is digits"),
+        (
+            {"attentions": ["content"], "reference": {"digits": {"positional": {"val_top1": 0.5, "source": "us"}}}},
+            "reference.digits.positional: no attention of the sweep; there is content",
+        ),
+        ({"overrides": {"seed": 3}}, "overrides.seed is not for the overrides"),
+    ],
+)
+def test_contradictions(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SweepError, match=message.replace("(.", r"\(.")):
+        load_sweep(write(tmp_path, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"atentions": ["content"]}, "unknown key atentions; did you mean attentions?"),
+        ({"attentions": ["vanilla"]}, "attentions.0=vanilla"),
+        ({"seeds": ["a"]}, "seeds.0=a"),
+        ({"overrides": {"optim.lrr": 1}}, "unknown key optim.lrr; did you mean optim.lr?"),
+    ],
+)
+def test_invalid_files(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_sweep(write(tmp_path, **changes), tmp_path)
+
+
+def test_overrides_reach_every_run(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, overrides={"optim.lr": 1e-4, "train.epochs": 7}), tmp_path)
+    assert {(run.config.optim.lr, run.config.train.epochs) for run in sweep.runs} == {(1e-4, 7)}
+
+
+def test_unknown_sweep_names_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match=r"'demmo': no such file, none of the shipped ones.*demo"):
+        load_sweep("demmo", tmp_path)
+
+
+def test_gpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert [slot.gpus for slot in slots_of(LocalProfile(), "auto")] == [["2"], ["5"], ["7"]]
+    assert [slot.gpus for slot in slots_of(LocalProfile(gpus_per_run=2), "auto")] == [["2", "5"]]
+    shared = slots_of(LocalProfile(runs_per_gpu=2), "cuda")
+    assert [slot.gpus[0] for slot in shared] == ["2", "5", "7", "2", "5", "7"]
+    assert len({unit for slot in shared for unit in slot.units}) == 6
+    with pytest.raises(SweepError, match="asks for 4 slots, but 3 GPUs give 3"):
+        slots_of(LocalProfile(slots=4), "auto")
+    with pytest.raises(SweepError, match="gpus_per_run=4, but 3 GPUs are visible"):
+        slots_of(LocalProfile(gpus_per_run=4), "auto")
+
+
+def test_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert visible_gpus() == []
+    assert len(slots_of(LocalProfile(), "auto")) == 6
+    assert len(slots_of(LocalProfile(cpus_per_slot=4), "auto")) == 1
+    assert len(slots_of(LocalProfile(slots=8), "cpu")) == 8
+    profile = LocalProfile(cpus_per_slot=3)
+    assert threads_per_process(profile, slots_of(profile, "cpu")) == 3
+    with pytest.raises(SweepError, match="no GPU is visible"):
+        slots_of(LocalProfile(), "cuda")

@@ -1,0 +1,262 @@
+"""`vitpa sweep` as a user types it: filters, JSON, exit codes, one clear line for every error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.command import VERBS
+from jobs.sweep import SweepDir, shipped_sweeps
+from tests.support.jobs_sweeps import STAND_IN, make_sweep, settle, write_result
+from vitpa.cli import main
+from vitpa.rundir import ProcessId, read_json, write_json
+
+
+class Shell:
+    """Types `vitpa sweep VERB` for the sweep `small` below `root`."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root = root
+        self.capsys = capsys
+
+    def __call__(self, line: str) -> tuple[int, str]:
+        verb, *rest = shlex.split(line)
+        code = main(["sweep", verb, str(self.root / "small.yaml"), "--root", str(self.root), *rest])
+        captured = self.capsys.readouterr()
+        return code, captured.out + captured.err
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """2 x 2 runs, submitted once, of which digits-content-s0 is done and digits-content-s1 is broken."""
+    small = make_sweep(tmp_path, seeds=2)
+    SweepDir(tmp_path, "small").record(small)
+    runs = small.runs
+    write_result(tmp_path, runs[0], val_top1=0.75)
+    write_result(tmp_path, runs[2], val_top1=float("nan"))
+    return Shell(tmp_path, capsys)
+
+
+def test_plan(sweep: Shell) -> None:
+    code, text = sweep(f"plan --json --data-dir {sweep.root}/data")
+    document = json.loads(text)
+    assert code == 0
+    assert [row["state"] for row in document["runs"]] == ["done", "missing", "broken", "missing"]
+    assert document["missing"] == 2
+    code, text = sweep(f"plan --data-dir {sweep.root}/data")
+    assert code == 0
+    assert "submit would start 2 runs" in text
+    assert "1 broken, not touched by submit; to run again: vitpa sweep retry" in text
+
+
+def test_plan_says_what_is_in_the_way(sweep: Shell) -> None:
+    code, text = sweep("plan --data-dir /nowhere")
+    assert code == 1
+    assert "cannot be submitted yet: /nowhere/digits/train.beton: no such file; run `vitpa prep digits` first" in text
+
+
+def test_status_is_partial_when_something_is_missing(sweep: Shell) -> None:
+    code, text = sweep("status")
+    assert code == 4
+    assert "small: 1 of 4 done, 2 missing, 1 broken" in text
+    assert "75.00" in text
+    code, text = sweep("status --json state=done")
+    assert code == 0
+    (row,) = json.loads(text)["runs"]
+    assert (row["run"], row["val_top1"]) == ("digits-content-s0", 0.75)
+
+
+@pytest.mark.parametrize(
+    ("terms", "labels"),
+    [
+        ("seed=1", ["digits-content-s1", "digits-positional-s1"]),
+        ("attention=positional seed=0", ["digits-positional-s0"]),
+        ("seed=0,1 state=missing", ["digits-positional-s0", "digits-positional-s1"]),
+        ("state=done state=broken", ["digits-content-s0", "digits-content-s1"]),
+        ("dataset=digits state=lost", []),
+    ],
+)
+def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
+    _, text = sweep(f"status --json {terms}")
+    assert [row["run"] for row in json.loads(text)["runs"]] == labels
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("status seed=7", "there is no seed '7'; there is 0, 1"),
+        ("status state=finished", "there is no state 'finished'"),
+        ("status sed=1", "expected a filter (dataset=, attention=, seed=, state=)"),
+        ("submit optim.lr=1", "whatever changes the numbers belongs into the sweep's YAML file"),
+        ("status runtime.workers=2", "runtime settings are for submit and retry"),
+        ("submit runtime.worker=2 --data-dir data", "unknown key runtime.worker; did you mean runtime.workers?"),
+        ("submit state=done runtime.foo=1", "unknown key runtime.foo"),
+        ("submit state=done --data-dir /nope", "--data-dir /nope: no such folder"),
+        ("status --root nowhere", "sweep small was never submitted under "),
+        ("collect --root nowhere", "submit it, or say with --root where it is"),
+        ("status --root ../small.yaml", "--root ../small.yaml: not a folder"),
+        ("submit --profile nowhere", "profile 'nowhere': no such file, and none of the shipped ones (cluster, "),
+        ("submit", "run `vitpa prep digits` first, or say where it is with --data-dir"),
+    ],
+)
+def test_errors_are_one_line(sweep: Shell, line: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sweep.root / "runs")  # where there is no folder `data`
+    code, text = sweep(line)
+    assert code == 1
+    assert message in text
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["status", "status x --watch --json", "logs x --lines -3"])
+def test_usage_errors(line: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", *line.split()])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: vitpa sweep {verb} " in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(sweep: Shell) -> None:
+    before = sorted(sweep.root.rglob("*"))
+    code, text = sweep(f"submit --dry-run --data-dir {sweep.root}/data")
+    assert code == 0
+    assert "would start 2 runs" in text
+    assert "digits-positional-s1 (missing)" in text
+    code, text = sweep(f"retry --dry-run --data-dir {sweep.root}/data")
+    assert "would start 1 runs" in text
+    assert sweep("cancel --dry-run")[0] == 0
+    assert sorted(sweep.root.rglob("*")) == before
+
+
+def test_collect_at_any_time(sweep: Shell) -> None:
+    code, text = sweep("collect")
+    assert code == 4
+    assert "1/2 incomplete" in text
+    report = SweepDir(sweep.root, "small").report
+    assert {path.name for path in report.iterdir()} == {"table.csv", "runs.csv", "table.md", "table.tex", "report.json"}
+    code, text = sweep("collect --json seed=0 attention=content")
+    assert code == 0
+    assert json.loads(text)["cells"][0]["val_top1"]["mean"] == 0.75
+    assert json.loads((report / "report.json").read_text())["complete"] is False, "a filtered table is not written"
+
+
+def test_a_refused_collect_moves_the_older_report_out_of_the_way(sweep: Shell) -> None:
+    report = SweepDir(sweep.root, "small").report
+    assert sweep("collect")[0] == 4
+    files = {path.name: path.read_bytes() for path in report.iterdir()}
+    other = make_sweep(sweep.root, seeds=2).runs[1]
+    write_result(sweep.root, other, code_version="g2")
+    for _ in range(2):  # the second time there is nothing left to move
+        code, text = sweep("collect")
+        assert code == 1
+        assert "runs of different code_version" in text
+        older = report / "older-than-the-last-attempt"
+        assert list(report.iterdir()) == [older]
+        assert {path.name: path.read_bytes() for path in older.iterdir()} == files
+        assert ("the report that was there is in" in text) == (_ == 0)
+    assert sweep("collect --allow-mixed")[0] == 4
+    assert {path.name for path in report.iterdir()} == set(files)
+
+
+def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
+    SweepDir(sweep.root, "small").record(make_sweep(sweep.root, seeds=2))
+    recipe = yaml.safe_load((sweep.root / "recipe.yaml").read_text())
+    (sweep.root / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "train": {"epochs": 9}}))
+    code, text = sweep(f"submit --dry-run --data-dir {sweep.root}/data")
+    assert code == 1
+    assert "4 no longer in it as configured before (digits-content-s0, digits-positional-s0, digits-content-s1 ...;" in text
+    assert "--update" in text
+    code, text = sweep("status")
+    assert "1 of 4 done" in text, "what was submitted is still shown"
+    assert "the sweep has changed" in text
+    assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
+
+
+def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "/root/table.md")
+
+    monkeypatch.setattr("jobs.verbs.write_report", full)
+    assert sweep("collect") == (1, "error: /root/table.md: No space left on device; free some space and start again\n")
+
+
+def test_interrupted_by_ctrl_c(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.verbs.write_report", interrupt)
+    assert sweep("collect")[0] == 130
+
+
+def test_what_to_type_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell = Shell(tmp_path / "a b", capsys)
+    runs = make_sweep(shell.root, seeds=1).runs
+    write_result(shell.root, runs[0])
+    write_result(shell.root, runs[1], val_top1=float("nan"))
+    _, text = shell(f"submit --data-dir '{shell.root}/data'")
+    (retry,) = [line.partition("to run again: ")[2] for line in text.splitlines() if "to run again: " in line]
+    place = ["--profile", "local", "--data-dir", f"{shell.root}/data"]
+    assert shlex.split(retry)[5:] == [str(shell.root), *place, "state=broken"]
+    assert shlex.split(text.splitlines()[-1]) == ["tensorboard", "--logdir", str(shell.root / "sweeps" / "small")]
+
+
+def test_where_a_sweep_runs_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed again without --profile, a sweep that was sent to a cluster must not start on this machine."""
+    shell = Shell(tmp_path, capsys)
+    run = make_sweep(shell.root, seeds=1).runs[1]
+    (tmp_path / "two.yaml").write_text("slots: 2\nruntime: {device: cpu}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("jobs.submit.submit.training_command", lambda processes: STAND_IN)
+        assert "runs on this machine (profile " in shell("submit --profile two.yaml --data-dir data --wait")[1]
+    write_result(shell.root, run, val_top1=float("nan"))
+    settle(shell.root, make_sweep(shell.root, seeds=1))  # a process may live a little longer than it takes to see its result
+    retry = [line for line in shell("status")[1].splitlines() if "to run again: " in line]
+    assert "--profile" not in retry[0], "it is remembered"
+    _, text = shell("retry --dry-run")
+    assert "would start 1 runs, 2 at a time" in text
+    intent = read_json(next(shell.root.glob("sweeps/small/submissions/*/intent.json")))
+    assert intent is not None
+    assert intent["place"] == {"profile": str(tmp_path / "two.yaml"), "data_dir": str(tmp_path / "data")}
+
+
+def test_plan_with_a_wrong_profile_is_an_error(sweep: Shell) -> None:
+    code, text = sweep("plan --profile nowhere")
+    assert code == 1
+    assert "cannot be submitted yet: profile 'nowhere': no such file" in text
+
+
+def test_cancel_now_of_a_training_without_a_worker(sweep: Shell) -> None:
+    run = make_sweep(sweep.root, seeds=2).runs[1].directory(sweep.root)
+    me = {"process": ProcessId.mine().model_dump()}
+    attempt = run.claim_attempt(1, me)
+    assert attempt is not None
+    write_json(attempt.start_json, me)
+    _, text = sweep("cancel --now")
+    assert "1 asked to stop" in text
+    assert "killed" not in text
+
+
+def test_help_names_every_shipped_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "plan", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in shipped_sweeps())
+
+
+def test_nothing_to_cancel_or_retry(sweep: Shell) -> None:
+    assert "0 cancelled while they waited, 0 asked to stop" in sweep("cancel")[1]
+    code, text = sweep("retry state=failed")
+    assert code == 0
+    assert "nothing to retry" in text

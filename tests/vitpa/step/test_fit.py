@@ -1,0 +1,48 @@
+"""Which configurations can train as replicas, and what memory that takes: against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitpa.config import RunConfig, load_config, parse_config, shipped_configs
+from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters, why_not_together
+
+
+def configured(*overrides: str) -> RunConfig:
+    return parse_config({"dataset": "cifar10"}, "test", overrides)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "digits"])
+def test_the_small_recipes_can(name: str) -> None:
+    assert why_not_together(load_config(shipped_configs()[name])) == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("augment.crop=random_resized", "augment.crop=random_resized"),
+        ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
+        ("train.order=quasi_random", "train.order=quasi_random"),
+        ("runtime.loader=stream", "runtime.loader=stream"),
+    ],
+)
+def test_what_cannot_is_named(override: str, key: str) -> None:
+    assert why_not_together(configured(override)).startswith(f"{key}: ")
+
+
+def test_memory_by_hand() -> None:
+    config = configured(
+        "model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=2.0", "model.patch_size=16"
+    )
+    assert num_parameters(config) == 8 * 8 * 8 + 8 * (3 * 256 + 5 + 1000)
+    activations = 1 * 5 * 8 * 13 * 2 * 128  # blocks x tokens x D x kept x bfloat16 x batch
+    expected = 3 * (num_parameters(config) * 18 + activations) + 100 * 3 * 32 * 32
+    assert memory_gib(config, 3, 100) == pytest.approx(MARGIN * (expected / GIB + FIXED_GIB))
+
+
+def test_five_replicas_of_the_papers_small_vit_fit_any_data_centre_gpu() -> None:
+    config = load_config(shipped_configs()["cifar10"])
+    parameters = num_parameters(config)
+    assert 6.2e6 < parameters < 6.8e6
+    assert 3 < memory_gib(config, 5, 50_000) < 16
+    assert memory_gib(config, 5, 50_000) < memory_gib(config, 6, 50_000)

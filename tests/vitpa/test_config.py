@@ -1,0 +1,448 @@
+"""The configuration: one checked path from defaults, YAML and overrides to a signature that means one experiment."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from tests.vitpa.test_rundir import at_once
+from vitpa.arguments import ConfigError
+from vitpa.config import RunConfig, dotted_keys, load_config, parse_config, read_yaml, record_config, shipped_configs
+from vitpa.documents import to_yaml
+
+SMALL: dict[str, Any] = {
+    "dataset": "cifar10",
+    "seed": 7,
+    "model": {"embed_dim": 64, "depth": 2, "num_heads": 4},
+    "optim": {"lr": 3e-4, "warmup_epochs": 1},
+    "train": {"epochs": 3, "global_batch_size": 32},
+}
+SMALL_SIGNATURE = "b45ea57bf99f4a85"  # what was computed under it is found by it: a change gives up every older run
+
+OTHER = {  # for each key outside `runtime` a value that is not SMALL's
+    "dataset": "cifar100",
+    "seed": "8",
+    "model.attention": "positional",
+    "model.img_size": "64",
+    "model.patch_size": "8",
+    "model.embed_dim": "128",
+    "model.depth": "3",
+    "model.num_heads": "8",
+    "model.mlp_ratio": "2",
+    "model.drop_path_rate": "0.1",
+    "model.pos_embed_std": "0.2",
+    "augment.crop": "none",
+    "augment.crop_padding_px": "5",
+    "augment.crop_scale": "[0.08, 0.9]",
+    "augment.crop_ratio": "[0.75, 1.5]",
+    "augment.hflip": "false",
+    "augment.policy": "autoaugment_svhn",
+    "augment.randaugment_num_ops": "1",
+    "augment.randaugment_magnitude": "10",
+    "augment.randaugment_magnitude_std": "1",
+    "augment.erase_prob": "0.25",
+    "augment.erase_mode": "pixel",
+    "augment.erase_scale": "[0.02, 0.4]",
+    "augment.erase_ratio": "[0.3, 4]",
+    "augment.cutout_px": "16",
+    "augment.mixup_alpha": "0.8",
+    "augment.cutmix_alpha": "1",
+    "augment.mixup_switch_prob": "0.4",
+    "augment.eval_crop_pct": "0.9",
+    "optim.lr": "2e-4",
+    "optim.min_lr": "0",
+    "optim.warmup_epochs": "2",
+    "optim.weight_decay": "0.1",
+    "optim.betas": "[0.9, 0.95]",
+    "optim.eps": "1e-6",
+    "optim.label_smoothing": "0",
+    "optim.grad_clip_norm": "null",
+    "train.epochs": "4",
+    "train.global_batch_size": "64",
+    "train.precision": "float32",
+    "train.order": "quasi_random",
+    "experiment_version": "2",
+}
+OTHER_RUNTIME = {
+    "runtime.root": "elsewhere",
+    "runtime.data_dir": "elsewhere",
+    "runtime.stage_dir": "/tmp",
+    "runtime.device": "cpu",
+    "runtime.accum_steps": "2",
+    "runtime.step": "eager",
+    "runtime.loader": "stream",
+    "runtime.decoder": "cpu",
+    "runtime.tensorboard": "false",
+    "runtime.takeover": "true",
+}
+
+
+def config(*overrides: str) -> RunConfig:
+    return parse_config(SMALL, "here", overrides)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def nested(key: str, text: str) -> dict[str, Any]:
+    """A document with the one dotted key, its value read as YAML."""
+    document = yaml.safe_load(text)
+    for part in reversed(key.split(".")):
+        document = {part: document}
+    assert isinstance(document, dict)
+    return document
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The one line with which a configuration is refused."""
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, overrides)
+    line = str(raised.value)
+    assert "\n" not in line
+    return line
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, "dataset: cifar10\nmodel:\n  depth: 3\n  num_heads: 6\n")
+    got = load_config(path, ["model.depth=4", "model.depth=5", "optim.lr=2e-3"])
+    assert (got.model.depth, got.model.num_heads, got.optim.lr) == (5, 6, 2e-3)
+    assert got.model.patch_size == parse_config({"dataset": "cifar10"}, "here").model.patch_size
+
+
+@pytest.mark.parametrize("override", ["model={num_heads: 6}", "model=7", "train={epochs: 3}"])
+def test_an_override_of_a_section_is_refused_as_it_would_drop_the_recipes_other_keys(tmp_path: Path, override: str) -> None:
+    path = write(tmp_path, "dataset: cifar10\nmodel:\n  depth: 3\n")
+    section = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{section} is a section; give its keys one by one, as {section}\.KEY=VALUE"):
+        load_config(path, [override])
+
+
+def test_overrides_leave_the_document_alone() -> None:
+    before = copy.deepcopy(SMALL)
+    config("model.depth=9", "runtime.workers=3")
+    assert before == SMALL
+
+
+@pytest.mark.parametrize(("name", "path"), shipped_configs().items())
+def test_a_shipped_recipe_loads_by_name_and_opens_with_its_source_and_command(name: str, path: Path) -> None:
+    by_name = load_config(Path(name))
+    assert by_name == load_config(path)
+    assert by_name.dataset == name
+    comments = [line for line in path.read_text().split("\ndataset:")[0].splitlines() if line]
+    assert all(line.startswith("#") for line in comments)
+    header = "\n".join(comments)
+    assert re.search(r"^# Source: \S", header, re.MULTILINE)
+    assert re.search(rf"^# Command: .*\bvitpa train {name}\b", header, re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "'1e-3'"])
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+    got = load_config(write(tmp_path, f"dataset: cifar10\noptim:\n  lr: {text}\n  betas: [9e-1, {text}]\n"))
+    assert got.optim.lr == 0.001
+    assert got.optim.betas == (0.9, 0.001)
+    assert isinstance(got.optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("dataset: digits\nseed: 1\n# a comment\nseed: 2\n", 4, "seed"),
+        ("dataset: digits\noptim:\n  lr: 1.0\n  eps: 1.0\n\n  lr: 2.0\n", 6, "lr"),
+        ("dataset: digits\noptim: {lr: 1.0, lr: 1.0}\n", 2, "lr"),
+        ("model:\n  depth: 1\ndataset: digits\nmodel:\n  depth: 1\n", 4, "model"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, line: int, key: str) -> None:
+    path = write(tmp_path, text)
+    assert refused(path) == f"{path}: line {line}: the key '{key}' is given 2 times"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optim.lrr", r"unknown key optim\.lrr; did you mean optim\.lr\?"),
+        ("lr", r"unknown key lr; did you mean optim\.lr\?"),
+        ("train.depth", r"unknown key train\.depth; did you mean model\.depth\?"),
+        ("optimm.lr", r"unknown key optimm\.lr; did you mean optim\.lr\?"),
+        ("trian.epochs", r"unknown key trian\.epochs; did you mean train\.epochs\?"),
+        ("Seed", r"unknown key Seed; did you mean seed\?"),
+        ("runtime.num_workers", r"unknown key runtime\.num_workers; did you mean runtime\.workers\?"),
+        ("zzz", r"unknown key zzz; known keys: dataset, seed, model\.attention, .*experiment_version$"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, message: str) -> None:
+    path = write(tmp_path, to_yaml(SMALL))
+    line = refused(path, f"{key}=1")
+    assert line.startswith("command line: ")
+    assert re.search(message, line), line
+    line = refused(write(tmp_path, to_yaml({**SMALL, **nested(key, "1")})), "seed=1")  # the same from the file
+    assert line.startswith(f"{path}: ")
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.depth=7.0", r"model\.depth=7\.0: .*valid integer"),
+        ("model.depth='7'", r"model\.depth=7: .*valid integer"),
+        ("model.depth=true", r"model\.depth=true: .*valid integer"),
+        ("model.depth=1e2", r"model\.depth=1e2: .*valid integer"),
+        ("model.depth=", r"model\.depth=null: .*valid integer"),
+        ("model.depth=0", r"model\.depth=0: .*greater than or equal to 1"),
+        ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
+        ("seed=2147483648", r"seed=2147483648: .*less than 2147483648"),
+        ("augment.hflip=1", r"augment\.hflip=1: .*valid boolean"),
+        ("augment.hflip='true'", r"augment\.hflip=true: .*valid boolean"),
+        (
+            "augment.policy=autoaugment",
+            r"augment\.policy=autoaugment: .*'autoaugment_cifar10'.*'randaugment' or 'randaugment_timm'",
+        ),
+        ("augment.randaugment_num_ops=0", r"augment\.randaugment_num_ops=0: .*greater than or equal to 1"),
+        ("augment.randaugment_magnitude=31", r"augment\.randaugment_magnitude=31: .*less than or equal to 30"),
+        ("augment.erase_prob=1.5", r"augment\.erase_prob=1\.5: .*less than or equal to 1"),
+        ("augment.erase_scale=[0.1]", r"augment\.erase_scale\.1 is missing"),
+        ("augment.erase_mode=rand", r"augment\.erase_mode=rand: .*'const' or 'pixel'"),
+        ("augment.mixup_alpha=-1", r"augment\.mixup_alpha=-1: .*greater than or equal to 0"),
+        ("augment.mixup_switch_prob=2", r"augment\.mixup_switch_prob=2: .*less than or equal to 1"),
+        ("augment.cutout_px=-1", r"augment\.cutout_px=-1: .*greater than or equal to 0"),
+        ("optim.lr=true", r"optim\.lr=true: .*valid number"),
+        ("optim.lr=fast", r"optim\.lr=fast: .*valid number"),
+        ("optim.lr=[1]", r"optim\.lr=\[1\]: .*valid number"),
+        ("optim.lr=.nan", r"\.nan is not a finite number"),
+        ("optim.lr=nan", r"optim\.lr=nan: .*valid number"),
+        ("optim.lr=.inf", r"\.inf is not a finite number"),
+        ("optim.lr=inf", r"optim\.lr=inf: .*valid number"),
+        ("optim.lr=1e999", r"1e999.*finite"),
+        ("optim.betas=[0.9, nan]", r"optim\.betas\.1=nan: "),
+        ("optim.betas=[0.9]", r"optim\.betas\.1 is missing"),
+        ("model.attention=linear", r"model\.attention=linear: .*'content' or 'positional'"),
+        ("dataset=../data", r"dataset=\.\./data: .*pattern"),
+        ("dataset=10", r"dataset=10: .*valid string"),
+    ],
+)
+def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, to_yaml(SMALL))
+    assert re.search(message, refused(path, override))
+    key, _, value = override.partition("=")
+    document = {**SMALL, **nested(key, value)}
+    assert re.search(message, refused(write(tmp_path, to_yaml(document))))  # the same from the file
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.embed_dim=65", r"model\.embed_dim=65 is not a multiple of model\.num_heads=4"),
+        ("model.patch_size=5", r"model\.img_size=32 is not a multiple of model\.patch_size=5"),
+        (
+            "augment.policy=randaugment_timm augment.randaugment_magnitude=11",
+            r"augment\.randaugment_magnitude=11: augment\.policy=randaugment_timm takes 0 to 10",
+        ),
+        (
+            "augment.cutmix_alpha=1 runtime.accum_steps=32",
+            r"augment\.mixup_alpha and augment\.cutmix_alpha .*train\.global_batch_size / runtime\.accum_steps=1 even",
+        ),
+        ("augment.crop_scale=[0.5,0.2]", r"augment\.crop_scale=\[0\.5, 0\.2\] is not a range"),
+        ("augment.crop_ratio=[0,1]", r"augment\.crop_ratio=\[0\.0, 1\.0\] is not a range"),
+        ("augment.crop_scale=[0.5,1.5]", r"augment\.crop_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
+        ("augment.erase_scale=[0.5,0.2]", r"augment\.erase_scale=\[0\.5, 0\.2\] is not a range of positive numbers"),
+        ("augment.erase_scale=[0.5,1.5]", r"augment\.erase_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
+        ("augment.erase_ratio=[0,1]", r"augment\.erase_ratio=\[0\.0, 1\.0\] is not a range"),
+        ("augment.cutout_px=33", r"augment\.cutout_px=33 is more than model\.img_size=32"),
+        ("optim.min_lr=1e-2", r"optim\.min_lr=0\.01 is above optim\.lr=0\.0003"),
+        ("optim.betas=[0.9,1.0]", r"optim\.betas=\[0\.9, 1\.0\]: each must be in \[0, 1\)"),
+        ("optim.warmup_epochs=4", r"optim\.warmup_epochs=4\.0 is longer than train\.epochs=3"),
+        (
+            "train.order=quasi_random runtime.loader=resident",
+            r"train\.order=quasi_random is for .* streamed; leave out runtime\.loader=resident, or set train\.order=random",
+        ),
+        ("runtime.accum_steps=3", r"train\.global_batch_size=32 is not a multiple of runtime\.accum_steps=3"),
+    ],
+)
+def test_a_bad_combination_names_its_keys(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides.split())
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^command line: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"
+    ):
+        config("seed=-1", "model.dept=1")
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    got = config()
+    with pytest.raises(ValidationError, match="frozen"):
+        got.seed = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        got.model.depth = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", r"override 'optim\.lr': expected key=value, such as optim\.lr=3e-4"),
+        ("=1", r"override '=1': expected key=value"),
+        (".lr=1", r"override '\.lr=1': expected key=value"),
+        ("optim..lr=1", r"override 'optim\.\.lr=1': expected key=value"),
+        ("--seed", r"override '--seed': expected key=value"),
+        ("seed.x=1", r"override 'seed\.x': seed is a value, not a section"),
+        ("seed=[", r"override 'seed=\[': not valid YAML"),
+        ("model={depth: 1, depth: 2}", r"override .*: the key 'depth' is given 2 times"),
+        ("optim.lr=2024-01-01", r"optim\.lr=2024-01-01: .*valid number"),
+        ("optim.lr=!!set {a}", r"override 'optim\.lr=!!set {a}': the tag !!set is not for our files; leave it out"),
+    ],
+)
+def test_an_override_of_another_form_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(override)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected `key: value` lines, found nothing"),
+        ("- dataset\n", r"expected `key: value` lines, found a list"),
+        ("digits\n", r"expected `key: value` lines, found a single value"),
+        ("dataset: [\n", r"not valid YAML: .*line 2"),
+        ("dataset: digits\n\tseed: 1\n", r"not valid YAML: .*line 2"),
+        ("dataset: !!python/name:os.system x\n", r"line 1: the tag !!python/name:os\.system is not for our files"),
+        ("{[a]: 1}\n", r"line 1: a key must be a name"),
+        ("dataset: 2024-01-01\nseed: 2024-01-01\n", r"seed=2024-01-01: .*valid integer"),
+        ("dataset: !!binary aGk=\n", r"line 1: the tag !!binary is not for our files"),
+        ("dataset: digits\nmodel: &a [*a]\n", r"line 2: an alias of what it is in"),
+        ("seed: 1\n", r"dataset is missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    line = refused(path)
+    assert line.startswith(f"{path}: ")
+    assert re.search(message, line)
+
+
+def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
+    names = ", ".join(shipped_configs())
+    assert refused(tmp_path / "none.yaml") == (
+        f"{tmp_path}/none.yaml: no such file, and no shipped recipe of that name (there are {names})"
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"dataset: \xff\n")
+    assert re.search(r"recipe\.yaml: not a text in UTF-8 \(.*at byte 9", refused(path))
+    with pytest.raises(ConfigError, match=r"cannot be read \(.*Is a directory"):
+        read_yaml(tmp_path)
+
+
+def test_the_signature_of_a_fixed_document_is_stable() -> None:
+    assert config().signature == SMALL_SIGNATURE
+
+
+def test_an_order_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path) -> None:
+    assert config("train.order=random").signature == SMALL_SIGNATURE
+    run = record_config(config("train.order=random", f"runtime.root={tmp_path}"))
+    assert load_config(run.config_yaml).train.order == "random"  # the record has it
+    record_config(config(f"runtime.root={tmp_path}"))
+
+
+def test_the_table_of_other_values_has_every_key() -> None:
+    keys = {key for key in dotted_keys(RunConfig) if not key.startswith("runtime.")}
+    assert set(OTHER) == keys
+
+
+SHIPPED_SIGNATURES = {
+    "cifar10": "2a7491d95151c22e",
+    "cifar100": "19f467fc6728925c",
+    "digits": "0746b6c6a1d25b57",
+    "imagenet": "a802366e4cfdbdb6",
+    "svhn": "6d53d1d2c6452f4a",
+}
+
+
+def test_the_shipped_recipes_are_the_runs_they_always_were() -> None:
+    assert {name: load_config(Path(name)).signature for name in shipped_configs()} == SHIPPED_SIGNATURES
+
+
+@pytest.mark.parametrize(("key", "value"), OTHER.items())
+def test_whatever_may_change_the_numbers_changes_the_signature(key: str, value: str) -> None:
+    other = config(f"{key}={value}")
+    assert re.fullmatch(r"[0-9a-f]{16}", other.signature)
+    assert other.signature != SMALL_SIGNATURE
+
+
+def test_all_these_signatures_differ() -> None:
+    assert len({config(f"{key}={value}").signature for key, value in OTHER.items()}) == len(OTHER)
+
+
+@pytest.mark.parametrize("key", [key for key in dotted_keys(RunConfig) if key.startswith("runtime.")])
+def test_the_runtime_does_not_change_the_signature(key: str) -> None:
+    other = config(f"{key}={OTHER_RUNTIME.get(key, '3')}" if key != "runtime.accum_steps" else f"{key}=4")
+    assert other.runtime != config().runtime
+    assert other.signature == SMALL_SIGNATURE
+
+
+def test_the_signature_is_of_the_meaning_not_of_the_spelling(tmp_path: Path) -> None:
+    turned = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value for key, value in reversed(SMALL.items())
+    }
+    assert parse_config(turned, "here").signature == SMALL_SIGNATURE
+    assert config("optim.warmup_epochs=1.0").signature == config("optim.warmup_epochs=1").signature == SMALL_SIGNATURE
+    assert config("optim.lr=0.0003", "model.mlp_ratio=1").signature == SMALL_SIGNATURE
+    defaults_written_out = load_config(write(tmp_path, to_yaml(config().model_dump(mode="json"))))
+    assert defaults_written_out.signature == SMALL_SIGNATURE
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_recorded_configuration_reads_back_as_itself(tmp_path: Path, name: str) -> None:
+    whole = load_config(Path(name), [f"runtime.root={tmp_path}"])
+    run = record_config(whole)
+    assert run.path == tmp_path / "runs" / whole.signature
+    again = load_config(run.config_yaml)
+    assert again == whole
+    assert again.signature == whole.signature
+
+
+def test_recording_twice_keeps_the_first_and_a_run_with_another_runtime_is_the_same(tmp_path: Path) -> None:
+    run = record_config(config(f"runtime.root={tmp_path}"))
+    first = run.config_yaml.read_bytes()
+    record_config(config(f"runtime.root={tmp_path}", "runtime.workers=3"))
+    assert run.config_yaml.read_bytes() == first
+    assert list(run.path.iterdir()) == [run.config_yaml]
+
+
+def test_an_edited_document_under_the_same_signature_is_refused(tmp_path: Path) -> None:
+    whole = config(f"runtime.root={tmp_path}")
+    run = record_config(whole)
+    run.config_yaml.write_text(run.config_yaml.read_text().replace("seed: 7", "seed: 8"))
+    with pytest.raises(
+        ConfigError, match=rf"config\.yaml: another experiment under the signature {whole.signature}; .*restore"
+    ):
+        record_config(whole)
+
+
+def test_processes_that_record_at_once_agree(tmp_path: Path) -> None:
+    record = """
+    import sys
+    from pathlib import Path
+    from vitpa.config import load_config, record_config
+    recipe, root, number = sys.argv[1:]
+    configs = [load_config(Path(recipe), [f"runtime.root={root}", f"seed={seed}"]) for seed in range(30)]
+    ready()
+    print(*(record_config(config).signature for config in configs))
+    """
+    recipe = write(tmp_path, to_yaml(SMALL))
+    answers = at_once(record, 2, recipe, tmp_path)
+    assert answers[0] == answers[1]
+    runs = list((tmp_path / "runs").iterdir())
+    assert sorted(run.name for run in runs) == sorted(answers[0].split())
+    for run in runs:
+        assert [path.name for path in run.iterdir()] == ["config.yaml"]
+        assert load_config(run / "config.yaml").signature == run.name

@@ -1,0 +1,86 @@
+"""Mixup and cutmix of neighbours in a batch, on the device: both images of a pair are mixed with one another.
+
+As timm's Mixup in mode `pair`, with neighbours for partners: the order of samples is random already, and neighbours stay
+together however a batch is divided. The draws of a pair depend on (seed, epoch, its first sample). A Beta distribution is
+replaced by 16,384 equally likely quantiles of it, so that every device draws the same.
+
+Sources: Zhang et al. 2018 (mixup, arXiv 1710.09412); Yun et al. 2019 (CutMix, arXiv 1905.04899); timm/data/mixup.py.
+Axes: B batch, H W pixels, P purposes of random numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitpa.config import AugmentConfig
+from vitpa.data.rng import Purpose, kept, randint, uniform
+
+LEVELS = 2**14  # quantiles of an image's weight
+
+
+class Mixup:
+    """What `options` ask for; one of mixup_alpha and cutmix_alpha at least must be above 0."""
+
+    def __init__(self, options: AugmentConfig, *, device: torch.device):
+        mixup, cutmix = options.mixup_alpha, options.cutmix_alpha
+        self.cutmix_prob = options.mixup_switch_prob if mixup and cutmix else float(cutmix > 0)
+        self.quantiles = torch.stack([_quantiles(alpha or 1.0) for alpha in (mixup, cutmix)]).to(device)  # 2, LEVELS
+
+    def __call__(self, images: Tensor, labels: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixed images (B, 3, H, W), the labels (B,) of the partners and the weights lam (B,) float32 of the own labels.
+
+        The loss is lam * loss(labels) + (1 - lam) * loss(partners' labels). `images` are normalised floats, `samples` (B,)
+        their indices in the data set and `keys` (B or 1, P) the rows of `epoch_keys` that belong to their seeds.
+
+        Raises:
+            ValueError: B is odd.
+        """
+        B, C, H, W = images.shape
+        lam, weight, box = self.draws(samples, keys, size=(H, W))
+        y, x = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
+        top, left, height, width = box[:, :, None, None].unbind(1)
+        cut = ((y >= top) & (y < top + height) & (x >= left) & (x < left + width))[:, None, None]  # B / 2, 1, 1, H, W
+        pairs, weight = images.view(B // 2, 2, C, H, W), weight[:, None, None, None, None]
+        partners = pairs.flip(1)
+        mixed = torch.where(cut, partners, weight * pairs + (1 - weight) * partners).to(images.dtype)
+        return mixed.view(B, C, H, W), partners_of(labels), lam.repeat_interleave(2)
+
+    def draws(self, samples: Tensor, keys: Tensor, *, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the pairs in `samples` (B,) of size (H, W), with the rows `keys` (B or 1, P), what each image of a pair becomes.
+
+        lam (B / 2,) float32: its own share; weight (B / 2,) float32: the weight of its pixels, 1 in cutmix; box (B / 2, 4)
+        int64: top, left, height and width of what it takes from its partner, of no pixel in mixup. The box is that of timm's
+        `rand_bbox`.
+
+        Raises:
+            ValueError: B is odd.
+        """
+        B, (H, W) = len(samples), size
+        if B % 2:
+            raise ValueError(
+                f"mixup of {B} images: they are no pairs; change train.global_batch_size to give each process an even number"
+            )
+        samples, stream = samples[::2], keys[:, Purpose.MIX].expand(B)[::2]
+        cutmix = uniform(stream, samples) < self.cutmix_prob
+        share = self.quantiles[cutmix.long(), randint(stream, samples, LEVELS, draw=1)]
+        y, x = randint(stream, samples, H, draw=2), randint(stream, samples, W, draw=3)
+        height, width = ((n * (1 - share).sqrt()).long() for n in (H, W))
+        top, bottom = ((y + part).clamp(0, H) for part in (-(height // 2), (height + 1) // 2))
+        left, right = ((x + part).clamp(0, W) for part in (-(width // 2), (width + 1) // 2))
+        box = torch.stack([top, left, bottom - top, right - left], 1) * cutmix[:, None]
+        lam = torch.where(cutmix, 1 - (box[:, 2] * box[:, 3]).double() / (H * W), share)
+        return kept(lam.float()), kept(torch.where(cutmix, 1.0, share).float()), kept(box)
+
+
+def partners_of(labels: Tensor) -> Tensor:
+    """The labels (B,) of the images with which those of `labels` are mixed."""
+    return labels.view(-1, 2).flip(1).flatten()
+
+
+def _quantiles(alpha: float) -> Tensor:
+    """LEVELS equally likely values of Beta(alpha, alpha), float64."""
+    from scipy.special import betaincinv  # noqa: PLC0415 - half a second that only this needs
+
+    return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(LEVELS) + 0.5) / LEVELS))

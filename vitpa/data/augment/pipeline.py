@@ -1,0 +1,219 @@
+"""Augmentation on the device: batched, per sample, every parameter drawn from (seed, epoch, sample).
+
+In torchvision's usual order: padded crop, flip, policy, all on uint8; normalisation; random erasing and cutout. No shape
+depends on the data, nothing is copied from the host and nothing waits for the device, so that a CUDA graph can hold it.
+
+Axes: B batch, C channels, H W pixels, P purposes of random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vitpa.config import AugmentConfig
+from vitpa.data.augment.auto_augment import Policy
+from vitpa.data.augment.mixup import Mixup, partners_of
+from vitpa.data.augment.rand_augment import RandAugment
+from vitpa.data.rng import Purpose, kept, key, randint, random_bits, uniform
+from vitpa.datasets import DatasetFacts
+
+_ERASE_TRIES = 10
+_NORMALS = 2**16  # equally likely values in place of the normal distribution's
+
+
+def epoch_keys(seeds: Sequence[int], epoch: int) -> Tensor:
+    """The keys of an epoch: (len(seeds), P) int64 on the CPU, column p for Purpose(p); column 0 is unused."""
+    purposes = sorted(Purpose)
+    return torch.tensor([[0, *(key(seed, purpose, epoch) for purpose in purposes)] for seed in seeds])
+
+
+class Augmentation:
+    """What `options` do to training images (B, 3, H, W) of one size.
+
+    `samples` (B,) int64 are the indices of the images in the data set and `keys` (B or 1, P) the rows of `epoch_keys`
+    that belong to their seeds: a batch may hold samples of several.
+    """
+
+    def __init__(self, options: AugmentConfig, facts: DatasetFacts, *, img_size: int, device: torch.device):
+        self.options = options
+        shift = [mean / std for mean, std in zip(facts.mean, facts.std, strict=True)]
+        self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
+        self.shift = torch.tensor(shift)[:, None, None].to(device)
+        self.normals = torch.special.ndtri((torch.arange(_NORMALS).double() + 0.5) / _NORMALS).float().to(device)
+        if options.erase_mode == "const":  # for the kernel that erases and mixes
+            self.normals.zero_()
+        self.mixup = Mixup(options, device=device) if options.mixes else None
+        self.policy: Policy | RandAugment | None = None
+        if options.policy == "randaugment_timm":
+            self.policy = RandAugment(
+                num_ops=options.randaugment_num_ops,
+                magnitude=options.randaugment_magnitude,
+                std=options.randaugment_magnitude_std,
+                fill=[round(255 * mean) for mean in facts.mean],
+                img_size=img_size,
+                device=device,
+            )
+        elif options.policy != "none":
+            self.policy = Policy(
+                options.policy,
+                num_ops=options.randaugment_num_ops,
+                magnitude=options.randaugment_magnitude,
+                img_size=img_size,
+                device=device,
+            )
+
+    def __call__(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """uint8 images -> float32 of the same shape as the model takes them: augmented and normalised.
+
+        Erased pixels are 0, the mean colour of the data set, or noise.
+        """
+        images, options = self.uint8(images, samples, keys), self.options
+        if options.erase_prob and options.erase_mode == "pixel":
+            out = self._normalize_and_erase(images, samples, keys)
+        else:
+            out = self.normalize(images)
+            if options.erase_prob:
+                out = random_erase(out, samples, options, stream=keys[:, Purpose.ERASE])
+        if options.cutout_px:
+            out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
+        return out
+
+    def mixed(self, images: Tensor, labels: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As above, and then mixed: images, the partners' labels (B,) and the weights (B,) of the own ones (see Mixup).
+
+        Raises:
+            ValueError: B is odd.
+        """
+        assert self.mixup is not None
+        if not images.is_cuda or self.options.cutout_px:
+            return self.mixup(self(images, samples, keys), labels, samples, keys)
+        from vitpa.kernels.erase import normalize_erase_and_mix  # noqa: PLC0415 - Triton is needed on a GPU only
+
+        lam, weights, cuts = self.mixup.draws(samples, keys, size=(images.shape[2], images.shape[3]))
+        images, erasing = self.uint8(images, samples, keys), self._erasing(images, samples, keys)
+        out = normalize_erase_and_mix(images, self.scale, self.shift, *erasing, weights, cuts)
+        return out, partners_of(labels), lam.repeat_interleave(2)
+
+    def uint8(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """The part before normalisation. random_resized crops are taken where images are decoded: their sizes differ."""
+        options = self.options
+        if options.crop == "padded":
+            images = padded_crop(images, samples, padding=options.crop_padding_px, stream=keys[:, Purpose.CROP])
+        if options.hflip:
+            images = horizontal_flip(images, samples, stream=keys[:, Purpose.FLIP])
+        if self.policy is not None:
+            images = self.policy(images, samples, keys[:, Purpose.POLICY])
+        return images
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images -> float32, per channel (x / 255 - mean) / std."""
+        return images.to(torch.float32) * self.scale - self.shift
+
+    def _normalize_and_erase(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+        """Normalised images with standard normal noise in random rectangles (timm's RandomErasing, mode pixel)."""
+        boxes, words, normals = self._erasing(images, samples, keys)
+        if images.is_cuda:
+            from vitpa.kernels.erase import normalize_and_erase  # noqa: PLC0415 - Triton is needed on a GPU only
+
+            return normalize_and_erase(images, self.scale, self.shift, boxes, words, normals)
+        return torch.where(_inside(images, *boxes.unbind(1)), noise(words, normals, images.shape), self.normalize(images))
+
+    def _erasing(self, images: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The boxes (B, 4), the words (B,) and the numbers (65536,) that noise is made of."""
+        size = (images.shape[2], images.shape[3])
+        boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
+        return torch.stack(boxes, 1), kept(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
+
+
+def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:
+    """Pad images (B, C, H, W) with `padding` zero pixels on each side and crop back to H x W at a random place.
+
+    The place is drawn in `stream`, one key or (B,), by `samples` (B,). The usual augmentation of CIFAR (He et al. 2015,
+    section 4.2).
+    """
+    B, _, H, W = images.shape
+    top, left = (kept(randint(stream, samples, 2 * padding + 1, draw=draw)) for draw in (0, 1))
+    rows = top[:, None] + torch.arange(H, device=images.device)  # B, H
+    columns = left[:, None] + torch.arange(W, device=images.device)  # B, W
+    padded = F.pad(images, (padding, padding, padding, padding))
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # B, C, H, W
+
+
+def horizontal_flip(images: Tensor, samples: Tensor, *, stream: int | Tensor) -> Tensor:
+    """Mirror images (B, C, H, W) left to right with probability 1/2, drawn in `stream`, one key or (B,), by `samples` (B,)."""
+    flip = kept(random_bits(stream, samples) < 0)
+    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+
+
+def random_erase(images: Tensor, samples: Tensor, options: AugmentConfig, *, stream: int | Tensor) -> Tensor:
+    """Set a random rectangle of each of the images (B, C, H, W) to 0, with probability erase_prob.
+
+    By the rule of torchvision's RandomErasing (Zhong et al. 2017, arXiv 1708.04896, algorithm 1), in whose order the
+    numbers of each try are drawn in `stream`, one key or (B,), by `samples` (B,).
+    """
+    top, left, height, width = erased_boxes(samples, options, size=(images.shape[2], images.shape[3]), stream=stream)
+    return _blank(images, top, left, height, width)
+
+
+def erased_boxes(
+    samples: Tensor, options: AugmentConfig, *, size: tuple[int, int], stream: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top, left, height and width (B,) of what is erased of images of `size` (H, W); 0 x 0 for nothing."""
+    H, W = size
+    (scale_low, scale_high), (ratio_low, ratio_high) = options.erase_scale, options.erase_ratio
+    streams = stream[:, None] if isinstance(stream, Tensor) else stream
+    tries = torch.arange(_ERASE_TRIES, device=samples.device)
+    numbers = torch.arange(1 + 4 * _ERASE_TRIES, device=samples.device)
+    draws = kept(uniform(streams, samples[:, None], draw=numbers))  # B, numbers
+    area, ratio, top, left = draws[:, 1:].view(-1, _ERASE_TRIES, 4).double().unbind(2)  # B, tries; devices agree in float64
+    area = H * W * (scale_low + area * (scale_high - scale_low))
+    ratio = torch.exp(math.log(ratio_low) + ratio * (math.log(ratio_high) - math.log(ratio_low)))
+    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    top, left = (top * (H - height + 1)).floor(), (left * (W - width + 1)).floor()
+    first = tries.masked_fill((height >= H) | (width >= W), _ERASE_TRIES).amin(1)  # B: the first that fits
+    erased = (first < _ERASE_TRIES) & (draws[:, 0] < options.erase_prob)
+    first = first.clamp(max=_ERASE_TRIES - 1)[:, None]
+    boxes = (kept(values.gather(1, first)[:, 0].long() * erased) for values in (top, left, height, width))
+    top, left, height, width = boxes
+    return top, left, height, width
+
+
+def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) -> Tensor:
+    """Set a square of `side` pixels of each of the images (B, C, H, W) to 0, as far as it lies in the image.
+
+    Its centre is a random pixel, drawn in `stream`, one key or (B,), by `samples` (B,) (DeVries & Taylor 2017, arXiv
+    1708.04552).
+    """
+    top, left = (kept(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:]))
+    length = torch.full_like(top, side)
+    return _blank(images, top, left, length, length)
+
+
+def noise(words: Tensor, normals: Tensor, shape: Sequence[int]) -> Tensor:
+    """Numbers of `shape` (B, 3, H, W), each one of `normals` (65536,): 16 bits of a hash of the image's word and the pixel.
+
+    `words` (B,) are int64; a pixel's three channels share its hash.
+    """
+    _, C, H, W = shape
+    pixels = kept(torch.arange(H * W, device=words.device))  # else the compiler multiplies it by a constant beforehand
+    bits = kept(random_bits(words[:, None], pixels))[:, None]  # B, 1, P
+    return normals[bits >> 16 * torch.arange(C, device=words.device)[:, None] & 0xFFFF].view(*shape)
+
+
+def _blank(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """The images (B, C, H, W) with 0 in a box (B,) of each."""
+    return images.masked_fill(_inside(images, top, left, height, width), 0)
+
+
+def _inside(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Which pixels of images (B, C, H, W) are in the box (B,) of their image: (B, 1, H, W) bool."""
+    y, x = (torch.arange(n, device=images.device) for n in images.shape[2:])
+    rows = (y >= top[:, None]) & (y < (top + height)[:, None])  # B, H
+    columns = (x >= left[:, None]) & (x < (left + width)[:, None])  # B, W
+    return rows[:, None, :, None] & columns[:, None, None, :]

@@ -1,0 +1,1 @@
+"""One optimiser step of one or several replicas."""

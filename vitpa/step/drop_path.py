@@ -1,0 +1,36 @@
+"""Stochastic depth: which branches of which images a training step leaves out (Huang et al. 2016, arXiv 1603.09382).
+
+As timm's DropPath: a branch is left out with a probability that rises linearly with the depth of its block, for each image
+by itself, and otherwise scaled so that its mean stays. Drawn from (seed, epoch, sample), so that it does not depend on the
+number of processes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitpa.data.rng import kept, uniform
+
+BRANCHES = 2  # of a block: attention and MLP
+
+
+def keep_probabilities(drop_path_rate: float, depth: int) -> Tensor:
+    """The probability that a branch stays, per block (depth,); that of the last block is 1 - drop_path_rate."""
+    return 1 - torch.linspace(0, drop_path_rate, depth)
+
+
+def branch_scales(samples: Tensor, stream: int | Tensor, keep: Tensor) -> Tensor:
+    """What each branch of each image is multiplied by: (depth, BRANCHES, B) float32, 0 or 1 / keep.
+
+    Args:
+        samples: (B,) int64, indices of the images in the data set.
+        stream: The key of the random numbers, or (B,) keys: an image's own.
+        keep: (depth,), the probability that a branch stays.
+    """
+    depth = len(keep)
+    streams = stream[:, None] if isinstance(stream, Tensor) else stream
+    draws = kept(uniform(streams, samples[:, None], draw=torch.arange(depth * BRANCHES, device=samples.device)))
+    keep = keep.to(samples.device)[:, None, None]
+    draws = draws.T.reshape(depth, BRANCHES, len(samples))
+    return torch.where(draws < keep, 1 / keep, 0.0).contiguous()  # once here, not before each use of a row

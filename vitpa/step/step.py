@@ -1,0 +1,321 @@
+"""The training step and the evaluation: of one run on one or several processes, or of several seeds on one device.
+
+R replicas of one configuration are trained as if each were alone: with its own weights, order of images, augmentation,
+gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On one GPU
+everything between two steps, from choosing or augmenting the images to the optimiser, is one CUDA graph, so that the host
+only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer:
+between two graphs, since with NCCL inside of one a process did not end.
+
+Axes: R replicas, B images of a replica in a micro-batch of this process, N tokens, K classes, P purposes of random numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn import functional as F
+
+from vitpa.config import RunConfig
+from vitpa.data.augment.pipeline import Augmentation, epoch_keys
+from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.rng import Purpose
+from vitpa.distributed import Group
+from vitpa.models.stacked import StackedViT
+from vitpa.step.adamw import ReplicaAdamW
+from vitpa.step.drop_path import branch_scales, keep_probabilities
+from vitpa.step.operations import choose_operations
+from vitpa.step.window import Window
+
+WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
+
+
+class Targets(NamedTuple):
+    """What images show, each (R, B): a label, and where images are mixed another one, and the share of the first."""
+
+    labels: Tensor
+    partners: Tensor | None = None
+    share: Tensor | None = None
+
+
+class ReplicaSteps:
+    """Training steps and evaluation of R models. The models' parameters become views of one stack."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        group: Group,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[VisionTransformer],
+        optimizers: Sequence[torch.optim.AdamW],
+        feed: ResidentFeed | StreamedFeed,
+        augmentation: Augmentation,
+        learning_rates: Tensor,
+    ) -> None:
+        """`learning_rates` (steps of the whole run,) float64: that of each step."""
+        self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
+        self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
+        dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+        operations, self.notes = choose_operations(config.model, device=self.device, dtype=dtype, num_images=self.R * self.B)
+        self.network = StackedViT(
+            config.model.attention, config.model.patch_size, config.model.depth, config.model.num_heads, operations
+        )
+        self.adamw = ReplicaAdamW(models, optimizers, dtype, config.optim.grad_clip_norm)
+        values = self.adamw.by_name(self.adamw.values)
+        self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
+        self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
+        self.keep = None
+        if config.model.drop_path_rate:
+            self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
+
+        self.accum_steps = config.runtime.accum_steps
+        self.share = torch.tensor(1 / (self.accum_steps * group.world_size)).to(self.device).expand(self.R)  # of a micro-batch
+        self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
+        self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
+        self.learning_rate = learning_rates.tolist().__getitem__
+        self.factors = self.adamw.factors(learning_rates)
+        self.losses = self.adamw.losses  # of the step
+        self.window = Window(self.R, self.device)
+        self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
+
+        self._batch: Callable[..., Any] = self._make_batch
+        self._loss: Callable[..., Any] = self._compute_loss
+        self._eval_batch: Callable[..., Any] = self._make_eval_batch
+        self._score: Callable[..., Any] = self._compute_scores
+        self._count: Callable[..., Any] = self._count_batch
+        self._update: Callable[..., Any] = self._update_weights
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @property
+    def compiles(self) -> bool:
+        """Whether `prepare` compiles the step."""
+        step = self.config.runtime.step
+        return step != "eager" and (step != "auto" or self.device.type == "cuda")
+
+    def prepare(self, step: int) -> list[str]:
+        """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
+        notes = list(self.notes)
+        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
+        if self.config.runtime.step == "graph" and not captured:
+            notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
+        self.adamw.copy_values()
+        if self.compiles:
+            from vitpa.step.unfinished_builds import cache_folders, remove_unfinished  # noqa: PLC0415 - loads the compiler
+
+            notes += [f"{path}: a killed run has left it unfinished; it is compiled again" for path in remove_unfinished()]
+            compiler = partial(torch.compile, dynamic=False, fullgraph=True)
+            network = self.network
+            eager = self._batch, self._loss, self._count, self._update, self._eval_batch, self._score
+            self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = map(compiler, eager)
+            self.network = network.compiled(compiler)
+            try:
+                with warnings.catch_warnings():
+                    # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
+                    # it should be: noise for a user, and with `python -W error` the step would not be compiled at all.
+                    warnings.simplefilter("ignore")
+                    self._leaving_no_trace(self._step)
+                    self._leaving_no_trace(self._evaluate_batch)
+            except TorchDynamoException as error:
+                damaged = f"if files of the compiler's cache are damaged, delete {' and '.join(map(str, cache_folders()))}"
+                notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled, slowly; {damaged}")
+                self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = eager
+                self.network = network
+                captured = False
+        if captured:
+            try:
+                self._run_step = self._captured_step()
+                self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                notes.append(f"no CUDA graph of the step could be made ({_first_line(error)}); it runs without")
+                self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        self.done.fill_(step)
+        return notes
+
+    def close(self) -> None:
+        """Decode no more, and let go of the CUDA graphs: NCCL waits for those that hold its work before processes part."""
+        self.feed.close()
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        for graph in self._graphs:
+            graph.reset()
+        self._graphs.clear()
+
+    def begin_epoch(self, epoch: int, step: int) -> None:
+        """Take the order and the random numbers of `epoch`, from its step `step` on."""
+        self.keys.copy_(epoch_keys(self.seeds, epoch))
+        self.feed.begin_epoch(epoch, step)
+
+    def step(self) -> None:
+        """One optimiser step of every replica; returns before the device has done it.
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
+        self.feed.fill()
+        self._run_step()
+
+    def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
+        """The optimiser's state of a replica after `step` steps, as torch.optim.AdamW's state_dict()."""
+        return self.adamw.state_dict(replica, step)
+
+    def load_optimizer(self, replica: int, state: dict[str, Any]) -> None:
+        """Take over such a state."""
+        self.adamw.load_state_dict(replica, state)
+
+    def freeze(self, replica: int) -> None:
+        """Leave the weights and optimiser state of a replica as they are from now on."""
+        self.adamw.frozen[replica] = True
+
+    def evaluate(self) -> Tensor:
+        """Sums over this process's share of the val split: cross-entropy, top-1, top-5, images; float64 (R, 4).
+
+        Raises:
+            BetonError: an image cannot be decoded.
+        """
+        self.eval_sums.zero_()
+        self.feed.begin_evaluation()
+        for _ in range(self.feed.num_eval_batches):
+            self.feed.fill_eval()
+            self._run_evaluation()
+        return self.eval_sums
+
+    def _step(self) -> None:
+        self._find_gradients()
+        self._add_up()
+        self._update()
+
+    def _find_gradients(self) -> None:
+        """Those of this process."""
+        self.losses.zero_()
+        for micro in range(self.accum_steps):
+            images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
+            micro_losses, correct = self._loss(self.network(self.weights, self.copies, images, scales), targets)
+            gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
+            self.adamw.take_gradients(gradients, add=micro > 0)
+            self._count(micro_losses.detach(), correct)
+            self.feed.advance()
+
+    def _add_up(self) -> None:
+        self.group.sum(self.adamw.shared)  # the losses, too: so all processes agree on what is finite
+
+    def _count_batch(self, losses: Tensor, correct: Tensor) -> None:
+        """Note the mean losses (R,) and the numbers of correct predictions (R,) of a micro-batch."""
+        self.losses += losses
+        self.window.add(losses, correct, self.B)
+
+    def _update_weights(self) -> None:
+        """Apply the gradients of the step."""
+        norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
+        self.done += 1
+        self.window.check(self.done, self.losses, norms)
+
+    def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
+        """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
+        images, samples, labels = self.feed.cut(*inputs)
+        own_keys = keys.repeat_interleave(self.B, dim=0)
+        if self.augmentation.mixup is None:
+            batch, shown = self.augmentation(images, samples, own_keys), [labels]
+        else:
+            batch, *mixed = self.augmentation.mixed(images, labels, samples, own_keys)
+            shown = [labels, *mixed]
+        targets = Targets(*(each.view(self.R, self.B) for each in shown))
+        scales = None
+        if self.keep is not None:
+            scales = branch_scales(samples, own_keys[:, Purpose.DROP_PATH], self.keep)
+            scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
+        return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
+
+    def _compute_loss(self, logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Of logits (R, B, K) the mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
+        logits = logits.float()
+        labels, partners, share = targets
+        losses = self._cross_entropy(logits, labels)
+        if partners is not None and share is not None:
+            losses = share * losses + (1 - share) * self._cross_entropy(logits, partners)
+            labels = torch.where(share < 0.5, partners, labels)
+        return losses.mean(1), (logits.detach().argmax(2) == labels).sum(1)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits (R, B, K) and labels (R, B) -> the loss of each image (R, B), with smoothed labels."""
+        smoothing = self.config.optim.label_smoothing
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
+        return losses.view(labels.shape)
+
+    def _evaluate_batch(self) -> None:
+        with torch.no_grad():
+            images, labels = self._eval_batch(self.feed.eval_inputs())
+            logits = self.network(self.weights, self.copies, images.expand(self.R, *images.shape))
+            self.eval_sums += self._score(logits, labels)
+            self.feed.advance_eval()
+
+    def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """The next val images (E, 3, H, W), normalised, and their labels (E,)."""
+        images, _, labels = self.feed.cut_eval(*inputs)
+        return self.augmentation.normalize(images), labels
+
+    def _compute_scores(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Sums over images with logits (R, E, K) and labels (E,): cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+        logits = logits.float()
+        real = labels >= 0  # the others fill up the last batch
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), ignore_index=-1, reduction="none")
+        hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]  # R, E, 5
+        loss = losses.view(self.R, -1).double().sum(1)
+        images_counted = real.double().sum().expand(self.R)
+        return torch.stack([loss, hits[:, :, 0].sum(1).double(), hits.sum((1, 2)).double(), images_counted], dim=1)
+
+    def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function`, and put everything that a step or an evaluation changes back as it was."""
+        changed = [*self.adamw.state_tensors(), *self.feed.positions(), self.done, self.eval_sums]
+        changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
+        before = [tensor.clone() for tensor in changed]
+        try:
+            return function(*arguments)
+        finally:
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+            self.adamw.copy_values()
+
+    def _captured_step(self) -> Callable[[], None]:
+        """A step made of CUDA graphs."""
+        if self.group.world_size == 1:
+            whole: Callable[[], None] = self._leaving_no_trace(self._captured, self._step)
+            return whole
+        find, update = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._update))
+
+        def step() -> None:
+            find()
+            self._add_up()
+            update()
+
+        return step
+
+    def _captured(self, function: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of `function`."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
+                for position in (self.done, *self.feed.positions()):  # an epoch may have fewer steps
+                    position.zero_()
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL has a thread that asks for events meanwhile, which is no part of the graph
+        with torch.cuda.graph(graph, capture_error_mode="global" if self.group.world_size == 1 else "thread_local"):
+            function()
+        self._graphs.append(graph)
+        return graph.replay
+
+
+def _first_line(error: Exception) -> str:
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first  # "backend='inductor' raised:" says little
