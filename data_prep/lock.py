@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_prep.errors import PrepError
-from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json
 
 LOCK_NAME = ".prep.lock"
 GUARD_WAIT_S = 2.0  # a takeover takes milliseconds

@@ -27,7 +27,7 @@ from data_prep.write import Job, Seen, Writer, WriterError, Written
 from vitpa import __version__ as VITPA_VERSION
 from vitpa.data.beton import Beton, BetonError, BetonFile, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.datasets import SPLITS, facts_of
-from vitpa.rundir import utc_now, write_json
+from vitpa.records import utc_now, write_json
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_\-]*"  # RunConfig.dataset accepts the same
 DOWNLOADS = "raw"  # folder of downloads in the output folder

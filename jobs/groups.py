@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 from vitpa.config import RunConfig
 from vitpa.datasets import facts_of
-from vitpa.rundir import RunDir, RunError, read_json
+from vitpa.records import RunError, read_json
+from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib, why_not_together
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that

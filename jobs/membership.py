@@ -13,8 +13,9 @@ from jobs.records import Intent, RunsOfSweep, SlurmClaim, WantedRun, read_record
 from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
 from vitpa.arguments import ConfigError
-from vitpa.config import load_config
-from vitpa.rundir import RunDir, RunError, read_json
+from vitpa.config_file import load_config
+from vitpa.records import RunError, read_json
+from vitpa.rundir import RunDir
 
 
 def runs_that_left(root: Path, sweep: str, runs: Iterable[Run]) -> list[Run]:

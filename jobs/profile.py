@@ -14,7 +14,8 @@ from jobs.scheduler.options import check_srun_args, sbatch_option
 from jobs.sweep import SweepError
 from vitpa import CODE
 from vitpa.arguments import ConfigError
-from vitpa.config import Float, Section, load_model, parse_model, read_yaml
+from vitpa.config import Float, Section
+from vitpa.config_file import load_model, parse_model, read_yaml
 
 SHIPPED = CODE / "slurm"
 

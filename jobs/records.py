@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitpa.rundir import ProcessId, RunError, read_json
+from vitpa.records import ProcessId, RunError, read_json
 
 RESTORE = "it was edited by hand: restore it, or start the run again with `vitpa sweep retry`"
 

@@ -27,9 +27,10 @@ from jobs.scheduler.job_output import ENDED_EARLY, ended_early
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
-from vitpa.config import load_config
+from vitpa.config_file import load_config
 from vitpa.documents import open_regular
-from vitpa.rundir import AttemptDir, ProcessId, Result, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.rundir import AttemptDir, Result, RunDir
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
 LIVE = frozenset({"running", "pending"})

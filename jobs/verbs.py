@@ -31,10 +31,10 @@ from jobs.submit.submission import Place, ran_other_code, settle
 from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
 from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
 from vitpa.arguments import ConfigError, literal_path
-from vitpa.config import Override, parse_config
+from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
 from vitpa.os_errors import os_error_line
-from vitpa.rundir import ProcessId, RunError, read_json, utc_now, write_json
+from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:

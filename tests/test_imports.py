@@ -50,7 +50,7 @@ def may_import(module: str) -> tuple[str, ...]:
     if within(module, ("vitpa",)):
         return ("vitpa",)
     if within(module, ("jobs", "data_prep")):
-        return (module.split(".")[0], "vitpa")  # of vitpa what needs no torch: test_a_login_node_needs_no_torch
+        return (module.split(".", maxsplit=1)[0], "vitpa")  # of vitpa what needs no torch: test_a_login_node_needs_no_torch
     return ("slurm", *COMMAND_LINE)
 
 

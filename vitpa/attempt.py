@@ -10,18 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vitpa.rundir import (
-    CLAIMED,
-    AttemptDir,
-    ProcessId,
-    RunDir,
-    RunError,
-    create_exclusive,
-    read_json,
-    to_json,
-    utc_now,
-    write_json,
-)
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
 
 @contextmanager

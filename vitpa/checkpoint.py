@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
 from vitpa.metrics import EVALUATED
-from vitpa.rundir import RunDir, write_atomic
+from vitpa.records import write_atomic
+from vitpa.rundir import RunDir
 
 KEEP = 2
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl

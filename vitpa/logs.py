@@ -27,7 +27,8 @@ from torch.utils.tensorboard import summary
 
 from vitpa.console import PrintableConsole
 from vitpa.metrics import read_metrics, to_line
-from vitpa.rundir import RunDir, write_atomic
+from vitpa.records import write_atomic
+from vitpa.rundir import RunDir
 
 PLAIN_LINE_EVERY_S = 10.0
 

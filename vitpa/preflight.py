@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitpa.arguments import ConfigError, number, path_argument, whole_number
-from vitpa.config import RunConfig, keys_help, load_config
+from vitpa.config import RunConfig
+from vitpa.config_file import keys_help, load_config
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.datasets import SPLITS
 from vitpa.terminal import printable, printable_output

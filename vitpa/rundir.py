@@ -7,201 +7,22 @@ clock of one host is compared with another's.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import secrets
 import shutil
-import socket
-from collections.abc import Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
-from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.metrics import last_evaluation
-
-Json = Mapping[str, Any]
+from vitpa.records import Json, RunError, read_with_checksum, write_json
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
 
-class RunError(Exception):
-    """A run directory that cannot be used as it is: one line saying what, where and how to mend it."""
-
-
-def utc_now() -> str:
-    """The time in UTC to the second, for people; programs never compare it between hosts."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` so that `path` holds either its old content or all of `data`, also after a crash."""
-    temporary = _write_temporary(path, data)
-    try:
-        temporary.replace(path)
-    except OSError as error:  # a folder is in the way: it is the one to be named, not the temporary file
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    _fsync_directory(path.parent)
-
-
-def create_exclusive(path: Path, data: bytes | str) -> bool:
-    """Create `path` with all of `data`; False if it exists already. Exactly one of several callers gets True."""
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)  # atomic and exclusive, on NFS too
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink()
-    _fsync_directory(path.parent)
-    return True
-
-
-def write_json(path: Path, document: Json) -> None:
-    """Write `document` as indented JSON, atomically. NaN is refused: JSON has none."""
-    write_atomic(path, to_json(document))
-
-
-def to_json(document: Json) -> str:
-    """`document` as indented JSON with a final newline."""
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`; None if there is no such file.
-
-    Raises:
-        RunError: the file holds anything but one whole JSON object, within the bounds of `vitpa.documents`.
-    """
-    try:
-        document = parse_json(read_bytes(path, JSON_BYTES))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
-    except DocumentError as error:
-        raise RunError(f"{path}: {error}") from error
-    if not isinstance(document, dict):
-        raise RunError(f"{path}: expected a JSON object, found {type(document).__name__}")
-    return document
-
-
-def check_writable(path: Path) -> None:
-    """Raise the OSError that `write_atomic` would raise; what is there stays as it is.
-
-    Raises:
-        RunError: it is no regular file, which would be replaced: a device, a pipe, a folder.
-    """
-    if path.exists() and not path.is_file():
-        raise RunError(f"{path}: not a regular file; name a file")
-    _write_temporary(path, b"").unlink()
-
-
-def _write_temporary(path: Path, data: bytes | str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()  # a full disk leaves nothing half-written behind
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return temporary
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class ProcessId(BaseModel):
-    """A process that can be recognised again: a pid alone is reused, a pid with its start time is not."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    host: str
-    boot_id: str
-    pid: int
-    start_ticks: int
-
-    @staticmethod
-    def of(pid: int) -> ProcessId:
-        """The identity of a process of this host that is alive now.
-
-        Raises:
-            ProcessLookupError: there is no such process.
-        """
-        ticks = _start_ticks(pid)
-        if ticks is None:
-            raise ProcessLookupError(pid)
-        return ProcessId(host=socket.gethostname(), boot_id=_boot_id(), pid=pid, start_ticks=ticks)
-
-    @staticmethod
-    def mine() -> ProcessId:
-        """The identity of this process."""
-        return ProcessId.of(os.getpid())
-
-    def alive(self) -> bool | None:
-        """Whether the process still runs; None if it ran on another host and cannot be seen from here."""
-        if self.host != socket.gethostname():
-            return None
-        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _start_ticks(pid: int) -> int | None:
-    """Start time of a live process in clock ticks since boot (proc(5), stat field 22); None if dead or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command name before may hold spaces and brackets
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-CHECKSUM = "record_sha256"
-
-
-def with_checksum(document: Json) -> dict[str, Any]:
-    """`document` with the SHA-256 of its content, by which a change is noticed when it is read."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return {**document, CHECKSUM: hashlib.sha256(canonical.encode()).hexdigest()}
-
-
-def read_with_checksum(path: Path) -> dict[str, Any] | None:
-    """A document that was written with a checksum, without it; None if there is no such file. Older ones have none.
-
-    Raises:
-        RunError: as for `read_json`, or it was changed.
-    """
-    found = read_json(path)
-    if found is None or CHECKSUM not in found:
-        return found
-    document = {key: value for key, value in found.items() if key != CHECKSUM}
-    try:
-        same = with_checksum(document) == found
-    except ValueError:  # NaN
-        same = False
-    if not same:
-        raise RunError(f"{path}: was changed after it was written; its {CHECKSUM} does not fit")
-    return document
 
 
 class Result(BaseModel):

@@ -35,7 +35,8 @@ from vitpa.arguments import ConfigError, path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.checkpoint import Checkpoint, Progress
 from vitpa.checkpoint_file import CheckpointError, step_of
-from vitpa.config import RunConfig, keys_help, load_config, record_config
+from vitpa.config import RunConfig
+from vitpa.config_file import keys_help, load_config, record_config
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, BetonError, beton_path
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
@@ -52,7 +53,8 @@ from vitpa.logs import Logs, ProgressLine
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rate
 from vitpa.os_errors import os_error_line
-from vitpa.rundir import Result, RunDir, RunError, utc_now, with_checksum, write_json
+from vitpa.records import RunError, utc_now, with_checksum, write_json
+from vitpa.rundir import Result, RunDir
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.fit import why_not_together
 from vitpa.step.step import ReplicaSteps

@@ -25,8 +25,9 @@ from typing import Any
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
-from vitpa.config import load_config
-from vitpa.rundir import CLAIMED, AttemptDir, RunDir, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.config_file import load_config
+from vitpa.records import RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
 Json = Mapping[str, Any]
 

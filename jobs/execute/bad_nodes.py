@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from vitpa.rundir import RunError, read_json, utc_now, write_json
+from vitpa.records import RunError, read_json, utc_now, write_json
 
 PREFLIGHT = "failed its pre-flight"
 FORGET_AFTER_S = 24 * 3600

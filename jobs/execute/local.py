@@ -15,7 +15,8 @@ from typing import Any
 from jobs.execute.attempt import Member, Request, Signals, Training
 from jobs.execute.slots import Slot, take_slot
 from jobs.groups import tasks_of
-from vitpa.rundir import AttemptDir, ProcessId, RunDir, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.rundir import AttemptDir, RunDir
 
 
 def work(root: str, submission: str) -> None:

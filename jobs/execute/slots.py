@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from jobs.profile import LocalProfile
 from jobs.sweep import SweepError
 from vitpa.config import Section
-from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 POLL_S = 1.0
 

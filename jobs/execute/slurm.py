@@ -24,36 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from jobs.execute import bad_nodes as nodes
-from jobs.execute.attempt import (
-    BOUND,
-    TORCHRUN,
-    TRAIN,
-    Ended,
-    Member,
-    Request,
-    Signals,
-    Training,
-    failure_of,
-    read_stop,
-)
+from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Ended, Member, Request, Signals, Training, failure_of, read_stop
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
 from jobs.groups import tasks_of
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import withdraw
 from vitpa.code_version import code_version
-from vitpa.rundir import (
-    AttemptDir,
-    ProcessId,
-    RunDir,
-    RunError,
-    create_exclusive,
-    read_json,
-    read_with_checksum,
-    to_json,
-    utc_now,
-    write_json,
-)
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, read_with_checksum, to_json, utc_now, write_json
+from vitpa.rundir import AttemptDir, RunDir
 
 TIME_LIMIT = "time limit"
 WARNINGS = (TIME_LIMIT, "signal SIGUSR1", "signal SIGUSR2")  # after which the run is to go on; SIGTERM may be a cancellation

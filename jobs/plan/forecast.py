@@ -26,8 +26,10 @@ from jobs.state import RunState
 from jobs.submit.submit import Batch
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
-from vitpa.config import RunConfig, read_yaml
-from vitpa.rundir import Result, RunDir, RunError, read_json, read_with_checksum
+from vitpa.config import RunConfig
+from vitpa.config_file import read_yaml
+from vitpa.records import RunError, read_json, read_with_checksum
+from vitpa.rundir import Result, RunDir
 
 Kind = tuple[str, str]  # data set, attention
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together

@@ -22,7 +22,7 @@ from jobs.scheduler.gres import Gres, gpu_count, gpus_by_type
 from jobs.scheduler.sbatch import slurm_executor
 from jobs.state import RunState
 from jobs.submit.submit import Batch, Order
-from vitpa.config import parse_model
+from vitpa.config_file import parse_model
 
 SUBMIT = ("MaxSubmitPU", "MaxSubmitPA", "MaxSubmit", "GrpSubmit")
 JOBS = ("MaxJobsPU", "MaxJobsPA", "MaxJobs", "GrpJobs")

@@ -16,8 +16,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vitpa.arguments import ConfigError
-from vitpa.config import RunConfig, load_config, parse_model, shipped_configs
-from vitpa.rundir import read_json
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, parse_model, shipped_configs
+from vitpa.records import read_json
 from vitpa.step.fit import why_not_together
 
 LOADER_LEFT_OUT = "without the loader: the real rate is lower, or the same at best"

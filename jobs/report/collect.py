@@ -20,7 +20,8 @@ from typing import Any
 
 from jobs.state import RunState
 from jobs.sweep import Attention, Sweep, SweepError
-from vitpa.rundir import Result, to_json, utc_now, write_atomic
+from vitpa.records import to_json, utc_now, write_atomic
+from vitpa.rundir import Result
 from vitpa.terminal import printable
 
 OLDER = "older-than-the-last-attempt"  # the folder of a report that a later `collect` could not replace

@@ -21,7 +21,8 @@ from jobs.state import LIVE, STATES, RunState, Survey
 from jobs.sweep import Run
 from vitpa.documents import open_regular
 from vitpa.metrics import parse_line
-from vitpa.rundir import RunDir, RunError, read_json, read_with_checksum
+from vitpa.records import RunError, read_json, read_with_checksum
+from vitpa.rundir import RunDir
 from vitpa.terminal import printable
 
 REFRESH_S = 1.0

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vitpa.rundir import AttemptDir, RunError, read_json
+from vitpa.records import RunError, read_json
+from vitpa.rundir import AttemptDir
 
 ENDED_EARLY = "before it started the run"
 # ends by the job's own fault: another one would meet them, too

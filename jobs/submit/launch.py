@@ -20,8 +20,8 @@ from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.sbatch import slurm_executor
 from jobs.submit.submission import SubmissionDir, as_started, find_jobs
-from vitpa.config import parse_model
-from vitpa.rundir import ProcessId, create_exclusive, read_json, to_json, utc_now
+from vitpa.config_file import parse_model
+from vitpa.records import ProcessId, create_exclusive, read_json, to_json, utc_now
 
 NO_TIME_LIMIT_MIN = 60 * 24 * 366  # submitit's default for local jobs is 2 minutes
 

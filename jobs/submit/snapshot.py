@@ -16,7 +16,7 @@ from pathlib import Path
 from jobs.sweep import SweepError
 from vitpa import CODE
 from vitpa.code_version import CODE_VERSION_JSON, code_record
-from vitpa.rundir import to_json, write_atomic
+from vitpa.records import to_json, write_atomic
 
 PACKAGES = ("vitpa", "jobs")
 KINDS = (".py", ".yaml", ".typed")

@@ -23,7 +23,7 @@ from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.state import RunState
 from jobs.sweep import SweepError
-from vitpa.rundir import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
 

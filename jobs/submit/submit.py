@@ -46,9 +46,11 @@ from jobs.submit.submission import Place, SubmissionDir, adopt, check_root, clos
 from jobs.sweep import Run, SweepDir, SweepError
 from vitpa.arguments import ConfigError, literal_path
 from vitpa.code_version import code_version
-from vitpa.config import Override, RunConfig, parse_config, record_config
+from vitpa.config import RunConfig
+from vitpa.config_file import Override, parse_config, record_config
 from vitpa.datasets import DATASETS
-from vitpa.rundir import AttemptDir, ProcessId, RunDir, utc_now, write_json
+from vitpa.records import ProcessId, utc_now, write_json
+from vitpa.rundir import AttemptDir, RunDir
 
 NEVER_STARTED = "never started: nobody was left to start it"
 WRITERS = 16  # claims are written at the same time: each waits for the disk, most of all on a file server

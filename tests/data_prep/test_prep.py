@@ -33,7 +33,7 @@ from data_prep.progress import LINE_EVERY_S, progress_bar
 from data_prep.sources import load_splits
 from data_prep.write import Writer
 from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton, BetonError, ImageSettings, Manifest, beton_path, manifest_path
-from vitpa.rundir import ProcessId
+from vitpa.records import ProcessId
 
 SMOOTH = ImageSettings(resize="none", size_px=None, jpeg_share=0.0, jpeg_quality=None)
 

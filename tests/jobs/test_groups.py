@@ -31,8 +31,10 @@ from tests.support.jobs_sweeps import (
 )
 from tests.support.waiting import wait_for
 from vitpa.checkpoint_file import Footer
-from vitpa.config import RunConfig, load_config, parse_config, shipped_configs
-from vitpa.rundir import RunDir, read_json
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, parse_config, shipped_configs
+from vitpa.records import read_json
+from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
 
 

@@ -20,7 +20,7 @@ from jobs.sweep import Sweep
 from tests.support.jobs_sweeps import launch, make_sweep, result_document, settle
 from vitpa.cli import main as vitpa
 from vitpa.metrics import EVALUATED, to_line
-from vitpa.rundir import to_json, with_checksum
+from vitpa.records import to_json, with_checksum
 
 READERS = (
     ("status", "--json"),

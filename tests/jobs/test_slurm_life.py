@@ -30,7 +30,7 @@ from slurm.devcluster import DevCluster
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import MODEL, RUNTIME, Cell, make_cell, processes_left, started, trainers
 from tests.support.waiting import wait_for
-from vitpa.rundir import read_json
+from vitpa.records import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -24,7 +24,8 @@ from tests.jobs.test_slurm_life import DIGITS, TERM, assert_ended
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import RUNTIME, Cell, make_cell, processes_left, started, trainers, variable
 from tests.support.waiting import run_to_end, wait_for
-from vitpa.rundir import Result, read_json
+from vitpa.records import read_json
+from vitpa.rundir import Result
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ from jobs.sweep import Run
 from slurm.devcluster import DevCluster
 from tests.support.jobs_sweeps import HOLD, Field, exits, finished_trainings, slurm_profile
 from tests.support.waiting import wait_for
-from vitpa.rundir import read_json
+from vitpa.records import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 STEPS = 100_000  # hours: longer than any test, on any machine

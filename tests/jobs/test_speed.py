@@ -21,7 +21,7 @@ from tests.support.jobs_sweeps import RECIPE, evaluation_line, result_document
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end
 from vitpa.documents import to_yaml
-from vitpa.rundir import ProcessId, to_json
+from vitpa.records import ProcessId, to_json
 
 pytestmark = pytest.mark.slow
 

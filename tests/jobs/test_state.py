@@ -14,7 +14,8 @@ from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.state import RunState, Survey, withdraw
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep, write_result
-from vitpa.rundir import AttemptDir, ProcessId, read_json, write_json
+from vitpa.records import ProcessId, read_json, write_json
+from vitpa.rundir import AttemptDir
 
 ALIVE = ProcessId.mine()
 DEAD = ALIVE.model_copy(update={"start_ticks": ALIVE.start_ticks + 1})  # same pid, another process

@@ -13,7 +13,7 @@ from jobs.command import VERBS
 from jobs.sweep import SweepDir, shipped_sweeps
 from tests.support.jobs_sweeps import STAND_IN, make_sweep, settle, write_result
 from vitpa.cli import main
-from vitpa.rundir import ProcessId, read_json, write_json
+from vitpa.records import ProcessId, read_json, write_json
 
 
 class Shell:

@@ -27,7 +27,7 @@ from vitpa.data.beton import (
     beton_path,
     manifest_path,
 )
-from vitpa.rundir import utc_now, write_json
+from vitpa.records import utc_now, write_json
 
 TABLE_BEGIN = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
 

@@ -28,7 +28,8 @@ from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
 from vitpa.metrics import EVALUATED, to_line
-from vitpa.rundir import Result, RunError, read_json, write_atomic
+from vitpa.records import RunError, read_json, write_atomic
+from vitpa.rundir import Result
 
 HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # of a profile: what is submitted stays in the queue
 STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_trainer.py"))]

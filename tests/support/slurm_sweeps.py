@@ -26,7 +26,8 @@ from tests.support.jobs_sweeps import STAND_IN
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
-from vitpa.rundir import Result, RunDir, read_json
+from vitpa.records import read_json
+from vitpa.rundir import Result, RunDir
 
 MODEL = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}
 RUNTIME = {"device": "cpu", "cpu_threads": 1, "tensorboard": False, "poll_every_steps": 1, "log_every_steps": 10}

@@ -21,7 +21,7 @@ from vitpa.arguments import (
 )
 from vitpa.cli import main
 from vitpa.cli import parser as commands
-from vitpa.config import load_config
+from vitpa.config_file import load_config
 
 
 @pytest.fixture(autouse=True)

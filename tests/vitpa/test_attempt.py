@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from vitpa.attempt import claimed_attempt
-from vitpa.rundir import CLAIMED, AttemptDir, ProcessId, RunDir, RunError, read_json, write_json
+from vitpa.records import ProcessId, RunError, read_json, write_json
+from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
 
 @pytest.fixture

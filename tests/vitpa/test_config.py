@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from tests.vitpa.test_rundir import at_once
 from vitpa.arguments import ConfigError
-from vitpa.config import RunConfig, dotted_keys, load_config, parse_config, read_yaml, record_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import dotted_keys, load_config, parse_config, read_yaml, record_config, shipped_configs
 from vitpa.documents import to_yaml
 
 SMALL: dict[str, Any] = {

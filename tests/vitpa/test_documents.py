@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitpa.arguments import ConfigError
-from vitpa.config import load_config, read_yaml
+from vitpa.config_file import load_config, read_yaml
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, parse_yaml, read_bytes, to_yaml
-from vitpa.rundir import RunError, read_json
+from vitpa.records import RunError, read_json
 
 
 @pytest.mark.parametrize(

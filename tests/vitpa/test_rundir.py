@@ -18,18 +18,8 @@ import pytest
 from tests.support.waiting import finish
 from vitpa.checkpoint_file import Footer
 from vitpa.metrics import to_line
-from vitpa.rundir import (
-    AttemptDir,
-    ProcessId,
-    Result,
-    RunDir,
-    RunError,
-    create_exclusive,
-    read_json,
-    with_checksum,
-    write_atomic,
-    write_json,
-)
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, with_checksum, write_atomic, write_json
+from vitpa.rundir import AttemptDir, Result, RunDir
 
 RESULT: dict[str, Any] = {
     "signature": "0123456789abcdef",

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.waiting import finish, wait_for
 from vitpa import checkpoint
-from vitpa.config import RunConfig, load_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
 from vitpa.datasets import facts_of
 from vitpa.metrics import read_metrics

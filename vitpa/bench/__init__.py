@@ -13,7 +13,7 @@ from vitpa.arguments import ConfigError
 from vitpa.bench import imagenet, small
 from vitpa.data.beton import BetonError
 from vitpa.os_errors import os_error_line
-from vitpa.rundir import RunError, check_writable
+from vitpa.records import RunError, check_writable
 from vitpa.terminal import printable, printable_output
 
 

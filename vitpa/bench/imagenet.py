@@ -37,7 +37,8 @@ from vitpa.bench.measure import (
     step_runner,
     wait,
 )
-from vitpa.config import RunConfig, load_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton, beton_path
 from vitpa.data.decode.gpu import why_not_gpu
 from vitpa.data.loader import ResidentFeed, StreamedFeed
@@ -47,7 +48,7 @@ from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group, join, leave
 from vitpa.environment import environment
-from vitpa.rundir import write_json
+from vitpa.records import write_json
 
 Attention = Literal["content", "positional"]
 Decoder = Literal["cpu", "gpu"]

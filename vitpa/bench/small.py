@@ -28,12 +28,13 @@ from vitpa.bench.measure import (
     wait,
 )
 from vitpa.bench.timm_steps import TimmSteps
-from vitpa.config import RunConfig, load_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.loader import ResidentFeed
 from vitpa.data.resident import ResidentImages
 from vitpa.distributed import Group, join
 from vitpa.environment import environment
-from vitpa.rundir import write_json
+from vitpa.records import write_json
 from vitpa.step.step import ReplicaSteps
 
 Attention = Literal["content", "positional"]

@@ -31,7 +31,7 @@ from vitpa.data.beton import Beton, BetonError, BetonFile, Manifest, beton_path,
 from vitpa.data.private_folder import NotOursError, PrivateFolder, is_private_file
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
-from vitpa.rundir import ProcessId, to_json
+from vitpa.records import ProcessId, to_json
 
 POLL_S = 1.0
 LINE_EVERY_S = 10.0

@@ -18,7 +18,7 @@ from jobs.sweep import Sweep, load_sweep
 from tests.support.jobs_sweeps import assert_no_process_left, processes_of, results, settle
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
-from vitpa.rundir import read_json
+from vitpa.records import read_json
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
 from jobs.state import Survey
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import STAND_IN, evaluation_line, make_sweep, result_document
-from vitpa.config import parse_config, record_config
-from vitpa.rundir import ProcessId, RunDir, read_json, write_json
+from vitpa.config_file import parse_config, record_config
+from vitpa.records import ProcessId, read_json, write_json
+from vitpa.rundir import RunDir
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.execute.slots import Slot, take_slot
 from tests.support.waiting import wait_for
-from vitpa.rundir import ProcessId, write_json
+from vitpa.records import ProcessId, write_json
 
 DEAD = ProcessId.mine().model_copy(update={"start_ticks": 1})
 

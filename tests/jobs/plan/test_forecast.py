@@ -13,7 +13,7 @@ from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, makespan
 from jobs.state import Survey
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
-from vitpa.rundir import write_json
+from vitpa.records import write_json
 
 CONTENT, POSITIONAL = ("digits", "content"), ("digits", "positional")
 

@@ -20,8 +20,9 @@ from tests.support.repository import ROOT
 from vitpa.bench import imagenet as bench_imagenet
 from vitpa.bench import small as bench_small
 from vitpa.cli import main
-from vitpa.config import RunConfig, load_config, shipped_configs
-from vitpa.rundir import write_json
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, shipped_configs
+from vitpa.records import write_json
 
 IMAGENET = load_config(shipped_configs()["imagenet"])
 SMALL = load_config(shipped_configs()["cifar10"])

@@ -14,7 +14,7 @@ from jobs.state import Survey
 from jobs.sweep import Reference, Sweep, SweepError
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
-from vitpa.rundir import write_json
+from vitpa.records import write_json
 
 CONTENT = [0.90, 0.92, 0.94]
 POSITIONAL = [0.88, 0.91, 0.89]

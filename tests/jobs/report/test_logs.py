@@ -14,7 +14,8 @@ from jobs.state import Survey
 from jobs.sweep import Run, Sweep
 from tests.support.jobs_sweeps import make_sweep
 from tests.support.waiting import wait_for
-from vitpa.rundir import AttemptDir, ProcessId, write_json
+from vitpa.records import ProcessId, write_json
+from vitpa.rundir import AttemptDir
 
 ME = ProcessId.mine().model_dump()
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line {line}, in f\n    g()\n{error}\n'

@@ -13,7 +13,8 @@ from jobs.report.status import HOST, pause_s, progress_of, row_of, table_of
 from jobs.state import RunState, Survey
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep
-from vitpa.rundir import AttemptDir, ProcessId, write_json
+from vitpa.records import ProcessId, write_json
+from vitpa.rundir import AttemptDir
 
 ME = ProcessId.mine().model_dump()
 

@@ -17,7 +17,7 @@ from jobs.scheduler.sbatch import sbatch_parameters
 from jobs.submit.submission import check_root
 from jobs.sweep import SweepError
 from vitpa.arguments import ConfigError
-from vitpa.config import parse_model
+from vitpa.config_file import parse_model
 
 
 def profile(**values: Any) -> SlurmProfile:

@@ -17,7 +17,7 @@ from jobs.sweep import Run
 from jobs.verbs import _fails_alike
 from tests.jobs.test_state import Queue, slurm_claim
 from tests.support.jobs_sweeps import make_sweep
-from vitpa.rundir import read_json
+from vitpa.records import read_json
 
 OUTPUT = "sweeps/small/submissions/s/submitit"
 SETUP = "loading\nsetup ended the job with exit code 7: exit 7\n"

@@ -20,7 +20,7 @@ from slurm.devcluster import DevCluster
 from tests.support.jobs_sweeps import HOLD, Field, finished_trainings, slurm_profile
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
-from vitpa.rundir import read_json, write_json
+from vitpa.records import read_json, write_json
 
 TOKEN = "0a1b2c3d"
 SCRIPT = f"/shared/outputs/sweeps/small/submissions/20260101T000000Z-{TOKEN}/submitit/.submission_file_x.sh"

@@ -29,7 +29,7 @@ from tests.support.jobs_sweeps import (
     start_launcher,
 )
 from tests.support.waiting import wait_for
-from vitpa.rundir import read_json
+from vitpa.records import read_json
 
 pytestmark = pytest.mark.slow
 SLOTS = 2

@@ -27,7 +27,7 @@ from vitpa.data import staging
 from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
 from vitpa.data.staging import expanded, staged
 from vitpa.distributed import Group
-from vitpa.rundir import ProcessId
+from vitpa.records import ProcessId
 from vitpa.train import main
 
 ALONE = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))

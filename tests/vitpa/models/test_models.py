@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from vitpa.config import load_config, shipped_configs
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.models import build_model
 from vitpa.models.positional import PositionalAttention, PositionalVisionTransformer
 

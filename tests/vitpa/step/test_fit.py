@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vitpa.config import RunConfig, load_config, parse_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, parse_config, shipped_configs
 from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters, why_not_together
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
-from vitpa.config import ModelConfig, load_config, shipped_configs
+from vitpa.config import ModelConfig
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
 from vitpa.kernels.mixing import mix

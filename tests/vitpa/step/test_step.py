@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from tests.support.waiting import finish, run_to_end
 from tests.vitpa.test_train import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
 from vitpa import checkpoint
-from vitpa.config import RunConfig, load_config
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config
 from vitpa.data.augment.mixup import Mixup
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, beton_path

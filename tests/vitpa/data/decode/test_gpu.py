@@ -22,7 +22,8 @@ from data_prep.prep import Options, prepare
 from tests.conftest import quiet
 from tests.support.betons import Sample, jpeg_of, jpeg_sample, write_data
 from tests.vitpa.kernels.test_resize import slow_resize
-from vitpa.config import AugmentConfig, parse_config
+from vitpa.config import AugmentConfig
+from vitpa.config_file import parse_config
 from vitpa.data.beton import Beton, BetonError, Pixels, beton_path, manifest_path
 from vitpa.data.decode import gpu as gpu_decoder
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu

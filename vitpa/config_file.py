@@ -1,0 +1,271 @@
+"""How a configuration is read: defaults < YAML file < `a.b=value` overrides, all through one checked path.
+
+An error names the file or the override, the key, and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from vitpa import CODE
+from vitpa.arguments import ConfigError
+from vitpa.config import RunConfig
+from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_yaml, read_bytes, to_yaml
+from vitpa.records import create_exclusive
+from vitpa.rundir import RunDir
+from vitpa.terminal import printable
+
+COMMAND_LINE = "command line"
+LONGEST_SHOWN = 200  # characters of a value in an error message
+
+
+def record_config(config: RunConfig) -> RunDir:
+    """Make the run's directory and put its resolved configuration there, or check the one that is there.
+
+    Raises:
+        ConfigError: the directory of this signature holds another experiment.
+    """
+    run = config.run_dir
+    run.path.mkdir(parents=True, exist_ok=True)
+    if not create_exclusive(run.config_yaml, to_yaml(config.model_dump(mode="json"))):
+        recorded = load_model(RunConfig, run.config_yaml)
+        if recorded.experiment() != config.experiment():
+            raise ConfigError(
+                f"{run.config_yaml}: another experiment under the signature {config.signature}; "
+                "it was edited by hand: restore it, or move the run's directory away"
+            )
+    return run
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def load_config(path: Path, overrides: Sequence[str | Override] = ()) -> RunConfig:
+    """Read a recipe and apply overrides such as `optim.lr=3e-4`.
+
+    `path` may also be the name of a shipped recipe, such as `cifar10` for vitpa/configs/cifar10.yaml.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest known one is named), wrong type or bad combination.
+    """
+    return load_model(RunConfig, _find(path, shipped_configs()), overrides)
+
+
+def parse_config(document: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()) -> RunConfig:
+    """A run configuration from a document in memory; `where` names its origin in error messages."""
+    return parse_model(RunConfig, apply_overrides(document, overrides) if overrides else document, where, overrides)
+
+
+def load_model(model: type[SectionT], path: Path, overrides: Sequence[str | Override] = ()) -> SectionT:
+    """Read any YAML file of ours into its pydantic model, with overrides, under the same checks.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
+    return parse_model(model, apply_overrides(read_yaml(path), overrides), str(path), overrides)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The recipes that come with vitpa, by name."""
+    return {path.stem: path for path in sorted((CODE / "vitpa" / "configs").glob("*.yaml"))}
+
+
+def _find(path: Path, shipped: Mapping[str, Path]) -> Path:
+    if path.is_file():
+        return path
+    if str(path) in shipped:
+        return shipped[str(path)]
+    raise ConfigError(f"{path}: no such file, and no shipped recipe of that name (there are {', '.join(shipped)})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, a key given twice, or beyond the bounds of `vitpa.documents`.
+    """
+    try:
+        document = parse_yaml(read_bytes(path, YAML_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except DocumentError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(document, dict):
+        found = "nothing" if document is None else "a list" if isinstance(document, list) else "a single value"
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
+    return document
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value that replaces that of a document, and where it comes from, for error messages."""
+
+    key: str  # dotted
+    value: Any
+    origin: str = COMMAND_LINE
+
+    @staticmethod
+    def parse(text: str, origin: str = COMMAND_LINE) -> Override:
+        """The override that `a.b=value` stands for; the value is read as YAML.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        key, equals, written = text.partition("=")
+        if not equals or not key or not all(key.split(".")):
+            raise ConfigError(f"override {text!r}: expected key=value, such as optim.lr=3e-4")
+        try:
+            return Override(key, parse_yaml(written), origin)
+        except DocumentError as error:
+            raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}") from error
+
+
+def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
+    """A copy of `document` with each override set.
+
+    Raises:
+        ConfigError: an override that is not of the form `a.b=value`, or goes below something that is not a section.
+    """
+    result: dict[str, Any] = _copy(document)
+    for override in _parsed(overrides):
+        shown = f"override {override.key!r}" if override.origin == COMMAND_LINE else f"{override.origin}: {override.key}"
+        *parents, last = override.key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{shown}: {parent} is a value, not a section")
+        if isinstance(override.value, dict) or isinstance(section.get(last), dict):  # it would replace the other keys
+            raise ConfigError(f"{shown}: {override.key} is a section; give its keys one by one, as {override.key}.KEY=VALUE")
+        section[last] = _copy(override.value)
+    return result
+
+
+def _parsed(overrides: Sequence[str | Override]) -> list[Override]:
+    return [Override.parse(each) if isinstance(each, str) else each for each in overrides]
+
+
+def _copy(value: Any) -> Any:
+    """A copy whose sections are all its own, also where an alias of YAML has made two of them one."""
+    if isinstance(value, Mapping):
+        return {key: _copy(each) for key, each in value.items()}
+    return [_copy(each) for each in value] if isinstance(value, list) else value
+
+
+def parse_model(
+    model: type[SectionT], document: Mapping[str, Any], where: str, overrides: Sequence[str | Override] = ()
+) -> SectionT:
+    """Check a document in memory against any pydantic model of ours.
+
+    `where` names its origin in error messages, save for values that came from `overrides`, which are part of it.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
+    try:
+        check_document(document)
+        # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
+        return model.model_validate_json(json.dumps(document, allow_nan=False))
+    except ValidationError as error:
+        origins = {override.key: override.origin for override in _parsed(overrides)}
+        told: dict[str, list[str]] = {}
+        for problem in error.errors():
+            origin, text = _problem(problem, model, document, where, origins)
+            told.setdefault(origin, []).append(text)
+        raise ConfigError(printable("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items()))) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
+
+
+def _problem(
+    problem: ErrorDetails, model: type[BaseModel], document: Mapping[str, Any], where: str, origins: Mapping[str, str]
+) -> tuple[str, str]:
+    """For a problem: where the value comes from; its key and what is wrong with it."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # of our own checks, which name their keys
+        message = str(problem["msg"]).removeprefix("Value error, ")
+        named = [given for given in origins if re.search(rf"(?<![\w.]){re.escape(given)}(?!\.?\w)", message)]
+        if not named:
+            return where, message
+        others = [name for name in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", message) if name not in origins]
+        told = [f"{name} is {'from ' + where if _has(document, name) else 'the default'}" for name in dict.fromkeys(others)]
+        return origins[named[0]], message + (f" ({', '.join(told)})" if told else "")
+    given = (name for name in origins if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."))
+    origin = origins.get(next(given, ""), where)
+    return origin, _explain(problem, key, model, document, typed=origin == COMMAND_LINE)
+
+
+def _has(document: Mapping[str, Any], key: str) -> bool:
+    value: Any = document
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: Mapping[str, Any], *, typed: bool) -> str:
+    if problem["type"] == "extra_forbidden":
+        known = list(dotted_keys(model))
+        if isinstance(problem["input"], dict) and problem["input"]:  # no such section
+            key += f".{next(iter(problem['input']))}"
+        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section
+        near = near or difflib.get_close_matches(key[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {key[:LONGEST_SHOWN]}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    value = _written(problem, document)
+    shown = value if isinstance(value, str) else json.dumps(value)
+    shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+    message = str(problem["msg"])
+    if problem["type"] == "string_type" and not isinstance(problem["input"], list | dict):
+        quoted = f"{key}=\"'{shown}'\", with both kinds of quotes" if typed else f"{key.rpartition('.')[2]}: '{shown}'"
+        message += f"; if {shown} is a name, write {quoted}"
+    return f"{key}={shown}: {message}"
+
+
+def _written(problem: ErrorDetails, document: Mapping[str, Any]) -> Any:
+    """The value that a problem is about, a number as the user wrote it."""
+    value: Any = document
+    try:
+        for part in problem["loc"]:
+            value = value[part]
+    except (LookupError, TypeError):
+        return problem["input"]
+    return getattr(value, "written", "") or problem["input"]
+
+
+def keys_help() -> str:
+    """Every key of a run's configuration with its default and its meaning, a line each, for `--help`."""
+
+    def lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.default, BaseModel):
+                yield from lines(type(field.default), f"{prefix}{name}.")
+            else:
+                default = "required" if field.is_required() else json.dumps(field.default)
+                literal = typing.get_origin(field.annotation) is typing.Literal
+                choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else ""
+                yield f"  {prefix + name:<32} {default:<16} {field.description}{choices}"
+
+    return "\n".join(lines(RunConfig, ""))
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration in dotted form, in order: dataset, seed, model.attention, ..."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
