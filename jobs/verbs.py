@@ -23,7 +23,8 @@ from jobs.membership import jobs_needed_by_others, runs_that_left, sweeps_with
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
-from jobs.report.collect import collect, markdown, set_report_aside, write_report
+from jobs.report.collect import collect
+from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, early_ends, withdraw
 from jobs.submit.snapshot import make_snapshot

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report.collect import Cell, CollectedTable, Estimate, latex, markdown
+from jobs.report.collect import Cell, CollectedTable, Estimate
 from jobs.report.status import table_of
+from jobs.report.tables import latex, markdown
 from vitpa.cli import main
 from vitpa.console import PrintableConsole
 from vitpa.records import create_exclusive, write_atomic

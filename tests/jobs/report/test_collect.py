@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report.collect import CollectedTable, Estimate, collect, latex, markdown, write_report
+from jobs.report.collect import CollectedTable, Estimate, collect
+from jobs.report.tables import latex, markdown, write_report
 from jobs.state import Survey
 from jobs.sweep import Reference, Sweep, SweepError
 from tests.support.jobs_sweeps import make_sweep, write_result
