@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     from data_prep.errors import PrepError  # noqa: PLC0415  # `vitpa --help` needs none of it
     from data_prep.prep import Options, prepare  # noqa: PLC0415
     from data_prep.progress import Report  # noqa: PLC0415
-    from vitpa.data.beton import BetonError  # noqa: PLC0415
+    from vitpa.data.manifest import BetonError  # noqa: PLC0415
 
     arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     # a signal that is ignored, as SIGHUP under nohup, stays so

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PpmImagePlugin import PpmImageFile
 
 from data_prep.integrity import JPEG_MAGIC, PNG_MAGIC, checked_png, jpeg_bits, jpeg_damage, tiff_damage, with_end
-from vitpa.data.beton import ImageSettings, Pixels
+from vitpa.data.manifest import ImageSettings, Pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
 MAX_FILE_BYTES = 1 << 30  # of an image

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vitpa.data.beton import jpeg_decompressor
+from vitpa.data.decode.cpu import jpeg_decompressor
 
 JPEG_MAGIC, PNG_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 

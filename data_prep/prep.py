@@ -25,7 +25,8 @@ from data_prep.sources import SMALL_PX, Split, has_small_images, is_photo_set, l
 from data_prep.verify import verify
 from data_prep.write import Job, Seen, Writer, WriterError, Written
 from vitpa import __version__ as VITPA_VERSION
-from vitpa.data.beton import Beton, BetonError, BetonFile, ImageSettings, Manifest, beton_path, manifest_path
+from vitpa.data.beton import Beton, BetonFile
+from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.records import utc_now, write_json
 

@@ -35,7 +35,7 @@ from data_prep.walk import (
     same_files,
     walk_source,
 )
-from vitpa.data.beton import Ints, Pixels
+from vitpa.data.manifest import Ints, Pixels
 from vitpa.datasets import DATASETS, SPLITS, facts_of
 
 PHOTO_SETS = ("imagenet",)

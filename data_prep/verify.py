@@ -11,7 +11,9 @@ import numpy as np
 from data_prep.errors import PrepError
 from data_prep.images import CorruptImageError, shrink
 from data_prep.sources import SMALL_PX, Split
-from vitpa.data.beton import Beton, BetonError, Pixels, decode_jpeg
+from vitpa.data.beton import Beton
+from vitpa.data.decode.cpu import decode_jpeg
+from vitpa.data.manifest import BetonError, Pixels
 
 SAMPLED_PHOTOS = 1000  # evenly spaced; of small images all are compared
 JPEG_TOLERANCE = 3.0  # mean absolute difference, grey levels of 255; the versions of Pillow and OpenCV differ by up to 2

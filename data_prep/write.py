@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from data_prep.sources import Split
 from vitpa import CODE
-from vitpa.data.beton import ImageSettings
+from vitpa.data.manifest import ImageSettings
 
 STALL_S = 900.0  # without a sign of life; a slow network file system may take minutes for a few photos
 CLEAN_UP_S = 20.0  # for the resource tracker of a killed writer

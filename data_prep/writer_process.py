@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.images import CorruptImageError, shrink
 from data_prep.write import Job
-from vitpa.data.beton import Pixels
+from vitpa.data.manifest import Pixels
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 MAX_REASON = 600  # characters; a line, 6 bytes a character at worst, is below PIPE_BUF (4096) and so written at once

@@ -27,7 +27,8 @@ from typing import Any, Literal
 from vitpa.arguments import ConfigError, number, path_argument, whole_number
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config
-from vitpa.data.beton import Beton, BetonError, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, beton_path
 from vitpa.datasets import SPLITS
 from vitpa.terminal import printable, printable_output
 

@@ -38,9 +38,10 @@ from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config, record_config
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.beton import Beton, BetonError, beton_path
+from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
 from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch

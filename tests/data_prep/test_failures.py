@@ -19,7 +19,8 @@ from data_prep.prep import Options, prepare
 from data_prep.sources import FolderSplit
 from data_prep.write import Job, Writer, WriterError
 from tests.support.waiting import finish, wait_for
-from vitpa.data.beton import Beton, BetonError, ImageSettings, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, ImageSettings, beton_path
 
 PREP = """
 import argparse, sys, data_prep.command

@@ -19,7 +19,8 @@ from PIL import Image, PngImagePlugin
 
 from data_prep.images import CorruptImageError, load_photo, photo_size, read_photo
 from data_prep.integrity import with_end
-from vitpa.data.beton import Pixels, jpeg_decompressor
+from vitpa.data.decode.cpu import jpeg_decompressor
+from vitpa.data.manifest import Pixels
 
 
 def photo(width: int = 160, height: int = 120, seed: int = 0) -> Image.Image:

@@ -32,7 +32,8 @@ from data_prep.prep import Options, image_settings, page_bytes, prepare
 from data_prep.progress import LINE_EVERY_S, progress_bar
 from data_prep.sources import load_splits
 from data_prep.write import Writer
-from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton, BetonError, ImageSettings, Manifest, beton_path, manifest_path
+from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton
+from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.records import ProcessId
 
 SMOOTH = ImageSettings(resize="none", size_px=None, jpeg_share=0.0, jpeg_quality=None)

@@ -19,7 +19,8 @@ from data_prep.errors import PrepError
 from data_prep.prep import Options, prepare
 from data_prep.sources import Split, has_small_images, load_splits
 from tests.data_prep.test_prep import _one_writer, writer
-from vitpa.data.beton import Beton, Manifest, beton_path, manifest_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import Manifest, beton_path, manifest_path
 
 __all__ = ["_one_writer", "writer"]  # one process writes for all tests of this file
 

@@ -10,23 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vitpa.data.beton import (
-    ALLOCATION,
-    FIELD,
-    FIELDS,
-    HEADER,
-    JPEG,
-    MIN_PAGE_BYTES,
-    RAW,
-    SAMPLE,
-    VERSION,
-    BetonFile,
-    ImageSettings,
-    Manifest,
-    Pixels,
-    beton_path,
-    manifest_path,
-)
+from vitpa.data.beton import ALLOCATION, FIELD, FIELDS, HEADER, JPEG, MIN_PAGE_BYTES, RAW, SAMPLE, VERSION, BetonFile
+from vitpa.data.manifest import ImageSettings, Manifest, Pixels, beton_path, manifest_path
 from vitpa.records import utc_now, write_json
 
 TABLE_BEGIN = HEADER.itemsize + len(FIELDS) * FIELD.itemsize

@@ -20,7 +20,8 @@ from tests.support.waiting import finish, wait_for
 from vitpa import checkpoint
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
-from vitpa.data.beton import Beton, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
 from vitpa.metrics import read_metrics
 from vitpa.models import build_model

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from vitpa.arguments import ConfigError
 from vitpa.bench import imagenet, small
-from vitpa.data.beton import BetonError
+from vitpa.data.manifest import BetonError
 from vitpa.os_errors import os_error_line
 from vitpa.records import RunError, check_writable
 from vitpa.terminal import printable, printable_output

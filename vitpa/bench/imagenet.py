@@ -39,9 +39,10 @@ from vitpa.bench.measure import (
 )
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
-from vitpa.data.beton import Beton, beton_path
+from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import why_not_gpu
 from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.manifest import beton_path
 from vitpa.data.resident import ResidentImages
 from vitpa.data.sampler import Batch
 from vitpa.data.stream import StreamedImages

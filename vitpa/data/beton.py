@@ -1,35 +1,25 @@
-"""The only file that knows the .beton format: opening, checking, decoding, hashing, and the manifest beside the file.
+"""The only file that knows the .beton format: opening, checking, reading and hashing.
 
 FFCV 1.0.2 writes the format (its writer.py and types.py are the reference). It is not imported here: that costs 5 s, its
-reader crashes on a file cut short, and its loader ignores undecodable images. Only the JPEG library that it is linked with is
-used, through ctypes.
+reader crashes on a file cut short, and its loader ignores undecodable images.
 """
 
 from __future__ import annotations
 
-import ctypes
-import difflib
-import errno
-import functools
 import hashlib
-import importlib.util
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vitpa.datasets import DATASETS
-
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
-Ints = npt.NDArray[np.int64]
+from vitpa.data.decode.cpu import decode_jpeg, jpeg_size
+from vitpa.data.manifest import BetonError, Ints, Manifest, Pixels, manifest_path, open_regular, prep_hint
 
 VERSION = 2  # of the format; ffcv.types.CURRENT_VERSION
 HEADER = np.dtype(
@@ -41,100 +31,10 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 SAMPLE = np.dtype([("", IMAGE), ("", "<i8")], align=True)  # f0 the image, f1 the label
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = ((2, "image"), (1, "label"))  # (type_id, name) in order; ffcv.types.TYPE_ID_HANDLER: 1 IntField, 2 RGBImageField
-TJPF_RGB, TJ_FLAGS = 0, 2048 | 32768  # turbojpeg.h: red, green, blue; TJFLAG_FASTDCT, and TJFLAG_LIMITSCANS: 500 at most
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 MIN_PAGE_BYTES = 1 << 21
 MOST_PIXELS = 178_956_970  # of a JPEG: Pillow, which reads the sources of `vitpa prep`, refuses larger images
 MOST_PIXELS_PER_BYTE = 1024  # of a JPEG: one bit for a block of 64 pixels is Huffman's least, in channels of half the size
-MOST_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
-
-
-class BetonError(Exception):
-    """A .beton or its manifest that cannot be used: one line saying what, where and how to mend it."""
-
-
-def beton_path(data_dir: Path, dataset: str, split: str) -> Path:
-    """Where `vitpa prep` puts a split: `<data_dir>/<dataset>/<split>.beton`."""
-    return data_dir / dataset / f"{split}.beton"
-
-
-def manifest_path(beton: Path) -> Path:
-    """The manifest beside a .beton: `<split>.json`."""
-    return beton.with_suffix(".json")
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ImageSettings(_Record):
-    """How images are stored. Two conversions of one source with equal settings hold equal samples."""
-
-    resize: Literal["none", "short_side", "max_side"]  # which side is brought down to size_px; never up
-    size_px: int | None = Field(ge=1)
-    jpeg_share: float = Field(ge=0, le=1)  # share of samples stored as JPEG; the others are raw pixels
-    jpeg_quality: int | None = Field(ge=1, le=100)
-    white_level: int | None = Field(default=None, ge=1)  # what is white in images of more than 8 bits; None: all bits set
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.resize == "none") != (self.size_px is None):
-            raise ValueError("size_px belongs to a resizing, and to nothing else")
-        if (self.jpeg_share == 0) != (self.jpeg_quality is None):
-            raise ValueError("jpeg_quality belongs to a jpeg_share above 0, and to nothing else")
-        return self
-
-
-class Manifest(_Record):
-    """What a .beton holds and where it came from: `<split>.json`, written last.
-
-    `source_sha256` is for noticing a changed source; how it is made is described at the sources in data_prep.
-    `beton_sha256` is `BetonFile.content_sha256`: over the samples, not over the bytes of the file.
-    """
-
-    dataset: str
-    split: str
-    num_samples: int = Field(ge=1)
-    class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    images: ImageSettings
-    source: str
-    source_sha256: str
-    beton_sha256: str
-    file_size_bytes: int
-    skipped: tuple[str, ...]  # corrupt images of the source that were left out
-    left_out: dict[str, int] = {}  # how many files and folders of each kind are no images
-    notes: tuple[str, ...] = ()  # what else was found, as it was said
-    tools: dict[str, str]
-    created_utc: str
-    duration_s: float = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if len(self.class_names) != len(self.class_counts):
-            raise ValueError(f"{len(self.class_names)} class_names but {len(self.class_counts)} class_counts")
-        if sum(self.class_counts) != self.num_samples:
-            raise ValueError(f"class_counts add up to {sum(self.class_counts)}, num_samples is {self.num_samples}")
-        return self
-
-    @classmethod
-    def read(cls, path: Path, dir_fd: int | None = None) -> Manifest:
-        """Read a manifest; `dir_fd` as for `Beton.open`.
-
-        Raises:
-            BetonError: there is none, or it is not a whole manifest.
-        """
-        try:
-            with os.fdopen(open_regular(path, dir_fd), "rb") as file:
-                if os.fstat(file.fileno()).st_size > MOST_MANIFEST_BYTES:
-                    raise BetonError(f"{path}: not a manifest: larger than {MOST_MANIFEST_BYTES >> 20} MiB; {_mend(path)}")
-                return cls.model_validate_json(file.read(MOST_MANIFEST_BYTES))
-        except FileNotFoundError:
-            raise BetonError(f"{path}: no manifest beside the .beton, it was not finished; {_mend(path)}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise BetonError(f"{path}: not a manifest: {where}: {first['msg']}; {_mend(path, '--force')}") from error
 
 
 class BetonFile:
@@ -223,7 +123,7 @@ class BetonFile:
 
     def undecodable(self, index: int) -> BetonError:
         """What to raise if the JPEG of a sample is damaged, or of another size than the table says."""
-        mend = _mend(self.path, "--force")
+        mend = prep_hint(self.path, "--force")
         if self.is_copy:
             mend = f"delete {self.path.parent.parent}, a copy on this node: it is made again"
         found, wanted = jpeg_size(self.stored(index)), (int(self.heights[index]), int(self.widths[index]))
@@ -344,7 +244,7 @@ class BetonFile:
         return table["ptr"].astype(np.int64), table["size"].astype(np.int64)
 
     def _damaged(self, what: str) -> BetonError:
-        return BetonError(f"{self.path}: {what}; {_mend(self.path, '--force')}")
+        return BetonError(f"{self.path}: {what}; {prep_hint(self.path, '--force')}")
 
 
 class Beton(BetonFile):
@@ -370,133 +270,27 @@ class Beton(BetonFile):
         num_classes = len(manifest.class_names)
         for what, wanted, found in (("data set", dataset, manifest.dataset), ("split", split, manifest.split)):
             if wanted is not None and wanted != found:
-                raise BetonError(f"{path}: holds the {what} {found}, not {wanted}; {_mend(path, '--force')}")
+                raise BetonError(f"{path}: holds the {what} {found}, not {wanted}; {prep_hint(path, '--force')}")
         if (manifest.num_samples, manifest.file_size_bytes) != (len(beton), beton.status.st_size):
             raise BetonError(
                 f"{path}: {len(beton)} samples in {beton.status.st_size} bytes where its manifest says "
-                f"{manifest.num_samples} in {manifest.file_size_bytes}; {_mend(path, '--force')}"
+                f"{manifest.num_samples} in {manifest.file_size_bytes}; {prep_hint(path, '--force')}"
             )
         in_range = beton.labels.min() >= 0 and beton.labels.max() < num_classes
         if not in_range or tuple(np.bincount(beton.labels, minlength=num_classes).tolist()) != manifest.class_counts:
-            raise BetonError(f"{path}: its labels are not those that its manifest counts; {_mend(path, '--force')}")
+            raise BetonError(f"{path}: its labels are not those that its manifest counts; {prep_hint(path, '--force')}")
         return beton
-
-
-def decode_jpeg(stored: npt.NDArray[np.uint8], out: Pixels) -> bool:
-    """Decode a JPEG into `out`, (H, W, 3) uint8 C-contiguous RGB; False if it is damaged or of another size.
-
-    If True, each pixel of `out` has been written. The call and the flags are those of FFCV's `imdecode` (libffcv.cpp:
-    TurboJPEG with the fast DCT), so the pixels are those of FFCV's loader. That one does not ask for the size, though: of a
-    JPEG that is smaller than `out` it writes what there is, and a larger one it shrinks. Runs without Python's global lock.
-    """
-    height, width = out.shape[:2]
-    with jpeg_decompressor() as (library, handle):
-        if _size(library, handle, stored) != (height, width):
-            return False
-        place = stored.ctypes.data, stored.size, out.ctypes.data
-        code: int = library.tjDecompress2(handle, *place, width, 0, height, TJPF_RGB, TJ_FLAGS)
-    return code == 0  # after a warning, too, it is not
-
-
-def jpeg_size(stored: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
-    """Height and width that a JPEG's header says; None if it cannot be read."""
-    with jpeg_decompressor() as (library, handle):
-        return _size(library, handle, stored)
-
-
-def _size(library: ctypes.CDLL, handle: int, stored: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
-    found = _FOUND()
-    at = ctypes.addressof(found)
-    code = library.tjDecompressHeader3(handle, stored.ctypes.data, stored.size, at, at + 4, at + 8, at + 12)
-    return (found[1], found[0]) if code == 0 else None
-
-
-_FOUND = ctypes.c_int * 4  # width, height, subsampling, colours
-
-
-class jpeg_decompressor:  # noqa: N801 - used as a function
-    """TurboJPEG's decoder, new for each image: it keeps tables of the one before, and where in its header an error was."""
-
-    def __enter__(self) -> tuple[ctypes.CDLL, int]:
-        self.library = _turbojpeg()
-        self.handle = self.library.tjInitDecompress()
-        if not self.handle:
-            raise MemoryError("TurboJPEG's decoder cannot be made")
-        return self.library, self.handle
-
-    def __exit__(self, *_: object) -> None:
-        self.library.tjDestroy(self.handle)
-
-
-@functools.cache
-def _turbojpeg() -> ctypes.CDLL:
-    """TurboJPEG, by way of FFCV's compiled library, which is linked with it."""
-    spec = importlib.util.find_spec("ffcv")
-    folders = spec.submodule_search_locations if spec else None
-    libraries = [path for folder in folders or () for path in Path(folder).glob("_libffcv*.so")]
-    if not libraries:
-        raise BetonError("FFCV's compiled library is not installed; JPEG images need it: pip install ffcv")
-    try:
-        library = ctypes.CDLL(str(libraries[0]))
-        pointer, length, number = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
-        for name, result, arguments in (
-            ("tjInitDecompress", pointer, []),
-            ("tjDestroy", number, [pointer]),
-            ("tjGetErrorStr2", ctypes.c_char_p, [pointer]),
-            ("tjDecompressHeader3", number, [pointer, pointer, length, *[pointer] * 4]),
-            ("tjDecompress2", number, [pointer, pointer, length, pointer, *[number] * 5]),
-        ):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise BetonError(f"{libraries[0]}: FFCV's compiled library cannot be used: {error}") from error
-    return library
-
-
-def open_regular(path: Path, dir_fd: int | None = None) -> int:
-    """A descriptor of `path` to read from, which neither waits, as a pipe would have it, nor is one.
-
-    Args:
-        path: A regular file.
-        dir_fd: The folder of `path`, opened: the file is looked for there, by its name, and is no link. None for `path`.
-
-    Raises:
-        BetonError: it is no regular file.
-        OSError: it cannot be opened.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags) if dir_fd is None else os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
-            raise BetonError(f"{path}: not a regular file; {_mend(path)}") from None
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BetonError(f"{path}: not a regular file; {_mend(path)}")
-    return descriptor
 
 
 def _map(path: Path, dir_fd: int | None) -> tuple[npt.NDArray[np.uint8], os.stat_result]:
     try:
         descriptor = open_regular(path, dir_fd)
     except FileNotFoundError:
-        raise BetonError(f"{path}: no such file; {_mend(path)}") from None
+        raise BetonError(f"{path}: no such file; {prep_hint(path)}") from None
     try:
         status = os.fstat(descriptor)
         if status.st_size < HEADER.itemsize:
-            raise BetonError(f"{path}: too short for a .beton file; {_mend(path, '--force')}")
+            raise BetonError(f"{path}: too short for a .beton file; {prep_hint(path, '--force')}")
         return np.frombuffer(mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ), np.uint8), status
     finally:
         os.close(descriptor)
-
-
-def _mend(path: Path, option: str = "") -> str:
-    """How to get the file at `path`, with the nearest known name if its data set is unknown."""
-    dataset = path.parent.name
-    command = f"`vitpa prep {dataset}{' ' + option if option else ''}`"
-    if dataset in DATASETS:
-        return f"make it with {command}"
-    near = difflib.get_close_matches(dataset, DATASETS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known data sets: {', '.join(DATASETS)}"
-    return f"make it with {command[:-1]} --source DIR` if it is your own ImageFolder ({hint})"

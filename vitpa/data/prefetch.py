@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from vitpa.data.beton import BetonError, BetonFile, Ints
+from vitpa.data.beton import BetonFile
+from vitpa.data.manifest import BetonError, Ints
 
 READERS = 4  # threads; one alone keeps neither a disk nor a network busy
 READ_BYTES = 4 << 20  # at a time, at most

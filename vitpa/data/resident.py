@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitpa.data.beton import Beton, BetonError
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError
 
 
 def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitpa.arguments import ConfigError, expand_path
-from vitpa.data.beton import Beton, BetonError, BetonFile, Manifest, beton_path, manifest_path
+from vitpa.data.beton import Beton, BetonFile
+from vitpa.data.manifest import BetonError, Manifest, beton_path, manifest_path
 from vitpa.data.private_folder import NotOursError, PrivateFolder, is_private_file
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group

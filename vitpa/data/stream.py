@@ -24,8 +24,9 @@ from torch import Tensor
 from vitpa.config import AugmentConfig
 from vitpa.data.augment import crop_boxes as crops
 from vitpa.data.augment.crop_boxes import Crops
-from vitpa.data.beton import Beton, Pixels
+from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import GpuDecoder
+from vitpa.data.manifest import Pixels
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import Batch, labels_of
 

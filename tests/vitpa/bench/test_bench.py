@@ -21,7 +21,8 @@ from vitpa.arguments import ConfigError
 from vitpa.bench import imagenet, main, measure, small
 from vitpa.bench.measure import step_runner
 from vitpa.config_file import load_config, shipped_configs
-from vitpa.data.beton import Beton, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import beton_path
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
 

@@ -20,19 +20,8 @@ from PIL import Image
 import data_prep.prep
 from data_prep.prep import Options, prepare
 from data_prep.write import Writer
-from vitpa.data.beton import (
-    ALLOCATION,
-    FIELD,
-    HEADER,
-    SAMPLE,
-    Beton,
-    BetonError,
-    BetonFile,
-    ImageSettings,
-    Manifest,
-    beton_path,
-    manifest_path,
-)
+from vitpa.data.beton import ALLOCATION, FIELD, HEADER, SAMPLE, Beton, BetonFile
+from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.datasets import facts_of
 
 FFCV_REFERENCE = """

@@ -19,19 +19,10 @@ from hypothesis import strategies as st
 
 from tests.support.betons import TABLE_BEGIN, Sample, as_array, jpeg_of, jpeg_sample, raw_sample, write_beton, write_data
 from vitpa.config import AugmentConfig
-from vitpa.data.beton import (
-    MOST_PIXELS,
-    MOST_PIXELS_PER_BYTE,
-    Beton,
-    BetonError,
-    BetonFile,
-    Pixels,
-    beton_path,
-    decode_jpeg,
-    jpeg_size,
-    manifest_path,
-)
+from vitpa.data.beton import MOST_PIXELS, MOST_PIXELS_PER_BYTE, Beton, BetonFile
+from vitpa.data.decode.cpu import decode_jpeg, jpeg_size
 from vitpa.data.decode.jpeg_headers import Headers
+from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
 from vitpa.data.resident import decoded
 from vitpa.data.stream import StreamedImages
 

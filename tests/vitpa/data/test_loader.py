@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data.beton import Beton, Ints, beton_path
+from vitpa.data.beton import Beton
 from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.manifest import Ints, beton_path
 from vitpa.data.prefetch import extents
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.rng import Purpose, key, permutation

@@ -15,7 +15,8 @@ import pytest
 
 from data_prep.prep import Options, prepare
 from vitpa.data import prefetch as read_ahead
-from vitpa.data.beton import Beton, BetonError, BetonFile, beton_path
+from vitpa.data.beton import Beton, BetonFile
+from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.prefetch import extents
 from vitpa.data.sampler import BLOCK_SAMPLES, Blocks, epoch_order, windows
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, beton_path, manifest_path
 from vitpa.data.resident import ResidentImages, decoded
 
 CPU = torch.device("cpu")

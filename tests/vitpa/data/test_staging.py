@@ -24,7 +24,8 @@ from tests.vitpa.test_train import arguments, result_of, start, trained, wait_un
 from vitpa.arguments import ConfigError
 from vitpa.config import RuntimeConfig
 from vitpa.data import staging
-from vitpa.data.beton import Beton, BetonError, beton_path, manifest_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, beton_path, manifest_path
 from vitpa.data.staging import expanded, staged
 from vitpa.distributed import Group
 from vitpa.records import ProcessId

@@ -18,7 +18,8 @@ from tests.vitpa.data.test_staging import ALONE, FILES, assert_whole, copied_by,
 from tests.vitpa.test_train import arguments
 from vitpa.arguments import ConfigError
 from vitpa.data import staging
-from vitpa.data.beton import Beton, BetonError, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.private_folder import NotOursError, PrivateFolder
 from vitpa.data.staging import open_copy, staged
 from vitpa.train import main

@@ -24,7 +24,8 @@ from tests.support.waiting import IDLE_S
 from vitpa.config import AugmentConfig
 from vitpa.data.augment import crop_boxes as crops
 from vitpa.data.augment.crop_boxes import Crops
-from vitpa.data.beton import Beton, BetonError, Ints, beton_path, manifest_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, Ints, beton_path, manifest_path
 from vitpa.data.rng import Purpose, key, uniform
 from vitpa.data.sampler import Batch, eval_batches, train_batches
 from vitpa.data.stream import StreamedImages

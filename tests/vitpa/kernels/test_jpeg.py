@@ -18,7 +18,6 @@ from PIL import Image
 
 from tests.support.interpreter import report_of
 from vitpa.data.augment.crop_boxes import Crops
-from vitpa.data.beton import Pixels
 from vitpa.data.decode.jpeg_headers import (
     BLOCK,
     IS_LONG,
@@ -32,6 +31,7 @@ from vitpa.data.decode.jpeg_headers import (
     plan_of,
     read_header,
 )
+from vitpa.data.manifest import Pixels
 from vitpa.kernels import jpeg as kernels
 
 

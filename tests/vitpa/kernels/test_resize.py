@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from tests.support.interpreter import report_of
-from vitpa.data.beton import Pixels
 from vitpa.data.decode.gpu import most_taps
+from vitpa.data.manifest import Pixels
 from vitpa.kernels import resize as kernels
 
 BILINEAR = Image.Resampling.BILINEAR

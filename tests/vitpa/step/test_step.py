@@ -30,7 +30,8 @@ from vitpa.config import RunConfig
 from vitpa.config_file import load_config
 from vitpa.data.augment.mixup import Mixup
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.beton import Beton, beton_path
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import beton_path
 from vitpa.data.resident import decoded
 from vitpa.data.rng import Purpose, key, permutation
 from vitpa.datasets import facts_of

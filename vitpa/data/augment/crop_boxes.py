@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data.beton import Ints
+from vitpa.data.manifest import Ints
 from vitpa.data.rng import uniform
 
 _TRIES = 10

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from vitpa.data.augment.crop_boxes import Crops
-from vitpa.data.beton import Beton, Ints
+from vitpa.data.beton import Beton
 from vitpa.data.decode.jpeg_headers import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, num_segments, plan_of
+from vitpa.data.manifest import Ints
 from vitpa.data.prefetch import read_ahead
 from vitpa.data.sampler import Batch, labels_of
 

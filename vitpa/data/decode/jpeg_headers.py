@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitpa.data.augment.crop_boxes import Crops
-from vitpa.data.beton import Ints, Pixels
+from vitpa.data.manifest import Ints, Pixels
 
 SHORT_BITS = 11  # of a code are looked up first
 LONG_BITS = 5  # the rest of longer ones

@@ -24,9 +24,10 @@ from tests.support.betons import Sample, jpeg_of, jpeg_sample, write_data
 from tests.vitpa.kernels.test_resize import slow_resize
 from vitpa.config import AugmentConfig
 from vitpa.config_file import parse_config
-from vitpa.data.beton import Beton, BetonError, Pixels, beton_path, manifest_path
+from vitpa.data.beton import Beton
 from vitpa.data.decode import gpu as gpu_decoder
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
+from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
 from vitpa.data.sampler import Batch
 from vitpa.data.stream import CpuDecoder, StreamedImages
 from vitpa.distributed import Group
