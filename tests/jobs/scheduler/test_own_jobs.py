@@ -98,10 +98,12 @@ class Neighbour:
     def __init__(self, cluster: DevCluster) -> None:
         self._cluster = cluster
         self._as_other: list[str] = []
+        self._modes: dict[Path, int] = {}  # as they were: other tests look at them
         if os.geteuid() == 0:
-            for folder in (cluster.root, cluster.layout.slurm_conf.parent, cluster.root / "run"):
-                folder.chmod(0o711)
-            cluster.layout.slurm_conf.chmod(0o644)
+            folders = (cluster.root, cluster.layout.slurm_conf.parent, cluster.root / "run")
+            for path, mode in (*((folder, 0o711) for folder in folders), (cluster.layout.slurm_conf, 0o644)):
+                self._modes[path] = path.stat().st_mode & 0o777
+                path.chmod(mode)
             self._as_other = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
         self.id = self._run("sbatch", "--parsable", "--hold", "--chdir=/tmp", "--job-name=small", "--wrap=sleep 9").strip()
 
@@ -115,6 +117,8 @@ class Neighbour:
 
     def leave(self) -> None:
         self._run("scancel", self.id)
+        for path, mode in self._modes.items():
+            path.chmod(mode)
 
 
 @pytest.fixture
