@@ -42,9 +42,8 @@ def sigterm_as_exit() -> Iterator[None]:
             signal.signal(name, handler)
 
 
-@printable_output()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
+def command_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="vitpa bench",
         description="Measure, print a table, write JSON.",
@@ -53,10 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     small.add_parser(benchmarks)
     imagenet.add_parser(benchmarks)
-    options, others = parser.parse_known_args(arguments)  # argparse takes values of `overrides` in one place only
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line, with overrides anywhere; argparse takes them in one place only."""
+    parser = command_parser()
+    options, others = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in others):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     options.overrides += others
+    return options
+
+
+@printable_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
+    options = parse(arguments)
     try:
         if options.json:  # before anything is measured
             options.json = options.json.resolve()  # what a link points to is written, not the link
