@@ -1,10 +1,11 @@
 # make demo: the whole job on a small data set.  make test: all checks.  make fuzz: mutations by the thousand, for hours.
+# make quick: ruff, mypy and the tests that are not slow and need neither SLURM nor a GPU.
 # All set everything up first.
 # make PYTHON=python3.12 ... chooses the interpreter of the virtual environment.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint setup slurm-setup clean
+.PHONY: demo test quick fuzz lint setup slurm-setup clean
 
 demo: setup
 	$(BIN)/vitpa prep digits
@@ -13,6 +14,9 @@ demo: setup
 
 test: setup slurm-setup lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+quick: lint
+	$(BIN)/python -m pytest -m 'not slow and not slurm and not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 fuzz: setup
 	$(BIN)/python -m pytest -m fuzz --hypothesis-profile=long --timeout=0
