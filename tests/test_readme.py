@@ -1,83 +1,317 @@
-"""The README is true: its commands exist and parse, its recipes, sweeps and profiles load, its links lead somewhere."""
+"""The documents are true: commands parse, recipes, sweeps and profiles load, links lead somewhere, figures are the files'."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import shlex
+import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser as torchrun_parser
 
+import vitpa.bench
 import vitpa.cli
 from jobs.profile import load_profile
 from jobs.sweep import load_sweep
-from slurm.devcluster import default_root
+from slurm.devcluster import PACKAGES, default_root
 from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
+from vitpa.config import load_config, shipped_configs
+from vitpa.documents import parse_yaml
 from vitpa.train import command_parser, configs_of
 
-README = (ROOT / "README.md").read_text()
+ROOMS = ("vitpa", "jobs", "slurm", "data_prep")
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        *(ROOT / ".github").glob("*.md"),
+        *(p for room in ROOMS for p in (ROOT / room).rglob("*.md")),
+    ]
+}
+README = TEXTS["README.md"]
+SPEED, ACCURACY = TEXTS["vitpa/bench/results/README.md"], TEXTS["jobs/sweeps/results/README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+RECIPES = {"small": "cifar10", "imagenet": "imagenet"}  # of the benchmarks
 
 
-def commands() -> Iterator[str]:
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
-        for line in block.splitlines():
+def commands(text: str) -> Iterator[str]:
+    for language, block in FENCE.findall(text):
+        for line in block.splitlines() if language == "bash" else ():
             command = line.split("#")[0].strip()
             if command:
                 yield command
 
 
-COMMANDS = sorted(set(commands()))
+def code_spans(text: str) -> list[str]:
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+COMMANDS = sorted({command for text in TEXTS.values() for command in commands(text)})
+SPANS = sorted({(name, span) for name, text in TEXTS.items() for span in code_spans(text)})
+
+
+def those(pattern: str) -> list[str]:
+    return [command for command in COMMANDS if re.match(pattern, command)]
 
 
 def test_there_are_commands_of_every_kind() -> None:
     assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard", "export"}
+    kinds = {command.split()[1] for command in those("vitpa ")}
+    assert kinds == {"prep", "train", "bench", "sweep", "doctor", "devcluster"}
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
+@pytest.mark.parametrize("command", those("make "))
 def test_make_targets_exist(command: str) -> None:
-    target = command.split()[1]
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert is_target(command.split()[1])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("vitpa train") or "vitpa.train" in c])
+def is_target(name: str) -> bool:
+    return re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize("command", [*those("vitpa train "), *those("torchrun ")])
 def test_training_commands_load(command: str) -> None:
-    words = shlex.split(command)
-    options = command_parser().parse_args(words[words.index("train" if words[0] == "vitpa" else "vitpa.train") + 1 :])
+    words = shlex.split(command)[1:]
+    if command.startswith("torchrun"):
+        launch = torchrun_parser().parse_args(words)
+        assert (launch.module, launch.training_script) == (True, "vitpa.train")
+        words = ["train", *launch.training_script_args]
+    options = command_parser().parse_intermixed_args(words[1:])
     assert all(config.signature for config in configs_of(options.config, options.overrides, options.seeds))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("vitpa (prep|sweep|devcluster)", c)])
+@pytest.mark.parametrize("command", those("vitpa bench "))
+def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
+    options = vitpa.bench.parse(shlex.split(command)[2:])
+    assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
+
+
+@pytest.mark.parametrize("command", those("vitpa (prep|sweep|doctor|devcluster)"))
 def test_other_commands_parse_and_name_what_exists(command: str, tmp_path: Path) -> None:
     options = vitpa.cli.parser().parse_args(shlex.split(command)[1:])
     if command.startswith("vitpa sweep"):
         assert load_sweep(options.sweep, tmp_path).config
-        if "--profile" in command:
-            profile = options.profile.replace("my_cluster.yaml", "cluster")  # a user's copy
-            assert load_profile(profile)
+    if "--profile" in command:
+        assert load_profile(options.profile.replace("my_cluster.yaml", "cluster"))  # a user's copy
+    speeds = getattr(options, "speeds", None)
+    assert speeds in (None, "imagenet.json") or (ROOT / speeds).is_file()
 
 
-def test_the_devcluster_is_where_the_readme_says() -> None:
+@pytest.mark.parametrize("command", those("tensorboard "))
+def test_tensorboard_is_pointed_at_a_sweep(command: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it brings along
+        from tensorboard.program import TensorBoard
+    program = TensorBoard()
+    program.configure(("tensorboard", *shlex.split(command)[1:]))
+    assert Path(program.flags.logdir).parent == Path("outputs/sweeps")
+    assert load_sweep(Path(program.flags.logdir).name, ROOT).config
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "vitpa sweep plan demo --spedes x",
+        "vitpa doctor --profil cluster --prof",
+        "vitpa bench small --replica-s 1",
+        "vitpa bench nothing",
+        "vitpa prep digits --varify",
+        "vitpa train cifar10 --seed 3 --x",
+    ],
+)
+def test_the_parsers_refuse_what_does_not_exist(command: str) -> None:
+    first, *words = shlex.split(command)[1:]
+    with pytest.raises(SystemExit) as left:
+        if first == "bench":
+            vitpa.bench.parse(words)
+        elif first == "train":
+            command_parser().parse_intermixed_args(words)
+        else:
+            vitpa.cli.parser().parse_args([first, *words])
+    assert left.value.code == 2
+
+
+# --- commands and options within sentences
+
+
+def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """The options of a parser and of its subcommands, by the words that lead to each."""
+    yield path, set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from parsers(child, (*path, name))
+
+
+OPTIONS = {
+    **dict(parsers(vitpa.cli.parser())),
+    **dict(parsers(command_parser(), ("train",))),
+    **dict(parsers(vitpa.bench.command_parser(), ("bench",))),
+}
+
+
+def meant(words: list[str]) -> list[tuple[str, ...]]:
+    """The commands that a code span such as `vitpa sweep plan --json`, `retry --force` or `--json` may be about."""
+    if words[0] == "vitpa":
+        known = [tuple(words[1:count]) for count in range(len(words), 1, -1) if tuple(words[1:count]) in OPTIONS]
+        return known[:1]
+    return [path for path in OPTIONS if words[0].startswith("--") or path[-1:] == (words[0],)]
+
+
+@pytest.mark.parametrize(("name", "span"), [(name, span) for name, span in SPANS if re.match(r"vitpa |--|\w+ .*--", span)])
+def test_options_in_sentences_exist(name: str, span: str) -> None:
+    words = span.split()
+    if words[0] in ("git", "pip", "sbatch"):
+        return
+    used = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert any(used <= OPTIONS[path] for path in meant(words)), f"{name}: {span}"
+
+
+@pytest.mark.parametrize(("name", "span"), [(name, span) for name, span in SPANS if span.startswith("make ")])
+def test_targets_in_sentences_exist(name: str, span: str) -> None:
+    assert is_target(span.split()[1]), f"{name}: {span}"
+
+
+def test_the_devcluster_is_as_its_readme_says() -> None:
     assert f"export SLURM_CONF={Layout(default_root()).slurm_conf}" in [
         c.replace("$(id -u)", str(os.geteuid())) for c in COMMANDS
     ]
+    assert f"apt-get install {PACKAGES}" in code_spans(TEXTS["slurm/README.md"])
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) > 10
-    local = [link for link in links if not link.startswith("https://")]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+# --- links and names
 
 
-def test_named_files_and_sweeps_exist() -> None:
+@pytest.mark.parametrize("name", sorted(TEXTS))
+def test_links_lead_somewhere(name: str) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", TEXTS[name])):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists(), f"{name}: {link}"
+        assert not anchor or anchor in headings(path.read_text(encoding="utf-8")), f"{name}: {link}"
+
+
+def test_named_files_exist() -> None:
+    paths = [(name, span) for name, span in SPANS if re.fullmatch(rf"(?:{'|'.join(ROOMS)}|tests)/[\w./-]+", span)]
+    assert len(paths) > 5
+    assert [(name, path) for name, path in paths if not (ROOT / path).exists()] == []
+
+
+def test_shipped_sweeps_and_profiles_are_named() -> None:
     shipped = {path.stem for path in (ROOT / "jobs/sweeps").glob("*.yaml")}
-    assert all(f"`{name}`" in README for name in shipped)
-    assert all(f"`{path.stem}`" in README for path in (ROOT / "slurm").glob("*.yaml"))
+    assert shipped <= set(code_spans(TEXTS["jobs/README.md"]))
+    assert {path.stem for path in (ROOT / "slurm").glob("*.yaml")} <= set(code_spans(TEXTS["slurm/README.md"]))
+
+
+# --- the README itself
+
+
+def test_it_is_short_and_shows_the_real_use_in_ten_commands() -> None:
+    assert len(README.splitlines()) <= 150
+    section = README.partition("\n## The real use\n")[2].partition("\n## ")[0]
+    assert len(list(commands(section))) == 10
+
+
+MAP = README.partition("\n## A map of the rooms\n")[2]
+
+
+def test_the_map_names_every_room() -> None:
+    folders = [path.parent.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    assert [folder for folder in folders if f"]({folder})" not in MAP and f"]({folder}/" not in MAP] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        ("requeues", "jobs/execute/slurm.py"),
+        ("learning rate", "vitpa/optim.py"),
+        ("detecting damaged", "vitpa/checkpoint.py"),
+        ("checksum", "vitpa/checkpoint_file.py"),
+        ("each cell in Markdown, LaTeX", "jobs/report"),
+        ("where each image is cropped", "vitpa/data/augment/crop_boxes.py"),
+    ],
+)
+def test_the_map_leads_to(what: str, where: str) -> None:
+    (row,) = [line for line in MAP.splitlines() if f"]({where})" in line]
+    assert what in row
 
 
 def test_ci_calls_the_readmes_test_command() -> None:
-    assert "make test" in COMMANDS
+    assert "make test" in list(commands(README))
     assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+    workflow = parse_yaml((ROOT / ".github/workflows/ci.yml").read_text())
+    assert {"run": ".ci/run"} in workflow["jobs"]["test"]["steps"]
+
+
+def test_git_hooks_run_what_make_lint_does() -> None:
+    (local,) = parse_yaml((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in local["hooks"]]
+    lint = (ROOT / "Makefile").read_text().partition("\nlint: setup\n")[2].partition("\n\n")[0]
+    assert entries == [line.strip().removeprefix("$(BIN)/").removesuffix(" .") for line in lint.splitlines()]
+
+
+# --- figures
+
+
+def read(file: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((ROOT / file).read_text())
+    return document
+
+
+def hundreds(rate: float) -> str:
+    return f"{round(rate, -2):,.0f}"
+
+
+@pytest.mark.parametrize("sweep", ["cifar10", "cifar10_short"])
+def test_accuracies_are_those_of_the_files(sweep: str) -> None:
+    document = read(f"jobs/sweeps/results/{sweep}.json")
+    top1: dict[str, dict[int, float]] = {"content": {}, "positional": {}}
+    for run in document["runs"]:
+        top1[run["attention"]][run["seed"]] = run.get("val_top1", run.get("val_top1_fraction"))
+    for cell in document["cells"]:
+        found, of_runs = cell["val_top1"], list(top1[cell["attention"]].values())
+        assert (found["mean"], found["std"]) == pytest.approx((statistics.mean(of_runs), statistics.stdev(of_runs)))
+        shown = f"{100 * found['mean']:.2f} ± {100 * found['std']:.2f} %"
+        assert shown in README
+        assert f"{shown} | [{100 * found['ci95_low']:.2f}, {100 * found['ci95_high']:.2f}]" in ACCURACY
+    differences = [top1["content"][seed] - top1["positional"][seed] for seed in top1["content"]]
+    shown = f"{100 * statistics.mean(differences):+.2f} ± {100 * statistics.stdev(differences):.2f} points"
+    assert shown in README
+    assert shown in ACCURACY
+
+
+def test_speeds_are_those_of_the_files() -> None:
+    for line in read("vitpa/bench/results/small_h200.json")["results"]:
+        assert f"| {hundreds(line['images_per_s'])} ({line['times_eager']:.1f}x) |" in SPEED
+    for file in ("imagenet_h100.json", "imagenet_raw_h100.json", "imagenet_gpus_h100.json"):
+        for line in read(f"vitpa/bench/results/{file}")["results"]:
+            shown = hundreds(line["images_per_s"])
+            if line["of_synthetic"]:
+                assert re.search(rf"\| {shown} \({line['of_synthetic']:.2f}( of that)?\) \|", SPEED)
+            elif line["times_one_gpu"]:
+                assert f"| {shown} ({line['times_one_gpu']:.2f}x) |" in SPEED
+            elif line["case"] != "training, synthetic" or file == "imagenet_h100.json":
+                assert shown in SPEED
+
+
+def test_the_readmes_speeds_are_among_them() -> None:
+    sentence = README.partition("[How fast it is]")[2].partition("\n\n")[0]
+    figures = re.findall(r"\d+,\d+|\d+\.\d+x", sentence)
+    assert len(figures) == 6
+    assert [figure for figure in figures if figure not in SPEED] == []

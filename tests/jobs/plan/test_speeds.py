@@ -261,7 +261,7 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     expected_s = sum(5 * 300 * (50_000 + 10_000 / 3) / each for each in rates.values())
     assert found["gpu_hours"] == pytest.approx(expected_s / 3600)
     minutes = [5 * 300 * (50_000 + 10_000 / 3) / rates[name] / 60 for name in ("content", "positional")]
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "jobs/README.md").read_text().split())
     assert f"{found['gpu_hours']:.2f} GPU-hours, {minutes[0]:.1f} minutes for the five seeds of content" in readme
     assert f"and {minutes[1]:.1f} for those of positional" in readme
     assert f"{plan('paper_small', '--speeds', SHIPPED)[1]['gpu_hours']:.2f} GPU-hours on one H200 for the 30 runs" in readme
