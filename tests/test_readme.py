@@ -23,7 +23,7 @@ from jobs.sweep import load_sweep
 from slurm.devcluster import PACKAGES, default_root
 from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
-from vitpa.config import load_config, shipped_configs
+from vitpa.config_file import load_config, shipped_configs
 from vitpa.documents import parse_yaml
 from vitpa.train import command_parser, configs_of
 
@@ -243,7 +243,7 @@ def test_the_map_names_every_room() -> None:
         ("learning rate", "vitpa/optim.py"),
         ("detecting damaged", "vitpa/checkpoint.py"),
         ("checksum", "vitpa/checkpoint_file.py"),
-        ("each cell in Markdown, LaTeX", "jobs/report"),
+        ("each cell in Markdown, LaTeX", "jobs/report/tables.py"),
         ("where each image is cropped", "vitpa/data/augment/crop_boxes.py"),
     ],
 )
