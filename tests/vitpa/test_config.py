@@ -433,7 +433,7 @@ def test_processes_that_record_at_once_agree(tmp_path: Path) -> None:
     record = """
     import sys
     from pathlib import Path
-    from vitpa.config import load_config, record_config
+    from vitpa.config_file import load_config, record_config
     recipe, root, number = sys.argv[1:]
     configs = [load_config(Path(recipe), [f"runtime.root={root}", f"seed={seed}"]) for seed in range(30)]
     ready()

@@ -120,7 +120,7 @@ def write_too_much(folder: Path, before: str = "") -> list[str]:
     code = f"""
     import sys
     from pathlib import Path
-    from vitpa.rundir import create_exclusive, write_atomic
+    from vitpa.records import create_exclusive, write_atomic
     {before}
     folder = Path(sys.argv[1])
     for write, name in ((write_atomic, "record"), (create_exclusive, "new")):
@@ -165,7 +165,7 @@ def test_exactly_one_process_creates_a_file(tmp_path: Path) -> None:
     create = """
     import sys
     from pathlib import Path
-    from vitpa.rundir import create_exclusive
+    from vitpa.records import create_exclusive
     ready()
     folder, number = Path(sys.argv[1]), sys.argv[2]
     print(*(create_exclusive(folder / str(file), number * 1000) for file in range(50)))
@@ -289,7 +289,7 @@ def test_a_process_is_recognised_by_another_process_and_whatever_its_name(tmp_pa
     try:
         assert ProcessId.of(process.pid).start_ticks >= ProcessId.mine().start_ticks  # it is younger
         recorded = json.dumps(ProcessId.of(process.pid).model_dump())
-        ask = "import sys; from vitpa.rundir import ProcessId; print(ProcessId.model_validate_json(sys.argv[1]).alive())"
+        ask = "import sys; from vitpa.records import ProcessId; print(ProcessId.model_validate_json(sys.argv[1]).alive())"
         other = start(ask, recorded)
         assert finish(other)[0] == "True\n"
     finally:

@@ -394,7 +394,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 from torch import distributed as dist
-from vitpa.config import ConfigError
+from vitpa.arguments import ConfigError
 from vitpa.distributed import Group
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", timeout=timedelta(seconds=3))
