@@ -27,7 +27,7 @@ FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pil
 MAX_FILE_BYTES = 1 << 30  # of an image
 BITS = 8  # of a channel, as they are stored
 DEEP_WHITE = 0xFFFF  # of 16-bit values
-NEARLY_BLACK = 4  # values that stay below white divided by this had another white in mind
+NEARLY_BLACK = 4  # values that do not go beyond white divided by this had another white in mind
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 PNG_DEPTH_AT = 24  # bytes
 
@@ -277,7 +277,7 @@ def _check_range(low: int, high: int, white: int, asked: int | None) -> None:
         raise CorruptImageError(
             f"32-bit grey values beyond 16 bits ({low:,} to {high:,}), for which no white is defined; give --white-level"
         )
-    if asked is None and 0 < high < white // NEARLY_BLACK:
+    if asked is None and 0 < high <= white // NEARLY_BLACK:
         likely = (1 << max(8, high.bit_length())) - 1
         raise CorruptImageError(
             f"values from {low:,} to {high:,}, where white is {white:,}: nearly black; "

@@ -311,6 +311,13 @@ def deep_file(kind: str, values: npt.NDArray[np.uint16]) -> bytes:
 DEEP_KINDS = ("grey png", "grey tif", "grey pgm", "rgb png", "rgb tif", "rgb ppm", "la png", "rgba png")
 
 
+def test_full_range_of_14_bits_is_named_too(tmp_path: Path) -> None:
+    values = np.full_like(FULL, (1 << 14) - 1)
+    assert "to 16,383, where white is 65,535: nearly black; give --white-level 16383" in reason(
+        deep_file("grey png", values), tmp_path
+    )
+
+
 @pytest.mark.parametrize("kind", DEEP_KINDS)
 def test_full_range_is_exact_and_low_range_is_named(kind: str, tmp_path: Path) -> None:
     wanted = np.rint(FULL / 257).astype(np.uint8)
