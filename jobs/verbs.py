@@ -346,8 +346,8 @@ def _fails_alike(state: RunState, root: Path) -> bool:
         exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
     except RunError:  # nobody knows
         return False
-    causes = {(ended.get("state"), ended.get("reason")) for ended in exits}
-    return state.state == "failed" and len(exits) == 2 and len(causes) == 1
+    same = len(exits) == 2 and all(exits[0].get(key) == exits[1].get(key) for key in ("state", "reason"))
+    return state.state == "failed" and same
 
 
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:

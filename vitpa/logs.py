@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from vitpa.console import PrintableConsole
+from vitpa.documents import open_regular
 from vitpa.metrics import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
@@ -125,7 +126,8 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
     """Say so if metrics.jsonl does not begin with `rows`, those up to `step` by the checkpoint."""
     path = run.metrics_jsonl
     try:
-        found = path.read_bytes()
+        with open_regular(path) as file:
+            found = file.read()
     except FileNotFoundError:
         found = b""
     pairs = zip(found.splitlines(True), rows.encode().splitlines(True), strict=False)

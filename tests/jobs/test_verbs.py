@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from jobs.command import VERBS
+from jobs.state import RunState
 from jobs.sweep import SweepDir, shipped_sweeps
+from jobs.verbs import _fails_alike
 from tests.support.jobs_sweeps import STAND_IN, make_sweep, settle, write_result
 from vitpa.cli import main
 from vitpa.records import ProcessId, read_json, write_json
@@ -260,3 +262,15 @@ def test_nothing_to_cancel_or_retry(sweep: Shell) -> None:
     code, text = sweep("retry state=failed")
     assert code == 0
     assert "nothing to retry" in text
+
+
+def test_retry_takes_whatever_an_exit_says(tmp_path: Path) -> None:
+    """Records that were edited by hand: values that are no texts are compared, too."""
+    run = make_sweep(tmp_path / "root", seeds=1).runs[0]
+    directory = run.directory(tmp_path / "root")
+    for number in (1, 2):
+        attempt = directory.claim_attempt(number, {})
+        assert attempt is not None
+        write_json(attempt.exit_json, {"state": [], "reason": {}})
+    assert not _fails_alike(RunState(run, "broken", attempt=attempt), tmp_path / "root")
+    assert _fails_alike(RunState(run, "failed", attempt=attempt), tmp_path / "root")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from itertools import pairwise
@@ -240,3 +241,11 @@ def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "25%" in shown
     assert "loss 2.346" in shown
     assert said + "\n" in shown
+
+
+def test_a_pipe_in_the_place_of_the_record_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    run = RunDir(tmp_path, "0" * 16)
+    run.path.mkdir(parents=True)
+    os.mkfifo(run.metrics_jsonl)
+    with pytest.raises(OSError, match="not a regular file"):
+        logs._warn_if_others(run, 1, "")
