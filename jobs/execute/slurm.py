@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.execute import bad_nodes as nodes
+from jobs.execute import bad_nodes
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Ended, Member, Request, Signals, Training, failure_of, read_stop
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
@@ -310,7 +310,7 @@ class _Job:
         while is_loss_of_peer(ended.reason) and not self._failed_nodes(attempt) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         for node, reason in self._failed_nodes(attempt):
-            if nodes.PREFLIGHT in reason:
+            if bad_nodes.PREFLIGHT in reason:
                 return Ended("interrupted", None, reason), node
             if not is_loss_of_peer(reason) and is_loss_of_peer(ended.reason):
                 return Ended("failed", ended.exit_code, reason), ""
@@ -329,9 +329,9 @@ class _Job:
         failed = [check for check in report["checks"] if not check["ok"]]
         if not failed:
             return None
-        reason = f"{nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
+        reason = f"{bad_nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
         if any(check["blames"] == "node" for check in failed):
-            nodes.record(self.root, self.place.node, reason)
+            bad_nodes.record(self.root, self.place.node, reason)
             return Ended("interrupted", None, f"node {self.place.node}: {reason}")
         return Ended("failed", None, reason)
 
@@ -408,7 +408,7 @@ class _Job:
         """Have the next execution avoid a node, and those that have failed before."""
         if not without_node:
             return
-        others = [self.profile["exclude"], *nodes.failed(self.root)]  # the list that SLURM has is replaced
+        others = [self.profile["exclude"], *bad_nodes.failed(self.root)]  # the list that SLURM has is replaced
         try:
             with _shielded():
                 job = self.scheduler.job(self.place.job, self.intent["token"])

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.execute import bad_nodes as nodes
+from jobs.execute import bad_nodes
 from jobs.execute.attempt import training_command
 from jobs.execute.die_with_parent import child_environment
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
@@ -154,7 +154,7 @@ def _prepare_slurm(
 ) -> Order:
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
-    failed = nodes.failed(root) if profile.exclude_failed_nodes else {}
+    failed = bad_nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
     datasets = {state.run.dataset for state in chosen}

@@ -136,9 +136,18 @@ def wait_until_frozen(cell: Cell, run: Run) -> None:
 
 
 def thaw_when_told_to_stop(cell: Cell, run: Run) -> None:
-    """Or killed: on a slow machine KillWait may be over first."""
+    """Or when it was killed: on a slow machine KillWait may be over first.
+
+    SLURM's warnings let stopped processes go on: until it is told to stop, the trainer is stopped again.
+    """
     stop = cell.directory(run).stop
-    wait_for(lambda: stop.exists() or not trainers(cell.root, run), poll_s=0.02)
+
+    def told_to_stop() -> bool:
+        if not stop.exists():
+            send(cell, run, signal.SIGSTOP)
+        return stop.exists() or not trainers(cell.root, run)
+
+    wait_for(told_to_stop, poll_s=0.02)
     send(cell, run, signal.SIGCONT)
 
 
@@ -188,20 +197,9 @@ def set_node_down(lives: Lives) -> None:
 
 
 def run_into_the_time_limit(lives: Lives) -> None:
-    """The trainer stays frozen, so the run is not over; it thaws when it is told to stop.
-
-    SLURM's warning, which comes up to a minute early, lets stopped processes go on: they are stopped again.
-    """
+    """The trainer stays frozen, so the run is not over; it thaws when it is told to stop."""
     cell, run = lives.grid, lives.time_limit
-    stop = cell.directory(run).stop
-
-    def told_to_stop() -> bool:
-        if not stop.exists():
-            send(cell, run, signal.SIGSTOP)
-        return stop.exists() or not trainers(cell.root, run)
-
-    wait_for(told_to_stop, poll_s=0.02)
-    send(cell, run, signal.SIGCONT)
+    thaw_when_told_to_stop(cell, run)
     cell.settle([run])
 
 

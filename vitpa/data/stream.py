@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data.augment import crop_boxes as crops
+from vitpa.data.augment import crop_boxes
 from vitpa.data.augment.crop_boxes import Crops
 from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import GpuDecoder
@@ -75,13 +75,15 @@ class StreamedImages:
             return self.eval_crops(samples)
         streams = [key(self.seed, Purpose.CROP, epoch, sample) for sample in samples.tolist()]
         heights, widths = self.beton.heights[samples.numpy()], self.beton.widths[samples.numpy()]
-        return crops.random_resized(torch.tensor(streams, dtype=torch.int64), heights, widths, self.options, self.img_size)
+        return crop_boxes.random_resized(
+            torch.tensor(streams, dtype=torch.int64), heights, widths, self.options, self.img_size
+        )
 
     def eval_crops(self, samples: Tensor) -> Crops:
         """What an evaluation sees of `samples` (B,)."""
         there = samples.numpy() >= 0
         heights, widths = (there * sides[samples.numpy()] for sides in (self.beton.heights, self.beton.widths))
-        return crops.central(heights, widths, self.options, self.img_size)
+        return crop_boxes.central(heights, widths, self.options, self.img_size)
 
 
 class CpuDecoder:

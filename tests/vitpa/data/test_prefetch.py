@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep.prep import Options, prepare
-from vitpa.data import prefetch as read_ahead
+from vitpa.data import prefetch
 from vitpa.data.beton import Beton, BetonFile
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.prefetch import extents
@@ -50,7 +50,7 @@ def ahead(beton: BetonFile, *, start_step: int = 0, share: tuple[int, int] = (0,
     """The numbers of the steps of epoch 1."""
     steps = range(start_step, len(beton) // BATCH_SIZE)
     window_of = windows(0, 1, len(beton), BLOCKS).numpy()
-    return read_ahead.read_ahead(steps, beton, window_of, batch_size=BATCH_SIZE, start_step=start_step, share=share)
+    return prefetch.read_ahead(steps, beton, window_of, batch_size=BATCH_SIZE, start_step=start_step, share=share)
 
 
 def readers() -> list[threading.Thread]:
@@ -83,7 +83,7 @@ def test_a_step_comes_when_its_windows_have_been_read_and_one_more_is_begun(
 def test_of_some_samples_the_last_step_being_short(train: Beton, bytes_read: np.ndarray) -> None:
     window_of = np.full(len(train), -1)
     window_of[300:500] = np.arange(200) // 70
-    steps = read_ahead.read_ahead(range(4), train, window_of, batch_size=60, start_step=0, share=(0, 1))
+    steps = prefetch.read_ahead(range(4), train, window_of, batch_size=60, start_step=0, share=(0, 1))
     for step in steps:
         due = of_samples(train, np.arange(300, 300 + min(200, 60 * (step + 1))))
         assert (bytes_read[due] == 1).all()
@@ -100,7 +100,7 @@ def test_the_processes_of_a_node_share_the_reading(train: Beton, bytes_read: np.
 
 def test_what_lies_together_is_read_at_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beton = Beton.open(beton_path(photos, "photos", "train"))
-    monkeypatch.setattr(read_ahead, "READ_BYTES", 10**9)
+    monkeypatch.setattr(prefetch, "READ_BYTES", 10**9)
     in_order = np.argsort(beton.offsets)
     (whole,) = extents(beton, np.arange(12))
     assert whole == (beton.offsets.min(), (beton.offsets + beton.sizes).max())
@@ -109,7 +109,7 @@ def test_what_lies_together_is_read_at_once(photos: Path, monkeypatch: pytest.Mo
         (whole[0], beton.offsets[in_order[5]]),
         (beton.offsets[in_order[6]], whole[1]),
     ]
-    monkeypatch.setattr(read_ahead, "READ_BYTES", 1000)
+    monkeypatch.setattr(prefetch, "READ_BYTES", 1000)
     pieces = extents(beton, np.arange(12))
     assert {end - begin for begin, end in pieces[:-1]} == {1000}
     assert (pieces[0][0], pieces[-1][1]) == whole
@@ -146,7 +146,7 @@ def test_leaving_early_reads_nothing_more(train: Beton, monkeypatch: pytest.Monk
         return pread(file, size, offset)
 
     monkeypatch.setattr(os, "pread", slow)
-    monkeypatch.setattr(read_ahead, "READERS", 1)
+    monkeypatch.setattr(prefetch, "READERS", 1)
     steps = ahead(train)
     next(steps)
     assert len(readers()) == 1

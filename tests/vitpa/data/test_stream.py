@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 import time
 from collections import Counter
@@ -22,10 +21,10 @@ from torchvision.transforms import functional as tvf
 
 from tests.support.waiting import IDLE_S
 from vitpa.config import AugmentConfig
-from vitpa.data.augment import crop_boxes as crops
+from vitpa.data.augment import crop_boxes
 from vitpa.data.augment.crop_boxes import Crops
 from vitpa.data.beton import Beton
-from vitpa.data.manifest import BetonError, Ints, beton_path, manifest_path
+from vitpa.data.manifest import BetonError, Ints, beton_path
 from vitpa.data.rng import Purpose, key, uniform
 from vitpa.data.sampler import Batch, eval_batches, train_batches
 from vitpa.data.stream import StreamedImages
@@ -93,7 +92,7 @@ def seen(photo: Image.Image, crop: Crops, row: int, img_size: int) -> Image.Imag
 def boxes(options: AugmentConfig, heights: Ints, widths: Ints, epoch: int = 0) -> Tensor:
     """Left, top, width and height (N, 4) of the crops of images number 0 to N - 1 of these sizes, seed 0."""
     streams = torch.tensor([key(0, Purpose.CROP, epoch, index) for index in range(len(heights))])
-    return torch.from_numpy(np.stack(crops.random_resized(streams, heights, widths, options, IMG_SIZE)[:4], axis=1))
+    return torch.from_numpy(np.stack(crop_boxes.random_resized(streams, heights, widths, options, IMG_SIZE)[:4], axis=1))
 
 
 def slow_crop_box(options: AugmentConfig, index: int, epoch: int, height: int, width: int) -> list[int]:
@@ -161,7 +160,7 @@ def test_centre_crops_of_all_shapes_equal_torchvisions(width: int, height: int) 
     rng = np.random.default_rng(width)
     photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
     for img_size, eval_crop_pct in ((32, 0.875), (33, 0.875), (31, 0.95), (7, 0.3)):
-        crop = crops.central(np.array([height]), np.array([width]), AugmentConfig(eval_crop_pct=eval_crop_pct), img_size)
+        crop = crop_boxes.central(np.array([height]), np.array([width]), AugmentConfig(eval_crop_pct=eval_crop_pct), img_size)
         reference = transforms.Resize(int(img_size / eval_crop_pct), antialias=True)
         expected = transforms.CenterCrop(img_size)(reference(photo))
         assert torch.equal(pixels(seen(photo, crop, 0, img_size)), pixels(expected))
@@ -345,21 +344,6 @@ def test_no_batches_and_an_empty_one(val: Beton) -> None:
     assert list(stream(val).eval_batches([])) == []
     (batch,) = stream(val).eval_batches([torch.empty(0, dtype=torch.int64)])
     assert (batch.images.shape, batch.samples.shape, batch.labels.shape) == ((0, 3, IMG_SIZE, IMG_SIZE), (0,), (0,))
-
-
-@pytest.fixture
-def damaged(photos: Path, tmp_path: Path) -> Beton:
-    """The training images, sample 5 of which is no JPEG any more."""
-    path = tmp_path / "photos" / "train.beton"
-    path.parent.mkdir()
-    shutil.copy(beton_path(photos, "photos", "train"), path)
-    shutil.copy(manifest_path(beton_path(photos, "photos", "train")), manifest_path(path))
-    with Beton.open(path) as whole:
-        offset, size = int(whole.offsets[5]), int(whole.sizes[5])
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(bytes(size))
-    return Beton.open(path)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as tvf
 
 from tests.vitpa.data.augment.test_auto_augment import pictures
 from vitpa.config import AugmentConfig
-from vitpa.data.augment import pipeline as augment
+from vitpa.data.augment import pipeline
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.rng import Purpose, key, randint, random_bits, uniform
 from vitpa.datasets import facts_of
@@ -52,8 +52,8 @@ def test_no_purpose_takes_the_number_of_another() -> None:
 def test_crop_then_flip_then_policy(policy: str) -> None:
     images, samples, keys = random_images(50), torch.arange(900, 950), epoch_keys([4], 2)
     whole = augmentation(policy=policy, crop_padding_px=3)
-    expected = augment.padded_crop(images, samples, padding=3, stream=key(4, Purpose.CROP, 2))
-    expected = augment.horizontal_flip(expected, samples, stream=key(4, Purpose.FLIP, 2))
+    expected = pipeline.padded_crop(images, samples, padding=3, stream=key(4, Purpose.CROP, 2))
+    expected = pipeline.horizontal_flip(expected, samples, stream=key(4, Purpose.FLIP, 2))
     if whole.policy is not None:
         expected = whole.policy(expected, samples, torch.tensor([key(4, Purpose.POLICY, 2)]))
     got = whole.uint8(images, samples, keys)
@@ -89,7 +89,7 @@ def test_a_sample_is_augmented_alike_in_any_batch_beside_other_seeds_and_epochs(
 def test_padded_crop_equals_torchvision_image_by_image() -> None:
     images = torch.randint(0, 256, (20, 3, 10, 12), dtype=torch.uint8)
     samples, stream = torch.arange(100, 120), key(5, Purpose.CROP, 4)
-    got = augment.padded_crop(images, samples, padding=3, stream=stream)
+    got = pipeline.padded_crop(images, samples, padding=3, stream=stream)
     for image, sample, cropped in zip(images, samples, got, strict=True):
         top, left = (int(randint(stream, sample[None], 7, draw=draw)) for draw in (0, 1))
         assert torch.equal(cropped, tvf.crop(tvf.pad(image, [3]), top, left, 10, 12))
@@ -97,7 +97,7 @@ def test_padded_crop_equals_torchvision_image_by_image() -> None:
 
 def test_crops_reach_every_place_equally() -> None:
     images = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4).expand(90_000, 1, 4, 4)
-    cropped = augment.padded_crop(images, torch.arange(90_000), padding=1, stream=key(0, Purpose.CROP, 0))
+    cropped = pipeline.padded_crop(images, torch.arange(90_000), padding=1, stream=key(0, Purpose.CROP, 0))
     counts = torch.unique(cropped.flatten(1), dim=0, return_counts=True)[1]
     assert len(counts) == 9
     assert (counts - 10_000).abs().max() < 500
@@ -107,13 +107,13 @@ def test_flip_mirrors_half_of_the_images_chosen_per_sample_and_epoch() -> None:
     images = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8)
     samples = torch.arange(4000)
     stream, other = key(0, Purpose.FLIP, 0), key(0, Purpose.FLIP, 1)
-    flipped = augment.horizontal_flip(images, samples, stream=stream)
+    flipped = pipeline.horizontal_flip(images, samples, stream=stream)
     mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
     kept = (flipped == images).flatten(1).all(1)
     assert (mirrored | kept).all()
     assert abs(mirrored.float().mean().item() - 0.5) < 0.04
-    assert torch.equal(augment.horizontal_flip(images[100:], samples[100:], stream=stream), flipped[100:])
-    assert not torch.equal(augment.horizontal_flip(images, samples, stream=other), flipped)
+    assert torch.equal(pipeline.horizontal_flip(images[100:], samples[100:], stream=stream), flipped[100:])
+    assert not torch.equal(pipeline.horizontal_flip(images, samples, stream=other), flipped)
 
 
 def test_normalize_equals_torchvision() -> None:
@@ -160,7 +160,7 @@ def slow_box(stream: int, sample: int, options: AugmentConfig, H: int, W: int) -
 def test_erasing_equals_the_slow_rule(options: dict[str, Any]) -> None:
     config, stream = AugmentConfig.model_validate(options), key(3, Purpose.ERASE, 4)
     samples, ones = torch.arange(70, 270), torch.ones(200, 3, 20, 14)
-    erased = augment.random_erase(ones, samples, config, stream=stream)
+    erased = pipeline.random_erase(ones, samples, config, stream=stream)
     found = [rectangle(image) for image in erased]
     assert found == [slow_box(stream, sample, config, 20, 14) for sample in samples.tolist()]
     assert 0 < found.count(None) < 200
@@ -170,7 +170,7 @@ def test_erasing_equals_the_slow_rule(options: dict[str, Any]) -> None:
 def test_erased_areas_ratios_and_places_are_spread_as_asked() -> None:
     n, size = 40_000, 1000
     options = AugmentConfig(erase_prob=0.25, erase_scale=(0.02, 0.3))  # of these all fit: sqrt(0.3 * 3.3) < 1
-    boxes = augment.erased_boxes(torch.arange(n), options, size=(size, size), stream=key(0, Purpose.ERASE, 0))
+    boxes = pipeline.erased_boxes(torch.arange(n), options, size=(size, size), stream=key(0, Purpose.ERASE, 0))
     top, left, height, width = (values.double() for values in boxes)
     erased = height > 0
     assert abs(erased.double().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n)
@@ -190,7 +190,7 @@ def test_erased_areas_ratios_and_places_are_spread_as_asked() -> None:
 @pytest.mark.parametrize("side", [1, 5, 8, 20])
 def test_cutout_equals_a_slow_loop(side: int) -> None:
     stream, samples = key(1, Purpose.CUTOUT, 0), torch.arange(100)
-    got = augment.cutout(torch.ones(100, 3, 12, 20), samples, side=side, stream=stream)
+    got = pipeline.cutout(torch.ones(100, 3, 12, 20), samples, side=side, stream=stream)
     for sample, image in zip(samples, got, strict=True):
         y, x = (int(randint(stream, sample[None], bound, draw=draw)) for draw, bound in enumerate((12, 20)))
         expected = torch.ones(3, 12, 20)
@@ -203,7 +203,7 @@ def test_cutout_equals_a_slow_loop(side: int) -> None:
 
 def test_centres_of_cutouts_reach_every_pixel_equally() -> None:
     n = 48_000
-    got = augment.cutout(torch.ones(n, 1, 4, 6), torch.arange(n), side=1, stream=key(0, Purpose.CUTOUT, 0))
+    got = pipeline.cutout(torch.ones(n, 1, 4, 6), torch.arange(n), side=1, stream=key(0, Purpose.CUTOUT, 0))
     expected = n / 24
     chi2 = (((got == 0).sum(0) - expected) ** 2 / expected).sum().item()
     assert chi2 < 23 + 5 * math.sqrt(2 * 23)
@@ -213,8 +213,8 @@ def test_erasing_and_cutout_leave_the_mean_colour_in_the_normalised_image() -> N
     images, samples, keys = random_images(40), torch.arange(40), epoch_keys([2], 3)
     options = AugmentConfig(crop="none", hflip=False, erase_prob=0.5, cutout_px=8)
     whole = augmentation(**BARE, erase_prob=0.5, cutout_px=8)
-    ones = augment.random_erase(torch.ones(40, 3, 32, 32), samples, options, stream=key(2, Purpose.ERASE, 3))
-    mask = augment.cutout(ones, samples, side=8, stream=key(2, Purpose.CUTOUT, 3))
+    ones = pipeline.random_erase(torch.ones(40, 3, 32, 32), samples, options, stream=key(2, Purpose.ERASE, 3))
+    mask = pipeline.cutout(ones, samples, side=8, stream=key(2, Purpose.CUTOUT, 3))
     assert torch.equal(whole(images, samples, keys), torch.where(mask == 1, whole.normalize(images), 0.0))
     assert torch.equal(whole.uint8(images, samples, keys), images)
 
@@ -223,7 +223,7 @@ def test_noise_is_in_the_erased_rectangles_alone_and_the_same_in_any_batch() -> 
     images, samples, keys = random_images(200), torch.arange(200), epoch_keys([2], 3)
     const, pixel = (augmentation(**BARE, erase_prob=0.5, erase_mode=mode) for mode in ("const", "pixel"))
     got, normalised = pixel(images, samples, keys), pixel.normalize(images)
-    top, left, height, width = augment.erased_boxes(samples, const.options, size=(32, 32), stream=key(2, Purpose.ERASE, 3))
+    top, left, height, width = pipeline.erased_boxes(samples, const.options, size=(32, 32), stream=key(2, Purpose.ERASE, 3))
     for i in range(200):
         box = torch.zeros(32, 32, dtype=torch.bool)
         box[top[i] : top[i] + height[i], left[i] : left[i] + width[i]] = True
@@ -248,7 +248,7 @@ def test_mixed_is_augmented_and_then_mixed(options: dict[str, Any]) -> None:
 def test_noise_is_standard_normal_and_independent() -> None:
     normals = augmentation(erase_mode="pixel").normals
     words = random_bits(key(0, Purpose.ERASE_NOISE, 0), torch.arange(100))
-    got = augment.noise(words, normals, (100, 3, 40, 50)).double()
+    got = pipeline.noise(words, normals, (100, 3, 40, 50)).double()
     assert got.shape == (100, 3, 40, 50)
     assert stats.kstest(got.flatten().numpy(), "norm").statistic < 2 / math.sqrt(got.numel())
     shifted = [got.roll(1, dim) for dim in range(4)] + [got.roll(1, 0).roll(-1, 3)]

@@ -25,7 +25,7 @@ from tests.vitpa.kernels.test_resize import slow_resize
 from vitpa.config import AugmentConfig
 from vitpa.config_file import parse_config
 from vitpa.data.beton import Beton
-from vitpa.data.decode import gpu as gpu_decoder
+from vitpa.data.decode import gpu
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
 from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
 from vitpa.data.sampler import Batch
@@ -207,10 +207,10 @@ def test_memory_is_used_again_and_work_goes_ahead_but_not_far(pretended: Decoder
 
     places = set()
     for number, batch in enumerate(images.train_batches(batches(), 0)):
-        assert len(asked) == min(12, number + gpu_decoder.BATCHES_AHEAD + 1)
+        assert len(asked) == min(12, number + gpu.BATCHES_AHEAD + 1)
         places.add(batch.images.data_ptr())
-    assert len(places) == gpu_decoder.BATCHES_AHEAD + 1
-    assert len(decoder.free) == gpu_decoder.BATCHES_AHEAD + 1
+    assert len(places) == gpu.BATCHES_AHEAD + 1
+    assert len(decoder.free) == gpu.BATCHES_AHEAD + 1
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -222,7 +222,7 @@ def test_leaving_the_loop_leaves_no_thread(pretended: Decoder, beton: Beton, lat
             time.sleep(0.2)
         break
     assert not decoders()
-    assert isinstance(decoder, GpuDecoder) and len(decoder.free) == gpu_decoder.BATCHES_AHEAD + 1
+    assert isinstance(decoder, GpuDecoder) and len(decoder.free) == gpu.BATCHES_AHEAD + 1
     assert len(kept(images.eval_batches(EVAL))) == len(EVAL)
 
 
@@ -263,21 +263,6 @@ def check_cut(images: StreamedImages, cut: Beton) -> None:
         with pytest.raises(BetonError, match=said):
             next(images.train_batches([torch.arange(2)] * 9, 0))
     assert not decoders()
-
-
-@pytest.fixture
-def damaged(photos: Path, tmp_path: Path) -> Beton:
-    """The training images, sample 5 of which is no JPEG any more."""
-    path = tmp_path / "photos" / "train.beton"
-    path.parent.mkdir()
-    shutil.copy(beton_path(photos, "photos", "train"), path)
-    shutil.copy(manifest_path(beton_path(photos, "photos", "train")), manifest_path(path))
-    with Beton.open(path) as whole:
-        offset, size = int(whole.offsets[5]), int(whole.sizes[5])
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(bytes(size))
-    return Beton.open(path)
 
 
 def check_damaged(images: StreamedImages, damaged: Beton) -> None:
