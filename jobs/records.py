@@ -29,6 +29,8 @@ class SlurmClaim(Record):
     token: str
     index: int = Field(ge=0)
     submission: str  # a path below the root
+    cluster: str | None = None  # SLURM's ClusterName; claims of earlier versions do not say it
+    slurm_conf: str | None = None  # SLURM_CONF of whoever submitted it
 
 
 class StartedJob(Record):

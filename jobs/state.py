@@ -1,7 +1,7 @@
 """The state of a run, derived from its records each time and stored nowhere.
 
 done         a valid result.json
-running      started, and its job is alive (or cannot be seen from here: it counts as alive)
+running      started, and its job is alive (or cannot be seen from here, as in another cluster: it counts as alive)
 pending      claimed, and somebody alive is going to start it, or to start it again
 failed, interrupted, cancelled    how its last attempt ended; failed, too, where its job ended by itself before starting it
 lost         started, its job is dead and left no exit: killed
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs.records import RESTORE, Receipt, SlurmClaim, read_record, record_of
-from jobs.scheduler.client import Scheduler
+from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import ENDED_EARLY, ended_early
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import Run
@@ -50,6 +51,7 @@ class RunState:
     unseen: bool = False  # counts as alive only because it cannot be seen from here
     job_id: str = ""  # SLURM's, by its own words or by our records: to be shown
     job: SlurmJob | None = None  # the job that SLURM has in its queue and calls ours: what may be cancelled
+    cluster: str = ""  # that has its job, where it is another one than SLURM's commands ask here
 
     @property
     def ended_early(self) -> bool:
@@ -73,6 +75,7 @@ class Survey:
         self._root = root
         self._scheduler = scheduler or Scheduler()
         self._snapshot: Snapshot | None = None
+        self._cluster: str | None = None  # that answers
         self._accounts: dict[tuple[str, int], SlurmJob] | None = None
         self._alive: dict[ProcessId, bool | None] = {}
         self._receipts: dict[str, Receipt | None] = {}
@@ -173,11 +176,15 @@ class Survey:
         job = self._job(token, index, submission)
         start, ended = read_json(attempt.start_json), read_json(attempt.exit_json)
         identity = job.id if job else _job_of(start)
-        unseen = False
+        elsewhere = job is None and self._is_elsewhere(task)
+        unseen, cluster = False, ""
         if start is not None and "withdrawn" in start:
             state, reason = str(start["withdrawn"]), str((ended or {}).get("reason") or "")
         elif ended is not None and not _may_go_on(ended):
             state, reason = _end_of(ended, attempt)
+        elif elsewhere:
+            state = "pending" if start is None or ended is not None else "running"
+            reason, unseen, cluster = _in_another_cluster(task, str(self._cluster)), True, str(task.cluster)
         elif self.scheduler_error:
             state = "pending" if start is None or ended is not None else "running"
             reason, unseen = f"as far as is known: {self.scheduler_error}", True
@@ -200,7 +207,19 @@ class Survey:
                 reason = f"squeue does not show its job {known.id}, but sacct says {known.state}: it counts as alive"
             else:
                 state, reason = _over(attempt, identity, known.state if known else "", self._root / submission / "submitit")
-        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity, job=job)
+        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity, job=job, cluster=cluster)
+
+    def _is_elsewhere(self, task: SlurmClaim) -> bool:
+        """Whether a task is of another cluster than the one that answers, which knows nothing of it."""
+        if not task.cluster or self.scheduler_error:
+            return False
+        if self._cluster is None:
+            try:
+                self._cluster = self._scheduler.cluster()
+            except SchedulerError as error:
+                self._snapshot = Snapshot({}, str(error))
+                return False
+        return self._cluster not in ("", task.cluster)
 
     def _job(self, token: str, index: int, submission: str) -> SlurmJob | None:
         """The job of a claim. If it is not in the queue as last seen, it may have been submitted since."""
@@ -282,6 +301,14 @@ def _may_go_on(ended: dict[str, Any]) -> bool:
 
 def _waits_for(job: SlurmJob) -> str:
     return f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "")
+
+
+def _in_another_cluster(task: SlurmClaim, here: str) -> str:
+    conf = f"SLURM_CONF={shlex.quote(task.slurm_conf)}" if task.slurm_conf else "SLURM_CONF to its slurm.conf"
+    return (
+        f"its job is in the SLURM cluster {task.cluster}, which cannot be seen from here, where SLURM is the cluster {here}: "
+        f"it counts as alive, and is not started again; to see it, set {conf}, or work on a login node of {task.cluster}"
+    )
 
 
 def _over(attempt: AttemptDir, identity: str, last_words: str, output: Path) -> tuple[str, str]:

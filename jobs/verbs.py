@@ -99,6 +99,10 @@ class Context:
         if survey.scheduler_error:
             print(f"warning: {printable(survey.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
             self.unanswered.append(survey.scheduler_error)
+        for line in status.in_other_clusters(states):
+            if line not in self.unanswered:
+                print(f"warning: {printable(line)}", file=sys.stderr)
+                self.unanswered.append(line)
         return states
 
     def say(self, text: str) -> None:
@@ -522,12 +526,14 @@ def _cancel(context: Context) -> int:
     if len(killed) < len(running) or not killed:
         parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
     context.say(", ".join(parts))
-    needed = {state.job_id for state in [*others, *running]}
+    needed = {state.job_id for state in [*others, *running] if not state.cluster}
     needed |= jobs_needed_by_others(context.root, withdrawn)
     jobs = {state.job.id: state.job for state in withdrawn if state.job is not None and state.job.id not in needed}
     context.scheduler.cancel(jobs.values())  # they would find nothing to do
     if withdrawn and context.unanswered:
         context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
+    for cluster in dict.fromkeys(state.cluster for state in running if state.cluster):
+        context.say(f"jobs in the SLURM cluster {cluster} cannot be reached from here; they stop when they see the request")
     return OK
 
 

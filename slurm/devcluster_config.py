@@ -6,6 +6,7 @@ Configuration after slurm.conf(5), gres.conf(5), cgroup.conf(5), slurmdbd.conf(5
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -209,6 +210,11 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def cluster_name(root: Path) -> str:
+    """The ClusterName of the cluster in `root`, by which its jobs are told from those of a cluster in another folder."""
+    return f"devcluster_{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
+
+
 def _slurm_conf(layout: Layout, settings: Settings, user: str, ports: list[int]) -> str:
     root = layout.root
     controller, accounting, *node_ports = ports
@@ -219,7 +225,7 @@ def _slurm_conf(layout: Layout, settings: Settings, user: str, ports: list[int])
         for name, port in zip(settings.node_names, node_ports, strict=True)
     )
     return f"""# A cluster for rehearsals, all on this machine.
-ClusterName=devcluster
+ClusterName={cluster_name(layout.root)}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}

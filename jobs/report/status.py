@@ -297,9 +297,20 @@ def stuck(states: list[RunState]) -> list[str]:
     for state in states:
         if state.state == "pending" and needs_somebody(text := advice(state.job)):
             lines.setdefault(text, []).append(state.run.label)
-    return [
-        f"{labels[0]}" + (f" and {len(labels) - 1} more" if labels[1:] else "") + f": {text}" for text, labels in lines.items()
-    ]
+    return [f"{_some(labels)}: {text}" for text, labels in lines.items()]
+
+
+def in_other_clusters(states: list[RunState]) -> list[str]:
+    """A line for each SLURM cluster that has jobs of these runs and cannot be asked from here."""
+    lines: dict[str, list[str]] = {}
+    for state in states:
+        if state.cluster:
+            lines.setdefault(state.reason, []).append(state.run.label)
+    return [f"{_some(labels)}: {reason}" for reason, labels in lines.items()]
+
+
+def _some(labels: list[str]) -> str:
+    return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
 
 
 def pause_s(survey: Survey) -> float:

@@ -146,6 +146,14 @@ class Scheduler:
         pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
         return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
+    def cluster(self) -> str:
+        """The name of the cluster that answers (ClusterName in slurm.conf).
+
+        Raises:
+            SchedulerError: none answers.
+        """
+        return self.configuration().get("ClusterName", "")
+
     def max_array_tasks(self) -> int:
         """The largest job array that SLURM takes.
 

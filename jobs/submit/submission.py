@@ -106,6 +106,13 @@ def settle(root: Path, scheduler: Scheduler) -> list[str]:
         if create_exclusive(submission.launch_json, to_json(me)):
             close(submission, "abandoned")
         elif not _helper_ends(submission) and intent.get("executor") == "slurm":
+            there = str(intent.get("cluster") or "")
+            if there and there != scheduler.cluster():
+                lines.append(
+                    f"{path}: its launcher was killed, and whether the SLURM cluster {there} has its jobs cannot be seen from "
+                    "here: its runs count as submitted (set SLURM_CONF to that cluster's slurm.conf to have it settled)"
+                )
+                continue
             count = adopt(root, submission, str(intent.get("token")), scheduler)
             if count:
                 lines.append(f"adopted {count} jobs of {path.name}, whose launcher was killed")

@@ -154,6 +154,7 @@ def _prepare_slurm(
 ) -> Order:
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
+    cluster: dict[str, str] = {} if scheduler is None else _cluster_of(scheduler)
     failed = bad_nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
@@ -182,6 +183,7 @@ def _prepare_slurm(
             "cpus_per_node": resources.cpus_per_node,
             "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
             "exclude": sorted(failed),
+            **cluster,
         }
         batches.append(_part(Batch(states, configs, groups, how), [index for group in groups for index in group]))
     together = sum(filter(None, at_a_time)) or None
@@ -190,6 +192,14 @@ def _prepare_slurm(
             f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a job at a time"
         )
     return Order(batches, together, notes)
+
+
+def _cluster_of(scheduler: Scheduler) -> dict[str, str]:
+    """Which cluster gets the jobs, as claims and intents name it: whoever asks another one about them learns nothing."""
+    found = {"cluster": scheduler.cluster()}
+    if conf := scheduler.environment.get("SLURM_CONF"):
+        found["slurm_conf"] = str(Path(conf).absolute())
+    return found
 
 
 def _most_in_a_job(resources: SlurmProfile, config: RunConfig, seeds: int) -> int:
@@ -290,13 +300,14 @@ def _submit_batch(
     submission = SubmissionDir(SweepDir(root, sweep).submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
     submission.path.mkdir(parents=True)
     write_json(submission.intent_json, _intent(sweep, batch, token))
-    common = {
+    common: dict[str, Any] = {
         "token": token,
         "executor": batch.how["executor"],
         "submission": str(submission.path.relative_to(root)),
         "sweep": sweep,
         "process": ProcessId.mine().model_dump(),
         "utc": utc_now(),
+        **{key: batch.how[key] for key in ("cluster", "slurm_conf") if key in batch.how},
     }
 
     task_of = {index: task for task, indices in enumerate(batch.tasks) for index in indices}

@@ -143,6 +143,9 @@ def order_sizes(root: Path, profile: LocalProfile | SlurmProfile, seeds: int) ->
 class Cluster(Scheduler):
     """A SLURM with arrays of 3 tasks."""
 
+    def cluster(self) -> str:
+        return "lab"
+
     def max_array_tasks(self) -> int:
         return 3
 

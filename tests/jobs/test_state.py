@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.report.status import progress_of, row_of
-from jobs.scheduler.client import Scheduler
+from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.state import RunState, Survey, withdraw
 from jobs.sweep import Run
@@ -189,12 +189,17 @@ def test_a_pid_used_again_is_not_the_same_process() -> None:
 class Queue(Scheduler):
     """A SLURM that says what a test wants."""
 
-    def __init__(self, job: SlurmJob | None = None, *, account: str = "", error: str = "") -> None:
+    def __init__(self, job: SlurmJob | None = None, *, account: str = "", error: str = "", cluster: str = "") -> None:
         super().__init__({})
-        self.found, self.account, self.error = job, account, error
+        self.found, self.account, self.error, self.here = job, account, error, cluster
 
     def snapshot(self) -> Snapshot:
         return Snapshot({("t", 0): self.found} if self.found else {}, self.error)
+
+    def cluster(self) -> str:
+        if not self.here:
+            raise SchedulerError("scontrol: no route")
+        return self.here
 
     def accounted(self, ids: Iterable[str]) -> dict[tuple[str, int], SlurmJob]:
         return {("t", 0): SlurmJob("7_0", self.account)} if self.account else {}
@@ -287,6 +292,28 @@ def test_being_submitted(tmp_path: Path, run: Run, launcher: ProcessId, expected
     slurm_claim(tmp_path, run, launcher, receipt=False)
     state = Survey(tmp_path, Queue()).state(run)
     assert (state.state, state.unseen) == (expected, launcher is ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("started", "here", "expected"),
+    [
+        (False, "lab", ("uncertain", "its job 7_0 ended (unknown to SLURM) before")),
+        (True, "lab", ("lost", "its job 7_0 was killed")),
+        (False, "other", ("pending", "its job is in the SLURM cluster lab, which cannot be seen from here")),
+        (True, "other", ("running", "its job is in the SLURM cluster lab, which cannot be seen from here")),
+        (True, "", ("running", "as far as is known: scontrol: no route")),
+    ],
+)
+def test_a_job_of_another_cluster(tmp_path: Path, run: Run, started: bool, here: str, expected: tuple[str, str]) -> None:
+    attempt = slurm_claim(tmp_path, run)
+    write_json(attempt.claim_json, {**(read_json(attempt.claim_json) or {}), "cluster": "lab"})
+    if started:
+        slurm_start(attempt)
+    state = Survey(tmp_path, Queue(cluster=here)).state(run)
+    assert (state.state, state.reason[: len(expected[1])]) == expected
+    assert (state.unseen, state.cluster) == (here != "lab", "lab" if here == "other" else "")
+    seen = Survey(tmp_path, Queue(SlurmJob("7_0", "RUNNING"), cluster=here)).state(run)
+    assert seen.cluster == "", "what SLURM calls ours is seen, whatever its cluster is called now"
 
 
 def test_slurm_does_not_answer(tmp_path: Path, run: Run) -> None:
