@@ -19,7 +19,9 @@ Photos are turned upright by their EXIF orientation and become RGB (transparent 
 short side 256 px, JPEG quality 90. Small images are stored as raw pixels: those of digits, cifar10, cifar100 and svhn,
 and a folder in which none has a side above 32 px. Images are never enlarged.
 Left out are hidden and system files and folders, and what is no image by its name; the report and the manifest count
-them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt.
+them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt, and
+so is one with a wrong checksum (PNG, TIFF with Deflate) or too few pixels; changed bytes of BMP, PPM, GIF, WebP, AVIF
+and uncompressed TIFF can hardly be noticed, as these have no checksum.
 Repeated with the same settings it does nothing."""
 
 EXAMPLES = """examples:

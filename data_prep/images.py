@@ -20,7 +20,18 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PpmImagePlugin import PpmImageFile
 
-from data_prep.integrity import JPEG_MAGIC, PNG_MAGIC, checked_png, jpeg_bits, jpeg_damage, tiff_damage, with_end
+from data_prep.integrity import (
+    JPEG_MAGIC,
+    PNG_MAGIC,
+    bmp_damage,
+    checked_png,
+    jpeg_bits,
+    jpeg_damage,
+    png_damage,
+    png_for_opencv,
+    with_end,
+)
+from data_prep.tiff import libtiff_errors, tiff_damage
 from vitpa.data.manifest import ImageSettings, Pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
@@ -92,19 +103,36 @@ def load_photo(path: Path, white_level: int | None = None, stamp: tuple[int, int
     elif data.startswith(PNG_MAGIC):
         data, damage = checked_png(data)
     with _reasons(), Image.open(io.BytesIO(data), formats=_formats()) as image:
-        jpeg = image.format in ("JPEG", "MPO")
-        damage = jpeg_damage(data) if jpeg else damage or tiff_damage(data, getattr(image, "tag_v2", {}))
+        damage = damage or _damage(image, data)
         if damage:
             raise CorruptImageError(f"OSError: image file is truncated ({damage})" if cut else damage)
-        more_frames = not jpeg and _has_more_frames(image)  # a camera's MPO holds previews
-        deep = _deep_values(image, data)
-        if deep is None:
-            return Photo(_to_rgb(ImageOps.exif_transpose(image)), more_frames)
-        values, white = deep
-        colours = values if values.ndim == 2 else values[..., :3]
-        low, high = int(colours.min()), int(colours.max())
-        _check_range(low, high, white, white_level)
-        return Photo(_scaled(values, white_level or white), more_frames, (low, high, white_level or white))
+        return _decoded(image, data, white_level)
+
+
+def _damage(image: Image.Image, data: bytes) -> str:
+    """What is wrong with the file of an image that has been opened; empty if nothing is found."""
+    match image.format:
+        case "JPEG" | "MPO":
+            return jpeg_damage(data)
+        case "PNG":
+            return png_damage(data)
+        case "TIFF":
+            return tiff_damage(data, getattr(image, "tag_v2", {}))
+        case "BMP":
+            return bmp_damage(data)
+    return ""
+
+
+def _decoded(image: Image.Image, data: bytes, white_level: int | None) -> Photo:
+    more_frames = image.format not in ("JPEG", "MPO") and _has_more_frames(image)  # a camera's MPO holds previews
+    deep = _deep_values(image, data)
+    if deep is None:
+        return Photo(_to_rgb(ImageOps.exif_transpose(image)), more_frames)
+    values, white = deep
+    colours = values if values.ndim == 2 else values[..., :3]
+    low, high = int(colours.min()), int(colours.max())
+    _check_range(low, high, white, white_level)
+    return Photo(_scaled(values, white_level or white), more_frames, (low, high, white_level or white))
 
 
 def photo_size(path: Path) -> tuple[int, int] | None:
@@ -175,11 +203,14 @@ def _open(path: Path) -> BinaryIO:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Turn whatever Pillow raises at damaged bytes into one line."""
+    """Turn whatever Pillow raises at damaged bytes, and what its libtiff finds wrong, into one line."""
+    said: list[str] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), libtiff_errors() as said:
             warnings.simplefilter("ignore")  # odd EXIF entries and the like, which thousands of good photos have
             yield
+        if said:  # Pillow went on
+            raise CorruptImageError(said[0])
     except (CorruptImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -188,7 +219,7 @@ def _reasons() -> Iterator[None]:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise CorruptImageError(f"more than {most:,} pixels, the most that are decoded; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise anything from SyntaxError to struct.error on damaged bytes
-        raise CorruptImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+        raise CorruptImageError(*said[:1] or [" ".join(f"{type(error).__name__}: {error}".split())]) from error
 
 
 @functools.cache
@@ -244,7 +275,10 @@ def _deep_colours(image: Image.Image, data: bytes, white: int) -> Values:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # before Pillow decodes, which may remove it
     upper = ImageOps.exif_transpose(image)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
+    encoded = png_for_opencv(data) if image.format == "PNG" else data
+    found = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
+    if found is None and image.format == "PNG":
+        raise CorruptImageError("libpng finds it damaged")
     if found is not None and found.dtype == np.uint16 and found.ndim == 3 and image.mode in ("RGB", "RGBX", "RGBA"):
         transparent = image.mode == "RGBA" or "transparency" in image.info
         values: Values = UPRIGHT.get(orientation, np.asarray)(found[..., [2, 1, 0, 3] if transparent else [2, 1, 0]])

@@ -1,7 +1,8 @@
 """Whether the bytes of a JPEG or a PNG are whole: what Pillow passes over without a word.
 
 libjpeg decodes on after damage and only counts a warning, which Pillow does not show; TurboJPEG, which FFCV's library is
-linked with, reports it. Of a PNG's pixels Pillow checks no CRC. Formats: ITU-T T.81, annex B and G; the PNG specification.
+linked with, reports it. Of a PNG's pixels Pillow checks no CRC, and leaves those black that are not there. Formats: ITU-T
+T.81, annex B and G; the PNG specification.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -29,13 +29,15 @@ TJPF_GRAY, TJPF_CMYK = 6, 11  # turbojpeg.h: pixel formats
 STOP_ON_WARNING, LIMIT_SCANS = 8192, 32768  # the same: flags
 SHRINK = 8  # decoding to an eighth reads all codes, and leaves most of the arithmetic out
 
-COMPRESSION, JPEG_IN_TIFF, JPEG_TABLES = 259, 7, 347  # tags of TIFF, and a value
-STRIPS_OR_TILES, SIZES_OF_THOSE = (273, 324), (279, 325)
 WARNINGS = ("Corrupt JPEG data", "Premature end")
 
 IEND = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # where Pillow looks for an orientation
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type of a PNG
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, steps
+INPUT_BYTES = 1 << 14  # decompressed at once: to 16 MiB at most
+CUT = "cut before its checksum"
 MAX_TEXT_BYTES = 1 << 20  # of such a text when decompressed; Pillow's PngImagePlugin.MAX_TEXT_CHUNK
 
 
@@ -86,20 +88,6 @@ def jpeg_bits(data: bytes) -> int:
     return _read_scans(data).bits
 
 
-def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
-    """What is wrong with the JPEGs that a TIFF consists of; empty if nothing is, or it is compressed in another way."""
-    if tags.get(COMPRESSION) != JPEG_IN_TIFF:
-        return ""
-    offsets, sizes = (tags.get(strips, tags.get(tiles, ())) for strips, tiles in (STRIPS_OR_TILES, SIZES_OF_THOSE))
-    tables = tags.get(JPEG_TABLES, b"")[: -len(END_OF_IMAGE)]
-    for offset, size in zip(offsets, sizes, strict=False):
-        strip = data[offset : offset + size]
-        damage = jpeg_damage(tables + strip[2:] if tables else strip)
-        if damage.startswith(WARNINGS):  # the rest are of colours, which are TIFF's to say
-            return damage
-    return ""
-
-
 def jpeg_damage(data: bytes) -> str:
     """What is wrong with a JPEG, in libjpeg's words; empty if it is whole.
 
@@ -148,10 +136,8 @@ def checked_png(data: bytes) -> tuple[bytes, str]:
     Pillow refuses files with long texts, of which nothing is used but the orientation. If only the last chunk is missing,
     it is added.
     """
-    kept, at = [data[: len(PNG_MAGIC)]], len(PNG_MAGIC)
-    while at < len(data) and not IEND.startswith(data[at:]):
-        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
-        end = at + 12 + length
+    kept = [data[: len(PNG_MAGIC)]]
+    for at, kind, end in _chunks(data):
         if end > len(data):
             return data, f"cut within a chunk {_printable(kind)}"
         if struct.pack(">I", zlib.crc32(data[at + 4 : end - 4])) != data[end - 4 : end]:
@@ -160,8 +146,67 @@ def checked_png(data: bytes) -> tuple[bytes, str]:
             break
         if kind != b"iCCP" and (kind not in TEXT_CHUNKS or _may_say_orientation(kind, data[at + 8 : end - 4])):
             kept.append(data[at:end])
-        at = end
     return b"".join([*kept, IEND]), ""
+
+
+def png_damage(data: bytes) -> str:
+    """What is wrong with the pixels of a PNG whose CRCs are right: a decoder leaves black what is not there.
+
+    Args:
+        data: All of the file; its header has been found good.
+    """
+    width, height, depth, colours, interlaced = struct.unpack(">IIBBxxB", data[16:29])
+    needed = 0
+    for x, y, across, down in PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        row_bytes = 1 + -(-columns * CHANNELS[colours] * depth // 8)  # the first one says how the row is filtered
+        needed += rows * row_bytes if columns > 0 else 0
+    size, damage = inflated(_pixel_stream(data), needed)
+    if damage == CUT:  # a checksum that is missing at their end is no damage, as the CRCs are right
+        damage = ""
+    return damage or wrong_size(size, needed)
+
+
+def png_for_opencv(data: bytes) -> bytes:
+    """A PNG that is whole, with nothing in it that libpng warns of on stderr: only its pixels, stored as they are."""
+    pixels = zlib.compress(zlib.decompressobj().decompress(_pixel_stream(data)), level=0)
+    chunks = [data[at:end] for at, kind, end in _chunks(data) if (kind, end - at) in ((b"IHDR", 25), (b"tRNS", 18))]
+    body = b"IDAT" + pixels
+    return b"".join([PNG_MAGIC, *chunks, struct.pack(">I", len(pixels)), body, struct.pack(">I", zlib.crc32(body)), IEND])
+
+
+def _pixel_stream(data: bytes) -> bytes:
+    return b"".join(data[at + 8 : end - 4] for at, kind, end in _chunks(data) if kind == b"IDAT")
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """The chunks of a PNG but the last one, IEND: where each begins, its kind, and where it ends."""
+    at = len(PNG_MAGIC)
+    while at < len(data) and not IEND.startswith(data[at:]):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        if kind == b"IEND" and data[at:end] == IEND:
+            return
+        yield at, kind, end
+        at = end
+
+
+def inflated(stream: bytes, most: int) -> tuple[int, str]:
+    """What zlib makes of a stream, up to a little beyond `most`, bytes; and what is wrong with it, empty if nothing is."""
+    decompressor, size = zlib.decompressobj(), 0
+    try:
+        for at in range(0, len(stream), INPUT_BYTES):
+            size += len(decompressor.decompress(stream[at : at + INPUT_BYTES]))
+            if decompressor.eof or size > most:
+                return size, ""
+    except zlib.error as error:
+        return size, str(error).rpartition(": ")[2]
+    return size, CUT
+
+
+def wrong_size(size: int, *right: int) -> str:
+    """What to say of pixels that decompress to `size` bytes; empty if that is one of the right ones."""
+    more = "more than " if size > max(right) else ""
+    return "" if size in right else f"{more}{min(size, max(right)):,} bytes of pixels, not {right[0]:,}"
 
 
 def _may_say_orientation(kind: bytes, body: bytes) -> bool:
@@ -180,6 +225,12 @@ def _may_say_orientation(kind: bytes, body: bytes) -> bool:
     except zlib.error:
         return False
     return not decompressor.unconsumed_tail
+
+
+def bmp_damage(data: bytes) -> str:
+    """What is wrong with a BMP, which has no checksum; empty if nothing is found."""
+    begin, header_end = (int.from_bytes(data[at : at + 4], "little") for at in (10, 14))
+    return "its pixels begin within its header" if 0 < begin < 14 + header_end else ""
 
 
 def _printable(kind: bytes) -> str:
