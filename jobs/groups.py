@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from vitpa.config import RunConfig
+from vitpa.data.residency import streaming_setting
 from vitpa.datasets import facts_of
 from vitpa.records import RunError, read_json
 from vitpa.rundir import RunDir
-from vitpa.step.fit import memory_gib, why_not_together
+from vitpa.step.fit import memory_gib, replicas_unsupported_reason
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
 MOST_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
@@ -77,7 +78,7 @@ def most_replicas(
         processes: Training processes of a run; several of them cannot train replicas.
         gpu_memory_gib: Of the GPU that they will have; None if they will have none.
     """
-    if processes > 1 or why_alone(config):
+    if processes > 1 or unsupported_reason(config) is not None:
         return 1
     if wanted != "auto":
         return wanted
@@ -89,12 +90,12 @@ def most_replicas(
     return max((count for count in counts if memory_gib(config, count, images) <= share_gib), default=1)
 
 
-def why_alone(config: RunConfig) -> str:
-    """Why a run of this configuration has to train alone; empty if other seeds can train with it."""
-    size = facts_of(config.dataset).image_size_px
-    if config.runtime.loader == "auto" and size != config.model.img_size:
-        return f"{config.dataset}: its images may not lie on the device as they are; say so with runtime.loader=resident"
-    return why_not_together(config)
+def unsupported_reason(config: RunConfig) -> str | None:
+    """Why a run of this configuration has to train alone; None if other seeds can train with it."""
+    reason, size = replicas_unsupported_reason(config), facts_of(config.dataset).image_size_px
+    if reason is None and streaming_setting(config, [None if size is None else (size, size)]) is not None:
+        return f"{config.dataset}: its images may not stay on the device as they are; say so with runtime.loader=resident"
+    return reason
 
 
 def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:

@@ -42,6 +42,7 @@ from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
 from vitpa.data.loader import ResidentFeed, StreamedFeed
 from vitpa.data.manifest import BetonError, beton_path
+from vitpa.data.residency import streaming_setting
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
@@ -57,7 +58,7 @@ from vitpa.os_errors import os_error_line
 from vitpa.records import RunError, utc_now, with_checksum, write_json
 from vitpa.rundir import Result, RunDir
 from vitpa.step.compiler_cache import check_compiler_cache
-from vitpa.step.fit import why_not_together
+from vitpa.step.fit import replicas_unsupported_reason
 from vitpa.step.step import ReplicaSteps
 from vitpa.step.window import NEVER, Row
 from vitpa.terminal import printable, printable_output
@@ -179,11 +180,9 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
 
     resident = images_are_resident(config, betons, group)
-    why_not = why_not_together(config)
-    if not resident:
-        why_not = why_not or "their images do not lie on the device"
-    if why_not and len(configs) > 1:
-        raise TrainError(f"{len(configs)} seeds cannot be trained together: {why_not}; train them one by one, without --seeds")
+    if not resident and len(configs) > 1:
+        reason = replicas_unsupported_reason(config) or "their images do not stay on the device"
+        raise TrainError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
     feed, augmentation = open_feed(configs, betons, group, batch_size=batch_size, resident=resident)
     models = [
         build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
@@ -251,18 +250,17 @@ def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
 
 
 def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:
-    """Whether the images stay on the device: where all are as the model takes them and fit there, or as the user says.
+    """Whether the images stay on the device: where they may and fit there, or as the user says.
 
     If not they are streamed, which makes no difference to the numbers.
     """
-    size, loader = config.model.img_size, config.runtime.loader
-    if config.train.order == "quasi_random":
-        return False  # an order that depends on how much fits on the device would change the numbers
-    whole = config.augment.crop != "random_resized" and config.augment.eval_crop_pct == 1
-    if loader == "resident" and not whole:
-        raise TrainError("runtime.loader=resident takes whole images: no augment.crop=random_resized, augment.eval_crop_pct=1")
-    if loader != "auto" or not whole or any(beton.image_size_px != (size, size) for beton in betons.values()):
-        return loader == "resident"
+    setting = streaming_setting(config, [beton.image_size_px for beton in betons.values()])
+    if config.runtime.loader == "resident":
+        if setting is not None:
+            raise TrainError(f"runtime.loader=resident takes whole images: no {setting}")
+        return True
+    if setting is not None:
+        return False
     needed = sum(ResidentImages.bytes_needed(beton) for beton in betons.values())
     free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
     fits = needed <= RESIDENT_SHARE * free

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, parse_model, shipped_configs
+from vitpa.data.residency import streaming_setting
 from vitpa.records import read_json
-from vitpa.step.fit import why_not_together
 
 LOADER_LEFT_OUT = "without the loader: the real rate is lower, or the same at best"
 MODEL_ALONE = "without the loader and augmentation: the real rate is lower"
@@ -142,8 +142,8 @@ class Benchmark(BaseModel):
         other = difference(_network_of(self.recipe) | (self.network or {}), config.network())
         if other:
             return f"it is of another network ({other}); {advice}"
-        if self.name == "small" and (cause := streamed(config)):
-            return f"vitpa bench small measures images on the device, and this run streams them ({cause}); {advice}"
+        if self.name == "small" and (setting := streaming_setting(config)):
+            return f"vitpa bench small measures images on the device, and this run streams them ({setting}); {advice}"
         wanted = (int(gpus), config.train.global_batch_size, replicas)
         near = [
             (distance, line)
@@ -209,16 +209,11 @@ def _check_lines(lines: object, path: Path) -> None:
         raise ConfigError(problems[0] + (f"; and {more} more line{'s' if more > 1 else ''} with a problem" if more else ""))
 
 
-def streamed(config: RunConfig) -> str:
-    """The setting because of which a run's images are streamed; empty if they may lie on the device."""
-    return why_not_together(config).partition(":")[0]  # replicas take what lies on the device, and nothing else
-
-
 def how_to_measure(config: RunConfig, *, gpus: int, replicas: int) -> str:
     """The benchmark that gives a line for a job of such runs: its command, or that there is none."""
     batch_size = config.train.global_batch_size
     small = load_config(shipped_configs()[RECIPES["small"]])
-    if gpus == 1 and config.model.img_size == small.model.img_size and not streamed(config):
+    if gpus == 1 and config.model.img_size == small.model.img_size and streaming_setting(config) is None:
         name, words = "small", ["--replicas", str(replicas)]
         if batch_size != small.train.global_batch_size:
             words.append(f"train.global_batch_size={batch_size}")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jobs.execute.slots import Slot, gpu_memory_gib, take_slot
-from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, tasks_of, why_alone
+from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, tasks_of, unsupported_reason
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.state import RunState, Survey
@@ -121,12 +121,12 @@ def test_as_many_as_fit_the_memory() -> None:
 
 def test_what_cannot_be_stacked_trains_alone() -> None:
     imagenet = load_config(shipped_configs()["imagenet"])
-    assert why_alone(imagenet)
+    assert unsupported_reason(imagenet)
     assert most(imagenet, 5) == 1
     own = RunConfig(dataset="pets")
-    assert "pets: its images may not lie on the device" in why_alone(own)
+    assert "pets: its images may not stay on the device" in (unsupported_reason(own) or "")
     resident = own.model_copy(update={"runtime": own.runtime.model_copy(update={"loader": "resident"})})
-    assert why_alone(resident) == ""
+    assert unsupported_reason(resident) is None
     assert (num_images(resident, "train"), most(resident), most(resident, 2)) == (None, 1, 2)
 
 

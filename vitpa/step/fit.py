@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vitpa.data.residency import streaming_setting
+
 if TYPE_CHECKING:
     from vitpa.config import RunConfig
 
@@ -19,17 +21,10 @@ FIXED_GIB = 1.5  # CUDA's context, cuBLAS's and the compiler's workspace
 MARGIN = 1.25  # for what is not counted: batches on their way, the val split, fragmentation
 
 
-def why_not_together(config: RunConfig) -> str:
-    """Why seeds of this configuration cannot train in one step; empty if they can."""
-    if config.augment.crop == "random_resized":
-        return "augment.crop=random_resized: replicas take whole images that lie on the device"
-    if config.augment.eval_crop_pct != 1:
-        return f"augment.eval_crop_pct={config.augment.eval_crop_pct}: replicas take whole images that lie on the device"
-    if config.train.order == "quasi_random":
-        return "train.order=quasi_random: replicas take images that lie on the device"
-    if config.runtime.loader == "stream":
-        return "runtime.loader=stream: replicas take images that lie on the device"
-    return ""
+def replicas_unsupported_reason(config: RunConfig) -> str | None:
+    """Why seeds of this configuration cannot train in one step; None if they can."""
+    setting = streaming_setting(config)
+    return None if setting is None else f"{setting}: replicas take whole images that stay on the device"
 
 
 def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float:

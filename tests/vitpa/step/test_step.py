@@ -515,7 +515,7 @@ def test_a_seed_and_seeds_contradict_each_other(digits: Path, tmp_path: Path, ca
     [
         (["runtime.loader=stream"], "runtime.loader=stream: "),
         (["augment.crop=random_resized"], "augment.crop=random_resized: "),
-        (["model.img_size=16"], "their images do not lie on the device"),
+        (["model.img_size=16"], "their images do not stay on the device"),
     ],
 )
 def test_what_cannot_be_trained_together_is_one_line(
@@ -554,7 +554,7 @@ def test_images_that_do_not_fit_are_streamed(
     assert error.count("the images take 0.00 GiB, more than 0 % of the ") == 1
     assert "(streamed images)" in error
     assert together(words, [1, 2]) == 1
-    assert "2 seeds cannot be trained together: their images do not lie on the device" in capfd.readouterr().err
+    assert "2 seeds cannot be trained together: their images do not stay on the device" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("seeds", [[0], SEEDS])
