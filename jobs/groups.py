@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from vitpa.config import RunConfig
-from vitpa.data.residency import streaming_setting
+from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
 from vitpa.datasets import facts_of
 from vitpa.records import RunError, read_json
 from vitpa.rundir import RunDir
-from vitpa.step.fit import memory_gib, replicas_unsupported_reason
+from vitpa.step.fit import memory_gib
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
 MOST_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them

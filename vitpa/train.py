@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,18 +36,13 @@ from vitpa.checkpoint import Checkpoint, Progress
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config, record_config
-from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton
-from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import ResidentFeed
 from vitpa.data.manifest import BetonError, beton_path
-from vitpa.data.residency import streaming_setting
-from vitpa.data.resident import ResidentImages, decoded
+from vitpa.data.open import Data, open_data, random_reads_note
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
-from vitpa.data.staging import open_copy, staged
-from vitpa.data.stream import StreamedImages
-from vitpa.datasets import SPLITS, facts_of
+from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
 from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
@@ -58,13 +52,11 @@ from vitpa.os_errors import os_error_line
 from vitpa.records import RunError, utc_now, with_checksum, write_json
 from vitpa.rundir import Result, RunDir
 from vitpa.step.compiler_cache import check_compiler_cache
-from vitpa.step.fit import replicas_unsupported_reason
 from vitpa.step.step import ReplicaSteps
 from vitpa.step.window import NEVER, Row
 from vitpa.terminal import printable, printable_output
 
 ALL_STOPS_S = 0.3
-RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
 
 
 class TrainError(Exception):
@@ -91,8 +83,7 @@ class Training:
 
     config: RunConfig  # of the first; the others differ in the seed
     group: Group
-    num_samples: dict[str, int]
-    beton_sha256: dict[str, str]
+    data: Data
     replicas: list[Replica]
     steps: ReplicaSteps
     epoch_steps: int
@@ -124,7 +115,8 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         whether the runs are finished; False if the files `stop` asked to stop, the state being in checkpoints.
 
     Raises:
-        TrainError: a loss became non-finite, or the configuration does not fit the data or the processes.
+        TrainError: a loss became non-finite.
+        ConfigError: the configuration does not fit the data, the processes or the device.
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
     """
@@ -162,30 +154,10 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     """Open the data and build the models and optimisers, as they are before the first step."""
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
-    batch_size = local_batch_size(config, group)
-    data_dir = config.runtime.data_path
-    if config.runtime.stage_dir is None:
-        betons = {split: Beton.open(beton_path(data_dir, config.dataset, split), config.dataset, split) for split in SPLITS}
-    else:
-        copy = staged(data_dir, config.dataset, config.runtime.stage_dir, group)
-        betons = {split: open_copy(copy, config.dataset, split) for split in SPLITS}
-    num_samples = {split: len(beton) for split, beton in betons.items()}
-    epoch_steps = steps_per_epoch(num_samples["train"], config.train.global_batch_size)
-    if not epoch_steps:
-        raise TrainError(
-            f"train.global_batch_size={config.train.global_batch_size} is more than the {num_samples['train']} training images"
-        )
-    classes = betons["train"].manifest.class_names
-    if betons["val"].manifest.class_names != classes:
-        raise TrainError(f"{betons['val'].path}: has other classes than {betons['train'].path}; prepare both from one source")
-
-    resident = images_are_resident(config, betons, group)
-    if not resident and len(configs) > 1:
-        reason = replicas_unsupported_reason(config) or "their images do not stay on the device"
-        raise TrainError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
-    feed, augmentation = open_feed(configs, betons, group, batch_size=batch_size, resident=resident)
+    data = open_data(configs, group)
+    epoch_steps = steps_per_epoch(data.num_samples["train"], config.train.global_batch_size)
     models = [
-        build_model(**dict(config.model), num_classes=len(classes), seed=key(each.seed, Purpose.INIT)).to(group.device)
+        build_model(**dict(config.model), num_classes=data.num_classes, seed=key(each.seed, Purpose.INIT)).to(group.device)
         for each in configs
     ]
     steps = ReplicaSteps(
@@ -194,40 +166,12 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         seeds=[each.seed for each in configs],
         models=models,
         optimizers=[make_optimizer(config, model) for model in models],
-        feed=feed,
-        augmentation=augmentation,
+        feed=data.feed,
+        augmentation=data.augmentation,
         learning_rates=learning_rates(config, epoch_steps),
     )
-    return Training(
-        config=config,
-        group=group,
-        num_samples=num_samples,
-        beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
-        replicas=[Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)],
-        steps=steps,
-        epoch_steps=epoch_steps,
-    )
-
-
-def local_batch_size(config: RunConfig, group: Group) -> int:
-    """Images of a micro-batch of this process.
-
-    Raises:
-        TrainError: the batch cannot be divided among the processes and accumulation steps.
-    """
-    batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
-    if batch_size % (group.world_size * accum_steps):
-        raise TrainError(
-            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
-            f"runtime.accum_steps={accum_steps}"
-        )
-    local = batch_size // (group.world_size * accum_steps)
-    if config.augment.mixes and local % 2:
-        raise TrainError(
-            f"augment.mixup_alpha, augment.cutmix_alpha: images are mixed in pairs, and a process has {local} at a time; "
-            "change train.global_batch_size, runtime.accum_steps or the number of processes"
-        )
-    return local
+    replicas = [Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)]
+    return Training(config, group, data, replicas, steps, epoch_steps)
 
 
 def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
@@ -247,85 +191,6 @@ def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
     """The optimiser of a configuration."""
     optim, fused = config.optim, model.pos_embed.device.type == "cuda"
     return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
-
-
-def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:
-    """Whether the images stay on the device: where they may and fit there, or as the user says.
-
-    If not they are streamed, which makes no difference to the numbers.
-    """
-    setting = streaming_setting(config, [beton.image_size_px for beton in betons.values()])
-    if config.runtime.loader == "resident":
-        if setting is not None:
-            raise TrainError(f"runtime.loader=resident takes whole images: no {setting}")
-        return True
-    if setting is not None:
-        return False
-    needed = sum(ResidentImages.bytes_needed(beton) for beton in betons.values())
-    free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
-    fits = needed <= RESIDENT_SHARE * free
-    if not fits and group.is_main:
-        print(
-            f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
-            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}",
-            file=sys.stderr,
-        )
-    return fits
-
-
-def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cpu", "gpu"]:
-    """What decodes images that are streamed: as the user says, else the GPU if it decodes one of `beton`.
-
-    Raises:
-        TrainError: the GPU is asked for and cannot do it.
-    """
-    asked = config.runtime.decoder
-    if asked == "cpu" or (asked == "auto" and group.device.type == "cpu"):
-        return "cpu"
-    reason = why_not_gpu(beton, img_size=config.model.img_size, device=group.device)
-    if reason and asked == "gpu":
-        raise TrainError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
-    if reason and group.is_main:
-        print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
-    return "cpu" if reason else "gpu"
-
-
-def open_feed(
-    configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int, resident: bool
-) -> tuple[ResidentFeed | StreamedFeed, Augmentation]:
-    """The source of the batches, its images on the device or decoded when they are needed, and their augmentation."""
-    config, device = configs[0], group.device
-    size, options, accum_steps = config.model.img_size, config.augment, config.runtime.accum_steps
-    augmentation = Augmentation(options, facts_of(config.dataset), img_size=size, device=device)
-    if resident:
-        seeds = [each.seed for each in configs]
-        images = {split: ResidentImages(*decoded(beton, size), device=device) for split, beton in betons.items()}
-        return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps), augmentation
-    workers, decoder = config.runtime.workers or group.cpus, choose_decoder(config, betons["train"], group)
-    streamed = {
-        split: StreamedImages(beton, options, img_size=size, seed=config.seed, device=device, workers=workers, decoder=decoder)
-        for split, beton in betons.items()
-    }
-    for each in streamed.values():
-        if isinstance(each.decoder, GpuDecoder):
-            if group.is_main and each.beton.is_jpeg.any():
-                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
-            each.decoder.prepare()
-    feed = StreamedFeed(
-        streamed, group, seed=config.seed, batch_size=batch_size, accum_steps=accum_steps, order=config.train.order
-    )
-    return feed, augmentation
-
-
-def available_memory() -> int:
-    """Bytes of this machine's memory that can be had without swapping (proc(5), meminfo)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def total_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resume_points(t: Training) -> dict[int, Path | None]:
@@ -363,7 +228,7 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
             state, _ = checkpoint.load(path, replica.config.signature, layout(t))
         except CheckpointError as error:  # since the main process has looked at it
             raise RunError(f"{path}: {error}; start again") from error
-        if state.beton_sha256 != t.beton_sha256:
+        if state.beton_sha256 != t.data.beton_sha256:
             raise RunError(
                 f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
                 f"restore that data, or remove {replica.run.path} to start again"
@@ -378,7 +243,7 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
     together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
-    document = {**facts, **sizes, **together, "resumed_at_step": t.step, "beton_sha256": t.beton_sha256}
+    document = {**facts, **sizes, **together, "resumed_at_step": t.step, "beton_sha256": t.data.beton_sha256}
     document = with_checksum(document)
     for replica in t.replicas:
         if facts["code_version"] not in replica.progress.code_versions:
@@ -398,11 +263,11 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     name = f"{config.dataset}-{config.model.attention}-s{seeds}"
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
-    images = "resident" if isinstance(t.steps.feed, ResidentFeed) else "streamed"
+    images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
     place = f"on {t.group.device} ({images} images) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
-    if isinstance(t.steps.feed, StreamedFeed) and config.train.order == "random":
-        note_if_larger_than_memory(t, t.steps.feed.images["train"].beton)
+    if note := random_reads_note(config, t.data.feed):
+        say(t, note)
     for replica in t.replicas:
         logs = Logs(
             replica.run,
@@ -418,32 +283,9 @@ def open_logs(t: Training, stack: ExitStack) -> None:
                 f"{s}.{k}": v for s, values in experiment.items() if isinstance(values, dict) for k, v in values.items()
             }
             logs.hparams({**{k: v for k, v in experiment.items() if not isinstance(v, dict)}, **sections}, {"val/top1": 0.0})
-            logs.image("augmented", make_grid(augmented(t, replica)), step)
+            logs.image("augmented", make_grid(t.data.preview(replica.config.seed)), step)
     if not step:
         show_positions(t)
-
-
-def note_if_larger_than_memory(t: Training, beton: Beton) -> None:
-    """Say what to do about a file that is read in random order and that no page cache can hold."""
-    size, memory = beton.manifest.file_size_bytes, total_memory()
-    if size > memory:
-        say(
-            t,
-            f"{beton.path} has {size / 2**30:.1f} GiB, more than this node's memory ({memory / 2**30:.1f} GiB), and every "
-            "image is read by itself; if that is slow, train.order=quasi_random reads blocks (it makes another run)",
-        )
-
-
-def augmented(t: Training, replica: Replica) -> Tensor:
-    """The first images of the training set as the first epoch of a replica sees them: (B, 3, H, W) uint8."""
-    feed, samples = t.steps.feed, torch.arange(min(64, t.num_samples["train"]))
-    keys = epoch_keys([replica.config.seed], 0).to(t.group.device)
-    if isinstance(feed, ResidentFeed):
-        samples = samples.to(t.group.device)
-        return t.steps.augmentation.uint8(feed.images["train"].images[samples], samples, keys)
-    with closing(feed.images["train"].train_batches([samples], epoch=0)) as batches:
-        batch = next(batches)
-        return t.steps.augmentation.uint8(batch.images.clone(), batch.samples, keys)
 
 
 def show_positions(t: Training) -> None:
@@ -510,7 +352,7 @@ def write_rows(t: Training) -> None:
     if t.open_evaluation is None:
         return
     (step, epoch, row), t.open_evaluation = t.open_evaluation, None
-    t.val = evaluation_metrics(row.read(), num_samples=t.num_samples["val"])
+    t.val = evaluation_metrics(row.read(), num_samples=t.data.num_samples["val"])
     t.row_s = time.monotonic()
     for number, replica in t.active:
         if replica.logs is not None:
@@ -652,7 +494,7 @@ def save(t: Training) -> None:
             progress.wall_time_s = replica.logs.wall_time_s
             state = Checkpoint(
                 signature=replica.config.signature,
-                beton_sha256=t.beton_sha256,
+                beton_sha256=t.data.beton_sha256,
                 progress=progress,
                 window=sums[number].clone(),
                 optimizer=t.steps.optimizer_state(number, t.step),
@@ -699,7 +541,7 @@ def finish(t: Training) -> None:
             attempts=max(1, len(replica.run.attempts())),
             weights_sha256=checkpoint.weights_sha256(replica.model.state_dict()),
             code_version=", ".join(progress.code_versions),
-            beton_sha256=t.beton_sha256,
+            beton_sha256=t.data.beton_sha256,
             finished_utc=utc_now(),
             config_sha256=hashlib.sha256(replica.run.config_yaml.read_bytes()).hexdigest(),
         )

@@ -232,7 +232,7 @@ def test_a_file_larger_than_the_memory_is_noted_where_random_order_streams_it(
         return [line for line in capsys.readouterr().err.splitlines() if "train.order=quasi_random" in line]
 
     assert notes("enough memory", "runtime.loader=stream") == []
-    monkeypatch.setattr("vitpa.train.total_memory", lambda: 100_000)
+    monkeypatch.setattr("vitpa.data.open.total_memory", lambda: 100_000)
     (note,) = notes("streamed", "runtime.loader=stream")
     assert re.search(r"train\.beton has 0\.0 GiB, more than this node's memory \(0\.0 GiB\)", note)
     assert notes("resident", "runtime.loader=resident") == []  # it is read once

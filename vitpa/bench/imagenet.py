@@ -41,7 +41,7 @@ from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import why_not_gpu
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import beton_path
 from vitpa.data.resident import ResidentImages
 from vitpa.data.sampler import Batch
@@ -119,7 +119,7 @@ def synthetic_feed(config: RunConfig, group: Group) -> ResidentFeed:
     return ResidentFeed(images, group, seeds=[config.seed], batch_size=local, accum_steps=1)
 
 
-def time_steps(case: str, config: RunConfig, bench: Bench, feed: ResidentFeed | StreamedFeed, *, timm: bool = False) -> Line:
+def time_steps(case: str, config: RunConfig, bench: Bench, feed: Feed, *, timm: bool = False) -> Line:
     """Build the steps of a training, run and time them."""
     group, batch_size = bench.group, config.train.global_batch_size
     torch._dynamo.reset()

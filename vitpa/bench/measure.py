@@ -15,7 +15,7 @@ from vitpa.arguments import path_argument
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import Feed
 from vitpa.datasets import facts_of
 from vitpa.distributed import Group
 from vitpa.models import build_model
@@ -38,7 +38,7 @@ def file_name(text: str) -> Path:
 def make_steps(
     config: RunConfig,
     group: Group,
-    feed: ResidentFeed | StreamedFeed,
+    feed: Feed,
     *,
     seeds: Sequence[int],
     num_classes: int,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import Feed
 from vitpa.step.window import Window
 
 
@@ -24,7 +24,7 @@ class TimmSteps:
         *,
         model: VisionTransformer,
         optimizer: torch.optim.AdamW,
-        feed: ResidentFeed | StreamedFeed,
+        feed: Feed,
         augmentation: Augmentation,
     ) -> None:
         """`optimizer` has the learning rate of all steps."""

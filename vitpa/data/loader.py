@@ -229,6 +229,9 @@ class StreamedFeed:
         return Batch(*(each[micro * self.batch_size : (micro + 1) * self.batch_size] for each in self._slots))
 
 
+Feed = ResidentFeed | StreamedFeed
+
+
 def _slot(count: int, size: int, device: torch.device) -> Batch:
     images = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=device)
     samples, labels = (torch.zeros(count, dtype=torch.int64, device=device) for _ in range(2))

@@ -6,10 +6,8 @@ Where they may not, they are streamed: decoded when a step needs them. Replicas 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from vitpa.config import RunConfig
+from vitpa.config import RunConfig
 
 
 def streaming_setting(config: RunConfig, image_sizes_px: Iterable[tuple[int, int] | None] = ()) -> str | None:
@@ -31,3 +29,9 @@ def streaming_setting(config: RunConfig, image_sizes_px: Iterable[tuple[int, int
     if config.runtime.loader == "auto" and any(found != (size, size) for found in image_sizes_px):
         return f"model.img_size={size}"
     return None
+
+
+def replicas_unsupported_reason(config: RunConfig) -> str | None:
+    """Why seeds of this configuration cannot train in one step; None if they can."""
+    setting = streaming_setting(config)
+    return None if setting is None else f"{setting}: replicas take whole images that stay on the device"

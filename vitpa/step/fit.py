@@ -1,4 +1,4 @@
-"""Whether seeds of one configuration can train together as replicas, and how much memory of a GPU that takes.
+"""How much memory of a GPU seeds of one configuration take that train together as replicas.
 
 Arithmetic on the configuration; nothing is measured, and no torch is needed.
 """
@@ -6,8 +6,6 @@ Arithmetic on the configuration; nothing is measured, and no torch is needed.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from vitpa.data.residency import streaming_setting
 
 if TYPE_CHECKING:
     from vitpa.config import RunConfig
@@ -19,12 +17,6 @@ KEPT_PER_HIDDEN = 2  # vectors of the MLP's hidden width: before and after its n
 CLASSES = 1000  # of the head, at most; of a small data set it is nothing beside the rest
 FIXED_GIB = 1.5  # CUDA's context, cuBLAS's and the compiler's workspace
 MARGIN = 1.25  # for what is not counted: batches on their way, the val split, fragmentation
-
-
-def replicas_unsupported_reason(config: RunConfig) -> str | None:
-    """Why seeds of this configuration cannot train in one step; None if they can."""
-    setting = streaming_setting(config)
-    return None if setting is None else f"{setting}: replicas take whole images that stay on the device"
 
 
 def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float:

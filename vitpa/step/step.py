@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import Feed
 from vitpa.data.rng import Purpose
 from vitpa.distributed import Group
 from vitpa.models.stacked import StackedViT
@@ -55,7 +55,7 @@ class ReplicaSteps:
         seeds: Sequence[int],
         models: Sequence[VisionTransformer],
         optimizers: Sequence[torch.optim.AdamW],
-        feed: ResidentFeed | StreamedFeed,
+        feed: Feed,
         augmentation: Augmentation,
         learning_rates: Tensor,
     ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitpa.config import AugmentConfig
 from vitpa.data.beton import Beton
-from vitpa.data.loader import ResidentFeed, StreamedFeed
+from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import Ints, beton_path
 from vitpa.data.prefetch import extents
 from vitpa.data.resident import ResidentImages, decoded
@@ -71,7 +71,7 @@ def streamed(
     return StreamedFeed(images, place, seed=seed, batch_size=batch_size, accum_steps=accum_steps, order=order)
 
 
-def steps(feed: ResidentFeed | StreamedFeed, count: int, accum_steps: int = 1) -> Iterator[list[Batch]]:
+def steps(feed: Feed, count: int, accum_steps: int = 1) -> Iterator[list[Batch]]:
     """The micro-batches of the next steps, copied."""
     for _ in range(count):
         feed.fill()
@@ -82,7 +82,7 @@ def steps(feed: ResidentFeed | StreamedFeed, count: int, accum_steps: int = 1) -
         yield micros
 
 
-def evaluation(feed: ResidentFeed | StreamedFeed) -> list[Batch]:
+def evaluation(feed: Feed) -> list[Batch]:
     feed.begin_evaluation()
     found = []
     for _ in range(feed.num_eval_batches):
@@ -182,7 +182,7 @@ def test_evaluation_takes_every_image_once(
     for kind in ("resident", "streamed"):
         seen: list[int] = []
         for rank in range(world_size):
-            feed: ResidentFeed | StreamedFeed = streamed(betons, rank=rank, world_size=world_size)
+            feed: Feed = streamed(betons, rank=rank, world_size=world_size)
             if kind == "resident":
                 feed = resident(resident_images, rank=rank, world_size=world_size)
             for _ in range(2):  # again from the start

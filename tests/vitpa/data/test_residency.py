@@ -1,12 +1,12 @@
-"""Which images may stay on the device: every setting that decides it, alone and against the others."""
+"""Which images may stay on the device, and so which seeds train together: every setting that decides it."""
 
 from __future__ import annotations
 
 import pytest
 
 from vitpa.config import RunConfig
-from vitpa.config_file import parse_config
-from vitpa.data.residency import streaming_setting
+from vitpa.config_file import load_config, parse_config, shipped_configs
+from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
 
 STREAMING = ["augment.crop=random_resized", "augment.eval_crop_pct=0.875", "train.order=quasi_random", "runtime.loader=stream"]
 
@@ -39,3 +39,21 @@ def test_images_of_another_size_are_streamed(loader: str, sizes: list[tuple[int,
 @pytest.mark.parametrize("setting", STREAMING[:2])
 def test_whole_images_are_needed_whatever_the_loader(setting: str) -> None:
     assert streaming_setting(configured(setting, "runtime.loader=resident")) == setting
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "digits"])
+def test_seeds_of_the_small_recipes_train_together(name: str) -> None:
+    assert replicas_unsupported_reason(load_config(shipped_configs()[name])) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("augment.crop=random_resized", "augment.crop=random_resized"),
+        ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
+        ("train.order=quasi_random", "train.order=quasi_random"),
+        ("runtime.loader=stream", "runtime.loader=stream"),
+    ],
+)
+def test_the_reason_why_seeds_do_not_is_named(override: str, key: str) -> None:
+    assert (replicas_unsupported_reason(configured(override)) or "").startswith(f"{key}: ")

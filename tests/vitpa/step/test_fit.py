@@ -1,4 +1,4 @@
-"""Which configurations can train as replicas, and what memory that takes: against sums by hand."""
+"""What memory replicas take: against sums by hand."""
 
 from __future__ import annotations
 
@@ -6,29 +6,11 @@ import pytest
 
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, parse_config, shipped_configs
-from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters, replicas_unsupported_reason
+from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters
 
 
 def configured(*overrides: str) -> RunConfig:
     return parse_config({"dataset": "cifar10"}, "test", overrides)
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "digits"])
-def test_the_small_recipes_can(name: str) -> None:
-    assert replicas_unsupported_reason(load_config(shipped_configs()[name])) is None
-
-
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [
-        ("augment.crop=random_resized", "augment.crop=random_resized"),
-        ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
-        ("train.order=quasi_random", "train.order=quasi_random"),
-        ("runtime.loader=stream", "runtime.loader=stream"),
-    ],
-)
-def test_what_cannot_is_named(override: str, key: str) -> None:
-    assert (replicas_unsupported_reason(configured(override)) or "").startswith(f"{key}: ")
 
 
 def test_memory_by_hand() -> None:

@@ -546,7 +546,7 @@ def test_several_processes_do_not_take_several_seeds(digits: Path, tmp_path: Pat
 def test_images_that_do_not_fit_are_streamed(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vitpa.train.RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("vitpa.data.open.RESIDENT_SHARE", 0.0)
     words = arguments(digits, tmp_path, "train.epochs=1")
     assert main(words) == 0
     error = capfd.readouterr().err

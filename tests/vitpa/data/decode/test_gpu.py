@@ -22,16 +22,17 @@ from data_prep.prep import Options, prepare
 from tests.conftest import quiet
 from tests.support.betons import Sample, jpeg_of, jpeg_sample, write_data
 from tests.vitpa.kernels.test_resize import slow_resize
+from vitpa.arguments import ConfigError
 from vitpa.config import AugmentConfig
 from vitpa.config_file import parse_config
 from vitpa.data.beton import Beton
 from vitpa.data.decode import gpu
 from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
 from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
+from vitpa.data.open import choose_decoder
 from vitpa.data.sampler import Batch
 from vitpa.data.stream import CpuDecoder, StreamedImages
 from vitpa.distributed import Group
-from vitpa.train import TrainError, choose_decoder
 
 CPU = torch.device("cpu")
 OPTIONS = AugmentConfig(crop="random_resized", eval_crop_pct=0.875)
@@ -312,7 +313,7 @@ def test_where_the_gpu_cannot_decode_the_cpu_does_and_it_is_said(beton: Beton, c
         assert choose_decoder(config, beton, group) == "cpu"
         assert capsys.readouterr().err.count("images are decoded on the CPU, since the GPU cannot do it: ") == said
     config = parse_config({"dataset": "photos", "runtime": {"decoder": "gpu"}}, "here")
-    with pytest.raises(TrainError, match=r"^runtime\.decoder=gpu: \w+: .*; set runtime\.decoder=cpu$"):
+    with pytest.raises(ConfigError, match=r"^runtime\.decoder=gpu: \w+: .*; set runtime\.decoder=cpu$"):
         choose_decoder(config, beton, group)
 
 

@@ -1,0 +1,243 @@
+"""Opening a run's data: the files of both splits, where their images stay, what decodes them, the source of the batches."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitpa.arguments import ConfigError
+from vitpa.config import RunConfig
+from vitpa.data.augment.pipeline import Augmentation, epoch_keys
+from vitpa.data.beton import Beton
+from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
+from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
+from vitpa.data.manifest import BetonError, beton_path
+from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
+from vitpa.data.resident import ResidentImages, decoded
+from vitpa.data.staging import open_copy, staged
+from vitpa.data.stream import StreamedImages
+from vitpa.datasets import SPLITS, facts_of
+from vitpa.distributed import Group
+
+RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
+PREVIEW_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """The open data of the runs that are trained together.
+
+    Attributes:
+        feed: The source of their batches.
+        augmentation: What turns a batch into the network's input.
+        num_samples: Images of each split.
+        beton_sha256: Checksum of each split.
+        num_classes: K, the same for both.
+    """
+
+    feed: Feed
+    augmentation: Augmentation
+    num_samples: dict[str, int]
+    beton_sha256: dict[str, str]
+    num_classes: int
+
+    def preview(self, seed: int) -> Tensor:
+        """The first images of the training set as the first epoch of a run with `seed` sees them: (B, 3, H, W) uint8."""
+        samples = torch.arange(min(PREVIEW_IMAGES, self.num_samples["train"]))
+        device = self.feed.group.device
+        keys = epoch_keys([seed], 0).to(device)
+        if isinstance(self.feed, ResidentFeed):
+            samples = samples.to(device)
+            return self.augmentation.uint8(self.feed.images["train"].images[samples], samples, keys)
+        with closing(self.feed.images["train"].train_batches([samples], epoch=0)) as batches:
+            batch = next(batches)
+            return self.augmentation.uint8(batch.images.clone(), batch.samples, keys)
+
+
+def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
+    """Open the data of runs that differ in their seeds.
+
+    Raises:
+        ConfigError: the configuration does not fit the data, the processes or the device.
+        BetonError: the data cannot be used.
+    """
+    config = configs[0]
+    batch_size = micro_batch_size(config, group)
+    betons = open_betons(config, group)
+    num_samples = {split: len(beton) for split, beton in betons.items()}
+    if num_samples["train"] < config.train.global_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size={config.train.global_batch_size} is more than the {num_samples['train']} training images"
+        )
+    resident = images_are_resident(config, betons, group)
+    if not resident and len(configs) > 1:
+        reason = replicas_unsupported_reason(config) or "their images do not stay on the device"
+        raise ConfigError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
+    if resident:
+        feed: Feed = open_resident(configs, betons, group, batch_size=batch_size)
+    else:
+        feed = open_streamed(config, betons, group, batch_size=batch_size)
+    return Data(
+        feed=feed,
+        augmentation=Augmentation(
+            config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=group.device
+        ),
+        num_samples=num_samples,
+        beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
+        num_classes=len(betons["train"].manifest.class_names),
+    )
+
+
+def micro_batch_size(config: RunConfig, group: Group) -> int:
+    """Images of a micro-batch of this process: B.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes and accumulation steps.
+    """
+    batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
+    if batch_size % (group.world_size * accum_steps):
+        raise ConfigError(
+            f"train.global_batch_size={batch_size} is not a multiple of {group.world_size} processes x "
+            f"runtime.accum_steps={accum_steps}"
+        )
+    local = batch_size // (group.world_size * accum_steps)
+    if config.augment.mixes and local % 2:
+        raise ConfigError(
+            f"augment.mixup_alpha, augment.cutmix_alpha: images are mixed in pairs, and a process has {local} at a time; "
+            "change train.global_batch_size, runtime.accum_steps or the number of processes"
+        )
+    return local
+
+
+def open_betons(config: RunConfig, group: Group) -> dict[str, Beton]:
+    """The files of both splits; with `runtime.stage_dir` their copies on this node, which are made if need be.
+
+    Raises:
+        ConfigError: the data cannot be copied to the node.
+        BetonError: a file is missing or damaged, or the splits have other classes.
+    """
+    dataset, data_dir = config.dataset, config.runtime.data_path
+    if config.runtime.stage_dir is None:
+        betons = {split: Beton.open(beton_path(data_dir, dataset, split), dataset, split) for split in SPLITS}
+    else:
+        copy = staged(data_dir, dataset, config.runtime.stage_dir, group)
+        betons = {split: open_copy(copy, dataset, split) for split in SPLITS}
+    train, val = betons["train"], betons["val"]
+    if val.manifest.class_names != train.manifest.class_names:
+        raise BetonError(f"{val.path}: has other classes than {train.path}; prepare both from one source")
+    return betons
+
+
+def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:
+    """Whether the images stay on the device: where they may and fit there, or as the user says.
+
+    If not they are streamed, which makes no difference to the numbers.
+
+    Raises:
+        ConfigError: the user says so, and they may not.
+    """
+    setting = streaming_setting(config, [beton.image_size_px for beton in betons.values()])
+    if config.runtime.loader == "resident":
+        if setting is not None:
+            raise ConfigError(f"runtime.loader=resident takes whole images: no {setting}")
+        return True
+    if setting is not None:
+        return False
+    needed = sum(ResidentImages.bytes_needed(beton) for beton in betons.values())
+    free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
+    fits = needed <= RESIDENT_SHARE * free
+    if not fits and group.is_main:
+        print(
+            f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
+            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}",
+            file=sys.stderr,
+        )
+    return fits
+
+
+def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cpu", "gpu"]:
+    """What decodes images that are streamed: as the user says, else the GPU if it decodes one of `beton`.
+
+    Raises:
+        ConfigError: the GPU is asked for and cannot do it.
+    """
+    wanted = config.runtime.decoder
+    if wanted == "cpu" or (wanted == "auto" and group.device.type == "cpu"):
+        return "cpu"
+    reason = why_not_gpu(beton, img_size=config.model.img_size, device=group.device)
+    if reason and wanted == "gpu":
+        raise ConfigError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
+    if reason and group.is_main:
+        print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
+    return "cpu" if reason else "gpu"
+
+
+def open_resident(configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int) -> ResidentFeed:
+    """The source of the batches of images that stay on the device, where they are brought now."""
+    size = configs[0].model.img_size
+    images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
+    seeds, accum_steps = [config.seed for config in configs], configs[0].runtime.accum_steps
+    return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps)
+
+
+def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, batch_size: int) -> StreamedFeed:
+    """The source of the batches of images that are decoded when they are needed."""
+    workers, decoder = config.runtime.workers or group.cpus, choose_decoder(config, betons["train"], group)
+    images = {
+        split: StreamedImages(
+            beton,
+            config.augment,
+            img_size=config.model.img_size,
+            seed=config.seed,
+            device=group.device,
+            workers=workers,
+            decoder=decoder,
+        )
+        for split, beton in betons.items()
+    }
+    for each in images.values():
+        if isinstance(each.decoder, GpuDecoder):
+            if group.is_main and each.beton.is_jpeg.any():
+                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
+            each.decoder.prepare()
+    return StreamedFeed(
+        images,
+        group,
+        seed=config.seed,
+        batch_size=batch_size,
+        accum_steps=config.runtime.accum_steps,
+        order=config.train.order,
+    )
+
+
+def random_reads_note(config: RunConfig, feed: Feed) -> str | None:
+    """What to do about a file that is read in random order and that no page cache can hold; None if that is not so."""
+    if isinstance(feed, ResidentFeed) or config.train.order != "random":
+        return None
+    beton, memory = feed.images["train"].beton, total_memory()
+    size = beton.manifest.file_size_bytes
+    if size <= memory:
+        return None
+    return (
+        f"{beton.path} has {size / 2**30:.1f} GiB, more than this node's memory ({memory / 2**30:.1f} GiB), and every "
+        "image is read by itself; if that is slow, train.order=quasi_random reads blocks (it makes another run)"
+    )
+
+
+def available_memory() -> int:
+    """Bytes of this machine's memory that can be had without swapping (proc(5), meminfo)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
