@@ -64,6 +64,12 @@ def _state_left(run: RunDir, left: dict[str, Any]) -> tuple[str, str]:
     return (state if state in ("failed", "cancelled") else "interrupted"), str(left.get("reason"))
 
 
+def record_left(run: RunDir, state: str, reason: str) -> None:
+    """Say in the newest attempt of a run that those it was to be trained with go on without it."""
+    for attempt in run.attempts()[-1:]:
+        write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
+
+
 def was_cancelled(run: RunDir) -> bool:
     """Whether the file `stop` says that the run is no longer wanted."""
     try:

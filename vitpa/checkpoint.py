@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
-from vitpa.metrics import EVALUATED
+from vitpa.metrics_file import EVALUATED
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
 

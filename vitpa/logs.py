@@ -27,7 +27,7 @@ from torch.utils.tensorboard import summary
 
 from vitpa.console import PrintableConsole
 from vitpa.documents import open_regular
-from vitpa.metrics import read_metrics, to_line
+from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
 

@@ -1,98 +1,151 @@
-"""The rows of metrics.jsonl: a JSON object per line, with the CRC-32 of its text. Torch-free.
+"""The metrics of a training, from sums on the device to rows of metrics.jsonl; no step waits for them.
 
-    {"step": 22, "epoch": 1.0, "val/loss": 2.1, "val/top1": 0.3, "val/top5": 0.7, "crc32": "1c291ca3"}
+A window is some training steps; its row is written when its sums have arrived on the host, some steps after its last one.
+The device goes on meanwhile, by no more than one window and an evaluation. The bytes of a row are vitpa/metrics_file.py's.
 
-The CRC is over the text of the object without it. Files of earlier versions of vitpa have none; a run that goes on gets them.
+Axes: R replicas.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
-import zlib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from vitpa.documents import open_regular, parse_json
+from torch import Tensor
 
-EVALUATED = ("val/top1", "val/top5", "val/loss")
-TAIL_BYTES = 16_384
-_CRC = re.compile(r', "crc32": "([0-9a-f]{8})"}\Z')
+from vitpa.distributed import Group
+from vitpa.logs import ProgressLine
+from vitpa.replica import Replica
+from vitpa.step.step import ReplicaSteps
+from vitpa.step.window import NEVER, Row
 
 
-def to_line(row: Mapping[str, Any]) -> str:
-    """A row as a line of the file."""
-    text = json.dumps(row)
-    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+class _OpenRow(NamedTuple):
+    """A row that is not written yet, of `steps` steps (0: an evaluation) in this process up to `step`."""
+
+    step: int
+    steps: int
+    values: Row
 
 
-def has_crc(line: str) -> bool:
-    """Whether a line, without its line break, ends with a CRC."""
-    return _CRC.search(line) is not None
+class Metrics:
+    """The rows of runs that are trained together, and their means on the live line.
 
-
-def parse_line(line: str) -> dict[str, Any]:
-    """The row in a line, without its line break and its CRC.
-
-    Raises:
-        ValueError: the line is damaged.
+    What writes a row of a window returns the replicas whose loss or gradient was not finite in it, each with the first such
+    step: nothing more is written of them, and the caller is to drop them.
     """
-    match = _CRC.search(line)
-    if match is not None:
-        line = line[: match.start()] + "}"
-        if f"{zlib.crc32(line.encode(errors='replace')):08x}" != match[1]:
-            raise ValueError("its CRC does not fit")
-    row = parse_json(line)
-    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
-        raise ValueError("it is no row")
-    return row
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        steps: ReplicaSteps,
+        group: Group,
+        *,
+        global_batch_size: int,
+        num_val: int,
+        epoch_steps: int,
+    ) -> None:
+        """`num_val` images are in the val split, `epoch_steps` steps in an epoch."""
+        self._replicas, self._steps, self._group = replicas, steps, group
+        self._global_batch_size, self._num_val, self._epoch_steps = global_batch_size, num_val, epoch_steps
+        self._line: ProgressLine | None = None
+        self._window: _OpenRow | None = None
+        self._evaluation: _OpenRow | None = None
+        self._broken: set[int] = set()  # replicas whose loss or gradient was not finite
+        self._closed_step = 0  # at which the last window ended
+        self._row_s = 0.0  # time.monotonic() of the last row
+
+    def begin(self, step: int, line: ProgressLine | None) -> None:
+        """Begin a window after `step` steps; the means go to `line`, in the main process."""
+        self._line, self._closed_step, self._row_s = line, step, time.monotonic()
+
+    def close(self, step: int) -> None:
+        """End the window of training metrics at `step`; `flush` has written the one before. All processes at once."""
+        assert self._window is None
+        window = self._steps.window
+        self._group.sum(window.sums)
+        self._group.minimum(window.bad_step)
+        self._window = _OpenRow(step, step - self._closed_step, window.take())
+        self._closed_step = step
+
+    def evaluated(self, step: int, sums: Tensor) -> None:
+        """Take the sums (R, 4) over all processes of an evaluation at `step`, as `ReplicaSteps.evaluate` gives them."""
+        self._evaluation = _OpenRow(step, 0, Row.sent(sums.clone()))
+
+    def poll(self) -> dict[int, int]:
+        """Write the rows that have arrived."""
+        if self._evaluation is not None and self._evaluation.values.arrived():
+            return self.flush()
+        if self._window is not None and self._window.values.arrived():
+            return self._write_window()
+        return {}
+
+    def flush(self) -> dict[int, int]:
+        """Write the rows that are open, waiting for them: of the window, then of the evaluation after it."""
+        broken = self._write_window()
+        self._write_evaluation()
+        return broken
+
+    def _write_window(self) -> dict[int, int]:
+        if self._window is None:
+            return {}
+        (step, steps, row), self._window = self._window, None
+        values = row.read().tolist()
+        first_bad = {number: int(values[number][4]) for number, _ in self._written()}
+        broken = {number: bad for number, bad in first_bad.items() if bad < NEVER}
+        self._broken |= broken.keys()
+        now_s = time.monotonic()
+        images_per_s = steps * self._global_batch_size / (now_s - self._row_s)
+        self._row_s = now_s
+        shown = []
+        for number, replica in self._written():
+            loss_sum, correct, images, grad_norm, _ = values[number]
+            metrics = {
+                "train/loss": loss_sum / images,
+                "train/top1": correct / images,
+                "train/lr": self._steps.learning_rate(step - 1),
+                "train/grad_norm": grad_norm,
+                "perf/images_per_s": images_per_s,
+                "time_s": replica.train_time_s,
+            }
+            if replica.logs is not None:
+                replica.logs.row(step, step / self._epoch_steps, metrics)
+            shown.append(metrics)
+        self._show(shown)
+        return broken
+
+    def _write_evaluation(self) -> None:
+        if self._evaluation is None:
+            return
+        (step, _, row), self._evaluation = self._evaluation, None
+        found = evaluation_metrics(row.read(), num_samples=self._num_val)
+        self._row_s = time.monotonic()
+        for number, replica in self._written():
+            replica.progress.val = found[number]
+            if replica.logs is not None:
+                replica.logs.row(step, step // self._epoch_steps, found[number])
+        self._show([found[number] for number, _ in self._written()])
+
+    def _written(self) -> Iterator[tuple[int, Replica]]:
+        """The replicas that rows are written of, with their numbers."""
+        for number, replica in enumerate(self._replicas):
+            if not replica.left and number not in self._broken:
+                yield number, replica
+
+    def _show(self, metrics: Sequence[dict[str, float]]) -> None:
+        """Put the mean of the replicas' metrics on the live line, and the images per second of all."""
+        if self._line is not None and metrics:
+            means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
+            if "perf/images_per_s" in means and len(metrics) > 1:
+                means["perf/images_per_s_together"] = means.pop("perf/images_per_s") * len(metrics)
+            self._line.metrics(means)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
-    if not path.exists():
-        return []
-    with open_regular(path) as file:
-        return _rows(path, file.read().decode(errors="replace"))
-
-
-def _rows(path: Path, text: str) -> list[dict[str, Any]]:
-    lines = text.split("\n")
-    with_crc = any(map(has_crc, lines))  # then all lines had one: a run that goes on writes all of them
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        last = number == len(lines)
-        try:
-            if with_crc and not has_crc(line):
-                raise ValueError("it has no CRC")
-            if not last or with_crc:  # the last line has no line break: it is whole only if its CRC says so
-                rows.append(parse_line(line))
-        except (ValueError, RecursionError):
-            if not last:
-                warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=3)
-    return rows
-
-
-def last_evaluation(path: Path) -> dict[str, Any] | None:
-    """The row of the last evaluation in a metrics.jsonl; None if there is none.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open_regular(path) as file:
-        size = file.seek(0, 2)
-        for length in (TAIL_BYTES, size):
-            file.seek(max(0, size - length))
-            lines = file.read().decode(errors="replace").split("\n")
-            for line in reversed(lines[length < size :]):  # the first one was cut
-                if '"val/top1"' not in line:
-                    continue
-                try:
-                    return parse_line(line)
-                except (ValueError, RecursionError):
-                    return None  # the last one, and damaged
-            if length >= size:
-                break
-    return None
+def evaluation_metrics(sums: Tensor, *, num_samples: int) -> list[dict[str, float]]:
+    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes (R, 4)."""
+    metrics = []
+    for loss_sum, top1, top5, count in sums.tolist():
+        assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
+        metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
+    return metrics

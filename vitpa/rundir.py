@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
-from vitpa.metrics import last_evaluation
+from vitpa.metrics_file import last_evaluation
 from vitpa.records import Json, RunError, read_with_checksum, write_json
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps

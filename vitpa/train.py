@@ -17,9 +17,9 @@ import hashlib
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from torchvision.utils import make_grid
 from vitpa import checkpoint, distributed
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.arguments import ConfigError, path_argument, whole_numbers
-from vitpa.attempt import claimed_attempt
-from vitpa.checkpoint import Checkpoint, Progress
+from vitpa.attempt import claimed_attempt, record_left
+from vitpa.checkpoint import Checkpoint
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config, record_config
@@ -46,14 +46,16 @@ from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
 from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
+from vitpa.metrics import Metrics
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rate
 from vitpa.os_errors import os_error_line
 from vitpa.records import RunError, utc_now, with_checksum, write_json
-from vitpa.rundir import Result, RunDir
+from vitpa.replica import Replica
+from vitpa.rundir import Result
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
-from vitpa.step.window import NEVER, Row
+from vitpa.step.window import NEVER
 from vitpa.terminal import printable, printable_output
 
 ALL_STOPS_S = 0.3
@@ -61,20 +63,6 @@ ALL_STOPS_S = 0.3
 
 class TrainError(Exception):
     """Training cannot start or go on: one line with what, where and how to mend it."""
-
-
-@dataclass
-class Replica:
-    """One of the runs that are trained together; most often the only one."""
-
-    config: RunConfig
-    run: RunDir
-    model: Any  # timm's VisionTransformer: the weights
-    progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint
-    metrics: str | None = ""  # the rows up to there; None: as metrics.jsonl has them
-    logs: Logs | None = None  # in the main process
-    left: str = ""  # why it is not trained any more, while the others are
-    failed: bool = False  # whether that is a failure
 
 
 @dataclass
@@ -86,15 +74,11 @@ class Training:
     data: Data
     replicas: list[Replica]
     steps: ReplicaSteps
+    metrics: Metrics
     epoch_steps: int
     step: int = 0  # done, by all
-    val: list[dict[str, float]] = field(default_factory=list)  # the newest evaluation, per replica
     line: ProgressLine | None = None  # in the main process
     checkpoints: checkpoint.Writer | None = None  # in the main process
-    open_row: tuple[int, int, Row] | None = None  # step, steps and sums of a closed window that is not written yet
-    open_evaluation: tuple[int, int, Row] | None = None  # step, epoch and sums of an evaluation that is not written yet
-    row_s: float = 0.0  # time.monotonic() of the last row
-    counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
 
     @property
@@ -137,7 +121,10 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
                 say(t, "compiling the step, which takes about a minute")
             for note in t.steps.prepare(t.step):
                 say(t, note)
-        t.row_s = t.counted_s = t.saved_s = time.monotonic()
+        t.metrics.begin(t.step, t.line)
+        t.saved_s = time.monotonic()
+        for replica in t.replicas:
+            replica.counted_s = t.saved_s
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
         if finished:
             finish(t)
@@ -171,7 +158,15 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         learning_rates=learning_rates(config, epoch_steps),
     )
     replicas = [Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)]
-    return Training(config, group, data, replicas, steps, epoch_steps)
+    metrics = Metrics(
+        replicas,
+        steps,
+        group,
+        global_batch_size=config.train.global_batch_size,
+        num_val=data.num_samples["val"],
+        epoch_steps=epoch_steps,
+    )
+    return Training(config, group, data, replicas, steps, metrics, epoch_steps)
 
 
 def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
@@ -214,12 +209,6 @@ def layout(t: Training) -> checkpoint.Layout:
     return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
 
 
-def record_left(run: RunDir, state: str, reason: str) -> None:
-    """Say in a run's attempt that those it was to be trained with go on without it."""
-    for attempt in run.attempts()[-1:]:
-        write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
-
-
 def resume(t: Training, paths: Sequence[Path]) -> None:
     """Continue from the checkpoints, if there are any, and record what this attempt runs with."""
     for number, path in enumerate(paths):
@@ -235,11 +224,10 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
             )
         replica.model.load_state_dict(state.model)
         t.steps.load_optimizer(number, state.optimizer)
-        replica.progress, replica.metrics = state.progress, state.metrics
+        replica.progress, replica.rows = state.progress, state.metrics
         if t.group.is_main:  # the window's sums are those of all processes
             t.steps.window.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
-    t.val = [replica.progress.val for replica in t.replicas]
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
     together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
@@ -272,7 +260,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         logs = Logs(
             replica.run,
             restored_step=step,
-            restored_rows=replica.metrics,
+            restored_rows=replica.rows,
             not_before_s=replica.progress.wall_time_s,
             tensorboard=config.runtime.tensorboard,
         )
@@ -306,121 +294,47 @@ def train_epoch(t: Training, epoch: int) -> bool:
     """Train from the present step to the end of `epoch`, with the evaluation if one is due; False if told to stop."""
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
-    row_step = t.step
     while t.step < last_step:
         t.steps.step()
         t.step += 1
-        write_arrived(t)
+        drop_non_finite(t, t.metrics.poll())
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
-            close_window(t, steps=t.step - row_step)
-            row_step = t.step
+            drop_non_finite(t, t.metrics.flush())
+            t.metrics.close(t.step)
         if t.line is not None:
             t.line.move(t.step)
         if t.step < last_step and not save_or_stop(t):
             return False
     last_epoch = epoch + 1 == t.config.train.epochs
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
-        t.open_evaluation = (t.step, epoch + 1, Row.sent(t.group.sum(t.steps.evaluate()).clone()))
+        t.metrics.evaluated(t.step, t.group.sum(t.steps.evaluate()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
 
 
-def close_window(t: Training, steps: int) -> None:
-    """End the window of training metrics, of `steps` steps in this process; its row is written when the device is there.
-
-    The device goes on meanwhile, by no more than one window and an evaluation.
-    """
-    write_rows(t)
-    window = t.steps.window
-    t.group.sum(window.sums)
-    t.group.minimum(window.bad_step)
-    t.open_row = (t.step, steps, window.take())
-
-
-def write_arrived(t: Training) -> None:
-    """Write the rows that are open and need not be waited for."""
-    if t.open_row is not None and t.open_row[2].arrived():
-        write_row(t)
-    if t.open_evaluation is not None and t.open_evaluation[2].arrived():
-        write_rows(t)
-
-
-def write_rows(t: Training) -> None:
-    """Write the rows that are open: of the window that was closed last, then of the evaluation after it."""
-    write_row(t)
-    if t.open_evaluation is None:
-        return
-    (step, epoch, row), t.open_evaluation = t.open_evaluation, None
-    t.val = evaluation_metrics(row.read(), num_samples=t.data.num_samples["val"])
-    t.row_s = time.monotonic()
-    for number, replica in t.active:
-        if replica.logs is not None:
-            replica.logs.row(step, epoch, t.val[number])
-    show(t, [t.val[number] for number, _ in t.active])
-
-
-def write_row(t: Training) -> None:
-    """Write the row of the window that was closed last, if that has not been done."""
-    if t.open_row is None:
-        return
-    (step, steps, row), t.open_row = t.open_row, None
-    values = row.read().tolist()
-    drop_non_finite(t, [int(bad_step) for *_, bad_step in values])
-    now_s = time.monotonic()
-    images_per_s = steps * t.config.train.global_batch_size / (now_s - t.row_s)
-    t.row_s = now_s
-    rows = {}
-    for number, replica in t.active:
-        loss_sum, correct, images, grad_norm, _ = values[number]
-        rows[number] = {
-            "train/loss": loss_sum / images,
-            "train/top1": correct / images,
-            "train/lr": t.steps.learning_rate(step - 1),
-            "train/grad_norm": grad_norm,
-            "perf/images_per_s": images_per_s,
-            "time_s": train_time_s(t, replica),
-        }
-        if replica.logs is not None:
-            replica.logs.row(step, step / t.epoch_steps, rows[number])
-    show(t, list(rows.values()))
-
-
-def show(t: Training, metrics: Sequence[dict[str, float]]) -> None:
-    """Put the mean of the replicas' metrics on the live line, and the images per second of all."""
-    if t.line is not None and metrics:
-        means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
-        if "perf/images_per_s" in means and len(metrics) > 1:
-            means["perf/images_per_s_together"] = means.pop("perf/images_per_s") * len(metrics)
-        t.line.metrics(means)
-
-
-def train_time_s(t: Training, replica: Replica) -> float:
-    """Wall-clock time of training over all attempts: steps, evaluations and checkpoints that led to this state."""
-    return replica.progress.train_time_s + time.monotonic() - t.counted_s
-
-
-def drop_non_finite(t: Training, bad_steps: Sequence[int]) -> None:
-    """Drop the replicas whose loss or gradient has been NaN or infinite, from the first such step on (NEVER: it has not).
+def drop_non_finite(t: Training, first_bad: Mapping[int, int]) -> None:
+    """Drop the replicas whose loss or gradient has been NaN or infinite, by number with the first such step.
 
     Raises:
         TrainError: no replica is left.
     """
-    bad = [(number, bad_steps[number]) for number, _ in t.active if bad_steps[number] < NEVER]
+    if not first_bad:
+        return
     mend = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
     if t.config.train.precision != "float32":
         mend += ", or set train.precision=float32"
     reasons = {
-        number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {bad_step} "
-        f"(epoch {bad_step / t.epoch_steps:.2f}); {mend}"
-        for number, bad_step in bad
+        number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {step} "
+        f"(epoch {step / t.epoch_steps:.2f}); {mend}"
+        for number, step in first_bad.items()
     }
-    if bad and len(bad) == len(t.active):
+    if len(reasons) == len(t.active):
         if t.group.is_main and len(t.replicas) > 1:
             for number, reason in reasons.items():
                 record_left(t.replicas[number].run, "failed", reason)
-        more = f"; so did {len(bad) - 1} more of the runs trained together" if bad[1:] else ""
-        raise TrainError(reasons[bad[0][0]] + more)
+        first, *others = reasons.values()
+        raise TrainError(first + (f"; so did {len(others)} more of the runs trained together" if others else ""))
     for number, reason in reasons.items():
         drop(t, number, "failed", reason)
 
@@ -433,15 +347,6 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
     say(t, f"seed {replica.config.seed} is not trained any more, the others go on: {reason}")
     if t.group.is_main:
         record_left(replica.run, state, reason)
-
-
-def evaluation_metrics(sums: Tensor, *, num_samples: int) -> list[dict[str, float]]:
-    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes (R, 4)."""
-    metrics = []
-    for loss_sum, top1, top5, count in sums.tolist():
-        assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
-        metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
-    return metrics
 
 
 def save_or_stop(t: Training) -> bool:
@@ -479,23 +384,23 @@ def told_to_stop(t: Training) -> list[int]:
 
 def save(t: Training) -> None:
     """Write checkpoints of the present step: begin to, the thread of `t.checkpoints` does it."""
-    write_rows(t)
+    drop_non_finite(t, t.metrics.flush())
     if t.checkpoints is not None:
         t.checkpoints.wait()
     window = t.steps.window
-    drop_non_finite(t, t.group.minimum(window.bad_step.clone()).tolist())  # broken weights would make a run unrepairable
+    bad_steps = t.group.minimum(window.bad_step.clone()).tolist()  # broken weights would make a run unrepairable
+    drop_non_finite(t, {number: bad_steps[number] for number, _ in t.active if bad_steps[number] < NEVER})
     sums = t.group.sum(window.sums.clone())
     count_time(t)
     for number, replica in t.active:
-        progress = replica.progress
-        progress.step, progress.val = t.step, t.val[number]
+        replica.progress.step = t.step
         if replica.logs is not None:
             replica.logs.flush()
-            progress.wall_time_s = replica.logs.wall_time_s
+            replica.progress.wall_time_s = replica.logs.wall_time_s
             state = Checkpoint(
                 signature=replica.config.signature,
                 beton_sha256=t.data.beton_sha256,
-                progress=progress,
+                progress=replica.progress,
                 window=sums[number].clone(),
                 optimizer=t.steps.optimizer_state(number, t.step),
                 model=dict(replica.model.state_dict()),
@@ -507,14 +412,11 @@ def save(t: Training) -> None:
 
 
 def count_time(t: Training) -> None:
-    """Add the time since the last call to what the replicas have taken; they share the GPU."""
-    now_s = time.monotonic()
-    new_s, t.counted_s = now_s - t.counted_s, now_s
+    """Add the time since the last call to what the replicas have taken; they share the GPUs of this attempt."""
+    gpus = t.group.world_size if t.group.device.type == "cuda" else 0
+    now_s, sharing = time.monotonic(), t.config.runtime.runs_per_gpu * len(t.active)
     for _, replica in t.active:
-        replica.progress.train_time_s += new_s
-        if t.group.device.type == "cuda":  # of this attempt's GPUs; another may have others
-            shares = t.config.runtime.runs_per_gpu * len(t.active)
-            replica.progress.gpu_time_s += new_s * t.group.world_size / shares
+        replica.count_time(now_s, gpus / sharing)
 
 
 def finish(t: Training) -> None:

@@ -20,7 +20,7 @@ from jobs.report.waiting import advice, needs_somebody
 from jobs.state import LIVE, STATES, RunState, Survey
 from jobs.sweep import Run
 from vitpa.documents import open_regular
-from vitpa.metrics import parse_line
+from vitpa.metrics_file import parse_line
 from vitpa.records import RunError, read_json, read_with_checksum
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jobs.sweep import Sweep
 from tests.support.jobs_sweeps import launch, make_sweep, result_document, settle
 from vitpa.cli import main as vitpa
-from vitpa.metrics import EVALUATED, to_line
+from vitpa.metrics_file import EVALUATED, to_line
 from vitpa.records import to_json, with_checksum
 
 READERS = (

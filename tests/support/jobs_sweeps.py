@@ -27,7 +27,7 @@ from slurm.devcluster import DevCluster
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
-from vitpa.metrics import EVALUATED, to_line
+from vitpa.metrics_file import EVALUATED, to_line
 from vitpa.records import RunError, read_json, write_atomic
 from vitpa.rundir import Result
 

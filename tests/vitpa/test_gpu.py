@@ -9,7 +9,7 @@ import torch
 
 from tests.vitpa.test_train import arguments, config_of, trained
 from vitpa.data.rng import Purpose, key, permutation, random_bits, uniform
-from vitpa.metrics import read_metrics
+from vitpa.metrics_file import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

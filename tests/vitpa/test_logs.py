@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vitpa import logs
 from vitpa.logs import Logs, ProgressLine
-from vitpa.metrics import read_metrics
+from vitpa.metrics_file import read_metrics
 from vitpa.rundir import RunDir
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.waiting import finish
 from vitpa.checkpoint_file import Footer
-from vitpa.metrics import to_line
+from vitpa.metrics_file import to_line
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, with_checksum, write_atomic, write_json
 from vitpa.rundir import AttemptDir, Result, RunDir
 

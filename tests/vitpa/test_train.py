@@ -23,7 +23,7 @@ from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
-from vitpa.metrics import read_metrics
+from vitpa.metrics_file import read_metrics
 from vitpa.models import build_model
 from vitpa.rundir import Result, RunDir
 from vitpa.train import main
