@@ -25,7 +25,7 @@ from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.documents import parse_yaml
-from vitpa.train import command_parser, configs_of
+from vitpa.train_command import command_parser, configs_of
 
 ROOMS = ("vitpa", "jobs", "slurm", "data_prep")
 TEXTS = {

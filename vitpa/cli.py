@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
-            from vitpa.train import main as train
+            from vitpa.train_command import main as train
 
             return train(words[1:])
         if words[:1] == ["bench"]:  # likewise

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from vitpa.config import RunConfig
 
 
 def adamw(
@@ -48,3 +51,16 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps + 1) / (total_steps - warmup_steps)
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
+    """The learning rate of each step of the whole run: (steps,) float64."""
+    optim, total_steps = config.optim, config.train.epochs * epoch_steps
+    rate = partial(
+        learning_rate,
+        peak=optim.lr,
+        minimum=optim.min_lr,
+        warmup_steps=round(optim.warmup_epochs * epoch_steps),
+        total_steps=total_steps,
+    )
+    return torch.tensor([rate(step) for step in range(total_steps)], dtype=torch.float64)

@@ -12,51 +12,40 @@ steps themselves are in vitpa/step/step.py.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.utils import make_grid
 
-from vitpa import checkpoint, distributed
+from vitpa import checkpoint
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
-from vitpa.arguments import ConfigError, path_argument, whole_numbers
-from vitpa.attempt import claimed_attempt, record_left
+from vitpa.attempt import record_left
 from vitpa.checkpoint import Checkpoint
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import RunConfig
-from vitpa.config_file import keys_help, load_config, record_config
-from vitpa.data.beton import Beton
 from vitpa.data.loader import ResidentFeed
-from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.open import Data, open_data, random_reads_note
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
-from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
 from vitpa.environment import environment
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
-from vitpa.optim import adamw, learning_rate
-from vitpa.os_errors import os_error_line
+from vitpa.optim import adamw, learning_rates
 from vitpa.records import RunError, utc_now, with_checksum, write_json
 from vitpa.replica import Replica
 from vitpa.rundir import Result
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
 from vitpa.step.window import NEVER
-from vitpa.terminal import printable, printable_output
 
 ALL_STOPS_S = 0.3
 
@@ -167,19 +156,6 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         epoch_steps=epoch_steps,
     )
     return Training(config, group, data, replicas, steps, metrics, epoch_steps)
-
-
-def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
-    """The learning rate of each step of the whole run: (steps,) float64."""
-    optim, total_steps = config.optim, config.train.epochs * epoch_steps
-    rate = partial(
-        learning_rate,
-        peak=optim.lr,
-        minimum=optim.min_lr,
-        warmup_steps=round(optim.warmup_epochs * epoch_steps),
-        total_steps=total_steps,
-    )
-    return torch.tensor([rate(step) for step in range(total_steps)], dtype=torch.float64)
 
 
 def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
@@ -454,117 +430,7 @@ def finish(t: Training) -> None:
         say(t, f"seed {config.seed} finished: {accuracy}; {replica.run.result_json}")
 
 
-def out_of_memory(configs: Sequence[RunConfig]) -> str:
-    """What to do about it."""
-    if len(configs) > 1:
-        return f"the GPU's memory is too small for {len(configs)} seeds together; train fewer (in a sweep: replicas)"
-    return "the GPU's memory is too small; raise runtime.accum_steps"
+if __name__ == "__main__":  # so that it is started by its name: torchrun -m vitpa.train
+    from vitpa.train_command import main
 
-
-def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
-    """The runs that a command asks for: that of the configuration, or one for each of `seeds`.
-
-    Raises:
-        ConfigError: the configuration cannot be used, or asks for a seed itself.
-    """
-    if seeds is None:
-        return [load_config(path, overrides)]
-    for override in overrides:
-        if override.startswith("seed="):
-            raise ConfigError(f"{override} and --seeds: say one of the two")
-    return [load_config(path, [*overrides, f"seed={seed}"]) for seed in seeds]
-
-
-def seed_list(text: str) -> list[int]:
-    """The seeds in a text such as 0,1,2."""
-    seeds = whole_numbers(0)(text)
-    if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text}: a seed comes up twice")
-    return seeds
-
-
-def claim(config: RunConfig, stack: ExitStack) -> bool:
-    """Take a run for this process, until `stack` closes; False if it is finished.
-
-    Raises:
-        BetonError: its data cannot be used; the run is as it was.
-        RunError: its directory cannot be used.
-        OSError: it cannot be made or written.
-    """
-    root = config.runtime.root_path
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-        raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
-    run = record_config(config)
-    if run.result() is not None:
-        print(f"{run.result_json}: the run is finished already", file=sys.stderr)
-        return False
-    if not config.runtime.stage_dir:  # else the node may have a copy
-        for split in SPLITS:
-            Beton.open(beton_path(config.runtime.data_path, config.dataset, split), config.dataset, split).close()
-    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
-    return True
-
-
-def command_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="vitpa train",
-        description="Train one run, or several seeds of it together, from the newest checkpoints if there are any.",
-        epilog="examples: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n"
-        f"          vitpa train cifar10 --seeds 0,1,2,3,4\n\nkeys:\n{keys_help()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
-    parser.add_argument(
-        "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"
-    )
-    return parser
-
-
-@printable_output()
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
-    options = command_parser().parse_intermixed_args(arguments)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
-    try:
-        configs = configs_of(options.config, options.overrides, options.seeds)
-        group = distributed.join(configs[0].runtime.device)
-        try:
-            with ExitStack() as stack:
-                unfinished, refused = [], None
-                if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
-                    try:
-                        if len(configs) > 1 and group.world_size > 1:
-                            raise ConfigError("--seeds: several seeds are trained by one process, without torchrun")
-                        unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
-                    except (ConfigError, BetonError, RunError, OSError) as error:
-                        refused = error
-                unfinished, stays_out = group.from_main((unfinished, refused is not None))
-                if stays_out:  # all processes end, not only the main one
-                    if refused is not None:
-                        raise refused
-                    return 1
-                if unfinished:
-                    train([configs[number] for number in unfinished], group)
-        finally:
-            distributed.leave()
-    except torch.OutOfMemoryError as error:
-        print(f"vitpa train: {out_of_memory(configs)} ({str(error).partition('. ')[0]})", file=sys.stderr)
-        return 1
-    except (ConfigError, RunError, BetonError, TrainError) as error:
-        print(f"vitpa train: {printable(str(error))}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a full disk, a missing right
-        print(f"vitpa train: {printable(os_error_line(error))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import pytest
 from jobs.failures import CAUSES, OTHER, cause_of, essence
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end
-from vitpa.train import main as train
+from vitpa.train_command import main as train
 
 FRAMES = """[rank1]: Traceback (most recent call last):
 [rank1]:   File "/home/u/vitpa/train.py", line 271, in step

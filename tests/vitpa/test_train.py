@@ -26,7 +26,7 @@ from vitpa.datasets import facts_of
 from vitpa.metrics_file import read_metrics
 from vitpa.models import build_model
 from vitpa.rundir import Result, RunDir
-from vitpa.train import main
+from vitpa.train_command import main
 
 EPOCHS, EPOCH_STEPS = 4, 22  # 1,437 images at batch 64
 
@@ -80,7 +80,7 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Resul
 
 FORKING = """
 import os, sys
-from vitpa.train import main
+from vitpa.train_command import main
 
 for _ in sys.stdin:
     child = os.fork()  # it need not import everything again

@@ -29,7 +29,7 @@ from vitpa.data.manifest import BetonError, beton_path, manifest_path
 from vitpa.data.staging import expanded, staged
 from vitpa.distributed import Group
 from vitpa.records import ProcessId
-from vitpa.train import main
+from vitpa.train_command import main
 
 ALONE = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 FILES = ("train.beton", "train.json", "val.beton", "val.json")
@@ -44,7 +44,7 @@ def slowly(*arguments):
     return count
 staging._copy_chunk = slowly
 """  # 130 chunks a file, four at a time
-TRAIN = "from vitpa.train import main\nsys.exit(main(sys.argv[1:]))"
+TRAIN = "from vitpa.train_command import main\nsys.exit(main(sys.argv[1:]))"
 
 
 def stage(data: Path, disk: Path) -> Path:

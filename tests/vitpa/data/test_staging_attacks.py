@@ -22,7 +22,7 @@ from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.private_folder import NotOursError, PrivateFolder
 from vitpa.data.staging import open_copy, staged
-from vitpa.train import main
+from vitpa.train_command import main
 
 OTHER = 65534  # nobody
 needs_root = pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="only root can become another user")

@@ -38,10 +38,11 @@ from vitpa.datasets import facts_of
 from vitpa.distributed import Group
 from vitpa.logs import Logs
 from vitpa.models import build_model
-from vitpa.optim import adamw
+from vitpa.optim import adamw, learning_rates
 from vitpa.rundir import AttemptDir, Result, RunDir
 from vitpa.step.step import ReplicaSteps
-from vitpa.train import learning_rates, main, set_up
+from vitpa.train import set_up
+from vitpa.train_command import main
 
 SEEDS = [0, 1, 2]
 STEPS = EPOCHS * EPOCH_STEPS
@@ -245,7 +246,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from vitpa.logs import Logs
-from vitpa.train import main
+from vitpa.train_command import main
 
 def killing(function, counts, left):
     def instead(self, *arguments):

@@ -1,0 +1,154 @@
+"""The command `vitpa train`, also started as `python -m vitpa.train` and `torchrun -m vitpa.train`.
+
+It reads the command line, claims the runs that are not finished, trains them, and turns an error into one line. The training
+itself is vitpa/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from vitpa import distributed
+from vitpa.arguments import ConfigError, path_argument, whole_numbers
+from vitpa.attempt import claimed_attempt
+from vitpa.config import RunConfig
+from vitpa.config_file import keys_help, load_config, record_config
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import BetonError, beton_path
+from vitpa.datasets import SPLITS
+from vitpa.distributed import Group
+from vitpa.os_errors import os_error_line
+from vitpa.records import RunError
+from vitpa.terminal import printable, printable_output
+from vitpa.train import TrainError, train
+
+
+@printable_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
+    options = command_parser().parse_intermixed_args(arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
+    configs: list[RunConfig] = []
+    try:
+        configs = configs_of(options.config, options.overrides, options.seeds)
+        group = distributed.join(configs[0].runtime.device)
+        try:
+            return train_unfinished(configs, group)
+        finally:
+            distributed.leave()
+    except (ConfigError, RunError, BetonError, TrainError, torch.OutOfMemoryError, OSError) as error:
+        print(f"vitpa train: {error_line(error, num_seeds=len(configs))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="vitpa train",
+        description="Train one run, or several seeds of it together, from the newest checkpoints if there are any.",
+        epilog="examples: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n"
+        f"          vitpa train cifar10 --seeds 0,1,2,3,4\n\nkeys:\n{keys_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
+    parser.add_argument(
+        "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"
+    )
+    return parser
+
+
+def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
+    """The runs that a command asks for: that of the configuration, or one for each of `seeds`.
+
+    Raises:
+        ConfigError: the configuration cannot be used, or asks for a seed itself.
+    """
+    if seeds is None:
+        return [load_config(path, overrides)]
+    for override in overrides:
+        if override.startswith("seed="):
+            raise ConfigError(f"{override} and --seeds: say one of the two")
+    return [load_config(path, [*overrides, f"seed={seed}"]) for seed in seeds]
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds in a text such as 0,1,2."""
+    seeds = whole_numbers(0)(text)
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text}: a seed comes up twice")
+    return seeds
+
+
+def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
+    """Claim those of the runs that are not finished, and train them; the exit code of this process.
+
+    Raises:
+        ConfigError, BetonError, RunError, OSError: in the main process, if one of them cannot be had; 1 in the others.
+    """
+    with ExitStack() as stack:
+        unfinished: list[int] = []
+        refused: Exception | None = None
+        if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
+            try:
+                if len(configs) > 1 and group.world_size > 1:
+                    raise ConfigError("--seeds: several seeds are trained by one process, without torchrun")
+                unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
+            except (ConfigError, BetonError, RunError, OSError) as error:
+                refused = error
+        unfinished, stays_out = group.from_main((unfinished, refused is not None))
+        if refused is not None:
+            raise refused
+        if stays_out:  # all processes end, not only the main one
+            return 1
+        if unfinished:
+            train([configs[number] for number in unfinished], group)
+    return 0
+
+
+def claim(config: RunConfig, stack: ExitStack) -> bool:
+    """Take a run for this process, until `stack` closes; False if it is finished.
+
+    Raises:
+        BetonError: its data cannot be used; the run is as it was.
+        RunError: its directory cannot be used.
+        OSError: it cannot be made or written.
+    """
+    root = config.runtime.root_path
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
+    run = record_config(config)
+    if run.result() is not None:
+        print(f"{run.result_json}: the run is finished already", file=sys.stderr)
+        return False
+    if not config.runtime.stage_dir:  # else the node may have a copy
+        for split in SPLITS:
+            Beton.open(beton_path(config.runtime.data_path, config.dataset, split), config.dataset, split).close()
+    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+    return True
+
+
+def error_line(error: Exception, *, num_seeds: int) -> str:
+    """What went wrong and what to do about it, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        first = str(error).partition(". ")[0]
+        if num_seeds > 1:
+            return (
+                f"the GPU's memory is too small for {num_seeds} seeds together; train fewer (in a sweep: replicas) ({first})"
+            )
+        return f"the GPU's memory is too small; raise runtime.accum_steps ({first})"
+    if isinstance(error, OSError):  # a full disk, a missing right
+        return printable(os_error_line(error))
+    return printable(str(error))
