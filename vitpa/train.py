@@ -271,6 +271,7 @@ def train_epoch(t: Training, epoch: int) -> bool:
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
     while t.step < last_step:
+        t.steps.load()
         t.steps.step()
         t.step += 1
         drop_non_finite(t, t.metrics.poll())

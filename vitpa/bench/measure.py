@@ -77,6 +77,7 @@ def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[
         for step in itertools.islice(numbers, count):
             if step % epoch_steps == 0:
                 steps.begin_epoch(step // epoch_steps, 0)
+            steps.load()
             steps.step()
             if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
                 steps.window.take()

@@ -53,9 +53,12 @@ class TimmSteps:
         self.keys = epoch_keys([self.config.seed], epoch).to(self.keys.device)
         self.feed.begin_epoch(epoch, step)
 
+    def load(self) -> None:
+        """Put the images of the next step on the device."""
+        self.feed.fill()
+
     def step(self) -> None:
         """One optimiser step."""
-        self.feed.fill()
         images, samples, labels = self.feed.cut(*self.feed.inputs(0))
         images = self.augmentation(images, samples, self.keys)
         with self._autocast():

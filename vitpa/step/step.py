@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +45,25 @@ class Targets(NamedTuple):
     share: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class StepFunctions:
+    """What a step and an evaluation are made of: functions of tensors, as they are written or compiled."""
+
+    make_batch: Callable[..., tuple[Tensor, Targets, Tensor | None]]
+    network: StackedViT
+    loss: Callable[..., tuple[Tensor, Tensor]]
+    count: Callable[..., None]
+    optimizer_step: Callable[..., None]
+    make_eval_batch: Callable[..., tuple[Tensor, Tensor]]
+    score: Callable[..., Tensor]
+
+    def compiled(self) -> StepFunctions:
+        """The same, each of which is compiled when it is first called."""
+        compiler = partial(torch.compile, dynamic=False, fullgraph=True)
+        others = {field.name: compiler(getattr(self, field.name)) for field in fields(self) if field.name != "network"}
+        return StepFunctions(network=self.network.compiled(compiler), **others)
+
+
 class ReplicaSteps:
     """Training steps and evaluation of R models. The models' parameters become views of one stack."""
 
@@ -64,9 +84,6 @@ class ReplicaSteps:
         self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
         operations, self.notes = choose_operations(config.model, device=self.device, dtype=dtype, num_images=self.R * self.B)
-        self.network = StackedViT(
-            config.model.attention, config.model.patch_size, config.model.depth, config.model.num_heads, operations
-        )
         self.adamw = ReplicaAdamW(models, optimizers, dtype, config.optim.grad_clip_norm)
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
@@ -76,7 +93,8 @@ class ReplicaSteps:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
 
         self.accum_steps = config.runtime.accum_steps
-        self.share = torch.tensor(1 / (self.accum_steps * group.world_size)).to(self.device).expand(self.R)  # of a micro-batch
+        loss_scale = 1 / (self.accum_steps * group.world_size)  # the share of a micro-batch in the loss of the step
+        self.loss_scale = torch.tensor(loss_scale).to(self.device).expand(self.R)
         self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
         self.learning_rate = learning_rates.tolist().__getitem__
@@ -85,13 +103,18 @@ class ReplicaSteps:
         self.window = Window(self.R, self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
 
-        self._batch: Callable[..., Any] = self._make_batch
-        self._loss: Callable[..., Any] = self._compute_loss
-        self._eval_batch: Callable[..., Any] = self._make_eval_batch
-        self._score: Callable[..., Any] = self._compute_scores
-        self._count: Callable[..., Any] = self._count_batch
-        self._update: Callable[..., Any] = self._update_weights
-        self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        self._functions = StepFunctions(
+            make_batch=self._make_batch,
+            network=StackedViT(
+                config.model.attention, config.model.patch_size, config.model.depth, config.model.num_heads, operations
+            ),
+            loss=self._compute_loss,
+            count=self._count_batch,
+            optimizer_step=self._optimizer_step,
+            make_eval_batch=self._make_eval_batch,
+            score=self._compute_scores,
+        )
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     @property
@@ -101,45 +124,60 @@ class ReplicaSteps:
         return step != "eager" and (step != "auto" or self.device.type == "cuda")
 
     def prepare(self, step: int) -> list[str]:
-        """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks; what could not be had."""
-        notes = list(self.notes)
-        captured = self.config.runtime.step in ("auto", "graph") and self.device.type == "cuda"
-        if self.config.runtime.step == "graph" and not captured:
+        """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks.
+
+        Returns:
+            what is unsupported here, and what is done instead.
+        """
+        notes, wanted = list(self.notes), self.config.runtime.step
+        captures = wanted in ("auto", "graph") and self.device.type == "cuda"
+        if wanted == "graph" and not captures:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
         self.adamw.copy_values()
         if self.compiles:
             from vitpa.step.unfinished_builds import cache_folders, remove_unfinished  # noqa: PLC0415 - loads the compiler
 
             notes += [f"{path}: a killed run has left it unfinished; it is compiled again" for path in remove_unfinished()]
-            compiler = partial(torch.compile, dynamic=False, fullgraph=True)
-            network = self.network
-            eager = self._batch, self._loss, self._count, self._update, self._eval_batch, self._score
-            self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = map(compiler, eager)
-            self.network = network.compiled(compiler)
-            try:
-                with warnings.catch_warnings():
-                    # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
-                    # it should be: noise for a user, and with `python -W error` the step would not be compiled at all.
-                    warnings.simplefilter("ignore")
-                    self._leaving_no_trace(self._step)
-                    self._leaving_no_trace(self._evaluate_batch)
-            except TorchDynamoException as error:
+            if reason := self._compile():
                 damaged = f"if files of the compiler's cache are damaged, delete {' and '.join(map(str, cache_folders()))}"
-                notes.append(f"the step could not be compiled ({_first_line(error)}); it runs uncompiled, slowly; {damaged}")
-                self._batch, self._loss, self._count, self._update, self._eval_batch, self._score = eager
-                self.network = network
-                captured = False
-        if captured:
-            try:
-                self._run_step = self._captured_step()
-                self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                notes.append(f"no CUDA graph of the step could be made ({_first_line(error)}); it runs without")
-                self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+                notes.append(f"the step could not be compiled ({reason}); it runs uncompiled, slowly; {damaged}")
+                captures = False
+        if captures and (reason := self._capture()):
+            notes.append(f"no CUDA graph of the step could be made ({reason}); it runs without")
         self.done.fill_(step)
         return notes
+
+    def _compile(self) -> str | None:
+        """Compile the functions, by running them once; why it failed, if it did: then they are as before."""
+        eager = self._functions
+        self._functions = eager.compiled()
+        try:
+            with warnings.catch_warnings():
+                # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
+                # it should be: noise for a user, and with `python -W error` the step would not be compiled at all.
+                warnings.simplefilter("ignore")
+                self._leaving_no_trace(self._step)
+                self._leaving_no_trace(self._evaluate_batch)
+        except TorchDynamoException as error:
+            self._functions = eager
+            return _first_line(error)
+        return None
+
+    def _capture(self) -> str | None:
+        """Make CUDA graphs of a step and of an evaluation's batch; why it failed, if it did: then they run without.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory.
+        """
+        try:
+            self._run_step = self._captured_step()
+            self._run_evaluation = self._leaving_no_trace(self._captured, self._evaluate_batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+            return _first_line(error)
+        return None
 
     def close(self) -> None:
         """Decode no more, and let go of the CUDA graphs: NCCL waits for those that hold its work before processes part."""
@@ -154,13 +192,16 @@ class ReplicaSteps:
         self.keys.copy_(epoch_keys(self.seeds, epoch))
         self.feed.begin_epoch(epoch, step)
 
-    def step(self) -> None:
-        """One optimiser step of every replica; returns before the device has done it.
+    def load(self) -> None:
+        """Put the images of the next step on the device.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
         self.feed.fill()
+
+    def step(self) -> None:
+        """One optimiser step of every replica on what `load` has put there; returns before the device has done it."""
         self._run_step()
 
     def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
@@ -189,34 +230,38 @@ class ReplicaSteps:
         return self.eval_sums
 
     def _step(self) -> None:
-        self._find_gradients()
-        self._add_up()
-        self._update()
+        """A whole optimiser step. What has become a CUDA graph does the same; of several processes, without `_all_reduce`."""
+        self._forward_backward()
+        self._all_reduce()
+        self._functions.optimizer_step()
 
-    def _find_gradients(self) -> None:
-        """Those of this process."""
+    def _forward_backward(self) -> None:
+        """Leave the gradients and losses of this process, summed over its micro-batches, in the optimiser's buffer."""
+        functions = self._functions
         self.losses.zero_()
         for micro in range(self.accum_steps):
-            images, targets, scales = self._batch(self.feed.inputs(micro), self.keys)
-            micro_losses, correct = self._loss(self.network(self.weights, self.copies, images, scales), targets)
-            gradients = torch.autograd.grad(micro_losses, list(self.weights.values()), self.share)
+            images, targets, scales = functions.make_batch(self.feed.inputs(micro), self.keys)
+            logits = functions.network(self.weights, self.copies, images, scales)  # R, B, K
+            losses, correct = functions.loss(logits, targets)  # R; R
+            gradients = torch.autograd.grad(losses, list(self.weights.values()), self.loss_scale)
             self.adamw.take_gradients(gradients, add=micro > 0)
-            self._count(micro_losses.detach(), correct)
+            functions.count(losses.detach(), correct)
             self.feed.advance()
 
-    def _add_up(self) -> None:
-        self.group.sum(self.adamw.shared)  # the losses, too: so all processes agree on what is finite
+    def _all_reduce(self) -> None:
+        """Sum the gradients over the processes; the losses, too, so that all agree on what is finite."""
+        self.group.sum(self.adamw.shared)
+
+    def _optimizer_step(self) -> None:
+        """Clip and apply the gradients, and note whether they and the losses are finite."""
+        norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
+        self.done += 1
+        self.window.check(self.done, self.losses, norms)
 
     def _count_batch(self, losses: Tensor, correct: Tensor) -> None:
         """Note the mean losses (R,) and the numbers of correct predictions (R,) of a micro-batch."""
         self.losses += losses
         self.window.add(losses, correct, self.B)
-
-    def _update_weights(self) -> None:
-        """Apply the gradients of the step."""
-        norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
-        self.done += 1
-        self.window.check(self.done, self.losses, norms)
 
     def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
         """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
@@ -251,10 +296,11 @@ class ReplicaSteps:
         return losses.view(labels.shape)
 
     def _evaluate_batch(self) -> None:
+        functions = self._functions
         with torch.no_grad():
-            images, labels = self._eval_batch(self.feed.eval_inputs())
-            logits = self.network(self.weights, self.copies, images.expand(self.R, *images.shape))
-            self.eval_sums += self._score(logits, labels)
+            images, labels = functions.make_eval_batch(self.feed.eval_inputs())
+            logits = functions.network(self.weights, self.copies, images.expand(self.R, *images.shape))
+            self.eval_sums += functions.score(logits, labels)
             self.feed.advance_eval()
 
     def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -289,12 +335,13 @@ class ReplicaSteps:
         if self.group.world_size == 1:
             whole: Callable[[], None] = self._leaving_no_trace(self._captured, self._step)
             return whole
-        find, update = (self._leaving_no_trace(self._captured, part) for part in (self._find_gradients, self._update))
+        parts = self._forward_backward, self._functions.optimizer_step
+        forward_backward, optimizer_step = (self._leaving_no_trace(self._captured, part) for part in parts)
 
         def step() -> None:
-            find()
-            self._add_up()
-            update()
+            forward_backward()
+            self._all_reduce()
+            optimizer_step()
 
         return step
 

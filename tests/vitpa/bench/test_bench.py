@@ -200,12 +200,19 @@ class CountedSteps:
 
     def __init__(self) -> None:
         self.said: list[int | str] = []
+        self.loaded = False
         self.window = self
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         self.said.append(f"epoch {epoch} from {step}")
 
+    def load(self) -> None:
+        assert not self.loaded
+        self.loaded = True
+
     def step(self) -> None:
+        assert self.loaded
+        self.loaded = False
         self.said.append(len([word for word in self.said if not isinstance(word, str)]))
 
     def take(self) -> None:

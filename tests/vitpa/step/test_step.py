@@ -582,6 +582,7 @@ def test_a_block_is_compiled_once_whatever_the_depth(
         assert graphs == {"forward": 7 + 5, "backward": 4}, f"depth {depth}"
         steps.begin_epoch(0, 0)
         for _ in range(2):
+            steps.load()
             steps.step()
         steps.evaluate()
         assert graphs == {"forward": 7 + 5, "backward": 4}, f"depth {depth}: compiled again after the start"
