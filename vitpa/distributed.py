@@ -36,19 +36,19 @@ class Group:
         """The CPUs this process may use: those the scheduler allows, shared among the processes of the node."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The element-wise sum of `values` over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
-    def minimum(self, values: Tensor) -> Tensor:
+    def all_reduce_min(self, values: Tensor) -> Tensor:
         """The element-wise minimum of `values` over all processes."""
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MIN)
         return values
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's `value` (anything that pickles), in all processes."""
         if self.world_size == 1:
             return value
@@ -56,7 +56,7 @@ class Group:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def from_all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every process's `value` (anything that pickles), by rank, in all processes."""
         if self.world_size == 1:
             return [value]
@@ -65,7 +65,7 @@ class Group:
         return values
 
 
-def join(device: Literal["auto", "cpu", "cuda"]) -> Group:
+def init_process_group(device: Literal["auto", "cpu", "cuda"]) -> Group:
     """Find this process's place from torchrun's environment and, if it is one of several, join the others.
 
     Raises:
@@ -89,7 +89,7 @@ def join(device: Literal["auto", "cpu", "cuda"]) -> Group:
     return Group(rank, world_size, local_rank, local_world_size, place)
 
 
-def leave() -> None:
-    """Leave the group that `join` joined."""
+def destroy_process_group() -> None:
+    """Leave the group that `init_process_group` made."""
     if dist.is_initialized():
         dist.destroy_process_group()

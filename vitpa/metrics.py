@@ -17,8 +17,8 @@ from torch import Tensor
 from vitpa.distributed import Group
 from vitpa.logs import ProgressLine
 from vitpa.replica import Replica
+from vitpa.step.metric_accumulator import NEVER, AsyncHostCopy
 from vitpa.step.step import ReplicaSteps
-from vitpa.step.window import NEVER, Row
 
 
 class _OpenRow(NamedTuple):
@@ -26,7 +26,7 @@ class _OpenRow(NamedTuple):
 
     step: int
     steps: int
-    values: Row
+    values: AsyncHostCopy
 
 
 class Metrics:
@@ -52,7 +52,7 @@ class Metrics:
         self._line: ProgressLine | None = None
         self._window: _OpenRow | None = None
         self._evaluation: _OpenRow | None = None
-        self._broken: set[int] = set()  # replicas whose loss or gradient was not finite
+        self._nonfinite: set[int] = set()  # replicas whose loss or gradient was not finite
         self._closed_step = 0  # at which the last window ended
         self._row_s = 0.0  # time.monotonic() of the last row
 
@@ -63,38 +63,38 @@ class Metrics:
     def close(self, step: int) -> None:
         """End the window of training metrics at `step`; `flush` has written the one before. All processes at once."""
         assert self._window is None
-        window = self._steps.window
-        self._group.sum(window.sums)
-        self._group.minimum(window.bad_step)
-        self._window = _OpenRow(step, step - self._closed_step, window.take())
+        accumulator = self._steps.accumulator
+        self._group.all_reduce_sum(accumulator.sums)
+        self._group.all_reduce_min(accumulator.first_nonfinite_step)
+        self._window = _OpenRow(step, step - self._closed_step, accumulator.take())
         self._closed_step = step
 
     def evaluated(self, step: int, sums: Tensor) -> None:
         """Take the sums (R, 4) over all processes of an evaluation at `step`, as `ReplicaSteps.evaluate` gives them."""
-        self._evaluation = _OpenRow(step, 0, Row.sent(sums.clone()))
+        self._evaluation = _OpenRow(step, 0, AsyncHostCopy.start(sums.clone()))
 
     def poll(self) -> dict[int, int]:
         """Write the rows that have arrived."""
-        if self._evaluation is not None and self._evaluation.values.arrived():
+        if self._evaluation is not None and self._evaluation.values.done():
             return self.flush()
-        if self._window is not None and self._window.values.arrived():
+        if self._window is not None and self._window.values.done():
             return self._write_window()
         return {}
 
     def flush(self) -> dict[int, int]:
         """Write the rows that are open, waiting for them: of the window, then of the evaluation after it."""
-        broken = self._write_window()
+        nonfinite = self._write_window()
         self._write_evaluation()
-        return broken
+        return nonfinite
 
     def _write_window(self) -> dict[int, int]:
         if self._window is None:
             return {}
-        (step, steps, row), self._window = self._window, None
-        values = row.read().tolist()
-        first_bad = {number: int(values[number][4]) for number, _ in self._written()}
-        broken = {number: bad for number, bad in first_bad.items() if bad < NEVER}
-        self._broken |= broken.keys()
+        (step, steps, copy), self._window = self._window, None
+        values = copy.result().tolist()
+        first_steps = {number: int(values[number][4]) for number, _ in self._written()}
+        nonfinite = {number: first for number, first in first_steps.items() if first < NEVER}
+        self._nonfinite |= nonfinite.keys()
         now_s = time.monotonic()
         images_per_s = steps * self._global_batch_size / (now_s - self._row_s)
         self._row_s = now_s
@@ -113,13 +113,13 @@ class Metrics:
                 replica.logs.row(step, step / self._epoch_steps, metrics)
             shown.append(metrics)
         self._show(shown)
-        return broken
+        return nonfinite
 
     def _write_evaluation(self) -> None:
         if self._evaluation is None:
             return
-        (step, _, row), self._evaluation = self._evaluation, None
-        found = evaluation_metrics(row.read(), num_samples=self._num_val)
+        (step, _, copy), self._evaluation = self._evaluation, None
+        found = evaluation_metrics(copy.result(), num_samples=self._num_val)
         self._row_s = time.monotonic()
         for number, replica in self._written():
             replica.progress.val = found[number]
@@ -130,7 +130,7 @@ class Metrics:
     def _written(self) -> Iterator[tuple[int, Replica]]:
         """The replicas that rows are written of, with their numbers."""
         for number, replica in enumerate(self._replicas):
-            if not replica.left and number not in self._broken:
+            if not replica.left and number not in self._nonfinite:
                 yield number, replica
 
     def _show(self, metrics: Sequence[dict[str, float]]) -> None:

@@ -44,8 +44,8 @@ from vitpa.records import RunError, utc_now, with_checksum, write_json
 from vitpa.replica import Replica
 from vitpa.rundir import Result
 from vitpa.step.compiler_cache import check_compiler_cache
+from vitpa.step.metric_accumulator import NEVER
 from vitpa.step.step import ReplicaSteps
-from vitpa.step.window import NEVER
 
 ALL_STOPS_S = 0.3
 
@@ -94,7 +94,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         RunError: a run directory cannot be used.
     """
     t = set_up(configs, group)
-    paths = group.from_main(resume_points(t) if group.is_main else {})
+    paths = group.broadcast(resume_points(t) if group.is_main else {})
     if len(paths) < len(configs):
         t.steps.close()
         del t  # and the memory that it takes
@@ -201,8 +201,8 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
         replica.model.load_state_dict(state.model)
         t.steps.load_optimizer(number, state.optimizer)
         replica.progress, replica.rows = state.progress, state.metrics
-        if t.group.is_main:  # the window's sums are those of all processes
-            t.steps.window.sums[number] = state.window.to(t.group.device)
+        if t.group.is_main:  # the sums are those of all processes
+            t.steps.accumulator.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
@@ -274,9 +274,9 @@ def train_epoch(t: Training, epoch: int) -> bool:
         t.steps.load()
         t.steps.step()
         t.step += 1
-        drop_non_finite(t, t.metrics.poll())
+        drop_nonfinite(t, t.metrics.poll())
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
-            drop_non_finite(t, t.metrics.flush())
+            drop_nonfinite(t, t.metrics.flush())
             t.metrics.close(t.step)
         if t.line is not None:
             t.line.move(t.step)
@@ -284,19 +284,19 @@ def train_epoch(t: Training, epoch: int) -> bool:
             return False
     last_epoch = epoch + 1 == t.config.train.epochs
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
-        t.metrics.evaluated(t.step, t.group.sum(t.steps.evaluate()))
+        t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
 
 
-def drop_non_finite(t: Training, first_bad: Mapping[int, int]) -> None:
+def drop_nonfinite(t: Training, first_nonfinite_steps: Mapping[int, int]) -> None:
     """Drop the replicas whose loss or gradient has been NaN or infinite, by number with the first such step.
 
     Raises:
         TrainError: no replica is left.
     """
-    if not first_bad:
+    if not first_nonfinite_steps:
         return
     mend = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
     if t.config.train.precision != "float32":
@@ -304,7 +304,7 @@ def drop_non_finite(t: Training, first_bad: Mapping[int, int]) -> None:
     reasons = {
         number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {step} "
         f"(epoch {step / t.epoch_steps:.2f}); {mend}"
-        for number, step in first_bad.items()
+        for number, step in first_nonfinite_steps.items()
     }
     if len(reasons) == len(t.active):
         if t.group.is_main and len(t.replicas) > 1:
@@ -333,7 +333,7 @@ def save_or_stop(t: Training) -> bool:
     stopped: list[int] = []
     if step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0:
         late = time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
-        stopped, late = t.group.from_main((told_to_stop(t) if t.group.is_main else [], late))
+        stopped, late = t.group.broadcast((told_to_stop(t) if t.group.is_main else [], late))
         due = due or late or bool(stopped)
     if due:
         save(t)
@@ -361,13 +361,13 @@ def told_to_stop(t: Training) -> list[int]:
 
 def save(t: Training) -> None:
     """Write checkpoints of the present step: begin to, the thread of `t.checkpoints` does it."""
-    drop_non_finite(t, t.metrics.flush())
+    drop_nonfinite(t, t.metrics.flush())
     if t.checkpoints is not None:
         t.checkpoints.wait()
-    window = t.steps.window
-    bad_steps = t.group.minimum(window.bad_step.clone()).tolist()  # broken weights would make a run unrepairable
-    drop_non_finite(t, {number: bad_steps[number] for number, _ in t.active if bad_steps[number] < NEVER})
-    sums = t.group.sum(window.sums.clone())
+    accumulator = t.steps.accumulator
+    first = t.group.all_reduce_min(accumulator.first_nonfinite_step.clone()).tolist()
+    drop_nonfinite(t, {number: first[number] for number, _ in t.active if first[number] < NEVER})  # no resume would help it
+    sums = t.group.all_reduce_sum(accumulator.sums.clone())
     count_time(t)
     for number, replica in t.active:
         replica.progress.step = t.step

@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configs: list[RunConfig] = []
     try:
         configs = configs_of(options.config, options.overrides, options.seeds)
-        group = distributed.join(configs[0].runtime.device)
+        group = distributed.init_process_group(configs[0].runtime.device)
         try:
             return train_unfinished(configs, group)
         finally:
-            distributed.leave()
+            distributed.destroy_process_group()
     except (ConfigError, RunError, BetonError, TrainError, torch.OutOfMemoryError, OSError) as error:
         print(f"vitpa train: {error_line(error, num_seeds=len(configs))}", file=sys.stderr)
         return 1
@@ -106,7 +106,7 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
                 unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
             except (ConfigError, BetonError, RunError, OSError) as error:
                 refused = error
-        unfinished, stays_out = group.from_main((unfinished, refused is not None))
+        unfinished, stays_out = group.broadcast((unfinished, refused is not None))
         if refused is not None:
             raise refused
         if stays_out:  # all processes end, not only the main one

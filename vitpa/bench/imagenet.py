@@ -47,7 +47,7 @@ from vitpa.data.resident import ResidentImages
 from vitpa.data.sampler import Batch
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS
-from vitpa.distributed import Group, join, leave
+from vitpa.distributed import Group, destroy_process_group, init_process_group
 from vitpa.environment import environment
 from vitpa.records import write_json
 
@@ -458,7 +458,7 @@ def worker_words(options: argparse.Namespace) -> list[str]:
 
 def work(options: argparse.Namespace) -> int:
     """Measure as one of the processes that torchrun has started; the main one writes the file, again after every line."""
-    group = join("auto")
+    group = init_process_group("auto")
     try:
         facts = environment(group.device)
         facts.pop("host")
@@ -473,5 +473,5 @@ def work(options: argparse.Namespace) -> int:
                     write_json(options.json, {**facts, "results": [asdict(line) for line in lines]})
                     print(f"{each.case} {each.attention or ''}: {each.images_per_s:,.0f} images/s{notes}", file=sys.stderr)
     finally:
-        leave()
+        destroy_process_group()
     return 0

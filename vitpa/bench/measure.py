@@ -80,7 +80,7 @@ def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[
             steps.load()
             steps.step()
             if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
-                steps.window.take()
+                steps.accumulator.take()
 
     return run
 
@@ -93,7 +93,7 @@ def rates(
     began_s = time.monotonic()
     run(3)
     wait(group.device)
-    count = group.from_main(max(least, round(3 * window_s / (time.monotonic() - began_s))))
+    count = group.broadcast(max(least, round(3 * window_s / (time.monotonic() - began_s))))
     found = []
     for _ in range(WINDOWS):
         together(group)
@@ -106,7 +106,7 @@ def rates(
 
 def together(group: Group) -> None:
     """Until the devices of all processes have done everything."""
-    group.sum(torch.zeros(1, device=group.device))
+    group.all_reduce_sum(torch.zeros(1, device=group.device))
     wait(group.device)
 
 

@@ -32,7 +32,7 @@ from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.loader import ResidentFeed
 from vitpa.data.resident import ResidentImages
-from vitpa.distributed import Group, join
+from vitpa.distributed import Group, init_process_group
 from vitpa.environment import environment
 from vitpa.records import write_json
 from vitpa.step.step import ReplicaSteps
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     configs = {
         case: config_of(case, options.overrides) for case in lines_wanted if case.step == "graph" or not options.only_graph
     }
-    group, images = join("auto"), random_images()
+    group, images = init_process_group("auto"), random_images()
     limit = product_limit_tflops(group)
     print(f"products of bfloat16 matrices: {limit:,.2f} TFLOP/s", file=sys.stderr, flush=True)
     facts = {**environment(group.device), "product_limit_tflops": limit, **measured(next(iter(configs.values())))}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.loader import Feed
-from vitpa.step.window import Window
+from vitpa.step.metric_accumulator import MetricAccumulator
 
 
 class TimmSteps:
@@ -34,7 +34,7 @@ class TimmSteps:
         compiled = config.runtime.step == "compile"
         self.network: Any = torch.compile(model, dynamic=False) if compiled else model
         self.augmentation: Any = torch.compile(augmentation, dynamic=False) if compiled else augmentation
-        self.window = Window(1, device)
+        self.accumulator = MetricAccumulator(1, device)
         self.keys = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.done = 0
 
@@ -71,8 +71,8 @@ class TimmSteps:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         loss = loss.detach()[None]
-        self.window.add(loss, (logits.detach().argmax(dim=1) == labels).sum()[None], len(labels))
-        self.window.check(self.done, loss, norm[None])
+        self.accumulator.add(loss, (logits.detach().argmax(dim=1) == labels).sum()[None], len(labels))
+        self.accumulator.check(self.done, loss, norm[None])
         self.feed.advance()
 
     def _autocast(self) -> torch.autocast:

@@ -79,7 +79,7 @@ def _when_all_are_done(work: Future[Path], group: Group) -> Path:
         done = work.done()
         error = work.exception() if done else None
         failure = "" if error is None else str(error) or type(error).__name__
-        answers = group.from_all((done, failure))
+        answers = group.all_gather((done, failure))
         failures = [each for _, each in answers if each]
         if failures and not failure:
             raise ConfigError(failures[0])

@@ -31,8 +31,8 @@ from vitpa.distributed import Group
 from vitpa.models.stacked import StackedViT
 from vitpa.step.adamw import ReplicaAdamW
 from vitpa.step.drop_path import branch_scales, keep_probabilities
+from vitpa.step.metric_accumulator import MetricAccumulator
 from vitpa.step.operations import choose_operations
-from vitpa.step.window import Window
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
 
@@ -100,7 +100,7 @@ class ReplicaSteps:
         self.learning_rate = learning_rates.tolist().__getitem__
         self.factors = self.adamw.factors(learning_rates)
         self.losses = self.adamw.losses  # of the step
-        self.window = Window(self.R, self.device)
+        self.accumulator = MetricAccumulator(self.R, self.device)
         self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
 
         self._functions = StepFunctions(
@@ -250,18 +250,18 @@ class ReplicaSteps:
 
     def _all_reduce(self) -> None:
         """Sum the gradients over the processes; the losses, too, so that all agree on what is finite."""
-        self.group.sum(self.adamw.shared)
+        self.group.all_reduce_sum(self.adamw.shared)
 
     def _optimizer_step(self) -> None:
         """Clip and apply the gradients, and note whether they and the losses are finite."""
         norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
         self.done += 1
-        self.window.check(self.done, self.losses, norms)
+        self.accumulator.check(self.done, self.losses, norms)
 
     def _count_batch(self, losses: Tensor, correct: Tensor) -> None:
         """Note the mean losses (R,) and the numbers of correct predictions (R,) of a micro-batch."""
         self.losses += losses
-        self.window.add(losses, correct, self.B)
+        self.accumulator.add(losses, correct, self.B)
 
     def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
         """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
@@ -321,7 +321,7 @@ class ReplicaSteps:
     def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
         changed = [*self.adamw.state_tensors(), *self.feed.positions(), self.done, self.eval_sums]
-        changed += [self.window.sums, self.window.grad_norm, self.window.bad_step]
+        changed += [self.accumulator.sums, self.accumulator.grad_norm, self.accumulator.first_nonfinite_step]
         before = [tensor.clone() for tensor in changed]
         try:
             return function(*arguments)

@@ -201,7 +201,7 @@ class CountedSteps:
     def __init__(self) -> None:
         self.said: list[int | str] = []
         self.loaded = False
-        self.window = self
+        self.accumulator = self
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         self.said.append(f"epoch {epoch} from {step}")

@@ -377,10 +377,8 @@ def test_a_seed_that_is_not_finite_is_frozen_and_the_others_go_on(
     poison(run_of(halfway, 1))
     assert together([*halfway, f"runtime.log_every_steps={log_every_steps}"]) == 1
     error = capfd.readouterr().err
-    run, bad_step = run_of(halfway, 1), HALFWAY + 1
-    reason = (
-        f"{run.path}: the loss or its gradient became non-finite at step {bad_step} (epoch {bad_step / EPOCH_STEPS:.2f}); "
-    )
+    run, step = run_of(halfway, 1), HALFWAY + 1
+    reason = f"{run.path}: the loss or its gradient became non-finite at step {step} (epoch {step / EPOCH_STEPS:.2f}); "
     assert error.count(f"seed 1 is not trained any more, the others go on: {reason}") == 1
     assert error.strip().splitlines()[-1].startswith(f"vitpa train: 1 of 3 runs have failed: {reason}")
     left = json.loads(attempt_of(halfway, 1).left_json.read_text())
