@@ -55,18 +55,18 @@ class TimmSteps:
 
     def load(self) -> None:
         """Put the images of the next step on the device."""
-        self.feed.fill()
+        self.feed.load()
 
     def step(self) -> None:
         """One optimiser step."""
-        images, samples, labels = self.feed.cut(*self.feed.inputs(0))
+        images, samples, labels = self.feed.gather(*self.feed.inputs(0))
         images = self.augmentation(images, samples, self.keys)
         with self._autocast():
             logits: Tensor = self.network(images)  # B, K
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.optim.label_smoothing)
         loss.backward()
-        bound = self.config.optim.grad_clip_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if bound is None else bound).detach()
+        max_norm = self.config.optim.grad_clip_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if max_norm is None else max_norm).detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1

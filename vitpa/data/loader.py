@@ -1,7 +1,7 @@
-"""How a step gets its batches: cut from images that lie on the device, or put there by the host before each step.
+"""How a step gets its batches: gathered from images that lie on the device, or put there by the host before each step.
 
 Either way a step reads tensors that stay in their places (`inputs`, `eval_inputs`), so that a CUDA graph can hold it, and
-makes batches of them by functions of tensors alone (`cut`, `cut_eval`), so that a compiler can. The samples are those of
+makes batches of them by functions of tensors alone (`gather`, `gather_eval`), so that a compiler can. The samples are those of
 vitpa/data/sampler.py: the same for any number of processes and of accumulation steps.
 
 Axes: R replicas, B images of a replica in a micro-batch of this process, E images of an evaluation's batch, N of a split.
@@ -48,14 +48,14 @@ class ResidentFeed:
             self.order[replica] = permutation(key(seed, Purpose.ORDER, epoch), self.order.shape[1], self.order.device)
         self.next.fill_(step * self.global_batch_size + self.group.rank * self.batch_size)
 
-    def fill(self) -> None:
+    def load(self) -> None:
         """Put the next step's images on the device: they are there."""
 
     def inputs(self, micro: int) -> tuple[Tensor, ...]:
-        """What `cut` needs for the next micro-batch, number `micro` of its step."""
+        """What `gather` needs for the next micro-batch, number `micro` of its step."""
         return self.order, self.next
 
-    def cut(self, order: Tensor, first: Tensor) -> Batch:
+    def gather(self, order: Tensor, first: Tensor) -> Batch:
         """The images (R*B, 3, H, W) uint8 from position `first` of the order (R, N) on."""
         images = self.images["train"]
         columns = first + torch.arange(self.batch_size, device=order.device)
@@ -70,14 +70,14 @@ class ResidentFeed:
         """Go to the first images of the val split."""
         self.eval_next.fill_(self.group.rank)
 
-    def fill_eval(self) -> None:
+    def load_eval(self) -> None:
         """Put the next images of the evaluation on the device: they are there."""
 
     def eval_inputs(self) -> tuple[Tensor, ...]:
-        """What `cut_eval` needs for the next batch."""
+        """What `gather_eval` needs for the next batch."""
         return (self.eval_next,)
 
-    def cut_eval(self, first: Tensor) -> Batch:
+    def gather_eval(self, first: Tensor) -> Batch:
         """The val images (E, 3, H, W) uint8 from `first` on, this process's share; the label -1 stands for "no image"."""
         images, stride = self.images["val"], self.group.world_size
         samples = first + stride * torch.arange(self.eval_batch_size, device=first.device)
@@ -165,7 +165,7 @@ class StreamedFeed:
         finally:
             _close(steps)
 
-    def fill(self) -> None:
+    def load(self) -> None:
         """Put the next step's images on the device.
 
         Raises:
@@ -175,10 +175,10 @@ class StreamedFeed:
             _copy(next(self._train), self._micro(micro))
 
     def inputs(self, micro: int) -> tuple[Tensor, ...]:
-        """What `cut` needs for micro-batch number `micro` of the step."""
+        """What `gather` needs for micro-batch number `micro` of the step."""
         return tuple(self._micro(micro))
 
-    def cut(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
+    def gather(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
         """The images (B, 3, H, W) uint8 as they are."""
         return Batch(images, samples, labels)
 
@@ -196,7 +196,7 @@ class StreamedFeed:
         )
         self._eval = self.images["val"].eval_batches(indices)
 
-    def fill_eval(self) -> None:
+    def load_eval(self) -> None:
         """Put the next images of the evaluation on the device; beyond this process's share there are none."""
         batch = next(self._eval, None)
         if batch is None:
@@ -205,15 +205,15 @@ class StreamedFeed:
             _copy(batch, self._eval_slot)
 
     def eval_inputs(self) -> tuple[Tensor, ...]:
-        """What `cut_eval` needs for the next batch."""
+        """What `gather_eval` needs for the next batch."""
         return tuple(self._eval_slot)
 
-    def cut_eval(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
+    def gather_eval(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
         """The images (E, 3, H, W) uint8 as they are; the label -1 stands for "no image"."""
         return Batch(images, samples, labels)
 
     def advance_eval(self) -> None:
-        """Go on to the next batch: `fill_eval` does."""
+        """Go on to the next batch: `load_eval` does."""
 
     def positions(self) -> list[Tensor]:
         """No tensor is changed by `advance` or `advance_eval`."""

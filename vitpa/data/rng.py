@@ -75,7 +75,7 @@ def permutation(stream: int, n: int, device: torch.device | None = None) -> Tens
     return torch.argsort(random_bits(stream, torch.arange(n, device=device)), stable=True)
 
 
-def kept(values: Tensor) -> Tensor:
+def materialize(values: Tensor) -> Tensor:
     """The same values, computed once where they are compiled into kernels that use them many times.
 
     torch.compile would rather compute a random number again for each pixel that asks for it; a view with given strides

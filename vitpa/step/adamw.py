@@ -24,13 +24,13 @@ class ReplicaAdamW:
     """The parameters, gradients and moments of R models, in the order of torch's AdamW: the decayed ones first."""
 
     def __init__(
-        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.AdamW], dtype: torch.dtype, bound: float | None
+        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.AdamW], dtype: torch.dtype, max_norm: float | None
     ) -> None:
-        """`dtype` is that of the products' weights, `bound` the largest norm of a replica's gradient (None: any).
+        """`dtype` is that of the products' weights, `max_norm` the largest norm of a replica's gradient (None: any).
 
         From now on the parameters of each model are views into `values`.
         """
-        self.optimizers, self.bound, self.R = optimizers, bound, len(models)
+        self.optimizers, self.max_norm, self.R = optimizers, max_norm, len(models)
         names = {id(parameter): name for name, parameter in models[0].named_parameters()}
         groups = optimizers[0].param_groups
         self.options = {key: groups[0][key] for key in ("betas", "eps", "weight_decay")}
@@ -98,7 +98,7 @@ class ReplicaAdamW:
         (beta1, beta2), eps, (decay, rate, root) = self.options["betas"], self.options["eps"], factors.unbind()
         norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
         self.frozen |= ~(norms.isfinite() & losses.isfinite())
-        scale = torch.ones_like(norms) if self.bound is None else (self.bound / (norms + 1e-6)).clamp(max=1)
+        scale = torch.ones_like(norms) if self.max_norm is None else (self.max_norm / (norms + 1e-6)).clamp(max=1)
         gradients = self.gradients * scale[:, None]
         first = torch.lerp(self.exp_avg, gradients, 1 - beta1)
         second = self.exp_avg_sq * beta2 + gradients * gradients * (1 - beta2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitpa.data.rng import kept, uniform
+from vitpa.data.rng import materialize, uniform
 
 BRANCHES = 2  # of a block: attention and MLP
 
@@ -30,7 +30,7 @@ def branch_scales(samples: Tensor, stream: int | Tensor, keep: Tensor) -> Tensor
     """
     depth = len(keep)
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
-    draws = kept(uniform(streams, samples[:, None], draw=torch.arange(depth * BRANCHES, device=samples.device)))
+    draws = materialize(uniform(streams, samples[:, None], draw=torch.arange(depth * BRANCHES, device=samples.device)))
     keep = keep.to(samples.device)[:, None, None]
     draws = draws.T.reshape(depth, BRANCHES, len(samples))
     return torch.where(draws < keep, 1 / keep, 0.0).contiguous()  # once here, not before each use of a row

@@ -198,7 +198,7 @@ class ReplicaSteps:
         Raises:
             BetonError: an image cannot be decoded.
         """
-        self.feed.fill()
+        self.feed.load()
 
     def step(self) -> None:
         """One optimiser step of every replica on what `load` has put there; returns before the device has done it."""
@@ -225,7 +225,7 @@ class ReplicaSteps:
         self.eval_sums.zero_()
         self.feed.begin_evaluation()
         for _ in range(self.feed.num_eval_batches):
-            self.feed.fill_eval()
+            self.feed.load_eval()
             self._run_evaluation()
         return self.eval_sums
 
@@ -265,7 +265,7 @@ class ReplicaSteps:
 
     def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
         """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
-        images, samples, labels = self.feed.cut(*inputs)
+        images, samples, labels = self.feed.gather(*inputs)
         own_keys = keys.repeat_interleave(self.B, dim=0)
         if self.augmentation.mixup is None:
             batch, shown = self.augmentation(images, samples, own_keys), [labels]
@@ -305,7 +305,7 @@ class ReplicaSteps:
 
     def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """The next val images (E, 3, H, W), normalised, and their labels (E,)."""
-        images, _, labels = self.feed.cut_eval(*inputs)
+        images, _, labels = self.feed.gather_eval(*inputs)
         return self.augmentation.normalize(images), labels
 
     def _compute_scores(self, logits: Tensor, labels: Tensor) -> Tensor:

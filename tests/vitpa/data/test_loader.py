@@ -74,10 +74,10 @@ def streamed(
 def steps(feed: Feed, count: int, accum_steps: int = 1) -> Iterator[list[Batch]]:
     """The micro-batches of the next steps, copied."""
     for _ in range(count):
-        feed.fill()
+        feed.load()
         micros = []
         for micro in range(accum_steps):
-            micros.append(Batch(*(each.clone() for each in feed.cut(*feed.inputs(micro)))))
+            micros.append(Batch(*(each.clone() for each in feed.gather(*feed.inputs(micro)))))
             feed.advance()
         yield micros
 
@@ -86,8 +86,8 @@ def evaluation(feed: Feed) -> list[Batch]:
     feed.begin_evaluation()
     found = []
     for _ in range(feed.num_eval_batches):
-        feed.fill_eval()
-        found.append(Batch(*(each.clone() for each in feed.cut_eval(*feed.eval_inputs()))))
+        feed.load_eval()
+        found.append(Batch(*(each.clone() for each in feed.gather_eval(*feed.eval_inputs()))))
         feed.advance_eval()
     return found
 
@@ -168,7 +168,7 @@ def test_quasi_random_is_the_same_for_any_number_of_processes_and_reads_ahead(
             assert sum(shares) == 1437
             shares.clear()
         feed.begin_epoch(3, 5)
-        feed.fill()
+        feed.load()
         feed.close()
         shares.clear()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "read-ahead"))]

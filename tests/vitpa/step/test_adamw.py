@@ -42,9 +42,9 @@ def optimizer(model: nn.Module) -> torch.optim.AdamW:
     return adamw(model, lr=1e-3, weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6, fused=False)
 
 
-def together(seeds: Sequence[int], bound: float | None) -> tuple[list[nn.Module], ReplicaAdamW]:
+def together(seeds: Sequence[int], max_norm: float | None) -> tuple[list[nn.Module], ReplicaAdamW]:
     networks = models(seeds)
-    return networks, ReplicaAdamW(networks, [optimizer(network) for network in networks], torch.float64, bound)
+    return networks, ReplicaAdamW(networks, [optimizer(network) for network in networks], torch.float64, max_norm)
 
 
 def rate(step: int) -> float:
@@ -69,12 +69,12 @@ def update(replicas: ReplicaAdamW, step: int, gradients: Sequence[Gradients], lo
     return replicas.update(loss, replicas.factors(rates)[step])
 
 
-def torch_update(model: nn.Module, own: torch.optim.AdamW, step: int, gradients: Gradients, bound: float | None) -> Tensor:
+def torch_update(model: nn.Module, own: torch.optim.AdamW, step: int, gradients: Gradients, max_norm: float | None) -> Tensor:
     for name, parameter in model.named_parameters():
         parameter.grad = gradients[name].clone()
     for group in own.param_groups:
         group["lr"] = rate(step)
-    norm: Tensor = nn.utils.clip_grad_norm_(model.parameters(), math.inf if bound is None else bound)
+    norm: Tensor = nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm)
     own.step()
     return norm
 
@@ -84,9 +84,9 @@ def check_equal(model: nn.Module, expected: nn.Module) -> None:
         assert_close(parameter, other, msg=name)
 
 
-@pytest.mark.parametrize("bound", [None, 1.0])
-def test_every_replica_is_updated_as_torchs_adamw_does(bound: float | None) -> None:
-    networks, replicas = together(range(R), bound)
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_every_replica_is_updated_as_torchs_adamw_does(max_norm: float | None) -> None:
+    networks, replicas = together(range(R), max_norm)
     expected = models(range(R))
     optimizers = [optimizer(model) for model in expected]
     clipped = 0
@@ -94,7 +94,7 @@ def test_every_replica_is_updated_as_torchs_adamw_does(bound: float | None) -> N
         gradients = [random_gradients(model, seed, step) for seed, model in enumerate(expected)]
         norms = update(replicas, step, gradients)
         for replica, model in enumerate(expected):
-            norm = torch_update(model, optimizers[replica], step, gradients[replica], bound)
+            norm = torch_update(model, optimizers[replica], step, gradients[replica], max_norm)
             assert_close(norms[replica], norm)  # before clipping
             clipped += float(norm) > 1
     assert STEPS * R / 10 < clipped < STEPS * R * 9 / 10  # both happened

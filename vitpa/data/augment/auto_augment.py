@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms import functional as tvf
 
-from vitpa.data.rng import kept, randint, random_bits, uniform
+from vitpa.data.rng import materialize, randint, random_bits, uniform
 
 Operation = tuple[str, float]  # a name and a magnitude in torchvision's units
 
@@ -100,7 +100,7 @@ class Policy:
             row = randint(stream, samples, self.num_rows, draw=0 if self.one_row else 3 * place)
             applied = uniform(stream, samples, draw=3 * place + 1) < self.prob[row, place]
             negated = (random_bits(stream + (3 * place + 2), samples) < 0).long()
-            found.append(kept(self.signed[row, place, negated] * applied))
+            found.append(materialize(self.signed[row, place, negated] * applied))
         return found
 
     def __call__(self, images: Tensor, samples: Tensor, stream: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Operations:
         """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
         B, C, H, W = images.shape
         # Crops are channels_last, and torch 2.11's compiler, on a GPU, sharpened such images wrongly at 28, 31, 33 and 63 px.
-        images = kept(images.contiguous())
+        images = materialize(images.contiguous())
         if images.is_cuda and H * W >= KERNEL_PIXELS:
             return self.by_kernel(images, choice)
         pixels, kind, ratios = images.reshape(B, C, H * W), self.kind[choice], self.ratios[choice]

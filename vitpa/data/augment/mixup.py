@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
-from vitpa.data.rng import Purpose, kept, randint, uniform
+from vitpa.data.rng import Purpose, materialize, randint, uniform
 
 LEVELS = 2**14  # quantiles of an image's weight
 
@@ -71,7 +71,7 @@ class Mixup:
         left, right = ((x + part).clamp(0, W) for part in (-(width // 2), (width + 1) // 2))
         box = torch.stack([top, left, bottom - top, right - left], 1) * cutmix[:, None]
         lam = torch.where(cutmix, 1 - (box[:, 2] * box[:, 3]).double() / (H * W), share)
-        return kept(lam.float()), kept(torch.where(cutmix, 1.0, share).float()), kept(box)
+        return materialize(lam.float()), materialize(torch.where(cutmix, 1.0, share).float()), materialize(box)
 
 
 def partners_of(labels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from vitpa.config import AugmentConfig
 from vitpa.data.augment.auto_augment import Policy
 from vitpa.data.augment.mixup import Mixup, partners_of
 from vitpa.data.augment.rand_augment import RandAugment
-from vitpa.data.rng import Purpose, kept, key, randint, random_bits, uniform
+from vitpa.data.rng import Purpose, key, materialize, randint, random_bits, uniform
 from vitpa.datasets import DatasetFacts
 
 _ERASE_TRIES = 10
@@ -127,7 +127,7 @@ class Augmentation:
         """The boxes (B, 4), the words (B,) and the numbers (65536,) that noise is made of."""
         size = (images.shape[2], images.shape[3])
         boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
-        return torch.stack(boxes, 1), kept(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
+        return torch.stack(boxes, 1), materialize(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
 
 
 def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | 
     section 4.2).
     """
     B, _, H, W = images.shape
-    top, left = (kept(randint(stream, samples, 2 * padding + 1, draw=draw)) for draw in (0, 1))
+    top, left = (materialize(randint(stream, samples, 2 * padding + 1, draw=draw)) for draw in (0, 1))
     rows = top[:, None] + torch.arange(H, device=images.device)  # B, H
     columns = left[:, None] + torch.arange(W, device=images.device)  # B, W
     padded = F.pad(images, (padding, padding, padding, padding))
@@ -147,7 +147,7 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | 
 
 def horizontal_flip(images: Tensor, samples: Tensor, *, stream: int | Tensor) -> Tensor:
     """Mirror images (B, C, H, W) left to right with probability 1/2, drawn in `stream`, one key or (B,), by `samples` (B,)."""
-    flip = kept(random_bits(stream, samples) < 0)
+    flip = materialize(random_bits(stream, samples) < 0)
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
@@ -170,7 +170,7 @@ def erased_boxes(
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
     tries = torch.arange(_ERASE_TRIES, device=samples.device)
     numbers = torch.arange(1 + 4 * _ERASE_TRIES, device=samples.device)
-    draws = kept(uniform(streams, samples[:, None], draw=numbers))  # B, numbers
+    draws = materialize(uniform(streams, samples[:, None], draw=numbers))  # B, numbers
     area, ratio, top, left = draws[:, 1:].view(-1, _ERASE_TRIES, 4).double().unbind(2)  # B, tries; devices agree in float64
     area = H * W * (scale_low + area * (scale_high - scale_low))
     ratio = torch.exp(math.log(ratio_low) + ratio * (math.log(ratio_high) - math.log(ratio_low)))
@@ -179,7 +179,7 @@ def erased_boxes(
     first = tries.masked_fill((height >= H) | (width >= W), _ERASE_TRIES).amin(1)  # B: the first that fits
     erased = (first < _ERASE_TRIES) & (draws[:, 0] < options.erase_prob)
     first = first.clamp(max=_ERASE_TRIES - 1)[:, None]
-    boxes = (kept(values.gather(1, first)[:, 0].long() * erased) for values in (top, left, height, width))
+    boxes = (materialize(values.gather(1, first)[:, 0].long() * erased) for values in (top, left, height, width))
     top, left, height, width = boxes
     return top, left, height, width
 
@@ -190,7 +190,9 @@ def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) 
     Its centre is a random pixel, drawn in `stream`, one key or (B,), by `samples` (B,) (DeVries & Taylor 2017, arXiv
     1708.04552).
     """
-    top, left = (kept(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:]))
+    top, left = (
+        materialize(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:])
+    )
     length = torch.full_like(top, side)
     return _blank(images, top, left, length, length)
 
@@ -201,8 +203,8 @@ def noise(words: Tensor, normals: Tensor, shape: Sequence[int]) -> Tensor:
     `words` (B,) are int64; a pixel's three channels share its hash.
     """
     _, C, H, W = shape
-    pixels = kept(torch.arange(H * W, device=words.device))  # else the compiler multiplies it by a constant beforehand
-    bits = kept(random_bits(words[:, None], pixels))[:, None]  # B, 1, P
+    pixels = materialize(torch.arange(H * W, device=words.device))  # else the compiler multiplies it by a constant beforehand
+    bits = materialize(random_bits(words[:, None], pixels))[:, None]  # B, 1, P
     return normals[bits >> 16 * torch.arange(C, device=words.device)[:, None] & 0xFFFF].view(*shape)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vitpa.data.augment.auto_augment import IDENTITY, KINDS, Operation, blend, blurred, extremes
-from vitpa.data.rng import kept, randint, random_bits
+from vitpa.data.rng import materialize, randint, random_bits
 
 LEVELS = 1024  # quantiles of the magnitude
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
@@ -83,7 +83,7 @@ class RandAugment:
             name = randint(stream, samples, len(NAMES), draw=4 * place)
             negated, applied = ((random_bits(stream + (4 * place + draw), samples) < 0).long() for draw in (1, 2))
             level = randint(stream, samples, LEVELS, draw=4 * place + 3)
-            found.append(kept(self.index[name, negated, level] * applied))
+            found.append(materialize(self.index[name, negated, level] * applied))
         return found
 
     def __call__(self, images: Tensor, samples: Tensor, stream: Tensor) -> Tensor:
@@ -226,10 +226,10 @@ def _moved(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
     x, y = a * column + b * row + c, d * column + e * row + f  # B, H, W
     filled = (x < 0) | (x >> 32 >= W) | (y < 0) | (y >> 32 >= H)
-    x, y = kept(x - 2**31), kept(y - 2**31)
-    x_weights, y_weights = ([kept(weight)[:, None] for weight in _cubic(place)] for place in (x, y))  # 4 of B, 1, H, W
+    x, y = materialize(x - 2**31), materialize(y - 2**31)
+    x_weights, y_weights = ([materialize(weight)[:, None] for weight in _cubic(place)] for place in (x, y))  # 4 of B, 1, H, W
     columns, rows = (
-        [kept(((place >> 32) + step).clamp(0, size - 1)) for step in (-1, 0, 1, 2)] for place, size in ((x, W), (y, H))
+        [materialize(((place >> 32) + step).clamp(0, size - 1)) for step in (-1, 0, 1, 2)] for place, size in ((x, W), (y, H))
     )
     pixels, total = images.reshape(B, C, H * W), torch.zeros(B, C, H, W, dtype=torch.int32, device=images.device)
     for i in range(4):
