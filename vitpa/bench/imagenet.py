@@ -40,7 +40,7 @@ from vitpa.bench.measure import (
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
-from vitpa.data.decode.gpu import why_not_gpu
+from vitpa.data.decode.gpu import gpu_unsupported_reason
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import beton_path
 from vitpa.data.resident import ResidentImages
@@ -239,8 +239,10 @@ def streamed_lines(options: argparse.Namespace, batch_size: int, bench: Bench) -
     betons = open_betons(config, options.dataset)
     stored = "JPEG" if betons["train"].is_jpeg.any() else "raw"
     decoders: list[Decoder] = ["gpu", "cpu"] if config.runtime.decoder == "auto" else [config.runtime.decoder]
-    reason = why_not_gpu(betons["train"], img_size=config.model.img_size, device=group.device) if "gpu" in decoders else ""
-    if reason:
+    reason = None
+    if "gpu" in decoders:
+        reason = gpu_unsupported_reason(betons["train"], img_size=config.model.img_size, device=group.device)
+    if reason is not None:
         decoders.remove("gpu")
         print(f"without decoding on the GPU: {reason}", file=sys.stderr)
     for decoder in decoders:

@@ -17,7 +17,7 @@ from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton
-from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
+from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
@@ -172,12 +172,14 @@ def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cp
     wanted = config.runtime.decoder
     if wanted == "cpu" or (wanted == "auto" and group.device.type == "cpu"):
         return "cpu"
-    reason = why_not_gpu(beton, img_size=config.model.img_size, device=group.device)
-    if reason and wanted == "gpu":
+    reason = gpu_unsupported_reason(beton, img_size=config.model.img_size, device=group.device)
+    if reason is None:
+        return "gpu"
+    if wanted == "gpu":
         raise ConfigError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
-    if reason and group.is_main:
+    if group.is_main:
         print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
-    return "cpu" if reason else "gpu"
+    return "cpu"
 
 
 def open_resident(configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int) -> ResidentFeed:

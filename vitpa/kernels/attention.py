@@ -27,13 +27,13 @@ MAX_REGISTERS_BACKWARD = 128  # a thread's: four programs share a multiprocessor
 LOG2_E = 1.4426950408889634  # exp2 is one instruction, exp is not
 
 
-def unfit(tokens: int, head_dim: int) -> str:
-    """Why the kernel does not take these sizes; empty if it does."""
+def unsupported_reason(tokens: int, head_dim: int) -> str | None:
+    """Why the kernel does not take these sizes; None if it does."""
     if tokens - 1 not in (16, 32, 64):
         return f"attention kernel: {tokens - 1} patches, not 16, 32 or 64"
     if head_dim not in (16, 32, 64):
         return f"attention kernel: head_dim {head_dim}, not 16, 32 or 64"
-    return ""
+    return None
 
 
 # Names in the kernels: c is the class token, p the patches. First the row, then the column: s_pc in the forward kernel are

@@ -23,13 +23,13 @@ BACKWARD_MANY, BACKWARD_FEW = (32, 4), (16, 4)
 NUM_STAGES = 3  # images whose loads are under way at a time
 
 
-def unfit(tokens: int, head_dim: int) -> str:
-    """Why the kernel does not take these sizes; empty if it does."""
+def unsupported_reason(tokens: int, head_dim: int) -> str | None:
+    """Why the kernel does not take these sizes; None if it does."""
     if tokens - 1 not in (16, 32, 64):
         return f"mixing kernel: {tokens - 1} patches, not 16, 32 or 64"
     if head_dim not in (16, 32, 64):
         return f"mixing kernel: head_dim {head_dim}, not 16, 32 or 64"
-    return ""
+    return None
 
 
 # Class tiles have 16 rows or columns, of which only the first counts: a_cp is the class token's row of the matrix, a_pc its

@@ -19,11 +19,11 @@ NUM_WARPS_FORWARD = 4
 BACKWARD = {(2**16, 256): (2, 1, 2112), (2**15, 2048): (1, 1, PROGRAMS), (0, 2048): (4, 4, PROGRAMS)}
 
 
-def unfit(embed_dim: int) -> str:
-    """Why the kernel does not take this size; empty if it does."""
+def unsupported_reason(embed_dim: int) -> str | None:
+    """Why the kernel does not take this size; None if it does."""
     if not 16 <= embed_dim <= 2048:
         return f"norm kernel: embed_dim {embed_dim}, not within 16 and 2048: a row must fit into a program's registers"
-    return ""
+    return None
 
 
 @triton.jit

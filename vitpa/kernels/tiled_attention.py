@@ -27,15 +27,15 @@ SHARED_MEMORY = 2**17  # bytes that a program may need: as large GPUs have for o
 LOG2_E = 1.4426950408889634  # exp2 is one instruction, exp is not
 
 
-def unfit(tokens: int, head_dim: int, shared_memory: int) -> str:
-    """Why the kernel does not take these sizes on a GPU whose multiprocessors share so many bytes; empty if it does."""
+def unsupported_reason(tokens: int, head_dim: int, shared_memory: int) -> str | None:
+    """Why the kernel does not take these sizes on a GPU whose multiprocessors share so many bytes; None if it does."""
     if shared_memory < SHARED_MEMORY:
         return f"tiled attention kernel: {shared_memory} bytes of shared memory in a multiprocessor, not {SHARED_MEMORY}"
     if not 2 <= tokens <= MAX_TOKENS:
         return f"tiled attention kernel: {tokens} tokens, not within 2 and {MAX_TOKENS}"
     if head_dim not in (16, 32, 64):
         return f"tiled attention kernel: head_dim {head_dim}, not 16, 32 or 64"
-    return ""
+    return None
 
 
 @triton.jit

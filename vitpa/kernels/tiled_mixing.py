@@ -25,11 +25,11 @@ GRADIENT = (128, 8, 4)  # tokens of a tile (of both axes), warps, stages
 GRADIENT_PROGRAMS = 132  # as many chunks of images as make so many: one for each multiprocessor; with two 83 us
 
 
-def unfit(head_dim: int) -> str:
-    """Why the kernel does not take this size; empty if it does."""
+def unsupported_reason(head_dim: int) -> str | None:
+    """Why the kernel does not take this size; None if it does."""
     if head_dim not in (16, 32, 64):
         return f"tiled mixing kernel: head_dim {head_dim}, not 16, 32 or 64"
-    return ""
+    return None
 
 
 @triton.jit

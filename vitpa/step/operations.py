@@ -95,18 +95,18 @@ def candidates(model: ModelConfig, shared_memory: int) -> dict[str, list[Candida
     tokens, head_dim = num_tokens(model), model.embed_dim // model.num_heads
     both = {
         "attention": [
-            Candidate(attention.attention, attention.unfit(tokens, head_dim) or None),
-            Candidate(tiled_attention.tiled_attention, tiled_attention.unfit(tokens, head_dim, shared_memory) or None),
+            Candidate(attention.attention, attention.unsupported_reason(tokens, head_dim)),
+            Candidate(tiled_attention.tiled_attention, tiled_attention.unsupported_reason(tokens, head_dim, shared_memory)),
         ],
         "mix": [
-            Candidate(mixing.mix, mixing.unfit(tokens, head_dim) or None),
-            Candidate(tiled_mixing.tiled_mix, tiled_mixing.unfit(head_dim) or None),
+            Candidate(mixing.mix, mixing.unsupported_reason(tokens, head_dim)),
+            Candidate(tiled_mixing.tiled_mix, tiled_mixing.unsupported_reason(head_dim)),
         ],
     }
     mixes = "attention" if model.attention == "content" else "mix"  # the network never calls the other one
     return {
         mixes: both[mixes],
-        "add_norm": [Candidate(norm.add_norm, norm.unfit(model.embed_dim) or None)],
+        "add_norm": [Candidate(norm.add_norm, norm.unsupported_reason(model.embed_dim))],
         "bias_gelu": [Candidate(gelu.bias_gelu, None)],
     }
 

@@ -54,7 +54,7 @@ def takes(name: str, sizes: Sizes) -> bool:
     """Whether the kernel of this name takes so many tokens; head_dim is one that all take."""
     modules = {"attention": vitpa.kernels.attention, "attention, apart": vitpa.kernels.attention, "mix": vitpa.kernels.mixing}
     _, _, N, _, d = sizes
-    return name not in modules or not modules[name].unfit(N, d)
+    return name not in modules or modules[name].unsupported_reason(N, d) is None
 
 
 def slow_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
@@ -271,27 +271,27 @@ def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str,
 
 @pytest.mark.parametrize("kernel", [vitpa.kernels.attention, vitpa.kernels.mixing])
 def test_sizes_that_do_not_fit_are_named(kernel: Any) -> None:
-    assert [kernel.unfit(1 + patches, d) for patches in (16, 32, 64) for d in (16, 32, 64)] == [""] * 9
-    assert "196 patches" in kernel.unfit(197, 64)
-    assert "8 patches" in kernel.unfit(9, 64)
-    assert "head_dim 48" in kernel.unfit(65, 48)
-    assert "head_dim 8" in kernel.unfit(65, 8)
+    assert [kernel.unsupported_reason(1 + patches, d) for patches in (16, 32, 64) for d in (16, 32, 64)] == [None] * 9
+    assert "196 patches" in str(kernel.unsupported_reason(197, 64))
+    assert "8 patches" in str(kernel.unsupported_reason(9, 64))
+    assert "head_dim 48" in str(kernel.unsupported_reason(65, 48))
+    assert "head_dim 8" in str(kernel.unsupported_reason(65, 8))
 
 
 def test_sizes_that_do_not_fit_tiles_are_named() -> None:
-    attends, mixes = vitpa.kernels.tiled_attention.unfit, vitpa.kernels.tiled_mixing.unfit
-    assert [attends(tokens, d, 167936) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [""] * 12
-    assert [mixes(d) for d in (16, 32, 64)] == [""] * 3
-    assert "257 tokens" in attends(257, 64, 167936)
-    assert "head_dim 48" in attends(197, 48, 167936)
-    assert "102400 bytes" in attends(197, 64, 102400)
-    assert "head_dim 48" in mixes(48)
+    attends, mixes = vitpa.kernels.tiled_attention.unsupported_reason, vitpa.kernels.tiled_mixing.unsupported_reason
+    assert [attends(tokens, d, 167936) for tokens in (2, 65, 197, 256) for d in (16, 32, 64)] == [None] * 12
+    assert [mixes(d) for d in (16, 32, 64)] == [None] * 3
+    assert "257 tokens" in str(attends(257, 64, 167936))
+    assert "head_dim 48" in str(attends(197, 48, 167936))
+    assert "102400 bytes" in str(attends(197, 64, 102400))
+    assert "head_dim 48" in str(mixes(48))
 
 
 def test_rows_that_do_not_fit_the_norm_are_named() -> None:
-    assert [vitpa.kernels.norm.unfit(D) for D in (16, 192, 384, 2048)] == [""] * 4
-    assert "embed_dim 4096" in vitpa.kernels.norm.unfit(4096)
-    assert "embed_dim 8" in vitpa.kernels.norm.unfit(8)
+    assert [vitpa.kernels.norm.unsupported_reason(D) for D in (16, 192, 384, 2048)] == [None] * 4
+    assert "embed_dim 4096" in str(vitpa.kernels.norm.unsupported_reason(4096))
+    assert "embed_dim 8" in str(vitpa.kernels.norm.unsupported_reason(8))
 
 
 def test_shapes_are_known_without_running() -> None:

@@ -372,8 +372,8 @@ def most_taps(height: Ints, width: Ints, to_height: Ints, to_width: Ints) -> int
     return int((-(-2 * np.maximum(sizes, to) // to)).max(initial=2)) + 1
 
 
-def why_not_gpu(beton: Beton, *, img_size: int, device: torch.device) -> str:
-    """Why the images of `beton` cannot be decoded on `device`, in a line; empty if one of them could be."""
+def gpu_unsupported_reason(beton: Beton, *, img_size: int, device: torch.device) -> str | None:
+    """Why the images of `beton` cannot be decoded on `device`, in a line; None if one of them could be."""
     if device.type != "cuda":
         return "there is no GPU"
     try:
@@ -385,4 +385,4 @@ def why_not_gpu(beton: Beton, *, img_size: int, device: torch.device) -> str:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if beton.is_jpeg.any() and not decoder.headers.known:
         return f"the first JPEG of {beton.path} is not a baseline JPEG in 4:2:0, as FFCV writes them"
-    return ""
+    return None

@@ -27,7 +27,7 @@ from vitpa.config import AugmentConfig
 from vitpa.config_file import parse_config
 from vitpa.data.beton import Beton
 from vitpa.data.decode import gpu
-from vitpa.data.decode.gpu import GpuDecoder, why_not_gpu
+from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
 from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
 from vitpa.data.open import choose_decoder
 from vitpa.data.sampler import Batch
@@ -300,9 +300,9 @@ def test_damaged_codes_are_found_before_the_first_batch(pretended: Decoder, cut:
 
 
 def test_without_a_gpu_it_is_said(beton: Beton) -> None:
-    assert why_not_gpu(beton, img_size=32, device=CPU) == "there is no GPU"
+    assert gpu_unsupported_reason(beton, img_size=32, device=CPU) == "there is no GPU"
     if not torch.cuda.is_available():
-        assert why_not_gpu(beton, img_size=32, device=torch.device("cuda:0"))
+        assert gpu_unsupported_reason(beton, img_size=32, device=torch.device("cuda:0"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -323,7 +323,7 @@ class TestOnGpu:
     pytestmark = on_gpu
 
     def test_it_works_here(self, beton: Beton) -> None:
-        assert why_not_gpu(beton, img_size=32, device=torch.device("cuda")) == ""
+        assert gpu_unsupported_reason(beton, img_size=32, device=torch.device("cuda")) is None
 
     def test_batches_are_those_of_the_cpu(self, beton: Beton) -> None:
         check_batches(stream(beton, torch.device("cuda")), stream(beton))
