@@ -92,11 +92,14 @@ class Logs:
             self._board.add(summary.image(name, image, dataformats="CHW"), step)
 
     def hparams(self, parameters: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Show the run in TensorBoard's HPARAMS tab. Written into the run's own directory, unlike add_hparams."""
+        """Show the run in TensorBoard's HPARAMS tab, `parameters` with their sections as section.key.
+
+        Written into the run's own directory, unlike add_hparams.
+        """
         if self._board is not None:
             flat = {
-                name: value if isinstance(value, bool | int | float | str) else str(value)
-                for name, value in parameters.items()
+                key: value if isinstance(value, bool | int | float | str) else str(value)
+                for key, value in _flat(parameters).items()
             }
             for each in summary.hparams(flat, dict(metrics)):
                 self._board.add(each)
@@ -107,6 +110,13 @@ class Logs:
             self._file.flush()
         if self._board is not None:
             self._board.flush()
+
+
+def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those outside of sections, then those of each section as section.key."""
+    sections = {section: values for section, values in parameters.items() if isinstance(values, Mapping)}
+    flat = {name: value for name, value in parameters.items() if name not in sections}
+    return flat | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 @contextmanager

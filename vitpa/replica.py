@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from vitpa.checkpoint import Progress
+from vitpa.checkpoint import Progress, weights_sha256
 from vitpa.config import RunConfig
 from vitpa.logs import Logs
-from vitpa.rundir import RunDir
+from vitpa.records import utc_now
+from vitpa.rundir import Result, RunDir
 
 
 @dataclass
@@ -36,3 +38,27 @@ class Replica:
         new_s, self.counted_s = now_s - self.counted_s, now_s
         self.progress.train_time_s += new_s
         self.progress.gpu_time_s += new_s * gpus
+
+    def result(self, beton_sha256: dict[str, str]) -> Result:
+        """What its result.json says, once it is trained to its end on these data."""
+        config, progress = self.config, self.progress
+        return Result(
+            signature=config.signature,
+            dataset=config.dataset,
+            attention=config.model.attention,
+            seed=config.seed,
+            epochs=config.train.epochs,
+            steps=progress.step,
+            val_top1=progress.val["val/top1"],
+            val_top5=progress.val["val/top5"],
+            val_loss=progress.val["val/loss"],
+            train_time_s=progress.train_time_s,
+            gpu_hours=progress.gpu_time_s / 3600,
+            images_per_s=progress.step * config.train.global_batch_size / progress.train_time_s,
+            attempts=max(1, len(self.run.attempts())),
+            weights_sha256=weights_sha256(self.model.state_dict()),
+            code_version=", ".join(progress.code_versions),
+            beton_sha256=beton_sha256,
+            finished_utc=utc_now(),
+            config_sha256=hashlib.sha256(self.run.config_yaml.read_bytes()).hexdigest(),
+        )

@@ -6,13 +6,13 @@
 A run killed at any moment and started again continues from its newest checkpoint; on the CPU it ends with weights
 bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
-Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone. The
-steps themselves are in vitpa/step/step.py.
+Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone.
+
+The loop is `train_epoch`; the arithmetic of a step is in vitpa/step/step.py, the command line in vitpa/train_command.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,18 +40,17 @@ from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rates
-from vitpa.records import RunError, utc_now, with_checksum, write_json
+from vitpa.records import RunError, with_checksum, write_json
 from vitpa.replica import Replica
-from vitpa.rundir import Result
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.metric_accumulator import NEVER
 from vitpa.step.step import ReplicaSteps
 
-ALL_STOPS_S = 0.3
+ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear
 
 
 class TrainError(Exception):
-    """Training cannot start or go on: one line with what, where and how to mend it."""
+    """Training cannot go on: one line with what, where and what to do about it."""
 
 
 @dataclass
@@ -85,7 +84,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     """Train runs that differ in their seeds to their end, from their checkpoints if there are any, each to its result.json.
 
     Returns:
-        whether the runs are finished; False if the files `stop` asked to stop, the state being in checkpoints.
+        whether the runs are finished; False if a stop was requested, the state being in checkpoints.
 
     Raises:
         TrainError: a loss became non-finite.
@@ -104,25 +103,11 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         open_logs(t, stack)
         stack.callback(t.steps.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
-        if t.step < t.total_steps:
-            if t.steps.compiles:
-                check_compiler_cache()
-                say(t, "compiling the step, which takes about a minute")
-            for note in t.steps.prepare(t.step):
-                say(t, note)
-        t.metrics.begin(t.step, t.line)
-        t.saved_s = time.monotonic()
-        for replica in t.replicas:
-            replica.counted_s = t.saved_s
+        prepare_steps(t)
         finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
         if finished:
             finish(t)
-    for replica in t.replicas:
-        if replica.left and not replica.failed and group.is_main:
-            print(f"seed {replica.config.seed} is not finished: {replica.left}", file=sys.stderr)
-    failed = [replica.left for replica in t.replicas if replica.failed]
-    if failed:
-        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
+    check_left(t)
     return finished
 
 
@@ -186,7 +171,11 @@ def layout(t: Training) -> checkpoint.Layout:
 
 
 def resume(t: Training, paths: Sequence[Path]) -> None:
-    """Continue from the checkpoints, if there are any, and record what this attempt runs with."""
+    """Continue from the checkpoints, if there are any.
+
+    Raises:
+        RunError: a checkpoint was damaged meanwhile, or is of other data.
+    """
     for number, path in enumerate(paths):
         replica = t.replicas[number]
         try:
@@ -204,11 +193,16 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
         if t.group.is_main:  # the sums are those of all processes
             t.steps.accumulator.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
+    record_environment(t)
+
+
+def record_environment(t: Training) -> None:
+    """Record what this attempt runs with: code, libraries, device, data, sizes."""
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
     together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
-    document = {**facts, **sizes, **together, "resumed_at_step": t.step, "beton_sha256": t.data.beton_sha256}
-    document = with_checksum(document)
+    at_start = {"resumed_at_step": t.step, "beton_sha256": t.data.beton_sha256}
+    document = with_checksum({**facts, **sizes, **together, **at_start})
     for replica in t.replicas:
         if facts["code_version"] not in replica.progress.code_versions:
             replica.progress.code_versions.append(facts["code_version"])
@@ -242,11 +236,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         )
         replica.logs = stack.enter_context(logs)
         if not step:
-            experiment = replica.config.experiment()
-            sections = {
-                f"{s}.{k}": v for s, values in experiment.items() if isinstance(values, dict) for k, v in values.items()
-            }
-            logs.hparams({**{k: v for k, v in experiment.items() if not isinstance(v, dict)}, **sections}, {"val/top1": 0.0})
+            logs.hparams(replica.config.experiment(), {"val/top1": 0.0})
             logs.image("augmented", make_grid(t.data.preview(replica.config.seed)), step)
     if not step:
         show_positions(t)
@@ -266,15 +256,29 @@ def say(t: Training, text: str) -> None:
         t.line.say(text)
 
 
+def prepare_steps(t: Training) -> None:
+    """Compile the step and capture its CUDA graph, as `runtime.step` says, and start the clocks."""
+    if t.step < t.total_steps:
+        if t.steps.compiles:
+            check_compiler_cache()
+            say(t, "compiling the step, which takes about a minute")
+        for note in t.steps.prepare(t.step):
+            say(t, note)
+    t.metrics.begin(t.step, t.line)
+    t.saved_s = time.monotonic()
+    for replica in t.replicas:
+        replica.counted_s = t.saved_s
+
+
 def train_epoch(t: Training, epoch: int) -> bool:
-    """Train from the present step to the end of `epoch`, with the evaluation if one is due; False if told to stop."""
+    """Train from the present step to the end of `epoch`, and evaluate if that is due; False if a stop was requested."""
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
     while t.step < last_step:
-        t.steps.load()
-        t.steps.step()
+        t.steps.load()  # the batch, onto the device
+        t.steps.step()  # forward, backward, all-reduce of the gradients, clipping, AdamW
         t.step += 1
-        drop_nonfinite(t, t.metrics.poll())
+        drop_nonfinite(t, t.metrics.poll())  # of earlier steps: the device is behind the host
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
             drop_nonfinite(t, t.metrics.flush())
             t.metrics.close(t.step)
@@ -298,12 +302,12 @@ def drop_nonfinite(t: Training, first_nonfinite_steps: Mapping[int, int]) -> Non
     """
     if not first_nonfinite_steps:
         return
-    mend = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
+    hint = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
     if t.config.train.precision != "float32":
-        mend += ", or set train.precision=float32"
+        hint += ", or set train.precision=float32"
     reasons = {
         number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {step} "
-        f"(epoch {step / t.epoch_steps:.2f}); {mend}"
+        f"(epoch {step / t.epoch_steps:.2f}); {hint}"
         for number, step in first_nonfinite_steps.items()
     }
     if len(reasons) == len(t.active):
@@ -327,13 +331,13 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
 
 
 def save_or_stop(t: Training) -> bool:
-    """Between two steps: write checkpoints if they are due, and others before stopping; False if told to stop."""
+    """Between two steps: write checkpoints if they are due or a stop was requested; False if it was, for all that are left."""
     runtime, step = t.config.runtime, t.step
     due = runtime.checkpoint_every_steps is not None and step % runtime.checkpoint_every_steps == 0
     stopped: list[int] = []
     if step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0:
         late = time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
-        stopped, late = t.group.broadcast((told_to_stop(t) if t.group.is_main else [], late))
+        stopped, late = t.group.broadcast((stop_requested(t) if t.group.is_main else [], late))
         due = due or late or bool(stopped)
     if due:
         save(t)
@@ -342,16 +346,16 @@ def save_or_stop(t: Training) -> bool:
     stopped = [number for number, _ in t.active if number in stopped]
     everyone = bool(stopped) and len(stopped) == len(t.active)
     for number in stopped:
-        asked = f"stopped at step {step} of {t.total_steps}, as {t.replicas[number].run.stop} asks"
+        reason = f"stopped at step {step} of {t.total_steps}, as requested by {t.replicas[number].run.stop}"
         if everyone:
-            say(t, f"{asked}; the same command continues from there")
+            say(t, f"{reason}; the same command continues from there")
         else:
-            drop(t, number, "stopped", asked)
+            drop(t, number, "stopped", reason)
     return not everyone
 
 
-def told_to_stop(t: Training) -> list[int]:
-    """The numbers of the replicas that have a file `stop`. Those of a group that is stopped as a whole come within moments."""
+def stop_requested(t: Training) -> list[int]:
+    """The numbers of the replicas that have a file `stop`. If all are stopped, their files appear within moments."""
     stopped = [number for number, replica in t.active if replica.run.stop.exists()]
     if 0 < len(stopped) < len(t.active):
         time.sleep(ALL_STOPS_S)
@@ -403,32 +407,26 @@ def finish(t: Training) -> None:
         return
     t.checkpoints.wait()
     for _, replica in t.active:
-        config, progress = replica.config, replica.progress
-        result = Result(
-            signature=config.signature,
-            dataset=config.dataset,
-            attention=config.model.attention,
-            seed=config.seed,
-            epochs=config.train.epochs,
-            steps=progress.step,
-            val_top1=progress.val["val/top1"],
-            val_top5=progress.val["val/top5"],
-            val_loss=progress.val["val/loss"],
-            train_time_s=progress.train_time_s,
-            gpu_hours=progress.gpu_time_s / 3600,
-            images_per_s=progress.step * config.train.global_batch_size / progress.train_time_s,
-            attempts=max(1, len(replica.run.attempts())),
-            weights_sha256=checkpoint.weights_sha256(replica.model.state_dict()),
-            code_version=", ".join(progress.code_versions),
-            beton_sha256=t.data.beton_sha256,
-            finished_utc=utc_now(),
-            config_sha256=hashlib.sha256(replica.run.config_yaml.read_bytes()).hexdigest(),
-        )
+        result = replica.result(t.data.beton_sha256)
         assert replica.logs is not None
         replica.logs.flush()
         write_json(replica.run.result_json, with_checksum(result.model_dump()))
         accuracy = f"val top-1 {100 * result.val_top1:.2f} % after {result.epochs} epochs"
-        say(t, f"seed {config.seed} finished: {accuracy}; {replica.run.result_json}")
+        say(t, f"seed {result.seed} finished: {accuracy}; {replica.run.result_json}")
+
+
+def check_left(t: Training) -> None:
+    """Say which runs are not trained to their end.
+
+    Raises:
+        TrainError: some have failed.
+    """
+    for replica in t.replicas:
+        if replica.left and not replica.failed and t.group.is_main:
+            print(f"seed {replica.config.seed} is not finished: {replica.left}", file=sys.stderr)
+    failed = [replica.left for replica in t.replicas if replica.failed]
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":  # so that it is started by its name: torchrun -m vitpa.train

@@ -154,7 +154,7 @@ def test_with_the_clock_put_back_no_point_is_lost_and_no_time_goes_back(run: Run
 def test_hparams_land_in_the_runs_own_folder(run: RunDir) -> None:
     parameters: dict[str, Any] = {"seed": 3, "optim.lr": 1e-3, "augment.hflip": True, "optim.grad_clip_norm": None}
     with open_logs(run, tensorboard=True) as log:
-        log.hparams({**parameters, "optim.betas": [0.9, 0.999]}, {"val/top1": 0.0})
+        log.hparams({**parameters, "optim": {"betas": [0.9, 0.999]}}, {"val/top1": 0.0})
     assert all(path.is_file() for path in run.tensorboard.iterdir())  # add_hparams makes a folder of its own
     assert len(list(run.tensorboard.iterdir())) == 1
     tags = board(run).summary_metadata
