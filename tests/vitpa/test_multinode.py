@@ -84,7 +84,7 @@ def alive(pid: int) -> bool:
 
 
 def test_two_nodes_stopped_and_parted_by_a_kill_end_bit_identical_to_one_node(digits: Path, tmp_path: Path) -> None:
-    """A run told to stop, bereft of a node by kill -9, and resumed; nothing hangs and nobody is left behind."""
+    """A run whose stop is requested, bereft of a node by kill -9, and resumed; nothing hangs and nobody is left behind."""
     options = ["runtime.cpu_threads=1", "runtime.log_every_steps=1", "runtime.poll_every_steps=1", "train.epochs=2"]
     alone = arguments(digits, tmp_path / "alone", *options)
     with Nodes(alone, tmp_path / "alone", nodes=1, processes=4) as one_node:

@@ -388,7 +388,7 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
         try:
             process.wait()
         finally:
-            if process.returncode is None:  # asked to stop
+            if process.returncode is None:  # a stop was requested
                 process.terminate()
                 process.wait()
             if file.exists():

@@ -125,7 +125,7 @@ def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="module")
 def stopped(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of three runs that were all told to stop halfway, with checkpoints of two steps."""
+    """The folder of three runs whose stop was requested halfway, with checkpoints of two steps."""
     root = tmp_path_factory.mktemp("stopped")
     words = arguments(digits, root, *OPTIONS)
     with stops({run.stop: '{"reason": "test"}\n' for run in runs_of(words)}, HALFWAY):
@@ -293,7 +293,7 @@ def test_killed_at_any_moment_a_group_ends_bit_identical(digits: Path, tmp_path:
     assert [len(run.attempts()) for run in runs] == [5, 6, 6]
 
 
-def test_all_told_to_stop_go_on_as_a_group(
+def test_a_group_whose_stop_was_requested_goes_on_as_a_group(
     halfway: list[str], undisturbed: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert together(halfway) == 0
@@ -302,7 +302,7 @@ def test_all_told_to_stop_go_on_as_a_group(
     assert [result_of([*halfway, f"seed={seed}"]).attempts for seed in SEEDS] == [2, 2, 2]
 
 
-def test_all_told_to_stop_go_on_alone(halfway: list[str], undisturbed: list[str]) -> None:
+def test_a_group_whose_stop_was_requested_goes_on_one_by_one(halfway: list[str], undisturbed: list[str]) -> None:
     for seed in (2, 0):
         assert main([*halfway, f"seed={seed}"]) == 0
     check_same(halfway, undisturbed, [2, 0])
@@ -417,7 +417,7 @@ def test_with_no_finite_seed_left_it_ends(halfway: list[str], capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("content", "state"), [('{"reason": "deadline"}\n', "interrupted"), ('{"reason": "cancel"}\n', "cancelled")]
 )
-def test_a_seed_that_is_told_to_stop_leaves_and_is_finished_alone(  # noqa: PLR0917 - fixtures
+def test_a_seed_whose_stop_is_requested_leaves_and_is_finished_alone(  # noqa: PLR0917 - fixtures
     digits: Path, tmp_path: Path, undisturbed: list[str], content: str, state: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = arguments(digits, tmp_path, *OPTIONS)
