@@ -17,7 +17,7 @@ from torch import Tensor
 from vitpa.distributed import Group
 from vitpa.logs import ProgressLine
 from vitpa.replica import Replica
-from vitpa.step.metric_accumulator import NEVER, AsyncHostCopy
+from vitpa.step.accumulator import NEVER, AsyncHostCopy
 from vitpa.step.step import ReplicaSteps
 
 

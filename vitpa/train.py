@@ -42,8 +42,8 @@ from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rates
 from vitpa.records import RunError, with_checksum, write_json
 from vitpa.replica import Replica
+from vitpa.step.accumulator import NEVER
 from vitpa.step.compiler_cache import check_compiler_cache
-from vitpa.step.metric_accumulator import NEVER
 from vitpa.step.step import ReplicaSteps
 
 ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear

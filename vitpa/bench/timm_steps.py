@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.loader import Feed
-from vitpa.step.metric_accumulator import MetricAccumulator
+from vitpa.step.accumulator import MetricAccumulator
 
 
 class TimmSteps:

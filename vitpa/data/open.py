@@ -70,7 +70,7 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
         BetonError: the data cannot be used.
     """
     config = configs[0]
-    batch_size = micro_batch_size(config, group)
+    batch_size = local_batch_size(config, group)
     betons = open_betons(config, group)
     num_samples = {split: len(beton) for split, beton in betons.items()}
     if num_samples["train"] < config.train.global_batch_size:
@@ -96,7 +96,7 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
     )
 
 
-def micro_batch_size(config: RunConfig, group: Group) -> int:
+def local_batch_size(config: RunConfig, group: Group) -> int:
     """Images of a micro-batch of this process: B.
 
     Raises:

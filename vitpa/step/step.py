@@ -29,9 +29,9 @@ from vitpa.data.loader import Feed
 from vitpa.data.rng import Purpose
 from vitpa.distributed import Group
 from vitpa.models.stacked import StackedViT
+from vitpa.step.accumulator import MetricAccumulator
 from vitpa.step.adamw import ReplicaAdamW
 from vitpa.step.drop_path import branch_scales, keep_probabilities
-from vitpa.step.metric_accumulator import MetricAccumulator
 from vitpa.step.operations import choose_operations
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vitpa.step.metric_accumulator import NEVER, MetricAccumulator
+from vitpa.step.accumulator import NEVER, MetricAccumulator
 
 CPU = torch.device("cpu")
 
