@@ -32,8 +32,8 @@ class _OpenRow(NamedTuple):
 class Metrics:
     """The rows of runs that are trained together, and their means on the live line.
 
-    What writes a row of a window returns the replicas whose loss or gradient was not finite in it, each with the first such
-    step: nothing more is written of them, and the caller is to drop them.
+    `poll` and `flush` return the replicas whose loss or gradient was not finite in the window that they have written, each
+    with the first such step: no more rows are written of them, and the caller drops them.
     """
 
     def __init__(

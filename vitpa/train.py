@@ -81,7 +81,7 @@ class Training:
 
 
 def train(configs: Sequence[RunConfig], group: Group) -> bool:
-    """Train runs that differ in their seeds to their end, from their checkpoints if there are any, each to its result.json.
+    """Train one run per seed to completion, resuming from checkpoints; each writes its result.json, last of all.
 
     Returns:
         whether the runs are finished; False if a stop was requested, the state being in checkpoints.
@@ -150,9 +150,9 @@ def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
 
 
 def resume_points(t: Training) -> dict[int, Path | None]:
-    """Those of the runs, by number, that are trained now, each with the checkpoint it goes on from (None: from the start).
+    """Choose the runs that are trained now: their numbers, each with the checkpoint it resumes from (None: from the start).
 
-    They must be at the same step. The others leave: they go on apart, when they are started again.
+    They must be at the same step. The others leave: they are resumed apart, when they are started again.
     """
     paths = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
     at = next(iter(paths.values()))
@@ -166,7 +166,7 @@ def resume_points(t: Training) -> dict[int, Path | None]:
 
 
 def layout(t: Training) -> checkpoint.Layout:
-    """What the checkpoints of the runs look like, which differ in the seed only."""
+    """The tensors that a checkpoint of any of the runs has, since they differ in the seed only."""
     return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
 
 
@@ -364,13 +364,16 @@ def stop_requested(t: Training) -> list[int]:
 
 
 def save(t: Training) -> None:
-    """Write checkpoints of the present step: begin to, the thread of `t.checkpoints` does it."""
+    """Begin to write checkpoints of the present step; the thread of `t.checkpoints` goes on with it."""
     drop_nonfinite(t, t.metrics.flush())
     if t.checkpoints is not None:
         t.checkpoints.wait()
     accumulator = t.steps.accumulator
+    # a run cannot go on from a checkpoint of broken weights, so it gets none
     first = t.group.all_reduce_min(accumulator.first_nonfinite_step.clone()).tolist()
-    drop_nonfinite(t, {number: first[number] for number, _ in t.active if first[number] < NEVER})  # no resume would help it
+    drop_nonfinite(
+        t, {number: first[number] for number, _ in t.active if first[number] < NEVER}
+    )  # its weights are broken for good
     sums = t.group.all_reduce_sum(accumulator.sums.clone())
     count_time(t)
     for number, replica in t.active:

@@ -26,7 +26,7 @@ EVAL_BATCH_SIZE = 1000
 
 
 class ResidentFeed:
-    """Batches of R replicas, each with an order of its own, from images on the device. The host has nothing to do."""
+    """Batches of R replicas, each with its own order, gathered from images on the device; the host has nothing to do."""
 
     def __init__(
         self, images: Mapping[str, ResidentImages], group: Group, *, seeds: Sequence[int], batch_size: int, accum_steps: int
