@@ -15,6 +15,9 @@ from vitpa.arguments import ConfigError
 
 T = TypeVar("T")
 
+TORCHRUN_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # and without it
+JOIN_TIMEOUT = timedelta(minutes=10)  # for the other processes to join, and for each exchange with them
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,14 +68,39 @@ class Group:
         return values
 
 
+def processes() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; what is not set is as in a single process.
+
+    Raises:
+        ConfigError: some are missing, are no numbers or contradict each other; a lone RANK=1 would train and write nothing.
+    """
+    said = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN_VARIABLES if name in os.environ)
+    advice = "start the processes with torchrun, or unset these variables to train in one process"
+    rank, world_size, local_rank, local_world_size = (
+        int_of(os.environ.get(name, default)) for name, default in TORCHRUN_VARIABLES.items()
+    )
+    if world_size > 1:
+        missing = [name for name in (*TORCHRUN_VARIABLES, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(f"{said}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; {advice}")
+    if not (0 <= local_rank < local_world_size <= world_size and local_rank <= rank < world_size):
+        raise ConfigError(f"{said}: there is no such process; {advice}")
+    return rank, world_size, local_rank, local_world_size
+
+
+def int_of(text: str) -> int:
+    """The whole number that a variable holds; -1, which none of them may be, if it holds none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else -1
+
+
 def init_process_group(device: Literal["auto", "cpu", "cuda"]) -> Group:
     """Find this process's place from torchrun's environment and, if it is one of several, join the others.
 
     Raises:
-        ConfigError: CUDA was asked for and there is none, or too few GPUs for the processes of this node.
+        ConfigError: torchrun's variables contradict each other, the other processes are not there, CUDA was asked for and
+            there is none, or there are too few GPUs for the processes of this node.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rank, world_size, local_rank, local_world_size = processes()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and local_world_size > torch.cuda.device_count():
         raise ConfigError(
@@ -83,9 +111,16 @@ def init_process_group(device: Literal["auto", "cpu", "cuda"]) -> Group:
     if use_cuda:
         torch.cuda.set_device(place)
     if world_size > 1:
-        dist.init_process_group(
-            "nccl" if use_cuda else "gloo", timeout=timedelta(minutes=10), device_id=place if use_cuda else None
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if use_cuda else "gloo", timeout=JOIN_TIMEOUT, device_id=place if use_cuda else None
+            )
+        except (dist.DistError, ValueError) as error:  # ValueError: a port that is no number
+            where, cause = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+            raise ConfigError(
+                f"RANK={rank} of WORLD_SIZE={world_size}: the other processes do not answer at {where} ({cause}); "
+                "start all of them with torchrun, or unset RANK and WORLD_SIZE to train in this one"
+            ) from error
     return Group(rank, world_size, local_rank, local_world_size, place)
 
 

@@ -371,9 +371,7 @@ def save(t: Training) -> None:
     accumulator = t.steps.accumulator
     # a run cannot go on from a checkpoint of broken weights, so it gets none
     first = t.group.all_reduce_min(accumulator.first_nonfinite_step.clone()).tolist()
-    drop_nonfinite(
-        t, {number: first[number] for number, _ in t.active if first[number] < NEVER}
-    )  # its weights are broken for good
+    drop_nonfinite(t, {number: first[number] for number, _ in t.active if first[number] < NEVER})
     sums = t.group.all_reduce_sum(accumulator.sums.clone())
     count_time(t)
     for number, replica in t.active:
