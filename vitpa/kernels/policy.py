@@ -2,8 +2,8 @@
 
 What an image needs is chosen on the device by its kind: programs of the others leave at once. Pixels are computed in whole
 numbers, or in floats whose products are exact, so that nothing depends on how a compiler contracts them: the results are,
-byte for byte, those of the formulations in torch of vitpa/data/augment/rand_augment.py and auto_augment.py. Counts are added
-atomically, as whole numbers.
+byte for byte, those of the formulation in torch of vitpa/data/augment/rand_augment.py. Counts are added atomically, as whole
+numbers.
 
 Axes: B batch, H W pixels, P = H * W, V = 256 pixel values.
 """
@@ -20,22 +20,14 @@ from torch import Tensor
 KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")
 _COPY, _TABLE, _COLOR, _SHARPNESS, _MOVE, _CONTRAST, _AUTOCONTRAST = map(tl.constexpr, range(7))
 
-_RED, _GREEN, _BLUE = (tl.constexpr(torch.tensor(weight, dtype=torch.float32).item()) for weight in (0.2989, 0.587, 0.114))
-
 TILE = 2048  # pixels of a program: 16 a thread, as many bytes as one load takes
 TILE_OF_NEIGHBOURS = 256  # pixels at a time where each has up to 16 sources: more do not fit into registers
 
 
 @triton.jit
-def _grey(red, green, blue, PILLOW: tl.constexpr):
-    """Brightness of int32 pixels: Pillow's, or torchvision's (for rounding see vitpa/data/augment/auto_augment.py)."""
-    if PILLOW:
-        grey = (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
-    else:
-        r = (red.to(tl.float64) * _RED).to(tl.float32)
-        g = (green.to(tl.float64) * _GREEN).to(tl.float32)
-        grey = (r + g + (blue.to(tl.float64) * _BLUE).to(tl.float32)).to(tl.int32)
-    return grey
+def _grey(red, green, blue):
+    """Brightness of int32 pixels, as Pillow computes it."""
+    return (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
 
 
 @triton.jit
@@ -46,7 +38,7 @@ def _blend(pixel, other, weight, rest):
 
 
 @triton.jit
-def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
+def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, TILE: tl.constexpr):
     tiles: tl.constexpr = (P + TILE - 1) // TILE
     image = (tl.program_id(0) // tiles).to(tl.int64)
     what = tl.load(kind + image)
@@ -57,7 +49,7 @@ def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: t
         red = tl.load(at, mask=inside, other=0).to(tl.int32)
         green = tl.load(at + P, mask=inside, other=0).to(tl.int32)
         blue = tl.load(at + 2 * P, mask=inside, other=0).to(tl.int32)
-        tl.atomic_add(grey + image, tl.sum(_grey(red, green, blue, PILLOW), 0).to(tl.int64))
+        tl.atomic_add(grey + image, tl.sum(_grey(red, green, blue), 0).to(tl.int64))
     if what >= _AUTOCONTRAST:
         value = tl.arange(0, 256)
         padding = tl.sum((pixel >= P).to(tl.int32), 0)
@@ -68,7 +60,7 @@ def _statistics_kernel(images, kind, histogram, grey, P: tl.constexpr, PILLOW: t
 
 
 @triton.jit
-def _pixel_kernel(images, kind, tables, ratios, out, P: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr):
+def _pixel_kernel(images, kind, tables, ratios, out, P: tl.constexpr, TILE: tl.constexpr):
     tiles: tl.constexpr = (P + TILE - 1) // TILE
     image = (tl.program_id(0) // tiles).to(tl.int64)
     what = tl.load(kind + image)
@@ -89,7 +81,7 @@ def _pixel_kernel(images, kind, tables, ratios, out, P: tl.constexpr, PILLOW: tl
         red = tl.load(at, mask=inside, other=0).to(tl.int32)
         green = tl.load(at + P, mask=inside, other=0).to(tl.int32)
         blue = tl.load(at + 2 * P, mask=inside, other=0).to(tl.int32)
-        grey = _grey(red, green, blue, PILLOW)
+        grey = _grey(red, green, blue)
         tl.store(to, _blend(red, grey, weight, rest), mask=inside)
         tl.store(to + P, _blend(green, grey, weight, rest), mask=inside)
         tl.store(to + 2 * P, _blend(blue, grey, weight, rest), mask=inside)
@@ -163,8 +155,8 @@ def _sharpness(at, to, pixel, weight, rest, H: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def _neighbour_kernel(
-    images, kind, ratios, places, fill, source, out,
-    H: tl.constexpr, W: tl.constexpr, PILLOW: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
+    images, kind, ratios, matrix, fill, out,
+    H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = H * W
     tiles: tl.constexpr = (P + TILE - 1) // TILE
@@ -180,78 +172,58 @@ def _neighbour_kernel(
     if what == _MOVE:
         for start in range(0, TILE, PART):
             pixel = first + start + tl.arange(0, PART)
-            if PILLOW:
-                _affine(at, to, pixel, places + 6 * image, fill, H, W)
-            else:
-                inside = pixel < P
-                there = tl.load(source + tl.load(places + image) * P + pixel, mask=inside, other=-1)
-                for c in tl.static_range(3):
-                    tl.store(to + c * P + pixel, tl.load(at + c * P + there, mask=there >= 0, other=0), mask=inside)
+            _affine(at, to, pixel, matrix + 6 * image, fill, H, W)
 
 
 @torch.library.custom_op("vitpa::image_statistics", mutates_args=())
-def _statistics(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
+def _statistics(images: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     B, _, H, W = images.shape
     histogram = torch.zeros(B, 3, 256, dtype=torch.int32, device=images.device)
     grey = torch.zeros(B, dtype=torch.int64, device=images.device)
     kernel: Any = _statistics_kernel
-    kernel[(triton.cdiv(H * W, TILE) * B,)](images.contiguous(), kind.contiguous(), histogram, grey, H * W, pillow, TILE)
+    kernel[(triton.cdiv(H * W, TILE) * B,)](images.contiguous(), kind.contiguous(), histogram, grey, H * W, TILE)
     return histogram, grey
 
 
 @_statistics.register_fake
-def _(images: Tensor, kind: Tensor, pillow: bool) -> tuple[Tensor, Tensor]:
+def _(images: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     B = images.shape[0]
     return images.new_empty(B, 3, 256, dtype=torch.int32), images.new_empty(B, dtype=torch.int64)
 
 
 @torch.library.custom_op("vitpa::image_operations", mutates_args=())
-def _operations(
-    images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, places: Tensor, fill: Tensor, source: Tensor, pillow: bool
-) -> Tensor:
+def _operations(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     B, _, H, W = images.shape
     images, kind, ratios = images.contiguous(), kind.contiguous(), ratios.contiguous()
     out = torch.empty_like(images)
     grid = (triton.cdiv(H * W, TILE) * B,)
     pixels: Any = _pixel_kernel
-    pixels[grid](images, kind, tables.contiguous(), ratios, out, H * W, pillow, TILE)
+    pixels[grid](images, kind, tables.contiguous(), ratios, out, H * W, TILE)
     neighbours: Any = _neighbour_kernel
-    neighbours[grid](images, kind, ratios, places.contiguous(), fill, source, out, H, W, pillow, TILE, TILE_OF_NEIGHBOURS)
+    neighbours[grid](images, kind, ratios, matrix.contiguous(), fill, out, H, W, TILE, TILE_OF_NEIGHBOURS)
     return out
 
 
 @_operations.register_fake
-def _(
-    images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, places: Tensor, fill: Tensor, source: Tensor, pillow: bool
-) -> Tensor:
+def _(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.contiguous_format)
 
 
-def statistics(images: Tensor, kind: Tensor, *, pillow: bool) -> tuple[Tensor, Tensor]:
+def statistics(images: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
     """Of images (B, 3, H, W) uint8 that need them: histograms (B, 3, V) int32 and sums of brightness (B,) int64; of others 0.
 
-    `kind` (B,) int32 are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum. Brightness
-    is Pillow's or torchvision's.
+    `kind` (B,) int32 are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum.
     """
-    found: tuple[Tensor, Tensor] = _statistics(images, kind, pillow)
+    found: tuple[Tensor, Tensor] = _statistics(images, kind)
     return found
 
 
-def apply_pillows(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
+def apply(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
     """The images (B, 3, H, W) uint8, each after the operation of its kind (B,) int32, as Pillow does it.
 
     `tables` (B, 3, V) uint8: what becomes of a pixel value; `ratios` (B, 2) float64: the weights of the image and of what it
     is blended with; `matrix` (B, 6) int64 in units of 2^-32: [x, y of the source] = matrix.view(2, 3) @ [column, row, 1],
     where a pixel's centre is at its number plus 1/2; `fill` (3,) uint8: the colour outside.
     """
-    out: Tensor = _operations(images, kind, tables, ratios, matrix, fill, matrix, True)
-    return out
-
-
-def apply_torchvisions(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, row: Tensor, source: Tensor) -> Tensor:
-    """As `apply_pillows`, but as torchvision does it: a Move takes each pixel from row `row` (B,) int64 of `source`.
-
-    `source` (rows, P) int32 are indices of pixels, -1 for black.
-    """
-    out: Tensor = _operations(images, kind, tables, ratios, row, tables, source, False)
+    out: Tensor = _operations(images, kind, tables, ratios, matrix, fill)
     return out

@@ -3,7 +3,7 @@
 Each operation is, bit for bit, the one of the same name in torchvision.transforms.autoaugment on uint8 tensors (nearest
 neighbour, zeros outside), on every device, eager or compiled. Geometry and the pixel maps that do not depend on the image
 are tables that torchvision's own functions fill. The rest is computed for the whole batch and each image takes its own:
-no shape depends on the data. For large images on a GPU that is too much: there a kernel does to each what it needs.
+no shape depends on the data.
 
 Sources: Cubuk et al. 2019 (AutoAugment, arXiv 1805.09501); Cubuk et al. 2020 (RandAugment, arXiv 1909.13719).
 Axes: B batch, C channels, H W pixels, P = H * W, K operations, V = 256 pixel values.
@@ -27,8 +27,6 @@ Operation = tuple[str, float]  # a name and a magnitude in torchvision's units
 IDENTITY: Operation = ("Identity", 0.0)
 SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
 COMPUTED = ("Color", "Sharpness", "Contrast", "AutoContrast", "Equalize")  # what no table made beforehand can hold
-KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")  # in vitpa/kernels/policy.py
-KERNEL_PIXELS = 64 * 64  # from here on; below, the whole batch is little, and fused with the crop and the flip before it
 AUTOAUGMENT_BINS, RANDAUGMENT_BINS = 10, 31
 
 _GREY = [torch.tensor(weight, dtype=torch.float32).item() for weight in (0.2989, 0.587, 0.114)]  # ITU-R BT.601
@@ -127,16 +125,12 @@ class Operations:
         self.stretch[0] = 1.0
         self.num_pixels = height * width
         self.divisor = torch.tensor(height * width, dtype=torch.float64).to(device)
-        kinds = [_kernel_kind(op, moves=bool(row)) for op, row in zip(operations, geometry, strict=True)]
-        self.kernel_kind = torch.tensor(kinds, dtype=torch.int32).to(device)  # K, indices of KINDS
 
     def __call__(self, images: Tensor, choice: Tensor) -> Tensor:
         """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
         B, C, H, W = images.shape
         # Crops are channels_last, and torch 2.11's compiler, on a GPU, sharpened such images wrongly at 28, 31, 33 and 63 px.
         images = materialize(images.contiguous())
-        if images.is_cuda and H * W >= KERNEL_PIXELS:
-            return self.by_kernel(images, choice)
         pixels, kind, ratios = images.reshape(B, C, H * W), self.kind[choice], self.ratios[choice]
         grey = _grey(pixels)  # B, 1, P
         whole = pixels.int()  # torch 2.14's compiled minimum of uint8 on the CPU is 0
@@ -151,16 +145,6 @@ class Operations:
         other = torch.where(color, grey, blurred(images.int()).reshape(B, C, H * W))
         out = torch.where(color | sharpness, blend(pixels, other, ratios), out)
         return out.view(B, C, H, W)
-
-    def by_kernel(self, images: Tensor, choice: Tensor) -> Tensor:
-        """The same by kernels, each image's operation alone."""
-        from vitpa.kernels import policy  # noqa: PLC0415 - Triton is needed on a GPU only
-
-        kind = self.kernel_kind[choice]
-        histogram, grey_total = policy.statistics(images, kind, pillow=False)
-        low, high = extremes(histogram)
-        tables = self._tables(choice, histogram, low=low, high=high, grey_total=grey_total)
-        return policy.apply_torchvisions(images, kind, tables, self.ratios[choice], self.geometry[choice], self.source)
 
     def _tables(self, choice: Tensor, histogram: Tensor, *, low: Tensor, high: Tensor, grey_total: Tensor) -> Tensor:
         """What each pixel value becomes under operations that look at no other pixel of it: (B, C, V) uint8.
@@ -184,18 +168,6 @@ class Operations:
         tables = torch.where(_is(kind, "AutoContrast"), stretched.clamp(0, 255).to(torch.uint8), tables)
         tables = torch.where(_is(kind, "Equalize"), equalized.clamp(0, 255).to(torch.uint8), tables)
         return torch.where(_is(kind, "Contrast"), contrasted, tables)
-
-
-def extremes(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest pixel value of each `histogram` (B, C, V): (B, C, 1) int32 each, alike if it is empty."""
-    value = torch.arange(256, dtype=torch.int32, device=histogram.device)
-    high = torch.where(histogram > 0, value, 0).amax(2, keepdim=True)
-    return torch.minimum(torch.where(histogram > 0, value, 255).amin(2, keepdim=True), high), high
-
-
-def _kernel_kind(operation: Operation, *, moves: bool) -> int:
-    name = operation[0]
-    return KINDS.index(name if name in COMPUTED else "Copy" if operation == IDENTITY else "Move" if moves else "Table")
 
 
 def _is(kind: Tensor, name: str) -> Tensor:

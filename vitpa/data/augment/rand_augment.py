@@ -19,9 +19,10 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from vitpa.data.augment.auto_augment import IDENTITY, KINDS, Operation, blend, blurred, extremes
+from vitpa.data.augment.auto_augment import IDENTITY, Operation, blend, blurred
 from vitpa.data.rng import materialize, randint, random_bits
 
+KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")  # in vitpa/kernels/policy.py
 LEVELS = 1024  # quantiles of the magnitude
 GEOMETRY = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 ENHANCEMENTS = ("Color", "Contrast", "Brightness", "Sharpness")
@@ -136,9 +137,9 @@ class PillowOperations:
         from vitpa.kernels import policy  # noqa: PLC0415 - Triton is needed on a GPU only
 
         kind, images = self.kind[choice], images.contiguous()
-        histogram, grey_total = policy.statistics(images, kind, pillow=True)
+        histogram, grey_total = policy.statistics(images, kind)
         tables = self._tables(choice, histogram, grey_total, images.shape[2] * images.shape[3])
-        return policy.apply_pillows(images, kind, tables, self.ratios[choice], self.matrix[choice], self.fill)
+        return policy.apply(images, kind, tables, self.ratios[choice], self.matrix[choice], self.fill)
 
     def _tables(self, choice: Tensor, histogram: Tensor, grey_total: Tensor, num_pixels: int) -> Tensor:
         """What each pixel value becomes under operations that look at no other pixel of it: (B, C, V) uint8.
@@ -163,6 +164,13 @@ class PillowOperations:
         tables = torch.where(kind == KINDS.index("AutoContrast"), stretched.clamp(0, 255).to(torch.uint8), tables)
         tables = torch.where(kind == KINDS.index("Equalize"), equalized.clamp(0, 255).to(torch.uint8), tables)
         return torch.where(kind == KINDS.index("Contrast"), contrasted, tables)
+
+
+def extremes(histogram: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest pixel value of each `histogram` (B, C, V): (B, C, 1) int32 each, alike if it is empty."""
+    value = torch.arange(256, dtype=torch.int32, device=histogram.device)
+    high = torch.where(histogram > 0, value, 0).amax(2, keepdim=True)
+    return torch.minimum(torch.where(histogram > 0, value, 255).amin(2, keepdim=True), high), high
 
 
 def _kind(name: str) -> int:
