@@ -39,7 +39,7 @@ from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:
-    from jobs.plan.limits import Outlook
+    from jobs.plan.plan_report import PlanReport
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
@@ -222,31 +222,31 @@ def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunS
 
 def _plan(context: Context) -> int:
     """What submit would do; with SLURM also what its limits say to that. Exit code 1 if it would be refused."""
-    from jobs.plan.limits import NOTHING  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
+    from jobs.plan.plan_report import EMPTY_REPORT  # noqa: PLC0415 - brings submitit, which no other verb has to wait for
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states, left = context.look_around()
     missing = _to_submit(context, states)
-    problems, order, outlook = [], Order([], None), NOTHING
+    problems, order, report = [], Order([], None), EMPTY_REPORT
     try:
-        order, outlook = _look_ahead(context, states, missing, benchmark)
+        order, report = _look_ahead(context, states, missing, benchmark)
         check_data(order)
     except SweepError as error:
         problems = [str(error)]
-    problem = "; ".join([*problems, *outlook.refusals])
+    problem = "; ".join([*problems, *report.refusals])
     code = ERROR if missing and problem else OK
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
         document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "problem": problem}
         document |= {"jobs": len(order.groups), "slots": order.at_a_time}
         document["no_longer_in_sweep"] = [status.row_of(state, context.root) for state in left]
-        context.say_json({**document, "changed": context.drift.describe(), **outlook.as_json()})
+        context.say_json({**document, "changed": context.drift.describe(), **report.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-    for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *outlook.lines()]):
+    for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *report.lines()]):
         context.say(line)
     _say_left(context, left)
-    if context.options.gpu_hour_price and not outlook.forecast.cost:
+    if context.options.gpu_hour_price and not report.forecast.cost:
         context.say("--gpu-hour-price is not used: there is no forecast of GPU-hours")
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
@@ -258,12 +258,12 @@ def _plan(context: Context) -> int:
 
 def _look_ahead(
     context: Context, states: list[RunState], missing: list[RunState], benchmark: Benchmark | None
-) -> tuple[Order, Outlook]:
+) -> tuple[Order, PlanReport]:
     """The order for `missing` and what lies ahead of it; where SLURM does not answer, as far as that can be said without.
 
     With a benchmark, a machine without GPUs is looked at as if it had those of a job: to plan is possible anywhere.
     """
-    from jobs.plan.limits import look_ahead  # noqa: PLC0415 - as above
+    from jobs.plan.plan_report import look_ahead  # noqa: PLC0415 - as above
 
     profile = load_profile(context.place.profile)
     gpus, notes = None, []
@@ -271,7 +271,7 @@ def _look_ahead(
         gpus = [str(index) for index in range(profile.gpus_per_run * (1 if profile.slots == "auto" else profile.slots))]
         notes = [f"no GPU is visible here: planned as if there were {len(gpus)} x {benchmark.gpu}"]
 
-    def look(scheduler: Scheduler | None) -> tuple[Order, Outlook]:
+    def look(scheduler: Scheduler | None) -> tuple[Order, PlanReport]:
         order = prepare(missing, profile, context.root, context.overrides, scheduler, gpus=gpus)
         order = replace(order, notes=[*order.notes, *notes])
         price = context.options.gpu_hour_price
@@ -410,14 +410,14 @@ def _check_limits(context: Context, states: list[RunState], order: Order) -> Non
     Raises:
         SweepError: SLURM would refuse them, or never start them, and nobody says --force.
     """
-    from jobs.plan.limits import look_ahead  # noqa: PLC0415 - as above
+    from jobs.plan.plan_report import look_ahead  # noqa: PLC0415 - as above
 
     if not order.batches or order.batches[0].how["executor"] != "slurm":
         return
-    outlook = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
-    for line in outlook.warnings:
+    report = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
+    for line in report.warnings:
         context.say(line)
-    problem = "; ".join(outlook.refusals)
+    problem = "; ".join(report.refusals)
     if problem and context.options.force:
         context.say(f"warning: {problem}")
     elif problem:

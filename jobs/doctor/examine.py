@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.doctor.cluster import Check, accepted, accounting, configured, missing_programs, of_profile
 from jobs.doctor.job import PROBE, ProbeJob, checks_of, remove, script_of
-from jobs.plan.limits import is_silence, only_for_now, test_script
+from jobs.plan.sbatch_test import is_silence, only_for_now, test_script
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.cluster import ask
