@@ -113,12 +113,13 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_operations_on_a_gpu_are_those_of_the_cpu(size: int, layout: torch.memory_format) -> None:
     images = pictures(size)[:: 1 if size < 100 else 4]
+    timm, torchvision = timm_table(size, 2), torchvision_table(size, 2)  # drawn once, for both devices
 
     def timm_operations(device: torch.device) -> PillowOperations:
-        return PillowOperations(timm_table(size, 2), fill=FILL, height=size, width=size, device=device)
+        return PillowOperations(timm, fill=FILL, height=size, width=size, device=device)
 
     def torchvision_operations(device: torch.device) -> Operations:
-        return Operations(torchvision_table(size, 2), height=size, width=size, device=device)
+        return Operations(torchvision, height=size, width=size, device=device)
 
     for operations in (timm_operations, torchvision_operations):
         reference, there = operations(CPU), operations(torch.device("cuda"))
