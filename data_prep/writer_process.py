@@ -193,8 +193,8 @@ def _cause_of_death(code: int) -> str:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
-        mend = "; free some space and start again" if error.errno == errno.ENOSPC else ""
-        text = f"{error.strerror}{where}{mend}"
+        hint = "; free some space and start again" if error.errno == errno.ENOSPC else ""
+        text = f"{error.strerror}{where}{hint}"
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:MAX_REASON]

@@ -27,7 +27,7 @@ VERBS = {
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
     "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
 }
-EPILOG = """exit codes: 0 ok, 1 an error that is yours to mend, 2 usage, 3 SLURM does not answer, 4 partial (some runs failed
+EPILOG = """exit codes: 0 ok, 1 an error that is yours to fix, 2 usage, 3 SLURM does not answer, 4 partial (some runs failed
 or are missing), 130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and
 submit, and for retry if `vitpa train` has left runs of it
 

@@ -17,7 +17,7 @@ class Cause:
 
     name: str
     pattern: re.Pattern[str]
-    advice: str  # one line: how to mend it
+    advice: str  # one line: how to fix it
 
 
 def _cause(name: str, pattern: str, advice: str) -> Cause:
@@ -83,9 +83,9 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
 ENDED_EARLY = _cause(
     "job ended early",
     r"ended \(\w+\) before it started the run",
-    "mend what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
+    "fix what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
 )
-OTHER = _cause("other", "", "mend what the traceback says, then retry")
+OTHER = _cause("other", "", "fix what the traceback says, then retry")
 LOST_A_PEER = CAUSES[-2].pattern
 
 _PREFIX = re.compile(r"^\[(?:rank|default)\d+\]: ?")  # of torch and of torchrun --tee

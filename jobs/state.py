@@ -386,14 +386,14 @@ def _check_config(run: Run, directory: RunDir, result: Result) -> None:
     path = directory.config_yaml
     if result.config_sha256 is None:  # an older one
         return
-    mend = "restore it, or move the run's directory away to train the run again"
+    hint = "restore it, or move the run's directory away to train the run again"
     try:
         with open_regular(path) as file:
             content = file.read()
     except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
+        raise RunError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
     if hashlib.sha256(content).hexdigest() != result.config_sha256 and load_config(path).signature != run.signature:
-        raise RunError(f"{path}: was edited by hand, it is another experiment than {run.signature}; {mend}")
+        raise RunError(f"{path}: was edited by hand, it is another experiment than {run.signature}; {hint}")
 
 
 def _process(document: dict[str, Any], path: Path) -> ProcessId:

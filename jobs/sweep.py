@@ -28,7 +28,7 @@ Attention = Literal["content", "positional"]
 
 
 class SweepError(Exception):
-    """Something the user has to mend: one line saying what, where and how."""
+    """Something the user has to fix: one line saying what, where and how."""
 
 
 class Reference(Section):
@@ -128,7 +128,7 @@ class SweepDir:
         Raises:
             SweepError: its record has been cut or edited.
         """
-        mend = "delete it and submit again"
+        hint = "delete it and submit again"
         try:
             document = read_json(self.runs_json)
             if document is None:
@@ -138,11 +138,11 @@ class SweepDir:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise SweepError(f"{self.runs_json}: {field}: {first['msg']}; {mend}") from error
+            raise SweepError(f"{self.runs_json}: {field}: {first['msg']}; {hint}") from error
         except (RunError, ConfigError) as error:
             if isinstance(error.__cause__, OSError):
                 raise
-            raise SweepError(f"{error}; {mend}") from error
+            raise SweepError(f"{error}; {hint}") from error
 
     def record(self, sweep: Sweep) -> None:
         """Write down what the sweep stands for, with a readable name for each of its runs."""

@@ -314,7 +314,7 @@ def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
         more = f" and {len(others)} more are" if others else " is"
         context.say(
             f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({printable(first.reason)}); "
-            f"mend that, then: vitpa sweep retry {context.start_suffix} --force"
+            f"fix that, then: vitpa sweep retry {context.start_suffix} --force"
         )
     return [state for state in chosen if state not in in_vain]
 
@@ -334,7 +334,7 @@ def _retry(context: Context) -> int:
     hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
     for state in hopeless:
         how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
-        context.say(f"{state.run.label} is left alone: it {how} ({printable(state.reason)}); mend that, then --force")
+        context.say(f"{state.run.label} is left alone: it {how} ({printable(state.reason)}); fix that, then --force")
     chosen = [state for state in chosen if state not in hopeless]
     if not chosen:
         context.say(f"nothing to retry: {status.summary(states)}")

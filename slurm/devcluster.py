@@ -38,7 +38,7 @@ CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SA
 
 
 class DevClusterError(Exception):
-    """What is wrong with a cluster, where, and how to mend it."""
+    """What is wrong with a cluster, where, and how to fix it."""
 
 
 class DaemonError(DevClusterError):
@@ -253,15 +253,15 @@ def host_name() -> str:
 
 def check_host_name(name: str) -> None:
     """Refuse a host whose name is not a loopback address: SLURM listens on what the name resolves to."""
-    mend = f"add the line '127.0.0.1 {name}' to /etc/hosts, before any other with that name"
+    hint = f"add the line '127.0.0.1 {name}' to /etc/hosts, before any other with that name"
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
     except OSError as error:
-        raise DevClusterError(f"this host's name {name!r} does not resolve ({error.strerror}); {mend}") from None
+        raise DevClusterError(f"this host's name {name!r} does not resolve ({error.strerror}); {hint}") from None
     foreign = sorted(address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_loopback)
     if foreign:
         raise DevClusterError(
-            f"this host's name {name!r} resolves to {', '.join(foreign)}, so SLURM would listen to the network; {mend}"
+            f"this host's name {name!r} resolves to {', '.join(foreign)}, so SLURM would listen to the network; {hint}"
         )
 
 

@@ -1,10 +1,10 @@
-"""What an error of the operating system says to people: where, what, how to mend it."""
+"""What an error of the operating system says to people: where, what, how to fix it."""
 
 from __future__ import annotations
 
 import errno
 
-MEND = {
+HINTS = {
     errno.ENOSPC: "free some space and start again",
     errno.EDQUOT: "free some of your quota and start again",
     errno.EACCES: "choose a place that you may read and write, or have its rights changed",
@@ -18,5 +18,5 @@ def os_error_line(error: OSError) -> str:
     if error.errno is None or error.strerror is None:  # not of the system: somebody's own words
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
-    mend = f"; {MEND[error.errno]}" if error.errno in MEND else ""
-    return f"{where}{error.strerror}{mend}"
+    hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
+    return f"{where}{error.strerror}{hint}"

@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 
 
 class RunError(Exception):
-    """A run directory that cannot be used as it is: one line saying what, where and how to mend it."""
+    """A run directory that cannot be used as it is: one line saying what, where and how to fix it."""
 
 
 def utc_now() -> str:

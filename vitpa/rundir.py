@@ -182,11 +182,11 @@ class RunDir:
         Raises:
             RunError: there is a result.json that cannot be trusted; the message says why.
         """
-        mend = "delete it to train the run again"
+        hint = "delete it to train the run again"
         try:
             document = read_with_checksum(self.result_json)
         except RunError as error:
-            raise RunError(f"{error}; {mend}") from error
+            raise RunError(f"{error}; {hint}") from error
         if document is None:
             return None
         try:
@@ -194,12 +194,12 @@ class RunDir:
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise RunError(f"{self.result_json}: {field}: {first['msg']}; {mend}") from error
+            raise RunError(f"{self.result_json}: {field}: {first['msg']}; {hint}") from error
         if result.signature != self.signature:
-            raise RunError(f"{self.result_json}: belongs to run {result.signature}, not {self.signature}; {mend}")
+            raise RunError(f"{self.result_json}: belongs to run {result.signature}, not {self.signature}; {hint}")
         contradiction = self._contradiction_of_metrics(result) or self._contradiction_of_environment(result)
         if contradiction:
-            advice = f"restore what was changed, or {mend} from its last checkpoint on"
+            advice = f"restore what was changed, or {hint} from its last checkpoint on"
             raise RunError(f"{self.result_json}: {contradiction}; {advice}")
         return result
 

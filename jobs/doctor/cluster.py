@@ -25,11 +25,11 @@ class Check:
     name: str
     level: Level
     found: str
-    mend: str = ""
+    hint: str = ""
 
     def line(self) -> str:
         """For people."""
-        return f"{self.level:8} {self.name:16} {self.found}" + (f" -> {self.mend}" if self.mend else "")
+        return f"{self.level:8} {self.name:16} {self.found}" + (f" -> {self.hint}" if self.hint else "")
 
 
 def missing_programs(scheduler: Scheduler) -> list[str]:
@@ -138,8 +138,8 @@ def of_profile(profile: SlurmProfile, cluster: Cluster) -> list[Check]:
 
 def _as_check(finding: Finding) -> Check:
     levels: dict[str, Level] = {"info": "ok", "unknown": "warning", "warning": "warning", "problem": "problem"}
-    mend = "change the profile" if finding.level == "problem" else ""
-    return Check(finding.about, levels[finding.level], finding.text, mend)
+    hint = "change the profile" if finding.level == "problem" else ""
+    return Check(finding.about, levels[finding.level], finding.text, hint)
 
 
 def accepted(profile: SlurmProfile, cluster: Cluster, answer: Finding) -> Check:

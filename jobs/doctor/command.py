@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OK, ERROR, UNREACHABLE = 0, 1, 3
-DESCRIPTION = """Check the place where runs are to be trained, a line for each check, with how to mend what is wrong. Of a
+DESCRIPTION = """Check the place where runs are to be trained, a line for each check, with how to fix what is wrong. Of a
 cluster (a SLURM profile), one probe job is submitted: it looks from inside, is requeued once, and is cancelled at the end.
 Nothing is left behind."""
 EPILOG = """exit codes: 0 no problem, 1 problems, 2 usage, 3 SLURM does not answer, 130 interrupted by Ctrl-C
@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add `doctor` to the `vitpa` command."""
     parser = subparsers.add_parser(
         "doctor",
-        help="check this machine or a cluster, and say how to mend what is wrong",
+        help="check this machine or a cluster, and say how to fix what is wrong",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""`vitpa doctor`: is this place fit for sweeps, and if not, how to mend it. Nothing it makes is left behind.
+"""`vitpa doctor`: is this place fit for sweeps, and if not, how to fix it. Nothing it makes is left behind.
 
 Of a cluster: what its configuration says, and what one submitted probe job finds. Of this machine: the same probe, here.
 """
@@ -85,8 +85,8 @@ def examine_cluster(
         yield Check("submission", "problem", str(error), "change the profile")
         return
     except SchedulerError as error:
-        mend = "see whether the controller is up: scontrol ping"
-        raise UnreachableError(Check("SLURM", "problem", str(error), mend)) from None
+        hint = "see whether the controller is up: scontrol ping"
+        raise UnreachableError(Check("SLURM", "problem", str(error), hint)) from None
     yield submission
     if submission.level == "problem":
         yield Check("probe job", "skipped", "SLURM would refuse it; what is to be seen from inside a job was not checked")

@@ -162,9 +162,9 @@ class ProbeJob:
 
 
 _SHARED = "--root has to be a folder that every node can see and write to, under the same path"
-_SETUP = "mend `setup`, `srun_args` or additional_parameters in the profile"
+_SETUP = "fix `setup`, `srun_args` or additional_parameters in the profile"
 _WAIT = "try again later, or with a longer --wait-s"
-_MENDS = {
+_HINTS = {
     "cpus": "cpus_per_gpu or cpus_per_task in the profile",
     "disk": "make room, or choose another --root",
     "preflight": "see whether the package is installed where the job runs",
@@ -202,7 +202,7 @@ def checks_of(report: dict[str, Any], prefix: str = "", *, gpus_are_optional: bo
 def _verdict(name: str, ok: bool, detail: str) -> Check:
     if ok:
         return Check(name, "ok", detail)
-    return Check(name, "problem", detail, _MENDS.get(name.partition(" ")[0], "another node may do; tell the administrators"))
+    return Check(name, "problem", detail, _HINTS.get(name.partition(" ")[0], "another node may do; tell the administrators"))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """Nodes that failed a pre-flight: `<root>/nodes/<node>.json`, one file each, left out of the next submissions.
 
-A node stays recorded until its file is deleted, or for a day: it may have been mended.
+A node stays recorded until its file is deleted, or for a day: it may have been fixed.
 """
 
 from __future__ import annotations

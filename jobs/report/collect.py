@@ -119,7 +119,7 @@ def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) 
     datasets = list(dict.fromkeys(state.run.dataset for state in states))
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
-        raise SweepError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MEND_MIXED)
+        raise SweepError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
     groups = list(dict.fromkeys((state.run.dataset, state.run.attention) for state in states))
     groups.sort(key=lambda group: (datasets.index(group[0]), group[1]))
     absent = [
@@ -137,7 +137,7 @@ def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) 
     )
 
 
-_MEND_MIXED = (
+_MIXED_HINT = (
     ". Train the older ones again (delete their folders under runs/, then submit), select with filters, or average all the "
     "same with --allow-mixed"
 )

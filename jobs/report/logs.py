@@ -67,7 +67,7 @@ def early_output(state: RunState) -> list[Path]:
 
 
 def show_failures(states: list[RunState], lines: int, console: Console) -> None:
-    """Failures by their cause, each with how to mend it; every different traceback once, with the runs that ended so."""
+    """Failures by their cause, each with how to fix it; every different traceback once, with the runs that ended so."""
     causes: dict[str, tuple[Cause, dict[str, list[tuple[RunState, list[str]]]]]] = {}
     for state in states:
         early = early_output(state)
@@ -78,7 +78,7 @@ def show_failures(states: list[RunState], lines: int, console: Console) -> None:
             alike.setdefault(without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
     for cause, alike in causes.values():
         failed = sum(len(members) for members in alike.values())
-        _say(f"{cause.name}: {failed} failed. To mend it: {cause.advice}", console, style="bold")
+        _say(f"{cause.name}: {failed} failed. To fix it: {cause.advice}", console, style="bold")
         for members in alike.values():
             first, told = members[0]
             _say(f"{', '.join(state.run.label for state, _ in members)}: {first.reason}", console)

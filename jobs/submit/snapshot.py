@@ -47,8 +47,8 @@ def make_snapshot(root: Path) -> Path:
             _create(target, files)
         _put_right(target, files)
     except OSError as error:
-        mend = "mend that, or submit with --code live"
-        raise SweepError(f"{target}: the code cannot be copied there ({error.strerror}); {mend}") from error
+        hint = "fix that, or submit with --code live"
+        raise SweepError(f"{target}: the code cannot be copied there ({error.strerror}); {hint}") from error
     return target
 
 

@@ -352,8 +352,8 @@ def _record_configs(batch: Batch) -> tuple[Batch, list[RunDir], dict[str, str]]:
             directories.append(answer)
             kept.append(index)
         else:
-            mend = "restore it, or move the run's directory away"
-            refused[batch.chosen[index].run.label] = str(answer) + ("" if mend in str(answer) else f"; {mend}")
+            hint = "restore it, or move the run's directory away"
+            refused[batch.chosen[index].run.label] = str(answer) + ("" if hint in str(answer) else f"; {hint}")
     return _part(batch, kept), directories, refused
 
 

@@ -165,11 +165,11 @@ def test_a_process_killed_under_torchrun(tmp_path: Path) -> None:
 def test_chained_errors_stay_together() -> None:
     program = "try:\n    {}['a']\nexcept KeyError:\n    raise ValueError('b')"
     done = run_to_end([sys.executable, "-c", program])
-    log = ["Traceback (most recent call last):", "OSError: an earlier one, mended", *done.stderr.splitlines()]
+    log = ["Traceback (most recent call last):", "OSError: an earlier one, fixed", *done.stderr.splitlines()]
     told = essence(log)
     assert "KeyError: 'a'" in told
     assert told[-1] == "ValueError: b"
-    assert not any("mended" in line for line in told)
+    assert not any("fixed" in line for line in told)
 
 
 def test_a_log_without_an_error_has_no_essence() -> None:

@@ -1,4 +1,4 @@
-"""Profiles: what ships loads, and what is wrong in one is said with its key and the mend."""
+"""Profiles: what ships loads, and what is wrong in one is said with its key and a hint."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_nodes_out_of_service_are_waited_for(field: Field) -> None:
     ],
 )
 def test_slurm_does_not_answer(field: Field, environment: dict[str, str], message: str) -> None:
-    """One line, exit code 3, and nothing is written that would have to be mended."""
+    """One line, exit code 3, and nothing is written that would have to be fixed."""
     conf = field.cluster.layout.slurm_conf.read_text()
     (field.root / "unreachable.conf").write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", conf))
     field.environment |= {key: value.format(root=field.root) for key, value in environment.items()}

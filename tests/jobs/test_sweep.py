@@ -1,4 +1,4 @@
-"""Sweep files and profiles: what ships resolves, order, names, and errors that say how to mend."""
+"""Sweep files and profiles: what ships resolves, order, names, and errors that say how to fix."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_recorded_runs_are_the_resolved_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["{}", '{"runs": [{}]}', '{"runs": [', '{"runs": [{"label": "a", "recipe": "b", "config": {}}]}']
 )
-def test_a_damaged_record_says_its_mend(tmp_path: Path, text: str) -> None:
+def test_a_damaged_record_says_its_hint(tmp_path: Path, text: str) -> None:
     sweep = make_sweep(tmp_path, seeds=1)
     directory = SweepDir(tmp_path, "small")
     directory.record(sweep)

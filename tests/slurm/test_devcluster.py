@@ -412,7 +412,7 @@ def test_an_ordinary_user_has_one_too() -> None:
     assert not root.exists()
 
 
-# --- errors: one line that says what, where and how to mend it
+# --- errors: one line that says what, where and how to fix it
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:

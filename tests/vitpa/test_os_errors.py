@@ -1,4 +1,4 @@
-"""Errors of the operating system: where, what, how to mend it."""
+"""Errors of the operating system: where, what, how to fix it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitpa.os_errors import MEND, os_error_line
+from vitpa.os_errors import HINTS, os_error_line
 
 
 def test_a_real_one_names_the_place(tmp_path: Path) -> None:
@@ -17,12 +17,12 @@ def test_a_real_one_names_the_place(tmp_path: Path) -> None:
     assert os_error_line(caught.value) == f"{tmp_path}/none/file: No such file or directory"
 
 
-@pytest.mark.parametrize("number", MEND)
-def test_what_can_be_mended_says_how(number: int) -> None:
-    assert os_error_line(OSError(number, os.strerror(number), "/x")) == f"/x: {os.strerror(number)}; {MEND[number]}"
-    assert os_error_line(OSError(number, os.strerror(number))) == f"{os.strerror(number)}; {MEND[number]}"
+@pytest.mark.parametrize("number", HINTS)
+def test_what_can_be_fixed_says_how(number: int) -> None:
+    assert os_error_line(OSError(number, os.strerror(number), "/x")) == f"/x: {os.strerror(number)}; {HINTS[number]}"
+    assert os_error_line(OSError(number, os.strerror(number))) == f"{os.strerror(number)}; {HINTS[number]}"
 
 
 def test_words_of_others_stay_as_they_are() -> None:
     assert os_error_line(OSError("no tail of the file")) == "no tail of the file"
-    assert errno.ENOENT not in MEND
+    assert errno.ENOENT not in HINTS

@@ -349,7 +349,7 @@ def test_no_result_and_a_good_one(tmp_path: Path) -> None:
         (json.dumps({**RESULT, "beton_sha256": {"train": 1}}), r"beton_sha256\.train: .*valid string"),
     ],
 )
-def test_a_result_that_cannot_be_trusted_says_why_and_how_to_mend_it(tmp_path: Path, text: str, message: str) -> None:
+def test_a_result_that_cannot_be_trusted_says_why_and_how_to_fix_it(tmp_path: Path, text: str, message: str) -> None:
     run = recorded(tmp_path, text)
     with pytest.raises(RunError, match=message) as raised:
         run.result()

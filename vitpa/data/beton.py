@@ -123,14 +123,14 @@ class BetonFile:
 
     def undecodable(self, index: int) -> BetonError:
         """What to raise if the JPEG of a sample is damaged, or of another size than the table says."""
-        mend = prep_hint(self.path, "--force")
+        hint = prep_hint(self.path, "--force")
         if self.is_copy:
-            mend = f"delete {self.path.parent.parent}, a copy on this node: it is made again"
+            hint = f"delete {self.path.parent.parent}, a copy on this node: it is made again"
         found, wanted = jpeg_size(self.stored(index)), (int(self.heights[index]), int(self.widths[index]))
         what = "cannot be decoded"
         if found not in (None, wanted):
             what += f": it has {found[1]} x {found[0]} pixels, its table says {wanted[1]} x {wanted[0]}"
-        return BetonError(f"{self.path}: the JPEG of sample {index} {what}; {mend}")
+        return BetonError(f"{self.path}: the JPEG of sample {index} {what}; {hint}")
 
     def stored(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one sample as they lie in the file, read-only and not copied: a JPEG, or (H, W, 3) RGB, flat.

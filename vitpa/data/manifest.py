@@ -21,7 +21,7 @@ MOST_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
 
 
 class BetonError(Exception):
-    """A .beton or its manifest that cannot be used: one line saying what, where and how to mend it."""
+    """A .beton or its manifest that cannot be used: one line saying what, where and how to fix it."""
 
 
 def beton_path(data_dir: Path, dataset: str, split: str) -> Path:

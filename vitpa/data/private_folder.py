@@ -155,14 +155,14 @@ def _open_below(parent: int, path: Path) -> int:
     except NotADirectoryError:  # also if it is a link
         status = os.stat(path.name, dir_fd=parent, follow_symlinks=False)
         what = "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
-        raise NotOursError(f"{path} is {what} (of {user_name(status.st_uid)}); {_mend(status.st_uid)}") from None
+        raise NotOursError(f"{path} is {what} (of {user_name(status.st_uid)}); {_hint(status.st_uid)}") from None
     except PermissionError:
         owner = os.stat(path.name, dir_fd=parent, follow_symlinks=False).st_uid
-        raise NotOursError(f"{path} belongs to {user_name(owner)} and cannot be opened; {_mend(owner)}") from None
+        raise NotOursError(f"{path} belongs to {user_name(owner)} and cannot be opened; {_hint(owner)}") from None
     try:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():
-            raise NotOursError(f"{path} belongs to {user_name(status.st_uid)}; {_mend(status.st_uid)}")
+            raise NotOursError(f"{path} belongs to {user_name(status.st_uid)}; {_hint(status.st_uid)}")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise NotOursError(
                 f"others may write to {path} (mode {stat.S_IMODE(status.st_mode):o}), so what lies there may be theirs; "
@@ -184,5 +184,5 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def _mend(owner: int) -> str:
+def _hint(owner: int) -> str:
     return "remove it" if owner == os.geteuid() else "have it removed, by that user or an administrator"

@@ -228,8 +228,8 @@ class _Staging:
 
     def refusal(self, what: str) -> ConfigError:
         """The error for a copy that cannot be made."""
-        mend = f"set runtime.stage_dir=null to read from {self.data_dir}, or name a folder on another disk"
-        return ConfigError(f"runtime.stage_dir={self.stage_dir}: {what}; {mend}")
+        hint = f"set runtime.stage_dir=null to read from {self.data_dir}, or name a folder on another disk"
+        return ConfigError(f"runtime.stage_dir={self.stage_dir}: {what}; {hint}")
 
     def _pause(self, seconds: float = 0.0) -> None:
         """Wait; ends this thread if nobody waits for the copy any more."""

@@ -80,7 +80,7 @@ def test_a_root_that_the_job_cannot_write(cluster: DevCluster, doctor: Doctor) -
     assert " says: " in check["found"]
     assert "File too large" in check["found"]
     assert str(doctor.root / "shared") in check["found"]
-    assert "--root has to be a folder that every node can see and write to" in check["mend"]
+    assert "--root has to be a folder that every node can see and write to" in check["hint"]
     assert not (doctor.root / "shared").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_job_that_ends_before_the_probe(cluster: DevCluster, doctor: Doctor, v
     (check,) = checks["probe job"]
     assert check["level"] == "problem"
     assert f"before the probe began: {said}" in check["found"]
-    assert check["mend"] == "mend `setup`, `srun_args` or additional_parameters in the profile"
+    assert check["hint"] == "fix `setup`, `srun_args` or additional_parameters in the profile"
 
 
 @pytest.mark.slurm
@@ -117,7 +117,7 @@ def test_a_wrong_partition_and_no_sacct(cluster: DevCluster, doctor: Doctor) -> 
     (check,) = checks["submission"]
     assert check["level"] == "problem"
     assert "invalid partition specified: nope" in check["found"]
-    assert "partitions: low, main" in check["mend"]
+    assert "partitions: low, main" in check["hint"]
     assert checks["probe job"][0]["level"] == "skipped"
     assert not (doctor.root / "shared").exists()
 

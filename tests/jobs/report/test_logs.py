@@ -59,7 +59,7 @@ def test_each_traceback_once_by_cause(tmp_path: Path) -> None:
     for index, name in ((1, "a"), (3, "b")):
         fail(tmp_path, sweep.runs[index], f"KeyError: {name!r}", TRACEBACK.format(line=7, error=f"KeyError: {name!r}"))
     text = failures(tmp_path, sweep)
-    assert text.count("cuda out of memory: 2 failed. To mend it: ") == 1
+    assert text.count("cuda out of memory: 2 failed. To fix it: ") == 1
     assert "runtime.accum_steps=2" in text
     assert f"digits-content-s0, digits-content-s1: {memory.format(20)}\n" in text
     assert text.count("Tried to allocate") == 2, "in the reason and in the one traceback"

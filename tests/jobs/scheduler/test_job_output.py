@@ -86,7 +86,7 @@ def test_logs_show_what_the_job_has_printed(tmp_path: Path, run: Run) -> None:
         assert "setup ended the job with exit code 7: exit 7" in text
         assert "module cuda/12" in text
         assert "another job" not in text
-    assert texts[1].startswith("job ended early: 1 failed. To mend it: mend what it says (`setup` in the profile")
+    assert texts[1].startswith("job ended early: 1 failed. To fix it: fix what it says (`setup` in the profile")
 
 
 def test_followed_logs_show_it_too(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ def test_failure_is_left_alone_and_retried(tmp_path: Path) -> None:
     state = Survey(tmp_path).state(sweep.runs[0])
     assert (state.state, state.reason) == ("failed", "RuntimeError: the test wants this run to fail")
     failed = launch(tmp_path, SLOTS, "logs", "--failed")
-    assert "other: 1 failed. To mend it: " in failed.stdout
+    assert "other: 1 failed. To fix it: " in failed.stdout
     assert "digits-content-s0: RuntimeError: the test wants this run to fail" in failed.stdout
     assert "Traceback (most recent call last)" in failed.stdout
     assert "1 failed, not touched by submit" in launch(tmp_path, SLOTS).stdout

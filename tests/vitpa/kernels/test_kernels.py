@@ -175,7 +175,7 @@ def chain_step(function: Function, leaves: list[Tensor], sizes: Sizes) -> list[T
     return [out.detach(), *torch.autograd.grad(out, leaves)]
 
 
-def mend_bfloat16_of_the_interpreter() -> None:
+def fix_bfloat16_of_the_interpreter() -> None:
     """Triton's interpreter keeps bfloat16 as integers, multiplies matrices of those, and cuts off what it should round."""
     import numpy as np
     import triton.language as tl
@@ -203,7 +203,7 @@ def mend_bfloat16_of_the_interpreter() -> None:
 
 
 def main() -> None:
-    mend_bfloat16_of_the_interpreter()
+    fix_bfloat16_of_the_interpreter()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     report = {}
