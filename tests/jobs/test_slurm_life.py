@@ -27,6 +27,7 @@ import yaml
 from jobs.execute.attempt import last_error
 from jobs.sweep import Run
 from slurm.devcluster import DevCluster
+from tests.support.digits_sweeps import DIGITS, TERM, TRAIN, assert_ended
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import MODEL, RUNTIME, Cell, make_cell, processes_left, started, trainers
 from tests.support.waiting import wait_for
@@ -34,14 +35,6 @@ from vitpa.records import read_json
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-TRAIN = {"global_batch_size": 64, "precision": "float32"}
-DIGITS = {
-    "dataset": "digits",
-    "model": MODEL,
-    "augment": {"crop": "none", "hflip": False},
-    "train": {**TRAIN, "epochs": 50},
-    "optim": {"warmup_epochs": 0},
-}
 PHOTOS = {
     "dataset": "photos",
     "model": {**MODEL, "img_size": 32, "patch_size": 16},
@@ -49,7 +42,6 @@ PHOTOS = {
     "optim": {"warmup_epochs": 0},
 }
 EVERY_STEPS = 20  # between checkpoints
-TERM = "interrupted: signal SIGTERM"
 FREEZE = f"""
 import os, pathlib, signal
 replace, frozen = pathlib.Path.replace, []
@@ -320,14 +312,6 @@ def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pyt
     assert undisturbed.returncode == 0
     lives.left += processes_left([grid, crash, stand_in, together])
     return lives
-
-
-def assert_ended(cell: Cell, run: Run, *expected: str) -> None:
-    """How the attempts of a run ended; on a busy machine SIGKILL may come before one that got SIGTERM has written it."""
-    ends = cell.ends(run)
-    assert len(ends) == len(expected), ends
-    for end, wanted in zip(ends, expected, strict=True):
-        assert end == wanted or (wanted == TERM and (end == "" or end.startswith(TERM))), ends
 
 
 def test_each_run_ends_once_bit_identical_to_an_undisturbed_one(lives: Lives) -> None:

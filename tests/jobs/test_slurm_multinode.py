@@ -20,7 +20,7 @@ import yaml
 
 from jobs.sweep import Run
 from slurm.devcluster import DevCluster
-from tests.jobs.test_slurm_life import DIGITS, TERM, assert_ended
+from tests.support.digits_sweeps import DIGITS, TERM, assert_ended
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import RUNTIME, Cell, make_cell, processes_left, started, trainers, variable
 from tests.support.waiting import run_to_end, wait_for

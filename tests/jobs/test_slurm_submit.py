@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from slurm.devcluster import DevCluster
-from tests.jobs.test_speed import SLACK, cpu_of_children_s
 from tests.support.cluster import require_slurm, short_folder
+from tests.support.cpu_time import SLACK, cpu_of_children_s
 from tests.support.jobs_sweeps import Field, command, exits, most_at_a_time, slurm_profile, start_launcher
 from tests.support.repository import ROOT
 from tests.support.waiting import wait_for

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import yaml
 
 from jobs.sweep import Run, Sweep, SweepDir, load_sweep
+from tests.support.cpu_time import SLACK, cpu_of_children_s
 from tests.support.jobs_sweeps import RECIPE, evaluation_line, result_document
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end
@@ -25,7 +25,6 @@ from vitpa.records import ProcessId, to_json
 
 pytestmark = pytest.mark.slow
 
-SLACK = 3
 MIX = ("done", "done", "done", "done", "running", "pending", "pending", "pending", "failed", "missing")
 ENV = to_json({"steps_total": 4000, "versions": {"torch": "2.6"}})
 METRICS = "".join(
@@ -105,11 +104,6 @@ def time_command(root: Path, *words: str, times: int = 3) -> Taken:
         taken.append(Taken(time.perf_counter() - began, cpu_of_children_s() - cpu_began_s, done.stdout))
         assert done.returncode in (0, 4), done.stderr
     return min(taken)
-
-
-def cpu_of_children_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def check(what: str, goal_s: float, taken: Taken) -> None:

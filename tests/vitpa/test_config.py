@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tests.vitpa.test_rundir import at_once
+from tests.support.at_once import at_once
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import dotted_keys, load_config, parse_config, read_yaml, record_config, shipped_configs

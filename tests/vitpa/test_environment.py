@@ -5,29 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.git import commit, git
 from vitpa import code_version as module
 from vitpa.code_version import CODE_VERSION_JSON, code_record, code_version
 from vitpa.environment import environment
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid", "-c", "commit.gpgsign=false"]
-    return subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-def commit(folder: Path) -> str:
-    """Commit everything; the first 12 digits of the commit."""
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", "change")
-    return git(folder, "rev-parse", "HEAD")[:12]
 
 
 @pytest.fixture

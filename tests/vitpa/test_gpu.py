@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.vitpa.test_train import arguments, config_of, trained
+from tests.support.trainings import arguments, config_of, trained
 from vitpa.data.rng import Purpose, key, permutation, random_bits, uniform
 from vitpa.metrics_file import read_metrics
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.trainings import arguments, config_of, result_of, rows
 from tests.support.waiting import wait_for
-from tests.vitpa.test_train import arguments, config_of, result_of, rows
 from vitpa.rundir import CLAIMED
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.at_once import at_once, start
 from tests.support.waiting import finish
 from vitpa.checkpoint_file import Footer
 from vitpa.metrics_file import to_line
@@ -43,33 +43,6 @@ RESULT: dict[str, Any] = {
 
 
 EVALUATION = to_line({"step": 88, "epoch": 4.0, "val/loss": 0.3, "val/top1": 0.9, "val/top5": 1.0})
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Run `code` in a process of its own, with `arguments` in sys.argv."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def at_once(code: str, count: int, *arguments: object) -> list[str]:
-    """What `count` processes print that run `code` at the same moment: it has to call `ready()` before the race."""
-    ready = "def ready():\n    print('ready', flush=True)\n    input()\n"
-    processes = [start(ready + textwrap.dedent(code), *arguments, number) for number in range(count)]
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        answers = [finish(process)[0].strip() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert all(process.returncode == 0 for process in processes)
-    return answers
 
 
 @contextmanager

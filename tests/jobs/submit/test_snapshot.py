@@ -15,9 +15,9 @@ import pytest
 from jobs.submit import snapshot
 from jobs.submit.snapshot import PACKAGES, RECORD, make_snapshot
 from jobs.sweep import SweepError
+from tests.support.git import commit, git
 from tests.support.repository import ROOT
-from tests.vitpa.test_environment import commit, git
-from tests.vitpa.test_train import arguments, result_of
+from tests.support.trainings import arguments, result_of
 from vitpa.code_version import code_version
 
 CHILD = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import re
@@ -17,22 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.support.staging import ALONE, FILES, assert_whole, copied_by, stage
+from tests.support.trainings import arguments, result_of, start, trained, wait_until
 from tests.support.waiting import finish, run_to_end
-from tests.vitpa.test_train import arguments, result_of, start, trained, wait_until
 from vitpa.arguments import ConfigError
 from vitpa.config import RuntimeConfig
 from vitpa.data import staging
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError, beton_path, manifest_path
 from vitpa.data.staging import expanded, staged
-from vitpa.distributed import Group
 from vitpa.records import ProcessId
 from vitpa.train_command import main
-
-ALONE = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
-FILES = ("train.beton", "train.json", "val.beton", "val.json")
 
 SLOWLY = """
 import sys, time
@@ -47,10 +42,6 @@ staging._copy_chunk = slowly
 TRAIN = "from vitpa.train_command import main\nsys.exit(main(sys.argv[1:]))"
 
 
-def stage(data: Path, disk: Path) -> Path:
-    return staged(data, "digits", str(disk), ALONE)
-
-
 def slow_training(words: list[str], *, sleep_s: float = 0.05) -> subprocess.Popen[str]:
     """Train in a process of its own that copies each split in sleep_s * 32 seconds."""
     command = [sys.executable, "-c", SLOWLY.format(sleep_s=sleep_s) + TRAIN, *words]
@@ -59,17 +50,6 @@ def slow_training(words: list[str], *, sleep_s: float = 0.05) -> subprocess.Pope
 
 def half_copied(disk: Path) -> list[Path]:
     return list(disk.glob("vitpa-*/digits-*/digits/*.beton.*"))
-
-
-def copied_by(output: str) -> int:
-    """How many splits a process has copied, by its words."""
-    return len(re.findall(r"^digits: copying ", output, re.MULTILINE))
-
-
-def assert_whole(data: Path, copy: Path) -> None:
-    """Byte by byte, with nothing else beside it."""
-    assert sorted(path.name for path in (copy / "digits").iterdir()) == list(FILES)
-    assert filecmp.cmpfiles(data / "digits", copy / "digits", FILES, shallow=False)[0] == list(FILES)
 
 
 def test_the_copy_is_exact_and_private_and_made_once(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vitpa.data.test_staging import ALONE, FILES, assert_whole, copied_by, stage
-from tests.vitpa.test_train import arguments
+from tests.support.staging import ALONE, FILES, assert_whole, copied_by, stage
+from tests.support.trainings import arguments
 from vitpa.arguments import ConfigError
 from vitpa.data import staging
 from vitpa.data.beton import Beton

@@ -7,7 +7,7 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from tests.vitpa.models.test_stacked import SMALL, B, R, gradients_of, key_bias, networks, random_images, stacked
+from tests.support.networks import SMALL, B, R, gradients_of, key_bias, networks, random_images, stacked
 from vitpa.data.rng import Purpose, key
 from vitpa.models import build_model
 from vitpa.step.drop_path import BRANCHES, branch_scales, keep_probabilities

@@ -23,8 +23,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compilers import nop
 from torch.nn import functional as F
 
+from tests.support.trainings import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
 from tests.support.waiting import finish, run_to_end
-from tests.vitpa.test_train import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
 from vitpa import checkpoint
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config

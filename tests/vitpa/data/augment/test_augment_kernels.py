@@ -15,10 +15,8 @@ from torch import Tensor
 
 import vitpa.kernels.erase
 import vitpa.kernels.policy
+from tests.support.augmentation import CIFAR10, CPU, FILL, every_operation, pictures, random_images, some
 from tests.support.interpreter import report_of
-from tests.vitpa.data.augment.test_auto_augment import CPU, every_operation, pictures
-from tests.vitpa.data.augment.test_pipeline import CIFAR10, random_images
-from tests.vitpa.data.augment.test_rand_augment import FILL, some
 from vitpa.config import AugmentConfig
 from vitpa.data.augment.auto_augment import Operation, Operations
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys

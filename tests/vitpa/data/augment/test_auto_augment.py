@@ -13,36 +13,13 @@ from torch import Tensor
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, RandAugment
 from torchvision.transforms.autoaugment import _apply_op
 
+from tests.support.augmentation import CPU, every_operation, pictures
 from vitpa.data.augment.auto_augment import IDENTITY, SIGNED, Operation, Operations, Policy, magnitudes
 from vitpa.data.rng import Purpose, key
 
 Chances = dict[tuple[Operation, ...], float]  # of sequences of operations
 
-CPU = torch.device("cpu")
 POLICIES = {f"autoaugment_{policy.value}": AutoAugment(policy).policies for policy in AutoAugmentPolicy}
-
-
-def pictures(size: int) -> Tensor:
-    """Noise, smooth images and those without any contrast, (11, 3, size, size) uint8."""
-    generator = torch.Generator().manual_seed(size)
-    noise = torch.randint(0, 256, (3, 3, size, size), generator=generator)
-    noise[2, 1:] = noise[2, 1:] // 8 + 90  # two channels of a narrow range
-    coarse = torch.randint(0, 256, (3, 3, 6, 6), generator=generator).float()
-    smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 255)
-    flat = torch.tensor([0, 255, 7]).view(3, 1, 1, 1).expand(3, 3, size, size)
-    two = torch.tensor([3, 200])[torch.randint(0, 2, (2, 3, size, size), generator=generator)]
-    two[1] = two[1, 0]  # grey
-    return torch.cat([noise, smooth, flat, two]).to(torch.uint8)
-
-
-def every_operation(num_bins: int, size: int) -> list[Operation]:
-    """All operations in all bins, negated, too, where torchvision negates."""
-    return [
-        (name, sign * value)
-        for name, values in magnitudes(num_bins, size, size).items()
-        for value in dict.fromkeys(values)
-        for sign in ((1, -1) if name in SIGNED else (1,))
-    ]
 
 
 def by_torchvision(images: Tensor, operation: Operation) -> Tensor:

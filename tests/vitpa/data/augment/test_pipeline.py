@@ -11,25 +11,19 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tvf
 
-from tests.vitpa.data.augment.test_auto_augment import pictures
+from tests.support.augmentation import CIFAR10, pictures, random_images
 from vitpa.config import AugmentConfig
 from vitpa.data.augment import pipeline
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.rng import Purpose, key, randint, random_bits, uniform
-from vitpa.datasets import facts_of
 
 CPU = torch.device("cpu")
-CIFAR10 = facts_of("cifar10")
 EVERYTHING: dict[str, Any] = {"policy": "autoaugment_cifar10", "erase_prob": 0.5, "cutout_px": 6}
 BARE: dict[str, Any] = {"crop": "none", "hflip": False}
 
 
 def augmentation(*, img_size: int = 32, **options: Any) -> Augmentation:
     return Augmentation(AugmentConfig.model_validate(options), CIFAR10, img_size=img_size, device=CPU)
-
-
-def random_images(n: int, size: int = 32) -> Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
 
 
 def test_the_keys_of_an_epoch_are_those_of_each_seed_and_purpose() -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 from timm.data import auto_augment as timms
 from torch import Tensor
 
-from tests.vitpa.data.augment.test_auto_augment import CPU, pictures
+from tests.support.augmentation import CPU, FILL, pictures, some
 from vitpa.data.augment.auto_augment import IDENTITY, Operation
 from vitpa.data.augment.rand_augment import (
     ENHANCEMENTS,
@@ -28,7 +28,6 @@ from vitpa.data.augment.rand_augment import (
 )
 from vitpa.data.rng import Purpose, key
 
-FILL = (124, 116, 104)
 THEIR_NAMES = {
     "Posterize": "PosterizeIncreasing",
     "Solarize": "SolarizeIncreasing",
@@ -60,14 +59,6 @@ def by_timm(image: Tensor, operation: Operation) -> Tensor:
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     changed = function(picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
-
-
-def some(names: list[Operation], count: int) -> list[int]:
-    """Indices of up to `count` operations of each name, and always its strongest, at random."""
-    places: dict[str, list[int]] = {}
-    for index, (name, _) in enumerate(names):
-        places.setdefault(name, []).append(index)
-    return [index for found in places.values() for index in {*random.sample(found, min(count, len(found))), found[-1]}]
 
 
 def test_the_operations_are_those_of_timm() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from data_prep.prep import Options, prepare
 from tests.conftest import quiet
 from tests.support.betons import Sample, jpeg_of, jpeg_sample, write_data
-from tests.vitpa.kernels.test_resize import slow_resize
+from tests.support.resizing import slow_resize
 from vitpa.arguments import ConfigError
 from vitpa.config import AugmentConfig
 from vitpa.config_file import parse_config
