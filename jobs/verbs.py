@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from jobs.context import Context, load_context, select
 from jobs.execute.slots import visible_gpus
 from jobs.failures import without_particulars
-from jobs.membership import jobs_needed_by_others, runs_that_left, sweeps_with
+from jobs.membership import jobs_needed_by_others, sweeps_with
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
 from jobs.report.collect import collect
 from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.scheduler.client import Scheduler, SchedulerError
-from jobs.state import LIVE, RETRYABLE, STATES, SUBMITTABLE, RunState, Survey, early_ends, withdraw
+from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withdraw
 from jobs.submit.snapshot import make_snapshot
-from jobs.submit.submission import Place, ran_other_code, settle
+from jobs.submit.submission import ran_other_code, settle
 from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
-from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
-from vitpa.arguments import ConfigError, literal_path
-from vitpa.config_file import Override, parse_config
-from vitpa.console import PrintableConsole
+from jobs.sweep import SweepDir, SweepError
+from vitpa.arguments import ConfigError
 from vitpa.os_errors import os_error_line
 from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
 from vitpa.terminal import printable
@@ -43,81 +38,12 @@ if TYPE_CHECKING:
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
-FILTERS: dict[str, Callable[[RunState], str]] = {
-    "dataset": lambda state: state.run.dataset,
-    "attention": lambda state: state.run.attention,
-    "seed": lambda state: str(state.run.seed),
-    "state": lambda state: state.state,
-}
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a verb works on."""
-
-    options: argparse.Namespace
-    root: Path
-    sweep: Sweep  # as it was recorded at the last submission; for plan and submit, as its file says now
-    drift: Drift
-    filters: Mapping[str, set[str]]
-    overrides: list[Override]  # of the section runtime
-    console: Console
-    scheduler: Scheduler
-    place: Place  # where it runs: as the command line says, otherwise as at the last submission
-    left: list[Run] = field(default_factory=list)  # unfinished runs that were started for the sweep and have left it
-    unanswered: list[str] = field(default_factory=list)  # questions to SLURM; states are then as far as the files tell
-
-    @property
-    def suffix(self) -> str:
-        """What follows `vitpa sweep VERB` to mean this sweep again."""
-        root = [] if self.options.root == "outputs" else ["--root", self.options.root]
-        return shlex.join([self.options.sweep, *root])
-
-    @property
-    def start_suffix(self) -> str:
-        """The same for the verbs that start something, with the place unless it will be remembered."""
-        if self.place == Place.of_last_submission(SweepDir(self.root, self.sweep.name).submissions):
-            return self.suffix
-        data_dir = ["--data-dir", self.place.data_dir] if self.place.data_dir else []
-        return " ".join([self.suffix, shlex.join(["--profile", self.place.profile, *data_dir])])
-
-    def look(self) -> list[RunState]:
-        """The states of the runs that the filters select."""
-        return select(self.survey(self.sweep.runs), self.filters)
-
-    def look_around(self) -> tuple[list[RunState], list[RunState]]:
-        """The states of the runs that the filters select: of the sweep's, and of those in progress that have left it."""
-        states = self.survey([*self.sweep.runs, *self.left])
-        count = len(self.sweep.runs)
-        left = [state for state in states[count:] if state.state in LIVE]
-        return select(states[:count], self.filters), select(left, self.filters)
-
-    def survey(self, runs: list[Run]) -> list[RunState]:
-        """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
-        survey = Survey(self.root, self.scheduler)
-        states = survey.states(runs)
-        if survey.scheduler_error:
-            print(f"warning: {printable(survey.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
-            self.unanswered.append(survey.scheduler_error)
-        for line in status.in_other_clusters(states):
-            if line not in self.unanswered:
-                print(f"warning: {printable(line)}", file=sys.stderr)
-                self.unanswered.append(line)
-        return states
-
-    def say(self, text: str) -> None:
-        """Print a line as it is."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def say_json(self, document: object) -> None:
-        """Print JSON and nothing else."""
-        print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def run_verb(options: argparse.Namespace) -> int:
     """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
     try:
-        context = _context(options)
+        context = load_context(options)
         code = VERBS[options.verb](context)
         return UNREACHABLE if context.unanswered and code in (OK, PARTIAL) else code
     except SchedulerError as error:
@@ -131,93 +57,6 @@ def run_verb(options: argparse.Namespace) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
     return ERROR
-
-
-def _context(options: argparse.Namespace) -> Context:
-    root = Path(os.path.realpath(options.root))  # Path.resolve raises RuntimeError at a loop of links
-    if root.exists() and not root.is_dir():
-        raise SweepError(f"--root {options.root}: not a folder; name the folder of runs/ and sweeps/")
-    sweep = _load(options, root)
-    recorded = SweepDir(root, sweep.name).recorded()
-    drift = Drift.between(sweep, recorded)
-    if options.verb not in ("plan", "submit"):
-        if recorded is not None:
-            if not getattr(options, "gone", False):  # what an edited file leaves out is gone, too
-                sweep = Sweep(sweep.config, recorded)
-        elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
-            raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
-    left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
-    filters, overrides = parse_terms(options.terms, [*sweep.runs, *left])
-    if overrides and options.verb not in ("submit", "retry"):
-        raise SweepError(f"{overrides[0].key}: runtime settings are for submit and retry")
-    place = Place.of_last_submission(SweepDir(root, sweep.name).submissions).changed(
-        getattr(options, "profile", None), getattr(options, "data_dir", None)
-    )
-    if place.data_dir is not None:
-        overrides.append(Override("runtime.data_dir", literal_path(Path(place.data_dir)), "--data-dir"))
-    if options.verb in ("submit", "retry"):
-        _check_settings(options, sweep.runs[0], overrides)
-    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place, left)
-
-
-def _load(options: argparse.Namespace, root: Path) -> Sweep:
-    """The sweep that is meant; without its recipes, as it was recorded, unless it is to be planned or submitted."""
-    try:
-        return load_sweep(options.sweep, root)
-    except (SweepError, ConfigError) as error:
-        recorded = recorded_sweep(options.sweep, root) if options.verb not in ("plan", "submit") else None
-        if recorded is None:
-            raise
-        print(f"warning: {error}; this is the sweep as it was submitted last", file=sys.stderr)
-        return recorded
-
-
-def _check_settings(options: argparse.Namespace, run: Run, overrides: list[Override]) -> None:
-    """Refuse what is wrong on the command line also if nothing is to be started."""
-    parse_config(run.config.model_dump(mode="json"), run.label, overrides)
-    if options.data_dir and not Path(options.data_dir).is_dir():
-        raise SweepError(f"--data-dir {options.data_dir}: no such folder; `vitpa prep` makes data sets in its --out folder")
-
-
-def _console() -> Console:
-    console = PrintableConsole()
-    return console if console.is_terminal else PrintableConsole(width=160)  # a file or a pipe has no width to fit
-
-
-def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, set[str]], list[Override]]:
-    """Filters and runtime settings from `key=value` terms. Values of one key are alternatives.
-
-    Raises:
-        SweepError: a key that is neither, or a value that no run of the sweep has.
-    """
-    known: dict[str, set[str]] = {
-        "dataset": {run.dataset for run in runs},
-        "attention": {run.attention for run in runs},
-        "seed": {str(run.seed) for run in runs},
-        "state": set(STATES),
-    }
-    filters: dict[str, set[str]] = {}
-    overrides = []
-    for term in terms:
-        key, equals, text = term.partition("=")
-        if equals and key.startswith("runtime."):
-            overrides.append(Override.parse(term))
-            continue
-        if not equals or key not in known:
-            raise SweepError(
-                f"{term!r}: expected a filter ({', '.join(f'{name}=' for name in known)}) or a setting runtime.KEY=VALUE; "
-                "whatever changes the numbers belongs into the sweep's YAML file"
-            )
-        for value in text.split(","):
-            if value not in known[key]:
-                raise SweepError(f"{term!r}: there is no {key} {value!r}; there is {', '.join(sorted(known[key]))}")
-            filters.setdefault(key, set()).add(value)
-    return filters, overrides
-
-
-def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunState]:
-    """The states that every filter accepts."""
-    return [state for state in states if all(FILTERS[key](state) in values for key, values in filters.items())]
 
 
 def _plan(context: Context) -> int:

@@ -70,7 +70,7 @@ class Shell:
         return self.of("plan", words, *more, **profile)
 
     def of(self, verb: str, words: Scheduler, *more: str, **profile: Any) -> tuple[int, str]:
-        self.monkeypatch.setattr("jobs.verbs.Scheduler", lambda: words)
+        self.monkeypatch.setattr("jobs.context.Scheduler", lambda: words)
         code = main(self.line(*more, verb=verb, **profile))
         captured = self.capsys.readouterr()
         return code, captured.out + captured.err

@@ -98,7 +98,7 @@ class Shell:
 @pytest.fixture
 def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr("jobs.verbs.Scheduler", Silent)
+    monkeypatch.setattr("jobs.context.Scheduler", Silent)
     return Shell(tmp_path, capsys)
 
 
