@@ -125,7 +125,10 @@ class Override:
         if not equals or not key or not all(key.split(".")):
             raise ConfigError(f"override {text!r}: expected key=value, such as optim.lr=3e-4")
         try:
-            return Override(key, parse_yaml(written), origin)
+            value = parse_yaml(written)
+            if value is None and "null" not in written.lower():
+                raise DocumentError("no value; write null for none (or is a variable of the shell not set?)")
+            return Override(key, value, origin)
         except DocumentError as error:
             raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}") from error
 

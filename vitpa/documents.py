@@ -2,6 +2,7 @@
 
 A scalar of YAML means what the core schema of YAML 1.2 says (https://yaml.org/spec/1.2.2/, section 10.3): 010 is ten, `on`
 and 1:30 are strings, and so is a date. PyYAML by itself reads YAML 1.1. Keys are always names, merge keys (`<<`) are merged.
+Null is written out: `~` and nothing at all, which are null, too, are refused, as somebody may have meant something by them.
 Whatever a file holds, reading it ends soon, in a document or in one line: size, depth, aliases and numbers are limited.
 """
 
@@ -282,6 +283,11 @@ class _Loader(yaml.SafeLoader):
         if not isinstance(text, str) or not pattern.fullmatch(text):
             raise DocumentError(f"{where}: {_short(str(text))} is not of the type !!{kind}")
         if kind == "null":
+            if not text.strip(
+                "~"
+            ):  # YAML's other words for it, mostly left there by mistake: by a shell, or a half-written line
+                what = "~ by itself is null in YAML; ~/ is the home directory" if text else "no value"
+                raise DocumentError(f"{where}: {what}; write null for none")
             return None
         if kind == "bool":
             return text.lower() == "true"

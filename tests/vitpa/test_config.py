@@ -197,7 +197,7 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("model.depth='7'", r"model\.depth=7: .*valid integer"),
         ("model.depth=true", r"model\.depth=true: .*valid integer"),
         ("model.depth=1e2", r"model\.depth=1e2: .*valid integer"),
-        ("model.depth=", r"model\.depth=null: .*valid integer"),
+        ("model.depth=null", r"model\.depth=null: .*valid integer"),
         ("model.depth=0", r"model\.depth=0: .*greater than or equal to 1"),
         ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
         ("seed=2147483648", r"seed=2147483648: .*less than 2147483648"),
@@ -273,6 +273,20 @@ def test_a_bad_combination_names_its_keys(overrides: str, message: str) -> None:
         config(*overrides.split())
 
 
+def test_null_is_written_out(tmp_path: Path) -> None:
+    """`~` and nothing at all are null in YAML, too, and used to switch off what they were given for."""
+    for null in ("null", "Null", "NULL", "!!null null"):
+        assert config(f"optim.grad_clip_norm={null}", f"runtime.stage_dir={null}").optim.grad_clip_norm is None
+    assert config("optim.grad_clip_norm=null").runtime.stage_dir is None
+    assert config("runtime.stage_dir=~/").runtime.stage_dir == "~/"
+    assert config("runtime.stage_dir='~'").runtime.stage_dir == "~"
+    path = write(tmp_path, "dataset: cifar10\nruntime:\n  stage_dir: ~\n")
+    assert refused(path) == f"{path}: line 3: ~ by itself is null in YAML; ~/ is the home directory; write null for none"
+    path = write(tmp_path, "dataset: cifar10\noptim:\n  lr: 0.1\n  grad_clip_norm:\n")
+    assert refused(path) == f"{path}: line 4: no value; write null for none"
+    assert load_config(write(tmp_path, to_yaml(config("optim.grad_clip_norm=null").model_dump()))).optim.grad_clip_norm is None
+
+
 def test_several_mistakes_are_told_at_once() -> None:
     with pytest.raises(
         ConfigError, match=r"^command line: seed=-1: [^;]+; unknown key model\.dept; did you mean model\.depth\?$"
@@ -298,6 +312,11 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("--seed", r"override '--seed': expected key=value"),
         ("seed.x=1", r"override 'seed\.x': seed is a value, not a section"),
         ("seed=[", r"override 'seed=\[': not valid YAML"),
+        *(
+            (f"{key}={nothing}", rf"override '{key}=.*': {why}.*; write null for none")
+            for key in ("runtime.stage_dir", "runtime.root", "optim.grad_clip_norm", "runtime.workers", "seed")
+            for nothing, why in {"": "no value", " ": "no value", "# none": "no value", "~": "~ by itself is null"}.items()
+        ),
         ("model={depth: 1, depth: 2}", r"override .*: the key 'depth' is given 2 times"),
         ("optim.lr=2024-01-01", r"optim\.lr=2024-01-01: .*valid number"),
         ("optim.lr=!!set {a}", r"override 'optim\.lr=!!set {a}': the tag !!set is not for our files; leave it out"),
