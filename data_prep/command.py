@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--source", type=path_argument, metavar="DIR", help="folder with the raw data")
     parser.add_argument("--out", type=path_argument, default=Path("data"), metavar="DIR", help="default: data")
     parser.add_argument(
-        "--workers", type=whole_number(1, 1_000_000), metavar="N", help="processes; default: the CPUs, 1 for small images"
+        "--workers", type=whole_number(1, 1024), metavar="N", help="processes; default: the CPUs, 1 for small images"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(

@@ -109,7 +109,7 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
             help="time and GPU-hours from the JSON of `vitpa bench imagenet` or `small`, where no run of a kind has finished",
         )
         parser.add_argument(
-            "--gpu-hour-price", type=number(0, above=True), metavar="PRICE", help="what a GPU-hour costs, in any currency"
+            "--gpu-hour-price", type=number(0, 1e9, above=True), metavar="PRICE", help="what a GPU-hour costs, in any currency"
         )
     if verb in ("plan", "collect"):
         parser.add_argument("--json", action="store_true", help="print JSON")
@@ -132,7 +132,7 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb == "logs":
         parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
         parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
-        parser.add_argument("--lines", type=whole_number(1), default=15, help="lines of each log (default: 15)")
+        parser.add_argument("--lines", type=whole_number(1, 1_000_000), default=15, help="lines of each log (default: 15)")
     if verb == "collect":
         parser.add_argument(
             "--allow-mixed", action="store_true", help="average over different code or data, and mark the table"

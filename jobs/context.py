@@ -124,6 +124,7 @@ def load_context(options: argparse.Namespace) -> Context:
         getattr(options, "profile", None), getattr(options, "data_dir", None)
     )
     if place.data_dir is not None:
+        _check_not_twice(overrides, place.data_dir)
         overrides.append(Override("runtime.data_dir", literal_path(Path(place.data_dir)), "--data-dir"))
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
@@ -140,6 +141,14 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
             raise
         print(f"warning: {error}; this is the sweep as it was submitted last", file=sys.stderr)
         return recorded
+
+
+def _check_not_twice(overrides: Sequence[Override], data_dir: str) -> None:
+    for override in overrides:
+        if override.key == "runtime.data_dir":
+            raise SweepError(
+                f"{override.text}, and --data-dir {data_dir} here or at the last submission: say it by --data-dir alone"
+            )
 
 
 def _check_settings(options: argparse.Namespace, run: Run, overrides: list[Override]) -> None:
@@ -170,6 +179,8 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
     overrides = []
     for term in terms:
         key, equals, text = term.partition("=")
+        if equals and key == "runtime.root":
+            raise SweepError(f"{term}: say it by --root")
         if equals and key.startswith("runtime."):
             overrides.append(Override.parse(term))
             continue

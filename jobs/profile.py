@@ -14,15 +14,16 @@ from jobs.scheduler.options import check_srun_args, sbatch_option
 from jobs.sweep import SweepError
 from vitpa import CODE
 from vitpa.arguments import ConfigError
-from vitpa.config import Float, Section
+from vitpa.config import MOST_CPUS, Float, Section
 from vitpa.config_file import load_model, parse_model, read_yaml
 
 SHIPPED = CODE / "slurm"
+MOST_AT_A_TIME = 1024  # runs of a machine, seeds of a step
 
 
 def _count(value: object, field: ValidationInfo) -> object:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{field.field_name}={value}: expected a whole number, at least 1, or auto")
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_AT_A_TIME):
+        raise ValueError(f"{field.field_name}={value}: expected a whole number from 1 to {MOST_AT_A_TIME:,}, or auto")
     return value
 
 
@@ -34,16 +35,19 @@ class LocalProfile(Section):
 
     executor: Literal["local"] = Field("local", description="what starts the jobs")
     slots: Count = Field("auto", description="runs, or groups, at a time; auto: as the GPUs or CPUs allow")
-    gpus_per_run: int = Field(1, ge=1, description="GPUs of one run")
+    gpus_per_run: int = Field(1, ge=1, le=1024, description="GPUs of one run")
     runs_per_gpu: int = Field(
-        1, ge=1, description="processes that share one GPU, each with a run, or a group of replicas, of any cell of the grid"
+        1,
+        ge=1,
+        le=1000,
+        description="processes that share one GPU, each with a run, or a group of replicas, of any cell of the grid",
     )
     replicas: Count = Field(
         "auto",
         description="seeds of one configuration trained together in one step; auto: as many as fit the GPU's memory (up to "
         "16), but so that no slot is idle; 1 without a GPU",
     )
-    cpus_per_slot: int = Field(1, ge=1, description="without a GPU: CPUs of one run")
+    cpus_per_slot: int = Field(1, ge=1, le=MOST_CPUS, description="without a GPU: CPUs of one run")
     runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
 
     @model_validator(mode="after")
@@ -75,27 +79,31 @@ class SlurmProfile(Section):
     reservation: str | None = Field(None, description="sbatch --reservation")
     exclude: str | None = Field(None, description="sbatch --exclude: nodes never to use")
     nodelist: str | None = Field(None, description="sbatch --nodelist")
-    nodes: int = Field(1, ge=1, description="sbatch --nodes: nodes of one run")
+    nodes: int = Field(1, ge=1, le=100_000, description="sbatch --nodes: nodes of one run")
     gpus_per_node: int = Field(
         1,
         ge=0,
+        le=1024,
         description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only; default: those of gres, or 1",
     )
     gres: str | None = Field(
         None, description="sbatch --gres: GPUs in it are asked for instead of gpus_per_node, anything else on top of that"
     )
-    cpus_per_gpu: int | None = Field(None, ge=1, description="CPUs per GPU")
-    cpus_per_task: int | None = Field(None, ge=1, description="CPUs per node, instead of cpus_per_gpu")
+    cpus_per_gpu: int | None = Field(None, ge=1, le=MOST_CPUS, description="CPUs per GPU")
+    cpus_per_task: int | None = Field(None, ge=1, le=65_536, description="CPUs per node, instead of cpus_per_gpu")
     mem: str | None = Field(None, description="sbatch --mem: memory per node, such as 64G")
     time: str = Field(description="sbatch --time: limit of one attempt, such as '24:00:00' or '2-00:00:00'")
-    nice: int | None = Field(None, description="sbatch --nice")
+    nice: int | None = Field(None, ge=-2_147_483_645, le=2_147_483_645, description="sbatch --nice")
     mail_type: str | None = Field(None, description="sbatch --mail-type, such as FAIL,ARRAY_TASKS")
     mail_user: str | None = Field(None, description="sbatch --mail-user")
     setup: list[str] = Field([], description="shell lines before the job, such as `module load cuda`")
     additional_parameters: dict[str, JsonValue] = Field({}, description="further sbatch options, by their long names")
     srun_args: list[str] = Field([], description="further arguments of srun")
     array_parallelism: int | None = Field(
-        None, ge=1, description="jobs of a submission at a time, at least one per array; null: as many as SLURM gives"
+        None,
+        ge=1,
+        le=1_000_000,
+        description="jobs of a submission at a time, at least one per array; null: as many as SLURM gives",
     )
     replicas: Count = Field(
         "auto",
@@ -105,12 +113,16 @@ class SlurmProfile(Section):
     gpu_memory_gib: Float | None = Field(
         None, gt=0, description="memory of a GPU, for replicas: auto; null: 16, as any GPU of a data centre has"
     )
-    signal_delay_s: int = Field(120, ge=1, description="seconds before the time limit at which a run writes its checkpoint")
+    signal_delay_s: int = Field(
+        120, ge=1, le=65_535, description="seconds before the time limit at which a run writes its checkpoint"
+    )
 
-    processes_per_node: int | None = Field(None, ge=1, description="training processes per node; null: one per GPU")
-    max_attempts: int = Field(100, ge=1, description="executions of a run per submission, restarts by SLURM included")
+    processes_per_node: int | None = Field(None, ge=1, le=1024, description="training processes per node; null: one per GPU")
+    max_attempts: int = Field(
+        100, ge=1, le=1_000_000, description="executions of a run per submission, restarts by SLURM included"
+    )
     max_idle_attempts: int = Field(
-        3, ge=1, description="executions in a row without a new checkpoint before a run is given up"
+        3, ge=1, le=1_000_000, description="executions in a row without a new checkpoint before a run is given up"
     )
     preflight: bool = Field(True, description="check GPUs, data and disk of a node before training on it")
     min_free_gib: Float = Field(1.0, ge=0, description="free space that the pre-flight wants below runtime.root")

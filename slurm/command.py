@@ -47,9 +47,11 @@ def add_parser(subparsers: Subparsers) -> None:
             "--dir", type=path_argument, default=default_root(), help="its folder, on a local disk (default: %(default)s)"
         )
         if verb == "start":
-            parser.add_argument("--nodes", type=whole_number(0), default=DEFAULTS.nodes, help="nodes (default: %(default)s)")
             parser.add_argument(
-                "--gpus", type=whole_number(0), default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)"
+                "--nodes", type=whole_number(0, 250), default=DEFAULTS.nodes, help="nodes (default: %(default)s)"
+            )
+            parser.add_argument(
+                "--gpus", type=whole_number(0, 128), default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)"
             )
             parser.add_argument("--foreground", action="store_true", help="stay, and stop it with Ctrl-C")
         if verb == "stop":

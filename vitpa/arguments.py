@@ -30,12 +30,17 @@ def parse_integer(text: str) -> int | None:
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
-def parse_float(text: str) -> float | None:
-    """The number that `text` is in YAML 1.2, such as 10, 1.5 or 1e-3, whole ones included; None if it is none."""
-    if len(text) > DIGITS or not FLOAT.fullmatch(text):
+def parse_float(text: str, digits: int = DIGITS) -> float | None:
+    """The number that `text` is in YAML 1.2, such as 10, 1.5 or 1e-3, whole ones included; at most `digits` characters.
+
+    None if it is none, or one that float64 cannot hold: 1e400 would be infinite, and 1e-400 zero.
+    """
+    if len(text) > digits or not FLOAT.fullmatch(text):
         whole = parse_integer(text)
         return None if whole is None else float(whole)
-    return float(text)
+    value = float(text)
+    vanished = value == 0 and re.match(r"[-+.0]*[1-9]", text)
+    return None if vanished or math.isinf(value) else value
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -51,16 +56,15 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def whole_numbers(low: int) -> Callable[[str], list[int]]:
-    """A type for argparse: whole numbers from `low` up, with commas between."""
+def whole_numbers(low: int, high: int | None = None) -> Callable[[str], list[int]]:
+    """A type for argparse: whole numbers from `low` up, to `high` if given, with commas between."""
+    allowed = f"from {low} up" if high is None else f"from {low} to {high}"
 
     def read(text: str) -> list[int]:
         numbers = [parse_integer(word) for word in text.split(",")]
-        found = [number for number in numbers if number is not None and number >= low]
+        found = [number for number in numbers if number is not None and low <= number and (high is None or number <= high)]
         if len(found) < len(numbers):
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: expected whole numbers from {low} up with commas between, such as 1,2"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers {allowed} with commas between, such as 1,2")
         return found
 
     return read
@@ -68,7 +72,8 @@ def whole_numbers(low: int) -> Callable[[str], list[int]]:
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """A type for argparse: a finite number from `low`, or only what is above it, to `high`."""
-    allowed = f"above {low:g}" if above else f"from {low:g} {'up' if high == math.inf else f'to {high:g}'}"
+    to = "" if high == math.inf else f" to {high:g}"
+    allowed = f"above {low:g}{to and ', up' + to}" if above else f"from {low:g}{to or ' up'}"
 
     def read(text: str) -> float:
         value = parse_float(text)

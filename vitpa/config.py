@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from vitpa.arguments import expand_path, parse_float
+from vitpa.arguments import FLOAT, expand_path, parse_float, parse_integer
 from vitpa.rundir import RunDir
 
+MOST_PX, MOST_CPUS, MOST_STEPS = 8192, 1024, 10**9  # what is beyond is a slip, which must not hang or fill the memory
 EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
 
 
 def _number(value: object) -> object:
     """A string that is a number in YAML is meant as one: '1e-3' in quotes."""
-    if isinstance(value, str):
+    if isinstance(value, str) and FLOAT.fullmatch(value):
         number = parse_float(value)
-        return value if number is None else number
-    return value
+        if number is None:
+            raise PydanticCustomError("float64", "Input should be a finite number that float64 can hold")
+        return number
+    whole = parse_integer(value) if isinstance(value, str) else None
+    return value if whole is None else float(whole)
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -39,12 +44,12 @@ class ModelConfig(Section):
     """The network, in timm's names. Changes the numbers."""
 
     attention: Literal["content", "positional"] = Field("content", description="what the attention matrix depends on")
-    img_size: int = Field(32, ge=1, description="height and width of the input, pixels")
-    patch_size: int = Field(4, ge=1, description="height and width of a patch, pixels")
-    embed_dim: int = Field(384, ge=1, description="width D of the token vectors")
-    depth: int = Field(7, ge=1, description="number of blocks")
-    num_heads: int = Field(12, ge=1, description="attention heads per block")
-    mlp_ratio: Float = Field(1.0, gt=0, description="hidden width of the MLP as a multiple of embed_dim")
+    img_size: int = Field(32, ge=1, le=MOST_PX, description="height and width of the input, pixels")
+    patch_size: int = Field(4, ge=1, le=MOST_PX, description="height and width of a patch, pixels")
+    embed_dim: int = Field(384, ge=1, le=65_536, description="width D of the token vectors")
+    depth: int = Field(7, ge=1, le=1024, description="number of blocks")
+    num_heads: int = Field(12, ge=1, le=4096, description="attention heads per block")
+    mlp_ratio: Float = Field(1.0, gt=0, le=100, description="hidden width of the MLP as a multiple of embed_dim")
     drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly")
     pos_embed_std: Float = Field(0.02, gt=0, description="standard deviation of the initial positional encoding")
 
@@ -54,6 +59,10 @@ class ModelConfig(Section):
             raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}")
         if self.img_size % self.patch_size:
             raise ValueError(f"model.img_size={self.img_size} is not a multiple of model.patch_size={self.patch_size}")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"model.mlp_ratio={self.mlp_ratio} of model.embed_dim={self.embed_dim} is less than 1 hidden unit"
+            )
         return self
 
 
@@ -61,14 +70,14 @@ class AugmentConfig(Section):
     """What happens to training images, drawn per sample from (seed, epoch, sample). Changes the numbers."""
 
     crop: Literal["none", "padded", "random_resized"] = Field("padded", description="how a training crop is taken")
-    crop_padding_px: int = Field(4, ge=0, description="padded: zero pixels added on each side before the crop")
+    crop_padding_px: int = Field(4, ge=0, le=1024, description="padded: zero pixels added on each side before the crop")
     crop_scale: tuple[Float, Float] = Field((0.08, 1.0), description="random_resized: range of the crop's share of area")
     crop_ratio: tuple[Float, Float] = Field((0.75, 4 / 3), description="random_resized: range of its width / height")
     hflip: bool = Field(True, description="mirror half of the images left to right")
     policy: Literal[
         "none", "autoaugment_cifar10", "autoaugment_svhn", "autoaugment_imagenet", "randaugment", "randaugment_timm"
     ] = Field("none", description="random operations after crop and flip, as in torchvision, or RandAugment as in timm")
-    randaugment_num_ops: int = Field(2, ge=1, description="randaugment(_timm): operations per image")
+    randaugment_num_ops: int = Field(2, ge=1, le=100, description="randaugment(_timm): operations per image")
     randaugment_magnitude: int = Field(
         9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30; _timm: its mean, 0 to 10"
     )
@@ -77,11 +86,13 @@ class AugmentConfig(Section):
     erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
     erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
     erase_ratio: tuple[Float, Float] = Field((0.3, 3.3), description="erased: range of its height / width")
-    cutout_px: int = Field(0, ge=0, description="side of a square erased around a random pixel, pixels; 0 for none")
+    cutout_px: int = Field(
+        0, ge=0, le=MOST_PX, description="side of a square erased around a random pixel, pixels; 0 for none"
+    )
     mixup_alpha: Float = Field(0.0, ge=0, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
     cutmix_alpha: Float = Field(0.0, ge=0, description="cutmix of pairs, with shares of Beta(alpha, alpha); 0 for none")
     mixup_switch_prob: Float = Field(0.5, ge=0, le=1, description="share of the pairs for cutmix where mixup is on, too")
-    eval_crop_pct: Float = Field(1.0, gt=0, le=1, description="img_size / short side before the centre crop at evaluation")
+    eval_crop_pct: Float = Field(1.0, ge=0.1, le=1, description="img_size / short side before the centre crop at evaluation")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -127,9 +138,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """How long and in what batches. Changes the numbers."""
 
-    epochs: int = Field(300, ge=1, description="passes over the training set")
+    epochs: int = Field(300, ge=1, le=100_000, description="passes over the training set")
     global_batch_size: int = Field(
-        128, ge=1, description="images per optimiser step over all processes and accumulation steps"
+        128, ge=1, le=1_048_576, description="images per optimiser step over all processes and accumulation steps"
     )
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast type of the forward pass")
     order: Literal["random", "quasi_random"] = Field(
@@ -146,23 +157,33 @@ class RuntimeConfig(Section):
         None, description="folder on the node's own disk, such as $TMPDIR, to which they are copied first; null: not at all"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a GPU")
-    accum_steps: int = Field(1, ge=1, description="gradient accumulation steps per optimiser step")
+    accum_steps: int = Field(1, ge=1, le=65_536, description="gradient accumulation steps per optimiser step")
     step: Literal["auto", "graph", "compile", "eager"] = Field(
         "auto", description="how a step runs: as one CUDA graph, compiled, or as it is; auto: the fastest that can be had"
     )
-    cpu_threads: int | None = Field(None, ge=1, description="torch's threads per process; null: the CPUs allowed / processes")
-    workers: int | None = Field(None, ge=1, description="decoding threads per process; null: the CPUs allowed / processes")
-    runs_per_gpu: int = Field(1, ge=1, description="runs that share each GPU; gpu_hours counts this run's share")
+    cpu_threads: int | None = Field(
+        None, ge=1, le=MOST_CPUS, description="torch's threads per process; null: the CPUs allowed / processes"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=MOST_CPUS, description="decoding threads per process; null: the CPUs allowed / processes"
+    )
+    runs_per_gpu: int = Field(1, ge=1, le=1000, description="runs that share each GPU; gpu_hours counts this run's share")
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
     decoder: Literal["auto", "cpu", "gpu"] = Field(
         "auto",
         description="what decodes streamed images; the pixels of JPEGs differ by about a grey level; auto: gpu if it can",
     )
-    eval_every_epochs: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
-    log_every_steps: int = Field(50, ge=1, description="optimiser steps between rows of metrics.jsonl")
+    eval_every_epochs: int = Field(
+        1, ge=1, le=100_000, description="epochs between evaluations; the last epoch is always evaluated"
+    )
+    log_every_steps: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps between rows of metrics.jsonl")
     checkpoint_every_s: Float = Field(60.0, ge=0, description="seconds between checkpoints")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="optimiser steps between checkpoints, besides")
-    poll_every_steps: int = Field(10, ge=1, description="steps between looks at the clock and at the file `stop`")
+    checkpoint_every_steps: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="optimiser steps between checkpoints, besides"
+    )
+    poll_every_steps: int = Field(
+        10, ge=1, le=MOST_STEPS, description="steps between looks at the clock and at the file `stop`"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")
 
@@ -190,13 +211,15 @@ class RunConfig(Section):
     """One run, its seed included."""
 
     dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$", description="name under which `vitpa prep` made the .beton")
-    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, order and augmentation")
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="of initialisation, order and augmentation")
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    experiment_version: int = Field(EXPERIMENT_VERSION, ge=1, description="raised when a configuration changes its meaning")
+    experiment_version: int = Field(
+        EXPERIMENT_VERSION, ge=1, le=1_000_000, description="raised when a configuration changes its meaning"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -209,6 +232,12 @@ class RunConfig(Section):
             )
         if self.augment.cutout_px > self.model.img_size:
             raise ValueError(f"augment.cutout_px={self.augment.cutout_px} is more than model.img_size={self.model.img_size}")
+        for name, used in {"crop": self.augment.crop == "random_resized", "erase": self.augment.erase_prob > 0}.items():
+            low, high = getattr(self.augment, f"{name}_scale")
+            if used and high * self.model.img_size**2 < 1:
+                raise ValueError(
+                    f"augment.{name}_scale=[{low}, {high}] is less than a pixel of model.img_size={self.model.img_size}"
+                )
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vitpa import CODE
@@ -114,6 +115,12 @@ class Override:
     value: Any
     origin: str = COMMAND_LINE
 
+    @property
+    def text(self) -> str:
+        """`a.b=value`, as it may be written."""
+        written = getattr(self.value, "written", "") or self.value
+        return f"{self.key}={written if isinstance(written, str) else json.dumps(written)}"
+
     @staticmethod
     def parse(text: str, origin: str = COMMAND_LINE) -> Override:
         """The override that `a.b=value` stands for; the value is read as YAML.
@@ -133,14 +140,22 @@ class Override:
             raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}") from error
 
 
+def preset(text: str) -> Override:
+    """`a.b=value` as the program itself gives it, which a command line may give otherwise."""
+    return Override.parse(text, "vitpa")
+
+
 def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Override]) -> dict[str, Any]:
     """A copy of `document` with each override set.
 
     Raises:
-        ConfigError: an override that is not of the form `a.b=value`, or goes below something that is not a section.
+        ConfigError: an override that is not of the form `a.b=value`, or goes below something that is not a section; a key
+            that the command line gives twice.
     """
     result: dict[str, Any] = _copy(document)
-    for override in _parsed(overrides):
+    parsed = _parsed(overrides)
+    _check_once([override for override in parsed if override.origin == COMMAND_LINE])
+    for override in parsed:
         shown = f"override {override.key!r}" if override.origin == COMMAND_LINE else f"{override.origin}: {override.key}"
         *parents, last = override.key.split(".")
         section = result
@@ -152,6 +167,15 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Overr
             raise ConfigError(f"{shown}: {override.key} is a section; give its keys one by one, as {override.key}.KEY=VALUE")
         section[last] = _copy(override.value)
     return result
+
+
+def _check_once(typed: Sequence[Override]) -> None:
+    given: dict[str, Override] = {}
+    for override in typed:
+        if (first := given.setdefault(override.key, override)) is not override:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {first.text} and {override.text}: {override.key} is given twice; say one of them"
+            )
 
 
 def _parsed(overrides: Sequence[str | Override]) -> list[Override]:
@@ -259,10 +283,16 @@ def keys_help() -> str:
             else:
                 default = "required" if field.is_required() else json.dumps(field.default)
                 literal = typing.get_origin(field.annotation) is typing.Literal
-                choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else ""
+                choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else _bounds(field)
                 yield f"  {prefix + name:<32} {default:<16} {field.description}{choices}"
 
     return "\n".join(lines(RunConfig, ""))
+
+
+def _bounds(field: FieldInfo) -> str:
+    """The bounds of a whole number, such as ` (1 to 8,192)`; empty for what has none."""
+    low, high = (next((getattr(each, kind) for each in field.metadata if hasattr(each, kind)), None) for kind in ("ge", "le"))
+    return f" ({low:,} to {high:,})" if isinstance(low, int) and isinstance(high, int) else ""
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import stat
@@ -109,9 +108,9 @@ def _json_integer(text: str) -> int:
 
 
 def _json_float(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise DocumentError(f"{_short(text)} is too large a number")
+    number = parse_float(text, digits=JSON_BYTES)
+    if number is None:
+        raise DocumentError(f"{_short(text)} is no number that float64 can hold")
     return number
 
 
@@ -283,9 +282,7 @@ class _Loader(yaml.SafeLoader):
         if not isinstance(text, str) or not pattern.fullmatch(text):
             raise DocumentError(f"{where}: {_short(str(text))} is not of the type !!{kind}")
         if kind == "null":
-            if not text.strip(
-                "~"
-            ):  # YAML's other words for it, mostly left there by mistake: by a shell, or a half-written line
+            if not text.strip("~"):  # mostly left there by a shell, or in a line that is half written
                 what = "~ by itself is null in YAML; ~/ is the home directory" if text else "no value"
                 raise DocumentError(f"{where}: {what}; write null for none")
             return None
@@ -299,8 +296,8 @@ class _Loader(yaml.SafeLoader):
             found.written = text
             return found
         number = parse_float(text)
-        if number is None or not math.isfinite(number):
-            raise DocumentError(f"{where}: {_short(text)[1:-1]} is not a finite number; no key takes it")
+        if number is None:
+            raise DocumentError(f"{where}: {_short(text)[1:-1]} is not a finite number that float64 can hold; no key takes it")
         found = WrittenFloat(number)
         found.written = text
         return found

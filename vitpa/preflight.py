@@ -237,10 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
     parser.add_argument(
-        "--gpus", type=whole_number(0), required=True, help="GPUs that the job has on this node; not looked at on the CPU"
+        "--gpus",
+        type=whole_number(0, 1024),
+        required=True,
+        help="GPUs that the job has on this node; not looked at on the CPU",
     )
     parser.add_argument(
-        "--cpus", type=whole_number(1), default=1, help="CPUs that the job has on this node (default: %(default)s)"
+        "--cpus", type=whole_number(1, 65_536), default=1, help="CPUs that the job has on this node (default: %(default)s)"
     )
     parser.add_argument("--min-free-gib", type=number(0), default=1.0, help="room below runtime.root (default: %(default)s)")
     parser.add_argument(
@@ -250,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="memory of a GPU in use, of which this check's own CUDA context is about 0.5 (default: %(default)s)",
     )
     parser.add_argument(
-        "--deadline-s", type=number(0), default=120.0, help="after which a check counts as hung (default: %(default)s)"
+        "--deadline-s", type=number(0, 86_400), default=120.0, help="after which a check counts as hung (default: %(default)s)"
     )
     parser.add_argument("--only", choices=("files", "gpus"), help="make these checks in this process, a line each")
     options = parser.parse_intermixed_args(arguments)

@@ -49,7 +49,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--data-dir", type=name_or_path, help="folder of the data sets (default: data)")
     parser.add_argument(
         "--wait-s",
-        type=number(0),
+        type=number(0, 604_800),
         default=120,
         help="how long to wait for the probe job to start, and for its report (default: 120)",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -24,6 +25,21 @@ def load(tmp_path: Path, text: str) -> object:
     return load_profile(str(path))
 
 
+@pytest.mark.parametrize(
+    ("profile", "key"),
+    [
+        (profile, name)
+        for profile in (LocalProfile, SlurmProfile)
+        for name, field in profile.model_fields.items()
+        if int in (field.annotation, *get_args(field.annotation))
+    ],
+)
+def test_every_whole_number_has_an_upper_bound(profile: type[LocalProfile | SlurmProfile], key: str, tmp_path: Path) -> None:
+    huge = f"1{'0' * 20}"
+    with pytest.raises(ConfigError, match=rf"{key}={huge}: (Input should be less than or equal to|expected .* from 1 to) \d"):
+        load(tmp_path, f"{HOUR if profile is SlurmProfile else ''}{key}: {huge}")
+
+
 def test_the_default_profile_says_the_defaults() -> None:
     assert load_profile("local") == LocalProfile()
 
@@ -42,9 +58,9 @@ def test_the_cluster_profile_names_every_key() -> None:
     ("text", "message"),
     [
         ("slot: 2", "unknown key slot; did you mean slots?"),
-        ("slots: 0", "slots=0: expected a whole number, at least 1, or auto"),
-        ("replicas: many", "replicas=many: expected a whole number, at least 1, or auto"),
-        (f"{SLURM}time: '1:00:00'\nreplicas: 2.5", "replicas=2.5: expected a whole number, at least 1, or auto"),
+        ("slots: 0", "slots=0: expected a whole number from 1 to 1,024, or auto"),
+        ("replicas: many", "replicas=many: expected a whole number from 1 to 1,024, or auto"),
+        (f"{SLURM}time: '1:00:00'\nreplicas: 2.5", "replicas=2.5: expected a whole number from 1 to 1,024, or auto"),
         ("{gpus_per_run: 2, runs_per_gpu: 2}", "one of them must be 1"),
         (f"{SLURM}partitoin: gpu\ntime: '1:00:00'", "unknown key partitoin; did you mean partition?"),
         (f"{SLURM}time: tomorrow", "time='tomorrow': expected SLURM's notation"),

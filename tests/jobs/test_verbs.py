@@ -73,6 +73,25 @@ def test_status_is_partial_when_something_is_missing(sweep: Shell) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("submit --dry-run runtime.root=x", "runtime.root=x: say it by --root"),
+        ("submit --dry-run --data-dir /a runtime.data_dir=/b", "runtime.data_dir=/b, and --data-dir /a here or at the last"),
+        (
+            "submit --dry-run runtime.workers=1 runtime.workers=2",
+            "runtime.workers=1 and runtime.workers=2: runtime.workers is given",
+        ),
+        ("retry --dry-run runtime.stage_dir=", "override 'runtime.stage_dir=': no value; write null for none"),
+    ],
+)
+def test_a_setting_that_is_said_twice_is_refused(sweep: Shell, line: str, said: str) -> None:
+    code, text = sweep(line)
+    assert code == 1
+    assert said in text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("terms", "labels"),
     [
         ("seed=1", ["digits-content-s1", "digits-positional-s1"]),

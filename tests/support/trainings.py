@@ -19,10 +19,10 @@ EPOCHS, EPOCH_STEPS = 4, 22  # 1,437 images at batch 64
 
 
 def arguments(data: Path, root: Path, *overrides: str) -> list[str]:
-    """Arguments for a run of a few seconds."""
+    """Arguments for a run of a few seconds; of each key the last one."""
     small = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2", f"train.epochs={EPOCHS}", "optim.warmup_epochs=1"]
     runtime = [f"runtime.data_dir={data}", f"runtime.root={root}", "runtime.device=cpu", "runtime.tensorboard=false"]
-    return ["digits", *small, *runtime, *overrides]
+    return ["digits", *{word.partition("=")[0]: word for word in (*small, *runtime, *overrides)}.values()]
 
 
 def config_of(words: list[str]) -> RunConfig:

@@ -160,5 +160,34 @@ def test_bounds_are_named() -> None:
         whole_number(1, 100)("101")
     with pytest.raises(argparse.ArgumentTypeError, match=r"'1\.5' is not a number from 0 to 1"):
         number(0, 1)("1.5")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'61' is not a number above 0, up to 60"):
+        number(0, 60, above=True)("61")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'1,5': expected whole numbers from 1 to 4 with commas between"):
+        whole_numbers(1, 4)("1,5")
     assert whole_numbers(0)("0,010,2") == [0, 10, 2]
     assert name_or_path("./demo") == "./demo"
+
+
+HUGE = "1" + "0" * 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        f"devcluster start --nodes {HUGE}",
+        f"devcluster start --gpus {HUGE}",
+        f"doctor --wait-s {HUGE}",
+        f"sweep logs demo --lines {HUGE}",
+        f"sweep plan demo --gpu-hour-price {HUGE}",
+        f"prep digits --workers {HUGE}",
+        f"prep digits --short-side-px {HUGE}",
+        f"bench imagenet --batch-size {HUGE}",
+        f"bench imagenet --gpus 1,{HUGE}",
+        f"bench imagenet --window-s {HUGE}",
+        f"bench small --replicas {HUGE}",
+    ],
+)
+def test_every_number_of_a_command_line_has_an_upper_bound(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert re.search(rf"error: .*{HUGE}': expected .* to |{HUGE}' is not a .*number .*to ", capsys.readouterr().err)

@@ -14,7 +14,16 @@ from pydantic import ValidationError
 from tests.support.at_once import at_once
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
-from vitpa.config_file import dotted_keys, load_config, parse_config, read_yaml, record_config, shipped_configs
+from vitpa.config_file import (
+    dotted_keys,
+    keys_help,
+    load_config,
+    parse_config,
+    preset,
+    read_yaml,
+    record_config,
+    shipped_configs,
+)
 from vitpa.documents import to_yaml
 
 SMALL: dict[str, Any] = {
@@ -114,9 +123,54 @@ def refused(path: Path, *overrides: str) -> str:
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "dataset: cifar10\nmodel:\n  depth: 3\n  num_heads: 6\n")
-    got = load_config(path, ["model.depth=4", "model.depth=5", "optim.lr=2e-3"])
-    assert (got.model.depth, got.model.num_heads, got.optim.lr) == (5, 6, 2e-3)
+    got = load_config(path, ["model.depth=4", "optim.lr=2e-3"])
+    assert (got.model.depth, got.model.num_heads, got.optim.lr) == (4, 6, 2e-3)
     assert got.model.patch_size == parse_config({"dataset": "cifar10"}, "here").model.patch_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["seed=1", "seed=2"], "seed=1 and seed=2: seed is given twice; say one of them"),
+        (["seed=1", "optim.lr=1", "seed=1"], "seed=1 and seed=1: seed is given twice; say one of them"),
+        (["optim.lr=1e-3", "optim.lr=2e-3"], "optim.lr=1e-3 and optim.lr=2e-3: optim.lr is given twice; say one of them"),
+        (
+            ["optim.betas=[0.9, 1]", "optim.betas=null"],
+            "optim.betas=[0.9, 1] and optim.betas=null: optim.betas is given twice",
+        ),
+        (
+            ["runtime.root=a", "runtime.root=b"],
+            "runtime.root=a and runtime.root=b: runtime.root is given twice; say one of them",
+        ),
+    ],
+)
+def test_a_key_that_the_command_line_gives_twice_is_refused(tmp_path: Path, overrides: list[str], line: str) -> None:
+    assert refused(write(tmp_path, to_yaml(SMALL)), *overrides).startswith(f"command line: {line}")
+    assert load_config(Path("digits"), [preset("seed=1"), preset("seed=2"), "seed=3"]).seed == 3  # a program's own give way
+
+
+def integers() -> list[str]:
+    """Every key that takes whole numbers."""
+    keys = []
+    for key in dotted_keys(RunConfig):
+        model: Any = RunConfig
+        *sections, name = key.split(".")
+        for section in sections:
+            model = model.model_fields[section].annotation
+        if model.model_fields[name].annotation in (int, int | None):
+            keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize("key", integers())
+def test_a_whole_number_has_bounds_which_the_help_states(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^command line: {key}=1{'0' * 20}: Input should be less than or equal to \d+$"):
+        config(f"{key}=1{'0' * 20}")
+    line = next(line for line in keys_help().splitlines() if line.startswith(f"  {key} "))
+    stated = re.search(r"\(([\d,]+) to ([\d,]+)\)$", line)
+    assert stated is not None
+    with pytest.raises(ConfigError, match=f"less than or equal to {stated[2].replace(',', '')}"):
+        config(f"{key}={int(stated[2].replace(',', '')) + 1}")
 
 
 @pytest.mark.parametrize("override", ["model={num_heads: 6}", "model=7", "train={epochs: 3}"])
@@ -200,7 +254,7 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("model.depth=null", r"model\.depth=null: .*valid integer"),
         ("model.depth=0", r"model\.depth=0: .*greater than or equal to 1"),
         ("seed=-1", r"seed=-1: .*greater than or equal to 0"),
-        ("seed=2147483648", r"seed=2147483648: .*less than 2147483648"),
+        ("seed=2147483648", r"seed=2147483648: .*less than or equal to 2147483647"),
         ("augment.hflip=1", r"augment\.hflip=1: .*valid boolean"),
         ("augment.hflip='true'", r"augment\.hflip=true: .*valid boolean"),
         (
@@ -215,6 +269,8 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("augment.mixup_alpha=-1", r"augment\.mixup_alpha=-1: .*greater than or equal to 0"),
         ("augment.mixup_switch_prob=2", r"augment\.mixup_switch_prob=2: .*less than or equal to 1"),
         ("augment.cutout_px=-1", r"augment\.cutout_px=-1: .*greater than or equal to 0"),
+        ("augment.eval_crop_pct=0.0001", r"augment\.eval_crop_pct=0\.0001: .*greater than or equal to 0\.1"),
+        ("model.mlp_ratio=1e300", r"model\.mlp_ratio=1e\+?300: .*less than or equal to 100"),
         ("optim.lr=true", r"optim\.lr=true: .*valid number"),
         ("optim.lr=fast", r"optim\.lr=fast: .*valid number"),
         ("optim.lr=[1]", r"optim\.lr=\[1\]: .*valid number"),
@@ -222,7 +278,10 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, me
         ("optim.lr=nan", r"optim\.lr=nan: .*valid number"),
         ("optim.lr=.inf", r"\.inf is not a finite number"),
         ("optim.lr=inf", r"optim\.lr=inf: .*valid number"),
-        ("optim.lr=1e999", r"1e999.*finite"),
+        ("optim.lr=1e999", r"1e999.*finite number that float64 can hold"),
+        ("optim.min_lr=1e-400", r"1e-400.*finite number that float64 can hold"),
+        ("optim.lr='1e-400'", r"optim\.lr=1e-400: .*finite number that float64 can hold"),
+        ("augment.crop_scale=[1e-400, 1]", r"1e-400.*finite number that float64 can hold"),
         ("optim.betas=[0.9, nan]", r"optim\.betas\.1=nan: "),
         ("optim.betas=[0.9]", r"optim\.betas\.1 is missing"),
         ("model.attention=linear", r"model\.attention=linear: .*'content' or 'positional'"),
@@ -242,6 +301,15 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
     ("overrides", "message"),
     [
         ("model.embed_dim=65", r"model\.embed_dim=65 is not a multiple of model\.num_heads=4"),
+        ("model.mlp_ratio=0.001", r"model\.mlp_ratio=0\.001 of model\.embed_dim=64 is less than 1 hidden unit"),
+        (
+            "augment.crop=random_resized augment.crop_scale=[1e-9,1e-4]",
+            r"augment\.crop_scale=\[1e-09, 0\.0001\] is less than a pixel of model\.img_size=32",
+        ),
+        (
+            "augment.erase_prob=1 augment.erase_scale=[1e-9,1e-4]",
+            r"augment\.erase_scale=.* is less than a pixel of model\.img_s",
+        ),
         ("model.patch_size=5", r"model\.img_size=32 is not a multiple of model\.patch_size=5"),
         (
             "augment.policy=randaugment_timm augment.randaugment_magnitude=11",

@@ -38,7 +38,7 @@ from vitpa.bench.measure import (
     wait,
 )
 from vitpa.config import RunConfig
-from vitpa.config_file import load_config, shipped_configs
+from vitpa.config_file import Override, load_config, preset, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.decode.gpu import gpu_unsupported_reason
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
@@ -101,10 +101,10 @@ class Line:
     notes: tuple[str, ...] = ()
 
 
-def config_of(attention: Attention, batch_size: int, *changes: str) -> RunConfig:
+def config_of(attention: Attention, batch_size: int, *changes: str | Override) -> RunConfig:
     """The imagenet recipe with these changes."""
     words = [f"model.attention={attention}", f"train.global_batch_size={batch_size}"]
-    return load_config(shipped_configs()["imagenet"], [*words, *changes])
+    return load_config(shipped_configs()["imagenet"], [*map(preset, words), *changes])
 
 
 def synthetic_feed(config: RunConfig, group: Group) -> ResidentFeed:
@@ -213,18 +213,18 @@ def time_loader(case: str, config: RunConfig, bench: Bench, feed: StreamedFeed) 
 
 def lines_of(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iterator[Line]:
     """The lines of the table at one batch size, for the processes that are there."""
-    group, step = bench.group, f"runtime.step={options.step}"
+    group, step = bench.group, preset(f"runtime.step={options.step}")
     for attention in options.attention:
-        bare = partial(config_of, attention, batch_size, *BARE)
+        bare = partial(config_of, attention, batch_size, *map(preset, BARE))
         if "timm" in options.parts and group.world_size == 1:
-            config = bare("runtime.step=compile", *options.overrides)
+            config = bare(preset("runtime.step=compile"), *options.overrides)
             yield time_steps("timm, compiled", config, bench, synthetic_feed(config, group), timm=True)
         if "model" in options.parts:
             config = bare(step, *options.overrides)
             yield time_steps("model", config, bench, synthetic_feed(config, group))
         if "train" in options.parts:
             whole = ("augment.crop=none", "augment.eval_crop_pct=1.0")
-            config = config_of(attention, batch_size, *whole, step, *options.overrides)
+            config = config_of(attention, batch_size, *map(preset, whole), step, *options.overrides)
             yield time_steps("training, synthetic", config, bench, synthetic_feed(config, group))
     if options.dataset is not None:
         yield from streamed_lines(options, batch_size, bench)
@@ -233,7 +233,7 @@ def lines_of(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iter
 def streamed_lines(options: argparse.Namespace, batch_size: int, bench: Bench) -> Iterator[Line]:
     """Those that need images of a .beton."""
     group, attentions = bench.group, options.attention
-    step = f"runtime.step={options.step}"
+    step = preset(f"runtime.step={options.step}")
     configs = {attention: config_of(attention, batch_size, step, *options.overrides) for attention in attentions}
     config = configs[attentions[0]]
     betons = open_betons(config, options.dataset)
@@ -316,11 +316,11 @@ def add_parser(benchmarks: Any) -> None:
         "--dataset", help="a data set that `vitpa prep` made, for the loader; without it synthetic images only"
     )
     parser.add_argument(
-        "--gpus", type=whole_numbers(1), default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1"
+        "--gpus", type=whole_numbers(1, 1024), default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1"
     )
     parser.add_argument(
         "--batch-size",
-        type=whole_number(1),
+        type=whole_number(1, 1_048_576),
         default=1024,
         metavar="B",
         help="of all GPUs together, and for several also of each: 1024",
@@ -329,7 +329,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("--step", choices=("auto", "compile", "eager"), default="auto", help="how our steps run: auto")
     parser.add_argument(
         "--window-s",
-        type=number(0, above=True),
+        type=number(0, 3600, above=True),
         default=0.5,
         metavar="S",
         help="how long each of 5 windows lasts at least: 0.5",
@@ -399,7 +399,7 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
 
 def step_of(options: argparse.Namespace) -> str:
     """How the steps run: as the options say, or an override."""
-    config = config_of("content", options.batch_size, f"runtime.step={options.step}", *options.overrides)
+    config = config_of("content", options.batch_size, preset(f"runtime.step={options.step}"), *options.overrides)
     return config.runtime.step
 
 

@@ -29,7 +29,7 @@ from vitpa.bench.measure import (
 )
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig
-from vitpa.config_file import load_config, shipped_configs
+from vitpa.config_file import Override, load_config, preset, shipped_configs
 from vitpa.data.loader import ResidentFeed
 from vitpa.data.resident import ResidentImages
 from vitpa.distributed import Group, init_process_group
@@ -80,9 +80,9 @@ def cases(attentions: Sequence[Attention], replicas: Sequence[int], *, ablation:
 
 def config_of(case: Case, overrides: Sequence[str]) -> RunConfig:
     """The cifar10 recipe as `case` runs it."""
-    changes = [f"model.attention={case.attention}", f"runtime.step={case.step}", *overrides]
-    if not case.augmentation:
-        changes += ["augment.policy=none", "augment.crop=none", "augment.hflip=false"]
+    before = [f"model.attention={case.attention}", f"runtime.step={case.step}"]
+    after = [] if case.augmentation else ["augment.policy=none", "augment.crop=none", "augment.hflip=false"]
+    changes: list[str | Override] = [*map(preset, before), *overrides, *map(preset, after)]
     return load_config(shipped_configs()["cifar10"], changes)
 
 
@@ -150,7 +150,7 @@ def add_parser(benchmarks: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the cifar10 recipe")
     parser.add_argument("--attention", choices=("content", "positional"), action="append", help="only this one")
     parser.add_argument(
-        "--replicas", type=whole_numbers(1), default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10"
+        "--replicas", type=whole_numbers(1, 1024), default=[1, 5, 10], metavar="R,R,...", help="seeds in a step: 1,5,10"
     )
     parser.add_argument("--no-ablation", action="store_true", help="leave out the lines without augmentation")
     parser.add_argument("--only-graph", action="store_true", help="leave out timm's module")
