@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ if (
 ):  # as in the background of a shell script: what is started would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-__all__ = ["cluster", "digits", "fresh_compiler", "photos"]
+__all__ = ["cluster", "digits", "fresh_compiler", "photos", "warned"]
 
 LOOK_EVERY_S = 20.0
 SPIN = 12
@@ -131,3 +132,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
     assert prepare(Options(dataset="photos", source=source, out=out, short_side_px=48, jpeg_quality=95), quiet)
     return out
+
+
+@pytest.fixture
+def warned(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """`warned(match)`: a warning that matches has been printed since the last call; what was printed."""
+
+    def look(match: str) -> str:
+        told = capsys.readouterr().err
+        assert re.search(rf"^warning: .*{match}", told, re.MULTILINE), told
+        return told
+
+    return look

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +25,7 @@ from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive
 from vitpa.metrics_file import EVALUATED
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
+from vitpa.terminal import warn
 
 KEEP = 2
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
@@ -256,11 +256,11 @@ def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
         with suppress(OSError):
             path.rename(aside)
         where = f", and is {aside.name} now" if not path.exists() else ""
-        warnings.warn(f"{path}: {error}; it is passed over{where}", RuntimeWarning, stacklevel=2)
+        warn(f"{path}: {error}; it is passed over{where}")
         return False
     if not has_checksum:
         what = "is of an earlier version of vitpa and carries no checksum of its own; its archive's CRCs fit, and it is used"
-        warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=2)
+        warn(f"{path}: {what}")
     return True
 
 
@@ -272,7 +272,7 @@ def _warn_of_names(run: RunDir) -> None:
     for path in sorted(run.checkpoints.glob("step_*.pt")):
         if step_of(path.name) is None:
             what = "a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over"
-            warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=3)
+            warn(f"{path}: {what}")
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

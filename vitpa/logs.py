@@ -12,7 +12,6 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ from vitpa.documents import open_regular
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
+from vitpa.terminal import warn
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -144,7 +144,7 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
     if not found.startswith(rows.encode()):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         what = f"damaged, cut or edited from line {same + 1} on; its rows up to step {step} are restored from the checkpoint"
-        warnings.warn(f"{path}: {what}", RuntimeWarning, stacklevel=3)
+        warn(f"{path}: {what}")
 
 
 class EventFile:

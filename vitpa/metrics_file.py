@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vitpa.documents import open_regular, parse_json
+from vitpa.terminal import warn
 
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
@@ -71,7 +71,7 @@ def _rows(path: Path, text: str) -> list[dict[str, Any]]:
                 rows.append(parse_line(line))
         except (ValueError, RecursionError):
             if not last:
-                warnings.warn(f"{path}: line {number} is damaged and left out", RuntimeWarning, stacklevel=3)
+                warn(f"{path}: line {number} is damaged and left out")
     return rows
 
 

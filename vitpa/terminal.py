@@ -29,6 +29,11 @@ def printable(text: str, *, keep: str = "") -> str:
     return CONTROLS.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
+def warn(text: str) -> None:
+    """Tell the user what was not as it should be, in a line on stderr; unlike Python's warnings nothing filters it."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
 OUTPUT_CLOSED = 128 + signal.SIGPIPE  # the exit code of a program that nobody reads any more, as a shell shows it
 
 

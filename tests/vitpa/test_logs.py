@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from vitpa import logs
+from vitpa import CODE, logs
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics_file import read_metrics
 from vitpa.rundir import RunDir
@@ -81,11 +84,11 @@ def test_a_half_written_last_line_is_ignored_wherever_it_was_cut(run: RunDir, le
     assert read_metrics(run.metrics_jsonl) == [{"step": 1}]
 
 
-def test_a_damaged_line_in_the_middle_is_warned_about_and_the_others_kept(run: RunDir) -> None:
+def test_a_damaged_line_in_the_middle_is_warned_about_and_the_others_kept(run: RunDir, warned: Callable[[str], str]) -> None:
     run.metrics_jsonl.write_text('{"step": 1}\n{"st\x00\x00ep": 2}\n[3]\n{"epoch": 1}\n{"step": 5}\n')
-    with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: line [234] is damaged and left out") as warned:
-        assert read_metrics(run.metrics_jsonl) == [{"step": 1}, {"step": 5}]
-    assert len(warned) == 3
+    assert read_metrics(run.metrics_jsonl) == [{"step": 1}, {"step": 5}]
+    told = warned(r"metrics.jsonl: line [234] is damaged and left out")
+    assert told.count("\n") == 3
 
 
 def test_after_a_resume_the_rows_beyond_the_restored_step_are_gone(run: RunDir) -> None:
@@ -249,3 +252,26 @@ def test_a_pipe_in_the_place_of_the_record_is_an_error_and_no_wait(tmp_path: Pat
     os.mkfifo(run.metrics_jsonl)
     with pytest.raises(OSError, match="not a regular file"):
         logs._warn_if_others(run, 1, "")
+
+
+@pytest.mark.parametrize("filters", ["ignore", "error"])
+def test_what_the_user_must_know_does_not_depend_on_filters_of_warnings(run: RunDir, filters: str) -> None:
+    """By PYTHONWARNINGS such lines could be switched off, or turned into a traceback."""
+    run.metrics_jsonl.write_text('{"step": 1}\n[3]\n{"step": 5}\n')
+    program = "import sys, pathlib, vitpa.metrics_file; print(len(vitpa.metrics_file.read_metrics(pathlib.Path(sys.argv[1]))))"
+    got = subprocess.run(
+        [sys.executable, "-c", program, str(run.metrics_jsonl)],
+        env={**os.environ, "PYTHONWARNINGS": filters},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (got.returncode, got.stdout) == (0, "2\n")
+    assert got.stderr == f"warning: {run.metrics_jsonl}: line 2 is damaged and left out\n"
+
+
+def test_nothing_tells_the_user_by_python_warnings() -> None:
+    """They can be filtered, and are shown once only; vitpa.terminal.warn is for the user."""
+    sources = [path for room in ("vitpa", "jobs", "data_prep", "slurm") for path in (CODE / room).rglob("*.py")]
+    assert len(sources) > 100
+    assert [str(path) for path in sources if re.search(r"warnings\.warn|import warn$", path.read_text())] == []

@@ -266,7 +266,9 @@ def test_non_finite_loss_stops_with_the_step_named(digits: Path, tmp_path: Path,
     assert json.loads(config_of(words).run_dir.attempts()[0].exit_json.read_text())["state"] == "failed"
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(digits: Path, tmp_path: Path, undisturbed: Result) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    digits: Path, tmp_path: Path, undisturbed: Result, warned: Callable[[str], str]
+) -> None:
     words = arguments(digits, tmp_path, "runtime.checkpoint_every_steps=8", "runtime.cpu_threads=1")
     first = trained(words)
     run = config_of(words).run_dir
@@ -274,12 +276,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over(digits: Path, tmp_path: Path
     newest = sorted(run.checkpoints.iterdir())
     assert [path.name for path in newest] == ["step_000000080.pt", "step_000000088.pt"]  # the two newest are kept
     os.truncate(newest[-1], newest[-1].stat().st_size // 2)
-    with pytest.warns(RuntimeWarning, match=r"step_000000088.pt: it does not end as a checkpoint does"):
-        assert trained(words).weights_sha256 == first.weights_sha256 == undisturbed.weights_sha256
+    assert trained(words).weights_sha256 == first.weights_sha256 == undisturbed.weights_sha256
+    warned(r"step_000000088.pt: it does not end as a checkpoint does")
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "digit", "gone", "line", "checkpoint without checksum"])
-def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(digits: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(
+    digits: Path, tmp_path: Path, damage: str, warned: Callable[[str], str]
+) -> None:
     words = arguments(digits, tmp_path, "train.epochs=1", "runtime.log_every_steps=2", "runtime.cpu_threads=1")
     reference, run = trained(words), config_of(words).run_dir
     expected, path = run.metrics_jsonl.read_bytes(), run.metrics_jsonl
@@ -305,8 +309,8 @@ def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(digits: Path,
         match = (
             f"metrics.jsonl: damaged, cut or edited from line {line} on; its rows up to step 22 are restored from the check"
         )
-    with pytest.warns(RuntimeWarning, match=match):
-        again = trained(words)
+    again = trained(words)
+    warned(match)
     assert again.weights_sha256 == reference.weights_sha256
     assert path.read_bytes() == expected
 
@@ -408,7 +412,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     assert result.weights_sha256 == reference.weights_sha256
 
 
-def test_a_checkpoint_of_another_run_is_passed_over(digits: Path, tmp_path: Path, undisturbed: Result) -> None:
+def test_a_checkpoint_of_another_run_is_passed_over(
+    digits: Path, tmp_path: Path, undisturbed: Result, warned: Callable[[str], str]
+) -> None:
     words = arguments(digits, tmp_path, "runtime.cpu_threads=1")
     other = [*words, "seed=5"]
     trained(other)
@@ -416,10 +422,8 @@ def test_a_checkpoint_of_another_run_is_passed_over(digits: Path, tmp_path: Path
     run.checkpoints.mkdir(parents=True)
     newest = sorted(config_of(other).run_dir.checkpoints.iterdir())[-1]
     (run.checkpoints / newest.name).write_bytes(newest.read_bytes())
-    with pytest.warns(
-        RuntimeWarning, match=rf"{newest.name}: it is a checkpoint of another run \({config_of(other).signature}\)"
-    ):
-        assert trained(words).weights_sha256 == undisturbed.weights_sha256
+    assert trained(words).weights_sha256 == undisturbed.weights_sha256
+    warned(rf"{newest.name}: it is a checkpoint of another run \({config_of(other).signature}\)")
 
 
 def test_a_stop_that_cancels_is_recorded_as_such(digits: Path, tmp_path: Path) -> None:
