@@ -29,7 +29,7 @@ from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config
-from vitpa.documents import open_regular
+from vitpa.documents import YAML_BYTES, DocumentError, read_bytes
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
 from vitpa.rundir import AttemptDir, Result, RunDir
 
@@ -388,10 +388,11 @@ def _check_config(run: Run, directory: RunDir, result: Result) -> None:
         return
     hint = "restore it, or move the run's directory away to train the run again"
     try:
-        with open_regular(path) as file:
-            content = file.read()
+        content = read_bytes(path, YAML_BYTES)
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+    except DocumentError as error:
+        raise RunError(f"{path}: {error}; {hint}") from error
     if hashlib.sha256(content).hexdigest() != result.config_sha256 and load_config(path).signature != run.signature:
         raise RunError(f"{path}: was edited by hand, it is another experiment than {run.signature}; {hint}")
 

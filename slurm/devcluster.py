@@ -464,7 +464,7 @@ def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
 
 def _end_supervisor(layout: Layout) -> None:
     """Ask it to stop and wait for it; if it cannot, end everything below it."""
-    pid = int(layout.lock.read_text(encoding="utf-8") or 0)
+    pid = layout.recorded_pid()
     command = _command_line(pid)
     ours = str(layout.root) in command and "slurm.devcluster_supervisor" in command
     if ours:

@@ -17,11 +17,15 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vitpa.arguments import parse_integer
+from vitpa.documents import DocumentError, parse_json, read_bytes
+
 RUN_TIME_FOLDERS = ("etc", "run", "db", "spool", "state", "dev")  # all that goes at the end; log goes unless it is wanted
 LOG = "log"
 MARK = ".devcluster"  # a file in each folder that the cluster has made; what others have put beside those is not removed
 SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the final zero; see unix(7)
 DATABASE = "slurm_acct_db"
+RECORD_BYTES = 4096  # more than any of its own records has
 PORTS = range(20_000, 32_000)  # below Linux's ephemeral ports, which outgoing connections take
 
 
@@ -64,6 +68,25 @@ class Layout:
     def settings_json(self) -> Path:
         """The settings of the cluster that runs here."""
         return self.root / "etc/settings.json"
+
+    def recorded_pid(self) -> int:
+        """The process that has written itself down in the lock; 0 if none has."""
+        try:
+            return parse_integer(read_bytes(self.lock, RECORD_BYTES).decode(errors="replace").strip()) or 0
+        except DocumentError:  # larger than that
+            return 0
+
+    def recorded_settings(self) -> Settings:
+        """The settings of the cluster that runs here.
+
+        Raises:
+            FileNotFoundError: they are not written yet, or not there any more.
+            DocumentError: the file was damaged.
+        """
+        try:
+            return Settings(**parse_json(read_bytes(self.settings_json, RECORD_BYTES)))
+        except (DocumentError, TypeError) as error:
+            raise DocumentError(f"{self.settings_json}: {error}; stop the cluster and start it again") from error
 
     @property
     def slurm_conf(self) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import Any
 
 from slurm.devcluster import DevClusterError, client_environment, is_running
 from slurm.devcluster_config import Layout, Settings, resolved
+from vitpa.documents import DocumentError
 
 CLIENT_TIMEOUT_S = 20
 
@@ -22,14 +22,16 @@ def status_of(root: Path) -> dict[str, Any]:
     if not is_running(root):
         return facts
     try:
-        settings = Settings(**json.loads(Layout(root).settings_json.read_text(encoding="utf-8")))
+        settings = Layout(root).recorded_settings()
         facts["nodes"] = [_node(line, settings) for line in _ask(root, "sinfo", "-N", "-p", "main", "-O", NODE_COLUMNS)]
         columns = ("name", "state", "nodes")
         facts["partitions"] = [dict(zip(columns, line.split(), strict=True)) for line in _ask(root, "sinfo", "-o", "%R %a %D")]
         facts["jobs"] = dict(Counter(line.lower() for line in _ask(root, "squeue", "-r", "-o", "%T")))
     except FileNotFoundError:
         return {**facts, "problem": "it is being started or stopped"}
-    except DevClusterError as error:
+    except OSError as error:
+        return {**facts, "problem": f"{error.filename}: {error.strerror}"}
+    except (DevClusterError, DocumentError) as error:
         return {**facts, "problem": str(error)}
     return {**facts, "up": True}
 

@@ -7,14 +7,15 @@ and is believed as long as the sources are those it was written for.
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 from typing import Any
 
 from vitpa import CODE
+from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 
 PACKAGE = CODE / "vitpa"
 CODE_VERSION_JSON = "CODE_VERSION.json"  # in the package's folder of a snapshot
+RECORDED = {"code_version", "sources_sha256", "git_commit", "git_dirty"}  # in it
 
 
 def code_version() -> str:
@@ -56,10 +57,11 @@ def code_record() -> dict[str, Any]:
 def _record() -> dict[str, Any] | None:
     """What `CODE_VERSION.json` says, if there is one and it belongs to the sources that are here."""
     try:
-        record: dict[str, Any] = json.loads((PACKAGE / CODE_VERSION_JSON).read_text(encoding="utf-8"))
-        return record if record["sources_sha256"] == _sources_sha256() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        record = parse_json(read_bytes(PACKAGE / CODE_VERSION_JSON, JSON_BYTES))
+    except (OSError, DocumentError):
         return None
+    whole = isinstance(record, dict) and record.keys() >= RECORDED
+    return record if whole and record["sources_sha256"] == _sources_sha256() else None
 
 
 def _sources_sha256() -> str:

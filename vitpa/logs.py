@@ -137,7 +137,7 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
     path = run.metrics_jsonl
     try:
         with open_regular(path) as file:
-            found = file.read()
+            found = file.read(len(rows.encode()))
     except FileNotFoundError:
         found = b""
     pairs = zip(found.splitlines(True), rows.encode().splitlines(True), strict=False)

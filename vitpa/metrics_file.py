@@ -7,6 +7,7 @@ The CRC is over the text of the object without it. Files of earlier versions of 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import zlib
@@ -14,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vitpa.documents import open_regular, parse_json
+from vitpa.documents import JSON_BYTES, DocumentError, open_regular, parse_json, read_bytes
 from vitpa.terminal import warn
 
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
+METRICS_BYTES = 1 << 30  # some millions of rows
 _CRC = re.compile(r', "crc32": "([0-9a-f]{8})"}\Z')
 
 
@@ -51,11 +53,17 @@ def parse_line(line: str) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning."""
+    """The rows of a metrics.jsonl; a half-written last line is ignored, a damaged one before it with a warning.
+
+    Raises:
+        OSError: it cannot be read, or is larger than METRICS_BYTES.
+    """
     if not path.exists():
         return []
-    with open_regular(path) as file:
-        return _rows(path, file.read().decode(errors="replace"))
+    try:
+        return _rows(path, read_bytes(path, METRICS_BYTES).decode(errors="replace"))
+    except DocumentError as error:
+        raise OSError(errno.EFBIG, str(error), str(path)) from error
 
 
 def _rows(path: Path, text: str) -> list[dict[str, Any]]:
@@ -83,7 +91,7 @@ def last_evaluation(path: Path) -> dict[str, Any] | None:
     """
     with open_regular(path) as file:
         size = file.seek(0, 2)
-        for length in (TAIL_BYTES, size):
+        for length in (TAIL_BYTES, min(size, JSON_BYTES)):
             file.seek(max(0, size - length))
             lines = file.read().decode(errors="replace").split("\n")
             for line in reversed(lines[length < size :]):  # the first one was cut

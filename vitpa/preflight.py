@@ -30,6 +30,7 @@ from vitpa.config_file import keys_help, load_config
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.datasets import SPLITS
+from vitpa.documents import DocumentError, parse_json
 from vitpa.terminal import printable, printable_output
 
 Blame = Literal["node", "data", "run"]
@@ -195,9 +196,17 @@ class Probe:
 
     def _with_missing(self, output: bytes, why: str, blames: Blame) -> list[Check]:
         lines = output[: output.rfind(b"\n") + 1].splitlines()
-        found = [Check(**json.loads(line)) for line in lines]
+        found = [check for check in map(_check, lines) if check is not None]
         missing = [name for name in self.names if name not in {check.name for check in found}]
         return found + ([Check(missing[0], False, why, blames)] if why and missing else [])
+
+
+def _check(line: bytes) -> Check | None:
+    """The check that a child has printed; None for what a library prints."""
+    try:
+        return Check(**parse_json(line))
+    except (DocumentError, TypeError):
+        return None
 
 
 def report(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def _run(options: argparse.Namespace) -> int:
     from jobs.doctor.examine import UnreachableError  # noqa: PLC0415 - what it needs is imported when it is used
     from jobs.sweep import SweepError  # noqa: PLC0415
     from vitpa.arguments import ConfigError  # noqa: PLC0415
+    from vitpa.records import RunError  # noqa: PLC0415
 
     checks: list[Check] = []
     code = OK
@@ -77,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     except UnreachableError as error:
         add(error.check)
         code = UNREACHABLE
-    except (SweepError, ConfigError) as error:
+    except (SweepError, ConfigError, RunError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return ERROR
     code = code or (ERROR if any(check.level == "problem" for check in checks) else OK)

@@ -15,11 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from jobs.doctor.cluster import Check
 from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.scheduler.sbatch import ON_EXIT, slurm_executor
+from vitpa.records import RunError, read_json
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
 TIME_S = 600  # limit of the job
@@ -99,7 +102,7 @@ class ProbeJob:
             if report is None:
                 yield Check("report", "problem", f"node {node} has not reported in {wait_s:.0f} s ({seen.state})", _WAIT)
                 return
-            yield from checks_of(report, prefix=f"{report['host']}: " if nodes > 1 else "")
+            yield from checks_of(report, prefix=f"{report.get('host')}: " if nodes > 1 else "")
         yield self._of_requeue(wait_s)
 
     def _of_requeue(self, wait_s: float) -> Check:
@@ -186,17 +189,41 @@ def _of_sharing(root: Path, round_trip_s: float, ahead_s: float) -> Iterator[Che
     yield Check("clock", "ok", f"the node's clock is {offset:+.1f} s from ours, give or take {round_trip_s / 2:.1f} s")
 
 
-def checks_of(report: dict[str, Any], prefix: str = "", *, gpus_are_optional: bool = False) -> Iterator[Check]:
+class _Found(BaseModel):
+    """What one check of the probe has found."""
+
+    name: str = ""
+    ok: bool
+    detail: str
+
+
+class _Report(BaseModel):
+    """What the probe reports; see `probe.look`."""
+
+    host: str
+    python: str
+    cpus: int
+    imports: dict[str, _Found]
+    gpus: list[str]
+    checks: list[_Found]
+
+
+def checks_of(document: object, prefix: str = "", *, gpus_are_optional: bool = False) -> Iterator[Check]:
     """A report of the probe, check by check."""
-    yield Check("python", "ok", f"{prefix}{report['python']} on {report['host']}, {report['cpus']} CPUs")
-    for name, found in report["imports"].items():
-        yield _verdict(name, found["ok"], f"{prefix}{found['detail']}")
-    if report["gpus"]:
-        yield Check("GPUs", "ok", f"{prefix}{'; '.join(report['gpus'])}")
+    try:
+        report = _Report.model_validate(document)
+    except ValidationError:
+        yield Check("report", "problem", f"{prefix}what the probe reports is damaged: {str(document)[:200]}", _WAIT)
+        return
+    yield Check("python", "ok", f"{prefix}{report.python} on {report.host}, {report.cpus} CPUs")
+    for name, found in report.imports.items():
+        yield _verdict(name, found.ok, f"{prefix}{found.detail}")
+    if report.gpus:
+        yield Check("GPUs", "ok", f"{prefix}{'; '.join(report.gpus)}")
     elif gpus_are_optional:
         yield Check("GPUs", "warning", "none here (nvidia-smi): runs train on the CPU", "use a machine with one, or a cluster")
-    for found in report["checks"]:
-        yield _verdict(found["name"], found["ok"], f"{prefix}{found['detail']}")
+    for found in report.checks:
+        yield _verdict(found.name, found.ok, f"{prefix}{found.detail}")
 
 
 def _verdict(name: str, ok: bool, detail: str) -> Check:
@@ -206,11 +233,13 @@ def _verdict(name: str, ok: bool, detail: str) -> Check:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """A file of the job's; None if it is not there, or cannot be read."""
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return document
+        return read_json(path)
+    except RunError as error:
+        if isinstance(error.__cause__, OSError):
+            return None
+        raise
 
 
 def remove(folder: Path, root_was_there: bool) -> None:

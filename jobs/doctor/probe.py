@@ -125,7 +125,11 @@ def preflights(specification: dict[str, Any], gpus: int) -> list[dict[str, Any]]
         output, error = words_of([*command, *([] if count else ["runtime.device=cpu"])])
         if error:
             return [*found, {"name": "preflight", "ok": False, "detail": error}]
-        for check in json.loads(output)["checks"]:
+        try:
+            checks = json.loads(output)["checks"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return [*found, {"name": "preflight", "ok": False, "detail": f"printed no report: {output[:200]}"}]
+        for check in checks:
             of_data = check["name"].startswith("data_")
             if of_data and dataset:
                 found.append({**check, "name": f"data {dataset}"})

@@ -31,6 +31,7 @@ from jobs.groups import tasks_of
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import withdraw
 from vitpa.code_version import code_version
+from vitpa.documents import parse_json
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, read_with_checksum, to_json, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
@@ -440,9 +441,9 @@ def preflight(command: list[str], log: Any) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return _verdict(f"no answer in {PREFLIGHT_LIMIT_S:.0f} s", "node")
     try:
-        report: dict[str, Any] = json.loads(answer.stdout)
+        report: dict[str, Any] = parse_json(answer.stdout)
         assert isinstance(report["checks"], list)
-    except (ValueError, KeyError, AssertionError):
+    except (ValueError, KeyError, TypeError, AssertionError):
         return _verdict(f"vitpa.preflight ended with code {answer.returncode} and no report; see the log", "run")
     return report
 

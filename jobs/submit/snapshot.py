@@ -7,7 +7,6 @@ addressed by its content: made once, found again, and put right if a file of it 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -15,7 +14,8 @@ from pathlib import Path
 
 from jobs.sweep import SweepError
 from vitpa import CODE
-from vitpa.code_version import CODE_VERSION_JSON, code_record
+from vitpa.code_version import CODE_VERSION_JSON, RECORDED, code_record
+from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.records import to_json, write_atomic
 
 PACKAGES = ("vitpa", "jobs")
@@ -85,7 +85,7 @@ def _put_right(target: Path, files: dict[str, bytes]) -> None:
     """Write again what is missing or differs; jobs that run from there can only gain by it."""
     for path, content in files.items():
         there = target / path
-        if not there.is_file() or not _is_same(path, there.read_bytes(), content):
+        if not there.is_file() or not _is_same(path, there, content):
             there.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(there, content)
             there.chmod(0o444)
@@ -94,12 +94,13 @@ def _put_right(target: Path, files: dict[str, bytes]) -> None:
             raise SweepError(f"{found}: is not of the code that this is a copy of; remove that file")
 
 
-def _is_same(path: str, found: bytes, content: bytes) -> bool:
+def _is_same(path: str, there: Path, content: bytes) -> bool:
     """Whether a file of the snapshot is as it has to be; its record may name another commit of the same code."""
-    if path != RECORD or found == content:
-        return found == content
     try:
-        ours, theirs = json.loads(content), json.loads(found)
-        return all(ours[key] == theirs[key] for key in ("code_version", "sources_sha256"))
-    except (ValueError, KeyError, TypeError):
+        if path != RECORD:
+            return read_bytes(there, len(content)) == content
+        ours, theirs = parse_json(content), parse_json(read_bytes(there, JSON_BYTES))
+    except DocumentError:  # among others: it is larger
         return False
+    same = ("code_version", "sources_sha256")
+    return isinstance(theirs, dict) and theirs.keys() >= RECORDED and all(ours[key] == theirs[key] for key in same)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitpa import CODE
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config, read_yaml
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, parse_yaml, read_bytes, to_yaml
@@ -247,3 +249,19 @@ def test_a_name_in_a_file_that_is_a_number_says_how_to_quote_it(tmp_path: Path) 
 def test_a_bad_combination_names_where_each_value_came_from(overrides: list[str], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         load_config(Path("digits"), overrides)
+
+
+OF_OURSELVES = {  # words and pipes of our own processes, not files that others may have written
+    "data_prep/write.py",
+    "jobs/doctor/probe.py",
+    "jobs/submit/launch.py",
+    "slurm/devcluster.py",
+    "slurm/devcluster_supervisor.py",
+    "vitpa/documents.py",  # which sets the bounds
+}
+
+
+def test_nothing_else_reads_json_or_yaml_without_bounds() -> None:
+    sources = [path for room in ("vitpa", "jobs", "data_prep", "slurm") for path in (CODE / room).rglob("*.py")]
+    reading = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load\(")
+    assert {path.relative_to(CODE).as_posix() for path in sources if reading.search(path.read_text())} == OF_OURSELVES

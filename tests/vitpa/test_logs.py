@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vitpa import CODE, logs
 from vitpa.logs import Logs, ProgressLine
-from vitpa.metrics_file import read_metrics
+from vitpa.metrics_file import last_evaluation, read_metrics
 from vitpa.rundir import RunDir
 
 
@@ -275,3 +275,12 @@ def test_nothing_tells_the_user_by_python_warnings() -> None:
     sources = [path for room in ("vitpa", "jobs", "data_prep", "slurm") for path in (CODE / room).rglob("*.py")]
     assert len(sources) > 100
     assert [str(path) for path in sources if re.search(r"warnings\.warn|import warn$", path.read_text())] == []
+
+
+def test_a_metrics_file_that_is_too_large_to_be_one_is_an_error_of_one_line(run: RunDir) -> None:
+    run.metrics_jsonl.touch()
+    os.truncate(run.metrics_jsonl, 1 << 40)
+    with pytest.raises(OSError, match="larger than 1,073,741,824 bytes") as raised:
+        read_metrics(run.metrics_jsonl)
+    assert raised.value.filename == str(run.metrics_jsonl)
+    assert last_evaluation(run.metrics_jsonl) is None

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,10 @@ class TestOnGpu:
         assert not failures(report(digits, tmp_path, f"--max-used-gib={limit + 4}", gpus=1, cuda="0"))
         del held
         torch.cuda.empty_cache()
+
+
+def test_what_a_library_prints_is_no_check() -> None:
+    check = preflight.Check("disk", True, "room", "node")
+    assert preflight._check(json.dumps(asdict(check)).encode()) == check
+    for line in (b"hello", b"[" * 100_000, b'{"name": "disk"}', b"[]", b"\xff", b"7"):
+        assert preflight._check(line) is None

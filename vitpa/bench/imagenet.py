@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -49,7 +48,7 @@ from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group, destroy_process_group, init_process_group
 from vitpa.environment import environment
-from vitpa.records import write_json
+from vitpa.records import read_json, write_json
 
 Attention = Literal["content", "positional"]
 Decoder = Literal["cpu", "gpu"]
@@ -391,8 +390,8 @@ def measure(gpus: int, options: argparse.Namespace, lines: list[Line], facts: di
             if process.returncode is None:  # a stop was requested
                 process.terminate()
                 process.wait()
-            if file.exists():
-                facts.update(json.loads(file.read_text(encoding="utf-8")))
+            if (measured := read_json(file)) is not None:
+                facts.update(measured)
                 lines += [Line(**{**each, "notes": tuple(each["notes"])}) for each in facts.pop("results")]
     return process.returncode == 0
 

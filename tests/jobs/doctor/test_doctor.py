@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.doctor import examine
 from jobs.doctor.cluster import PROGRAMS, Check, configured
 from jobs.doctor.examine import examine_cluster
-from jobs.doctor.job import checks_of
+from jobs.doctor.job import _read, checks_of
 from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.cluster import Cluster
 from slurm.devcluster import DevCluster
 from vitpa.cli import main
+from vitpa.records import RunError
 
 PROFILE = {"executor": "slurm", "gpus_per_node": 0, "cpus_per_task": 1, "time": "10", "partition": "main"}
 
@@ -224,6 +226,30 @@ def test_a_report_with_problems() -> None:
     assert "cut short -> vitpa prep makes it" in lines[1]
     assert "wrong -> another node may do" in lines[2]
     assert Check("GPUs", "ok", "NVIDIA H100, 81559 MiB") in list(checks_of(report))
+
+
+@pytest.mark.parametrize("document", ["no report", [], {}, {"host": "n1"}, {"host": 7, "checks": [[]]}, None])
+def test_a_report_that_is_none_is_a_problem_not_a_traceback(document: object) -> None:
+    (check,) = checks_of(document)
+    assert (check.name, check.level) == ("report", "problem")
+    assert "what the probe reports is damaged" in check.found
+
+
+@pytest.mark.parametrize("printed", ["[" * 100_000, "NaN", "hello", '{"host": "n1"}'])
+def test_a_probe_that_prints_something_else_is_a_problem(
+    printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "probe.py").write_text(f"print({printed!r})")
+    monkeypatch.setattr(examine, "PROBE", tmp_path / "probe.py")
+    assert main(["doctor", "--root", str(tmp_path / "root")]) == 1
+    assert "problem  report           what the probe reports is damaged" in capsys.readouterr().out
+
+
+def test_a_damaged_file_of_the_probe_job_is_one_line(tmp_path: Path) -> None:
+    assert _read(tmp_path / "report.json") is None
+    (tmp_path / "report.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match=r"report\.json: nested deeper than 64"):
+        _read(tmp_path / "report.json")
 
 
 @pytest.mark.slow

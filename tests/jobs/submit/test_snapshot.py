@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vitpa.code_version
 from jobs.submit import snapshot
 from jobs.submit.snapshot import PACKAGES, RECORD, make_snapshot
 from jobs.sweep import SweepError
@@ -116,6 +117,24 @@ def test_lost_and_edited_files_are_put_right_and_a_stray_one_is_told(tmp_path: P
     (copy / "vitpa" / "stray.py").write_text("")
     with pytest.raises(SweepError, match=r"stray\.py: is not of the code .*; remove that file"):
         make_snapshot(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "[" * 100_000, '{"code_version": 1}', "1" * 100_000])
+def test_a_damaged_record_of_the_codes_name_is_put_right_or_passed_over(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = make_snapshot(tmp_path)
+    record = copy / RECORD
+    whole = record.read_bytes()
+    record.chmod(0o644)
+    record.write_text(damage)
+    monkeypatch.setattr(vitpa.code_version, "PACKAGE", copy / "vitpa")
+    assert code_version().startswith("s")  # of the sources that are there
+    os.truncate(record, 1 << 40)
+    assert code_version().startswith("s")
+    monkeypatch.undo()
+    assert make_snapshot(tmp_path) == copy
+    assert record.read_bytes() == whole
 
 
 def test_code_that_changes_while_it_is_copied_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
