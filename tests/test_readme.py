@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
-import vitpa.bench
+import vitpa.bench.command
 import vitpa.cli
 from jobs.profile import load_profile
 from jobs.sweep import load_sweep
 from slurm.devcluster import PACKAGES, default_root
 from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
+from vitpa.bench.schema import RECIPES, Case
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.documents import parse_yaml
 from vitpa.train_command import command_parser, configs_of
@@ -39,7 +40,6 @@ TEXTS = {
 README = TEXTS["README.md"]
 SPEED, ACCURACY = TEXTS["vitpa/bench/results/README.md"], TEXTS["jobs/sweeps/results/README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-RECIPES = {"small": "cifar10", "imagenet": "imagenet"}  # of the benchmarks
 
 
 def commands(text: str) -> Iterator[str]:
@@ -96,7 +96,7 @@ def test_training_commands_load(command: str) -> None:
 
 @pytest.mark.parametrize("command", those("vitpa bench "))
 def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
-    options = vitpa.bench.parse(shlex.split(command)[2:])
+    options = vitpa.bench.command.parse(shlex.split(command)[2:])
     assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
 
 
@@ -137,7 +137,7 @@ def test_the_parsers_refuse_what_does_not_exist(command: str) -> None:
     first, *words = shlex.split(command)[1:]
     with pytest.raises(SystemExit) as left:
         if first == "bench":
-            vitpa.bench.parse(words)
+            vitpa.bench.command.parse(words)
         elif first == "train":
             command_parser().parse_intermixed_args(words)
         else:
@@ -160,7 +160,7 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iter
 OPTIONS = {
     **dict(parsers(vitpa.cli.parser())),
     **dict(parsers(command_parser(), ("train",))),
-    **dict(parsers(vitpa.bench.command_parser(), ("bench",))),
+    **dict(parsers(vitpa.bench.command.command_parser(), ("bench",))),
 }
 
 
@@ -298,7 +298,7 @@ def test_accuracies_are_those_of_the_files(sweep: str) -> None:
 
 def test_speeds_are_those_of_the_files() -> None:
     for line in read("vitpa/bench/results/small_h200.json")["results"]:
-        assert f"| {hundreds(line['images_per_s'])} ({line['times_eager']:.1f}x) |" in SPEED
+        assert f"| {hundreds(line['images_per_s'])} ({line['times_timm']:.1f}x) |" in SPEED
     for file in ("imagenet_h100.json", "imagenet_raw_h100.json", "imagenet_gpus_h100.json"):
         for line in read(f"vitpa/bench/results/{file}")["results"]:
             shown = hundreds(line["images_per_s"])
@@ -306,7 +306,7 @@ def test_speeds_are_those_of_the_files() -> None:
                 assert re.search(rf"\| {shown} \({line['of_synthetic']:.2f}( of that)?\) \|", SPEED)
             elif line["times_one_gpu"]:
                 assert f"| {shown} ({line['times_one_gpu']:.2f}x) |" in SPEED
-            elif line["case"] != "training, synthetic" or file == "imagenet_h100.json":
+            elif Case(**line["case"]).name != "training, synthetic" or file == "imagenet_h100.json":
                 assert shown in SPEED
 
 

@@ -43,7 +43,7 @@ def _run(words: list[str]) -> int:
 
             return train(words[1:])
         if words[:1] == ["bench"]:  # likewise
-            from vitpa.bench import main as bench
+            from vitpa.bench.command import main as bench
 
             return bench(words[1:])
         options = parser().parse_args(words)

@@ -1,7 +1,8 @@
 """What the file of `vitpa bench imagenet --json FILE`, or of `small`, says of the speed of runs of which none has finished.
 
-A line counts for a job if network, precision, attention, batch size, GPUs and seeds in a step are the job's own. Nothing is
-scaled: where there is no such line, the answer is why, and how to measure it. The line nearest to a whole training counts.
+A line counts for a job if network, precision, attention, runtime.step, batch size, GPUs and seeds in a step are the job's own.
+Nothing is scaled: where there is no such line, the answer is why, and how to measure it. The line nearest to a whole training
+counts.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from vitpa.arguments import ConfigError
+from vitpa.bench.schema import RECIPES, Case, Line
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, parse_model, shipped_configs
 from vitpa.data.residency import streaming_setting
@@ -23,7 +25,7 @@ from vitpa.records import read_json
 
 LOADER_LEFT_OUT = "without the loader: the real rate is lower, or the same at best"
 MODEL_ALONE = "without the loader and augmentation: the real rate is lower"
-RECIPES = {"imagenet": "imagenet", "small": "cifar10"}  # whose network a benchmark measures, if not told otherwise
+SYNTHETIC, MODEL = 2, 3  # distances from a whole training, after those of the decoders
 
 
 @dataclass(frozen=True)
@@ -54,62 +56,18 @@ class Rate:
         )
 
 
-class Line(BaseModel):
-    """A line of either benchmark, as far as it is read."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    case: str
-    attention: Literal["content", "positional"] | None  # None: no network
-    images_per_s: float = Field(gt=0, allow_inf_nan=False)
-    batch_size: int = Field(ge=1)
-    gpus: int | None = Field(None, ge=1)  # `imagenet` only; `small` uses one
-    step: str | None = None  # `small` only
-    runtime_step: str | None = None  # how it ran, if the user has said so
-    replicas: int = Field(1, ge=1)
-    augmentation: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.gpus is None) == (self.step is None):
-            raise ValueError(f"{self.case}: expected either gpus (vitpa bench imagenet) or step (vitpa bench small)")
-        return self
-
-    @property
-    def setup(self) -> tuple[int, int, int]:
-        """GPUs, batch size, seeds in a step."""
-        return self.gpus or 1, self.batch_size, self.replicas
-
-    def distance(self, decoder: str) -> int | None:
-        """How far it is from a whole training with `runtime.decoder`, 0 the nearest; None: of something else, or not ours."""
-        if self.attention is None or not self.augmentation:
-            return None
-        if self.step is not None:
-            return 0 if self.step == "graph" and self.runtime_step in (None, "graph") else None
-        decoders = ["gpu", "cpu"] if decoder == "auto" else [decoder]
-        *part, last = self.case.split(", ")
-        if part[:1] == ["training"] and last in decoders:
-            return decoders.index(last)
-        return {"training, synthetic": 2, "model": 3}.get(self.case)
-
-
 class Benchmark(BaseModel):
     """A whole file."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
     file: str
+    name: Literal["small", "imagenet"]  # of `vitpa bench NAME`
     gpu: str | None
     results: list[Line] = Field(min_length=1)
-    network: dict[str, Any] | None = None  # None: of an earlier version
+    network: dict[str, Any] | None = None  # None: nobody knows
     augment: dict[str, Any] | None = None
     dataset: str | None = None
-    step: str | None = None  # --step of `imagenet`; None: of an earlier version
-
-    @property
-    def name(self) -> str:
-        """Of `vitpa bench NAME`."""
-        return "imagenet" if self.results[0].step is None else "small"
 
     @property
     def recipe(self) -> str:
@@ -135,8 +93,11 @@ class Benchmark(BaseModel):
         for has, what in unusual:
             if has:
                 return f"a job has {what}, which is not measured"
-        if self.step not in (None, "auto", config.runtime.step):
-            return f"its steps were made by --step {self.step}, and the run has runtime.step={config.runtime.step}"
+        fitting_steps = ("auto", "graph", config.runtime.step)
+        steps = {str(line.case.step) for line in self.results if line.case.model == "vitpa"}
+        if steps and steps.isdisjoint(fitting_steps):
+            made, wanted_step = ", ".join(sorted(steps)), config.runtime.step
+            return f"its steps were made by runtime.step={made}, and the run has runtime.step={wanted_step}"
         advice = how_to_measure(config, gpus=int(gpus), replicas=replicas)
         # what a file does not say, the version that wrote it had no key for: it measured the recipe's
         other = difference(_network_of(self.recipe) | (self.network or {}), config.network())
@@ -148,28 +109,46 @@ class Benchmark(BaseModel):
         near = [
             (distance, line)
             for line in self.results
-            if line.attention == config.model.attention and (distance := line.distance(config.runtime.decoder)) is not None
+            if line.case.attention == config.model.attention
+            and line.case.step in fitting_steps
+            and (distance := distance_of(line.case, config.runtime.decoder)) is not None
         ]
-        fitting = [(distance, line) for distance, line in near if line.setup == wanted]
+        fitting = [(distance, line) for distance, line in near if setup_of(line.case) == wanted]
         if not fitting:
-            there = "; ".join(map(_words, sorted({line.setup for _, line in near}))) or "none of this attention"
+            there = "; ".join(map(_words, sorted({setup_of(line.case) for _, line in near}))) or "none of this attention"
             return f"it has no line for {_words(wanted)} (it has: {there}); {advice}"
-        return self._rate_of(min(fitting, key=lambda pair: pair[0])[1])
+        return self._rate_of(*min(fitting, key=lambda pair: pair[0]))
 
-    def _rate_of(self, line: Line) -> Rate:
-        gpus, batch_size, replicas = line.setup
-        decoded = line.case.startswith("training, ") and line.case != "training, synthetic"
+    def _rate_of(self, distance: int, line: Line) -> Rate:
+        case = line.case
+        # the images of a run that `small` measures lie on the device, too: it leaves out nothing
+        caveats = {SYNTHETIC: LOADER_LEFT_OUT if self.name == "imagenet" else "", MODEL: MODEL_ALONE}
         return Rate(
             images_per_s=line.images_per_s,
-            case=line.case,
-            images_of=(self.dataset or "") if decoded else "",
+            case=case.name,
+            images_of=(self.dataset or "") if case.decoder else "",
             hardware=self.gpu or "",
-            gpus=gpus,
-            batch_size=batch_size,
-            replicas=replicas,
-            caveat={"training, synthetic": LOADER_LEFT_OUT, "model": MODEL_ALONE}.get(line.case, ""),
+            gpus=case.gpus,
+            batch_size=case.batch_size,
+            replicas=case.replicas,
+            caveat=caveats.get(distance, ""),
             file=self.file,
         )
+
+
+def setup_of(case: Case) -> tuple[int, int, int]:
+    """GPUs, batch size, seeds in a step."""
+    return case.gpus, case.batch_size, case.replicas
+
+
+def distance_of(case: Case, decoder: str) -> int | None:
+    """How far from a whole training with `runtime.decoder` it is, 0 the nearest; None: of something else, or not ours."""
+    if case.model != "vitpa":
+        return None
+    if case.decoder is None:
+        return SYNTHETIC if case.augmentation else MODEL
+    decoders = ["gpu", "cpu"] if decoder == "auto" else [decoder]
+    return decoders.index(case.decoder) if case.decoder in decoders else None
 
 
 def load_benchmark(path: Path) -> Benchmark:
@@ -186,7 +165,9 @@ def load_benchmark(path: Path) -> Benchmark:
         _check_lines(document.get("results"), path)
         found = parse_model(Benchmark, {**document, "file": str(path)}, str(path))
     except ConfigError as error:
-        raise ConfigError(f"{error}; expected a file that vitpa bench imagenet or small wrote with --json") from None
+        raise ConfigError(
+            f"{error}; expected a file that vitpa bench imagenet or small wrote with --json in this version"
+        ) from None
     if found.gpu is None:
         raise ConfigError(f"{path}: was measured on a CPU, whose speed depends on the cores a run has; measure on a GPU")
     known = _network_of(found.recipe)

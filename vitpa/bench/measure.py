@@ -1,58 +1,137 @@
-"""What the benchmarks share: steps that are ready to be timed, rates as the median of windows, and what the GPU could do."""
+"""How a case is measured: the feed and the steps it needs, rates as the median of windows, and what the device could do."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from vitpa.arguments import path_argument
+from vitpa.bench.schema import Case, Line
 from vitpa.bench.timm_steps import TimmSteps
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation
-from vitpa.data.loader import Feed
+from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
+from vitpa.data.resident import ResidentImages
+from vitpa.data.sampler import Batch
 from vitpa.datasets import facts_of
-from vitpa.distributed import Group
+from vitpa.distributed import Group, init_process_group
+from vitpa.environment import environment
 from vitpa.models import build_model
 from vitpa.optim import adamw
 from vitpa.step.step import ReplicaSteps
 
-WINDOWS, MIN_WINDOW_S = 5, 0.5  # the median of so many windows, each of at least so long, is quoted
+WINDOWS = 5  # their median is quoted
+MIN_STEPS, MIN_LOADER_BATCHES = 3, 24  # of a window
 LEARNING_RATE = 1e-4
-MOST_STEPS = 1_000_000  # of one benchmark
+MAX_STEPS = 1_000_000  # of one benchmark
 LOG_EVERY_STEPS = 50
 
-
-def file_name(text: str) -> Path:
-    """The file that `--json` names."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a file")
-    return path_argument(text)
+Runner = Callable[[int], None]  # does so many steps
 
 
-def make_steps(
-    config: RunConfig,
-    group: Group,
-    feed: Feed,
-    *,
-    seeds: Sequence[int],
-    num_classes: int,
-    timm: bool,
-) -> ReplicaSteps | TimmSteps:
-    """The steps of a training by `config`, not yet compiled: ours, or with `timm` those of the usual way."""
-    device, facts = group.device, facts_of(config.dataset)
-    augmentation = Augmentation(config.augment, facts, img_size=config.model.img_size, device=device)
+@dataclass(frozen=True)
+class Bench:
+    """What measures: the processes, how fast matrix products alone are on each device, and how long a window is at least."""
+
+    group: Group
+    peak_matmul_tflops: float
+    window_s: float
+
+    @classmethod
+    def start(cls, window_s: float) -> Bench:
+        """Join the other processes, if there are any, and see how fast matrix products are.
+
+        Raises:
+            ConfigError: as `init_process_group`.
+        """
+        group = init_process_group("auto")
+        peak = peak_matmul_tflops(group, window_s)
+        if group.is_main:
+            print(f"bfloat16 matrix products: {peak:,.2f} TFLOP/s", file=sys.stderr, flush=True)
+        return cls(group, peak, window_s)
+
+    def facts(self) -> dict[str, Any]:
+        """Versions and hardware."""
+        facts = {**environment(self.group.device), "peak_matmul_tflops": self.peak_matmul_tflops}
+        facts.pop("host")
+        return facts
+
+
+def measure(case: Case, config: RunConfig, bench: Bench, feed: Feed) -> Line:
+    """Build what `case` says, run it on the images of `feed` and time it."""
+    group, on_gpu = bench.group, bench.group.device.type == "cuda"
+    torch._dynamo.reset()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(group.device)
+    began_s = time.monotonic()
+    run: Runner
+    notes: list[str] = []
+    with ExitStack() as stack:
+        if isinstance(feed, StreamedFeed) and case.model is None:
+            batches = stack.enter_context(closing(loader_batches(feed)))
+            run, least = partial(take, batches), MIN_LOADER_BATCHES
+        else:
+            steps = stack.enter_context(closing(make_steps(case, config, group, feed)))
+            notes = steps.prepare(0)
+            train = feed.images["train"]
+            num_images = len(train.labels if isinstance(train, ResidentImages) else train.beton)
+            run, least = step_runner(steps, num_images // case.batch_size), MIN_STEPS
+        run(3)
+        wait(group.device)
+        start_s = time.monotonic() - began_s
+        found = rates(run, case.replicas * case.batch_size, group, least=least, window_s=bench.window_s)
+    median = statistics.median(found)
+    peak_gflops = 1000 * bench.peak_matmul_tflops * group.world_size
+    return Line(
+        case=case,
+        images_per_s=median,
+        spread=(max(found) - min(found)) / median,
+        peak_memory_gib=torch.cuda.max_memory_allocated(group.device) / 2**30 if on_gpu else None,
+        start_s=start_s,
+        mfu=None if case.model is None else median * gflop_per_image(config) / peak_gflops,
+        notes=tuple(notes),
+    )
+
+
+def synthetic_feed(case: Case, config: RunConfig, group: Group, num_images: Mapping[str, int]) -> ResidentFeed:
+    """Random images on the device, so many of each split."""
+    size, generator = config.model.img_size, torch.Generator(group.device).manual_seed(group.rank)
+    random = partial(torch.randint, device=group.device, generator=generator)
+    images = {}
+    for split, count in num_images.items():
+        pixels = random(0, 256, (count, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        images[split] = ResidentImages(pixels, random(0, num_classes_of(config), (count,)), device=group.device)
+    seeds, batch_size = range(config.seed, config.seed + case.replicas), case.batch_size // group.world_size
+    return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=1)
+
+
+def loader_batches(feed: StreamedFeed) -> Generator[Batch, None, None]:
+    """Cropped uint8 batches on the device, epoch after epoch."""
+    images = feed.images["train"]
+    for epoch in itertools.count():
+        with closing(feed.indices(epoch, 0)) as indices, closing(images.train_batches(indices, epoch)) as batches:
+            yield from batches
+
+
+def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
+    """The steps of a training by `config`, not yet compiled."""
+    device, seeds, num_classes = group.device, range(config.seed, config.seed + case.replicas), num_classes_of(config)
+    augmentation = Augmentation(config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=device)
     models = [build_model(**dict(config.model), num_classes=num_classes, seed=seed).to(device) for seed in seeds]
     fused = device.type == "cuda"
     optimizers = [
         adamw(model, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=fused) for model in models
     ]
-    if timm:
+    if case.model == "timm":
         return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
     return ReplicaSteps(
         config,
@@ -62,11 +141,22 @@ def make_steps(
         optimizers=optimizers,
         feed=feed,
         augmentation=augmentation,
-        learning_rates=torch.full((MOST_STEPS,), LEARNING_RATE, dtype=torch.float64),
+        learning_rates=torch.full((MAX_STEPS,), LEARNING_RATE, dtype=torch.float64),
     )
 
 
-def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[int], None]:
+def num_classes_of(config: RunConfig) -> int:
+    """Those of the data set; ten for one of the user's own."""
+    return facts_of(config.dataset).num_classes or 10
+
+
+def take(batches: Iterator[Batch], count: int) -> None:
+    """Take so many batches, as fast as they come."""
+    for _ in itertools.islice(batches, count):
+        pass
+
+
+def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Runner:
     """A function that does so many steps as train.py does them, with a closed window every 50, and goes on where it stopped.
 
     An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode; not with each call.
@@ -85,11 +175,8 @@ def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Callable[[
     return run
 
 
-def rates(
-    run: Callable[[int], None], images: int, group: Group, *, least: int = 3, window_s: float | None = None
-) -> list[float]:
+def rates(run: Runner, images: int, group: Group, *, window_s: float, least: int = MIN_STEPS) -> list[float]:
     """Images per second in each of WINDOWS windows of `least` steps or more, a step being `images` images of all processes."""
-    window_s = MIN_WINDOW_S if window_s is None else window_s
     began_s = time.monotonic()
     run(3)
     wait(group.device)
@@ -116,12 +203,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measured(config: RunConfig) -> dict[str, Any]:
-    """What the figures hold for, as `vitpa sweep plan --speeds` reads it (jobs/plan/speeds.py)."""
-    return {"network": config.network(), "augment": config.augment.model_dump(mode="json")}
-
-
-def product_limit_tflops(group: Group) -> float:
+def peak_matmul_tflops(group: Group, window_s: float) -> float:
     """Operations per second of a large product of bfloat16 matrices on this device, in 10^12: what products alone could do."""
     device = group.device
     size = 8192 if device.type == "cuda" else 256
@@ -131,7 +213,7 @@ def product_limit_tflops(group: Group) -> float:
         for _ in range(count):
             torch.mm(a, b)
 
-    return max(rates(run, 1, group)) * 2 * size**3 / 1e12
+    return max(rates(run, 1, group, window_s=window_s)) * 2 * size**3 / 1e12
 
 
 def gflop_per_image(config: RunConfig) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +192,20 @@ def open_resident(configs: Sequence[RunConfig], betons: dict[str, Beton], group:
 
 def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, batch_size: int) -> StreamedFeed:
     """The source of the batches of images that are decoded when they are needed."""
-    workers, decoder = config.runtime.workers or group.cpus, choose_decoder(config, betons["train"], group)
+    decoder = choose_decoder(config, betons["train"], group)
+    feed = streamed_feed(config, betons, group, batch_size=batch_size, decoder=decoder)
+    for each in feed.images.values():
+        if isinstance(each.decoder, GpuDecoder):
+            if group.is_main and each.beton.is_jpeg.any():
+                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
+            each.decoder.prepare()
+    return feed
+
+
+def streamed_feed(
+    config: RunConfig, betons: Mapping[str, Beton], group: Group, *, batch_size: int, decoder: Literal["cpu", "gpu"]
+) -> StreamedFeed:
+    """The source of the batches of images that `decoder` decodes; JPEGs are examined when their turn comes."""
     images = {
         split: StreamedImages(
             beton,
@@ -200,16 +213,11 @@ def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, 
             img_size=config.model.img_size,
             seed=config.seed,
             device=group.device,
-            workers=workers,
+            workers=config.runtime.workers or group.cpus,
             decoder=decoder,
         )
         for split, beton in betons.items()
     }
-    for each in images.values():
-        if isinstance(each.decoder, GpuDecoder):
-            if group.is_main and each.beton.is_jpeg.any():
-                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
-            each.decoder.prepare()
     return StreamedFeed(
         images,
         group,

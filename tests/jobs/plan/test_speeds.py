@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.sweep import load_sweep
 from tests.support.jobs_sweeps import write_result
 from tests.support.repository import ROOT
-from vitpa.bench import imagenet as bench_imagenet
-from vitpa.bench import small as bench_small
+from vitpa.bench import imagenet, small
+from vitpa.bench.command import parse
 from vitpa.cli import main
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
@@ -31,26 +30,31 @@ IMAGES = 300 * 1_281_167 + 300 * 50_000 / 3  # of a run: 300 epochs, and 300 eva
 SHIPPED = ROOT / "vitpa/bench/results/small_h200.json"
 
 
-def line(case: str = JPEG, attention: str | None = "content", images_per_s: float = 1000.0, **values: Any) -> dict[str, Any]:
-    """A line of `vitpa bench imagenet`."""
+def line(name: str = JPEG, attention: str | None = "content", images_per_s: float = 1000.0, **case: Any) -> dict[str, Any]:
+    """A line of `vitpa bench imagenet`, by the name of its case."""
+    what, *of = name.removeprefix("timm, ").split(", ")
+    model = None if what == "loader" else "timm" if name.startswith("timm") else "vitpa"
+    values = {
+        "model": model, "attention": attention, "step": "auto" if model else None, "augmentation": what == "training",
+        "images": of[0] if of else "synthetic", "decoder": of[1] if of[1:] else None,
+        "gpus": 1, "batch_size": 1024, "replicas": 1, **case,
+    }  # fmt: skip
     return {
-        "case": case, "attention": attention, "gpus": 1, "batch_size": 1024, "images_per_s": images_per_s, "spread": 0.01,
-        "peak_memory_gib": 20.5, "start_s": 30.0, "of_limit": 0.1, "notes": [], **values,
+        "case": values, "images_per_s": images_per_s, "spread": 0.01, "peak_memory_gib": 20.5, "start_s": 30.0, "mfu": 0.1,
     }  # fmt: skip
 
 
-def small_line(images_per_s: float, attention: str = "content", **values: Any) -> dict[str, Any]:
+def small_line(images_per_s: float, attention: str = "content", **case: Any) -> dict[str, Any]:
     """A line of `vitpa bench small`."""
-    return {
-        "case": "as it says", "attention": attention, "step": "graph", "replicas": 5, "augmentation": True,
-        "images_per_s": images_per_s, "batch_size": 128, **values,
-    }  # fmt: skip
+    values = {"step": "graph", "replicas": 5, "batch_size": 128, **case}
+    return line("training, synthetic", attention, images_per_s, **values)
 
 
 def written(folder: Path, config: RunConfig, *lines: Mapping[str, Any], **values: Any) -> Path:
-    """A benchmark's file, called bench.json."""
+    """A file of the benchmark of that recipe, called bench.json."""
+    name = "small" if config.dataset == "cifar10" else "imagenet"
     network, augment = config.network(), config.augment.model_dump(mode="json")
-    facts = {"device": "cuda", "gpu": "NVIDIA X", "network": network, "augment": augment, "dataset": None}
+    facts = {"name": name, "device": "cuda", "gpu": "NVIDIA X", "network": network, "augment": augment, "dataset": None}
     path = folder / "bench.json"
     write_json(path, {**facts, "results": list(lines), **values})
     return path
@@ -256,8 +260,8 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     """They are older than the key `network`."""
     _, found = plan("cifar10", "--speeds", SHIPPED)
     rates = {each["attention"]: each["images_per_s"] for each in found["benchmark"]}
-    results = {entry["case"]: entry["images_per_s"] for entry in json.loads(SHIPPED.read_text())["results"]}
-    assert rates == {name: results[f"{name} graph R=5"] for name in ("content", "positional")}
+    results = {str(entry.case): entry.images_per_s for entry in load_benchmark(SHIPPED).results}
+    assert rates == {name: results[f"training, synthetic {name} graph R=5"] for name in ("content", "positional")}
     expected_s = sum(5 * 300 * (50_000 + 10_000 / 3) / each for each in rates.values())
     assert found["gpu_hours"] == pytest.approx(expected_s / 3600)
     minutes = [5 * 300 * (50_000 + 10_000 / 3) / rates[name] / 60 for name in ("content", "positional")]
@@ -265,9 +269,9 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     assert f"{found['gpu_hours']:.2f} GPU-hours, {minutes[0]:.1f} minutes for the five seeds of content" in readme
     assert f"and {minutes[1]:.1f} for those of positional" in readme
     assert f"{plan('paper_small', '--speeds', SHIPPED)[1]['gpu_hours']:.2f} GPU-hours on one H200 for the 30 runs" in readme
-    imagenet = plan("paper_imagenet", "--speeds", SHIPPED.with_name("imagenet_h100.json"), "--gpu-hour-price", "2.5")[1]
-    assert f"is {imagenet['gpu_hours']:.1f} GPU-hours on H100s" in readme
-    assert f"at 2.50 an hour that is {2.5 * imagenet['gpu_hours']:.0f}." in readme
+    of_imagenet = plan("paper_imagenet", "--speeds", SHIPPED.with_name("imagenet_h100.json"), "--gpu-hour-price", "2.5")[1]
+    assert f"is {of_imagenet['gpu_hours']:.1f} GPU-hours on H100s" in readme
+    assert f"at 2.50 an hour that is {2.5 * of_imagenet['gpu_hours']:.0f}." in readme
     assert findings(found, "speeds") == [
         f"{SHIPPED} does not say what network it was measured with: taken for that of cifar10"
     ]
@@ -277,13 +281,20 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
     ("document", "error"),
     [
         ("{", "not valid JSON"),
-        ('{"runs": []}', "gpu is missing; results is missing; expected a file that vitpa bench imagenet or small wrote"),
+        (
+            '{"runs": []}',
+            "name is missing; gpu is missing; results is missing; expected a file that vitpa bench imagenet or small wrote",
+        ),
         ({"results": []}, "results=[]: List should have at least 1 item"),
         ({"results": [{**line(), "images_per_s": "fast"}]}, "results.0: images_per_s=fast: Input should be a valid number"),
         ({"results": [{**line(), "images_per_s": 0}]}, "results.0: images_per_s=0: Input should be greater than 0"),
         ({"results": [line(), *[line(images_per_s=-1.0)] * 9]}, "greater than 0; and 8 more lines with a problem; expected a"),
         ({"network": {"depth": 12, "dept": 6}}, "unknown key network.dept; known keys: img_size, patch_size, "),
-        ({"results": [{**line(), "gpus": None}]}, "expected either gpus (vitpa bench imagenet) or step (vitpa bench small)"),
+        ({"results": [line(gpus=0)]}, "results.0: case.gpus=0: Input should be greater than or equal to 1; expected a file"),
+        (
+            {"results": [{**line(), "case": JPEG}]},
+            f"results.0: case={JPEG}: Input should be an object; expected a file that vitpa bench",
+        ),
         (
             {"gpu": None, "device": "cpu"},
             "was measured on a CPU, whose speed depends on the cores a run has; measure on a GPU",
@@ -326,7 +337,7 @@ def test_only_a_file_without_its_network_is_taken_for_the_recipes(plan: Shell, t
         (["training, raw, gpu", "training, raw, cpu", "training, synthetic", "model"], "cpu", "training, raw, cpu"),
         (["model", "training, synthetic", "training, JPEG, cpu"], "auto", "training, JPEG, cpu"),
         (["model", "training, synthetic", "training, JPEG, cpu"], "gpu", "training, synthetic"),
-        (["timm, compiled", "model"], "auto", "model"),
+        (["timm, model", "model"], "auto", "model"),
     ],
 )
 def test_the_line_nearest_to_a_training_counts(tmp_path: Path, cases: list[str], decoder: str, expected: str) -> None:
@@ -357,10 +368,12 @@ def test_why_there_is_no_rate(tmp_path: Path, changes: list[str], job: dict[str,
 
 
 def test_steps_made_another_way_do_not_count(tmp_path: Path) -> None:
-    benchmark = load_benchmark(written(tmp_path, IMAGENET, line(), step="compile"))
-    assert rate(benchmark) == "its steps were made by --step compile, and the run has runtime.step=auto"
+    benchmark = load_benchmark(written(tmp_path, IMAGENET, line(step="compile")))
+    assert rate(benchmark) == "its steps were made by runtime.step=compile, and the run has runtime.step=auto"
     assert isinstance(rate(benchmark, "runtime.step=compile"), Rate)
-    assert isinstance(rate(load_benchmark(written(tmp_path, IMAGENET, line(), step="auto"))), Rate)
+    assert isinstance(rate(load_benchmark(written(tmp_path, IMAGENET, line(step="auto")))), Rate)
+    found = rate(load_benchmark(written(tmp_path, IMAGENET, line(step="eager"), line("model", images_per_s=2.0))))
+    assert isinstance(found, Rate) and found.images_per_s == 2  # though it leaves out more
 
 
 @pytest.mark.parametrize(
@@ -381,19 +394,17 @@ def test_what_it_says_to_measure_is_of_the_network_and_batch_of_the_job(
     config = load_config(shipped_configs()[recipe], changes)
     command = how_to_measure(config, gpus=gpus, replicas=replicas).removeprefix("to measure that: vitpa bench ")
     assert words in (None, command)
-    parser = argparse.ArgumentParser()
-    for bench in (bench_small, bench_imagenet):
-        if command.startswith(bench.__name__.rpartition(".")[2]):
-            bench.add_parser(parser.add_subparsers())
-    options = parser.parse_args(shlex.split(command))
-    if command.startswith("small"):
-        measured = bench_small.config_of(bench_small.Case("content", "graph", replicas, True), options.overrides)
-        assert (options.replicas, gpus) == ([replicas], 1)
-    else:
-        measured = bench_imagenet.config_of("content", options.batch_size, *options.overrides)
-        assert (options.gpus, replicas) == ([gpus], 1)
+    options = parse(shlex.split(command))
+    wanted = (config.model.attention, gpus, replicas, config.train.global_batch_size)
+    cases = small.cases(options) if options.name == "small" else imagenet.cases(options, gpus)
+    (measured,) = [
+        config
+        for case, config in cases.items()
+        if (case.attention, case.gpus, case.replicas, case.batch_size) == wanted
+        and (case.model, case.augmentation, case.images) == ("vitpa", True, "synthetic")
+    ]
+    assert options.name == "small" or options.gpus == [gpus]
     assert measured.network() == config.network()
-    assert measured.train.global_batch_size == config.train.global_batch_size
     assert str(options.json) == "FILE"
 
 
@@ -423,11 +434,11 @@ def test_a_network_of_an_earlier_version_lacks_keys_and_is_the_recipes_in_them(t
 
 def test_of_the_small_ones_only_whole_steps_of_ours_count(tmp_path: Path) -> None:
     others = [
-        small_line(1.0, step="compile"),
+        small_line(1.0, model="timm", step="compile"),
         small_line(2.0, augmentation=False),
-        small_line(3.0, runtime_step="eager"),
-        small_line(4.0, runtime_step="graph"),
+        small_line(3.0, step="eager"),
+        small_line(4.0),
     ]
     found = rate(load_benchmark(written(tmp_path, SMALL, *others)), replicas=5)
     assert isinstance(found, Rate)
-    assert found.images_per_s == 4
+    assert (found.images_per_s, found.caveat) == (4, "")

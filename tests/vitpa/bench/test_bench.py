@@ -1,4 +1,4 @@
-"""`vitpa bench small` on the CPU with a tiny model: the table, the file, and the arithmetic it counts."""
+"""`vitpa bench` on the CPU with tiny models: the cases, the table, the file, and the arithmetic it counts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from jobs.plan.speeds import Benchmark, load_benchmark
+from jobs.plan.speeds import Benchmark, load_benchmark, setup_of
 from vitpa.arguments import ConfigError
-from vitpa.bench import imagenet, main, measure, small
+from vitpa.bench import imagenet, measure, small
+from vitpa.bench.command import main, parse
 from vitpa.bench.measure import step_runner
+from vitpa.bench.report import COLUMNS, reporting, table, with_ratios
+from vitpa.bench.schema import ATTENTIONS, Case, Line
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
@@ -51,52 +55,112 @@ def test_it_prints_a_table_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(small, "NUM_IMAGES", {"train": 40, "val": 8})
-    monkeypatch.setattr(measure, "MIN_WINDOW_S", 0.01)
     monkeypatch.setattr(measure, "WINDOWS", 2)
     file, link = tmp_path / "figures.json", tmp_path / "link.json"
     file.write_text("{}")
     link.symlink_to(file)
-    assert main(["small", *TINY, "--replicas", "1,2", "--json", str(link)]) == 0
+    assert main(["small", *TINY, "--replicas", "1,2", "--window-s", "0.01", "--json", str(link)]) == 0
     assert link.is_symlink()
-    head, *rows = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
     document = json.loads(file.read_text())
-    assert {"versions", "code_version", "gpu", "product_limit_tflops", "results"} <= set(document)
+    assert {"versions", "code_version", "gpu", "peak_matmul_tflops", "results"} <= set(document)
     assert "host" not in document and document["complete"]
     written = measured_on_a_gpu(file)
-    assert (written.name, {line.setup for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
+    assert (written.name, {setup_of(line.case) for line in written.results}) == ("small", {(1, 4, 1), (1, 4, 2)})
     assert written.network == load_config(shipped_configs()["cifar10"], TINY).network()
     assert written.augment == load_config(shipped_configs()["cifar10"]).augment.model_dump(mode="json")
-    limit = document["product_limit_tflops"]
-    assert limit > 0
-    lines = document["results"]
-    expected = [
-        (attention, step, count, augmentation)
-        for attention in ("content", "positional")
+    peak = document["peak_matmul_tflops"]
+    assert peak > 0
+    cases = [line.case for line in written.results]
+    models: list[tuple[Literal["timm", "vitpa"], int]] = [("timm", 1), ("vitpa", 1), ("vitpa", 2)]
+    assert cases == [  # runtime.step=eager is what is measured, of timm's module and of ours
+        Case(model=model, attention=attention, step="eager", replicas=count, augmentation=augmentation, gpus=1, batch_size=4)
+        for attention in ATTENTIONS
         for augmentation in (True, False)
-        for step, count in (("eager", 1), ("compile", 1), ("graph", 1), ("graph", 2))
+        for model, count in models
     ]
-    assert [(line["attention"], line["step"], line["replicas"], line["augmentation"]) for line in lines] == expected
-    eager = {(line["attention"], line["augmentation"]): line["images_per_s"] for line in lines if line["step"] == "eager"}
-    for line in lines:
-        assert line["images_per_s"] > 0
-        assert line["spread"] >= 0
-        assert line["start_s"] > 0
-        assert line["peak_memory_gib"] is None  # not on a GPU
-        assert line["notes"] == []
-        assert line["times_eager"] == line["images_per_s"] / eager[line["attention"], line["augmentation"]]
-        assert line["batch_size"] == 4
+    timm = {
+        (case.attention, case.augmentation): line
+        for case, line in zip(cases, written.results, strict=True)
+        if case.model == "timm"
+    }
+    for line in written.results:
+        assert line.spread >= 0
+        assert line.start_s > 0
+        assert line.peak_memory_gib is None  # not on a GPU
+        assert line.notes == ()
+        assert line.times_timm == line.images_per_s / timm[line.case.attention, line.case.augmentation].images_per_s
+        assert (line.times_one_gpu, line.of_synthetic) == (None, None)
         gflop = measure.gflop_per_image(
-            load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line['attention']}"])
+            load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line.case.attention}"])
         )
-        assert line["of_limit"] == pytest.approx(line["images_per_s"] * gflop / 1000 / limit)
-    assert head.split()[:2] == ["case", "images/s"]
-    assert [row[:52].strip() for row in rows] == [line["case"] for line in lines]
-    assert [row[52:].split()[0] for row in rows] == [f"{line['images_per_s']:,.0f}" for line in lines]
+        assert line.mfu == pytest.approx(line.images_per_s * gflop / 1000 / peak)
+    assert said.out == table(written.results) + "\n"
+    assert [line.split(":")[0] for line in said.err.splitlines()[-len(cases) :]] == [str(case) for case in cases]
 
 
-def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small, "product_limit_tflops", lambda group: 1.0)
-    monkeypatch.setattr(small, "random_images", dict)
+def line(images_per_s: float, name: str = "vitpa", gpus: int = 1, batch_size: int = 4, **case: Any) -> Line:
+    """Figures of which only the rate matters."""
+    values = {"model": name, "attention": "content", "step": "auto", "replicas": 1, **case}
+    if name == "loader":
+        values |= {"model": None, "attention": None, "step": None}
+    return Line(
+        case=Case(gpus=gpus, batch_size=batch_size, **values),
+        images_per_s=images_per_s,
+        spread=0.015,
+        peak_memory_gib=None,
+        start_s=1.25,
+        mfu=0.314,
+    )
+
+
+def test_ratios_are_to_timm_to_one_gpu_and_to_images_on_the_device() -> None:
+    jpeg: dict[str, Any] = {"images": "JPEG", "decoder": "cpu"}
+    lines = [
+        line(10, "timm", step="compile", augmentation=False),
+        line(15, augmentation=False),
+        line(12),
+        line(40, "loader", augmentation=False, **jpeg),
+        line(9, **jpeg),
+        line(1, attention="positional"),
+        line(24, gpus=2, batch_size=4),
+        line(30, gpus=2, batch_size=8),
+        line(27, gpus=2, batch_size=8, **jpeg),
+    ]
+    found = [(each.times_timm, each.times_one_gpu, each.of_synthetic) for each in with_ratios(lines)]
+    assert found == [
+        (1, None, None), (1.5, None, None), (1.2, None, None), (None, None, None), (0.9, None, 0.75), (None, None, None),
+        (2.4, 2, None), (3, 2.5, None), (2.7, 3, 0.9),
+    ]  # fmt: skip
+    eager, compiled = line(5, "timm", step="eager"), line(10, "timm", step="compile")
+    bare = line(8, "timm", step="eager", augmentation=False)
+    small_lines = [eager, compiled, line(50, replicas=5), bare, line(80, replicas=5, augmentation=False)]
+    assert [each.times_timm for each in with_ratios(small_lines)] == [1, 2, 10, 1, 10]
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse(["imagenet", "--json", str(tmp_path / "figures.json")])
+    config = load_config(shipped_configs()["imagenet"])
+    with pytest.raises(SystemExit), reporting(options, config) as report:
+        assert not options.json.exists()
+        for count in (1, 2):
+            report.add(line(100, "timm", step="compile"))
+            document = json.loads(options.json.read_text())
+            assert (len(document["results"]), document["complete"]) == (count, False)
+        raise SystemExit
+    assert not json.loads(options.json.read_text())["complete"]
+    assert capsys.readouterr().out == table(with_ratios(report.lines)) + "\n"
+
+
+def test_the_table_has_a_row_for_each_line() -> None:
+    head, row = table([line(12345.6, images="JPEG", decoder="gpu", replicas=5)]).splitlines()
+    assert re.split(r" {2,}", head.strip()) == list(COLUMNS)
+    assert re.split(r" {2,}", row.strip()) == [
+        "training, JPEG, gpu", "content", "auto", "5", "1", "4", "12,346", "1.5%", "-", "-", "-", "31.4%", "-", "1.2",
+    ]  # fmt: skip
+
+
+def test_a_wrong_override_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["small", "model.dept=1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vitpa bench: ")
@@ -127,10 +191,37 @@ def test_a_file_that_cannot_be_written_is_found_out_before_anything_is_measured(
     assert "argument --json: expected the name of a file" in capsys.readouterr().err
 
 
-def test_fewer_lines_on_request() -> None:
-    assert [str(case) for case in small.cases(["positional"], [5], ablation=False)] == [
-        "positional eager R=1", "positional compile R=1", "positional graph R=5",
+def test_the_cases_of_small() -> None:
+    ways = [("timm", "eager", 1), ("timm", "compile", 1), ("vitpa", "graph", 1), ("vitpa", "graph", 5)]
+    found = small.cases(parse(["small", "--replicas", "1,5"]))
+    assert [(case.attention, case.augmentation, case.model, case.step, case.replicas) for case in found] == [
+        (attention, augmentation, *way) for attention in ATTENTIONS for augmentation in (True, False) for way in ways
+    ]
+    for case, config in found.items():
+        assert (config.augment.policy == "none") != case.augmentation
+        assert (config.model.attention, config.runtime.step) == (case.attention, case.step)
+    fewer = ["--attention", "positional", "--replicas", "5", "--no-ablation"]
+    assert [str(case) for case in small.cases(parse(["small", *fewer]))] == [
+        "timm, training, synthetic positional eager",
+        "timm, training, synthetic positional compile",
+        "training, synthetic positional graph R=5",
+    ]
+    assert [str(case) for case in small.cases(parse(["small", *fewer, "--only-graph"]))] == [
+        "training, synthetic positional graph R=5"
+    ]
+
+
+def test_the_cases_of_imagenet() -> None:
+    options = parse(["imagenet", "--batch-size", "4", "--attention", "content", "--step", "compile"])
+    found = imagenet.cases(options, 1, "raw", ["gpu", "cpu"])
+    assert [str(case) for case in found] == [
+        "timm, model content compile", "model content compile", "training, synthetic content compile",
+        "loader, raw, gpu", "training, raw, gpu content compile", "loader, raw, cpu", "training, raw, cpu content compile",
     ]  # fmt: skip
+    assert [config.augment.policy for config in found.values()][:3] == ["none", "none", "randaugment_timm"]
+    assert [(case.name, case.gpus, case.batch_size) for case in imagenet.cases(options, 2)] == [
+        (name, 2, size) for size in (4, 8) for name in ("model", "training, synthetic")
+    ]
 
 
 def test_arithmetic_of_the_papers_small_vit() -> None:
@@ -155,29 +246,29 @@ def test_imagenet_on_one_process_and_on_two(photos: Path, tmp_path: Path, capfd:
     words = [*SMALL_IMAGENET, "--dataset", "photos", f"runtime.data_dir={photos}", "--gpus", "1,2", "--batch-size", "4"]
     assert main(["imagenet", *words, "--attention", "positional", "--window-s", "0.01", "--json", str(file)]) == 0
     document = json.loads(file.read_text())
-    lines = document["results"]
-    assert {"versions", "code_version", "gpu"} <= set(document) and document["complete"]
-    assert document["step"] == "eager"
+    assert {"versions", "code_version", "gpu", "peak_matmul_tflops"} <= set(document) and document["complete"]
     written = measured_on_a_gpu(file)
+    lines = written.results
     config = load_config(shipped_configs()["imagenet"], [*SMALL_IMAGENET, "model.attention=positional"])
     assert (written.name, written.dataset, written.network) == ("imagenet", "photos", config.network())
     assert written.augment == config.augment.model_dump(mode="json")
-    one = ["timm, compiled", "model", "training, synthetic", "loader, JPEG, cpu", "training, JPEG, cpu"]
-    found = [(line["case"], line["gpus"], line["batch_size"]) for line in lines]
+    one = ["timm, model", "model", "training, synthetic", "loader, JPEG, cpu", "training, JPEG, cpu"]
+    found = [(line.case.name, line.case.gpus, line.case.batch_size) for line in lines]
     assert found == [
         (case, gpus, size) for gpus, size in ((1, 4), (2, 4), (2, 8)) for case in one if gpus == 1 or "timm" not in case
     ]
-    rates = {place: line["images_per_s"] for place, line in zip(found, lines, strict=True)}
+    rates = {place: line.images_per_s for place, line in zip(found, lines, strict=True)}
     for place, line in zip(found, lines, strict=True):
-        assert line["images_per_s"] > 0
-        assert line["attention"] == (None if "loader" in line["case"] else "positional")
-        expected = None if "loader" in line["case"] else line["images_per_s"] / rates["timm, compiled", 1, 4]
-        assert line["times_timm"] == expected
-        assert line["times_one_gpu"] == (None if line["gpus"] == 1 else line["images_per_s"] / rates[line["case"], 1, 4])
-        synthetic = rates["training, synthetic", *place[1:]] if line["case"].startswith("training, JPEG") else None
-        assert line["of_synthetic"] == (line["images_per_s"] / synthetic if synthetic else None)
-    rows = capfd.readouterr().out.splitlines()[-len(lines) :]
-    assert [row[:22].strip() for row in rows] == [line["case"] for line in lines]
+        no_model = "loader" in line.case.name
+        assert line.case.attention == (None if no_model else "positional")
+        assert line.case.step == (None if no_model else "eager")
+        assert (line.mfu is None) == no_model
+        expected = None if no_model else line.images_per_s / rates["timm, model", 1, 4]
+        assert line.times_timm == expected
+        assert line.times_one_gpu == (None if line.case.gpus == 1 else line.images_per_s / rates[line.case.name, 1, 4])
+        synthetic = rates["training, synthetic", *place[1:]] if line.case.name.startswith("training, JPEG") else None
+        assert line.of_synthetic == (line.images_per_s / synthetic if synthetic else None)
+    assert capfd.readouterr().out == table(lines) + "\n"
 
 
 def test_what_imagenet_cannot_measure_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +335,7 @@ def test_what_was_measured_before_a_failure_is_kept(photos: Path, tmp_path: Path
     document = json.loads(file.read_text())
     results = document["results"]
     assert not document["complete"]
-    assert [(line["case"], line["gpus"]) for line in results] == [("timm, compiled", 1), ("model", 1)]
+    assert [(line["case"]["model"], line["case"]["gpus"]) for line in results] == [("timm", 1), ("vitpa", 1)]
     assert said.out.splitlines()[-1].startswith("model ")
 
 
@@ -262,7 +353,7 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vitpa.cli", "bench", "imagenet", *words, "--gpus", "1,2", "--window-s", "0.01"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as bench:
         assert bench.stdout is not None and bench.stderr is not None
-        line = next(line for line in bench.stderr if line.startswith("model positional: "))
+        line = next(line for line in bench.stderr if line.startswith("model positional eager: "))
         started = [Path("/proc", pid) for pid in descendants(bench.pid)]
         bench.terminate()
         time.sleep(0.2)  # the first one is being seen to
@@ -306,11 +397,11 @@ def test_that_nothing_could_be_measured_is_an_error(
 ) -> None:
     asked = []
 
-    def measures_nothing(gpus: int, *_: object) -> bool:
+    def measures_nothing(gpus: int, *_: object) -> None:
         asked.append(gpus)
-        return True
 
-    monkeypatch.setattr(imagenet, "measure", measures_nothing)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as some containers have it: this is none of torchrun's processes
+    monkeypatch.setattr(imagenet, "measure_with", measures_nothing)
     assert main(["imagenet", "--parts", "timm", "--gpus", "1,1", "--json", str(tmp_path / "figures.json")]) == 1
     assert asked == [1]
     assert capsys.readouterr().err.splitlines()[-1] == "vitpa bench: none of these parts could be measured here"

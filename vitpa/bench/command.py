@@ -1,0 +1,101 @@
+"""`vitpa bench NAME`: the command line of the benchmarks, their errors, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from vitpa.arguments import ConfigError, number, path_argument
+from vitpa.bench import imagenet, small
+from vitpa.bench.schema import ATTENTIONS, RECIPES
+from vitpa.data.manifest import BetonError
+from vitpa.os_errors import os_error_line
+from vitpa.records import RunError, check_writable
+from vitpa.terminal import printable, printable_output
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before.
+
+    SIGHUP, of a terminal that is closed, likewise, unless it is ignored (nohup).
+    """
+
+    def leave(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+        with suppress(OSError):  # the terminal may be gone
+            print(f"vitpa bench: ended by {signal.Signals(number).name}; what was measured is kept", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN]
+    before = {name: signal.signal(name, leave) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="vitpa bench",
+        description="Measure, print a table, write JSON.",
+        epilog="example: vitpa bench small --replicas 1,5 --json small.json",
+    )
+    benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, bench in (("small", small), ("imagenet", imagenet)):
+        its = benchmarks.add_parser(
+            name,
+            help=bench.HELP,
+            description=bench.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example: {bench.EXAMPLE}",
+        )
+        its.add_argument("overrides", nargs="*", metavar="a.b=value", help=f"change a value of the {RECIPES[name]} recipe")
+        its.add_argument("--attention", choices=ATTENTIONS, action="append", help="only this one")
+        bench.add_options(its)
+        windows = "how long each of 5 windows lasts at least: 0.5"
+        its.add_argument("--window-s", type=number(0, 3600, above=True), default=0.5, metavar="S", help=windows)
+        its.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
+        its.set_defaults(run=bench.run, worker=False, dataset=None)
+    return parser
+
+
+def file_name(text: str) -> Path:
+    """The file that `--json` names."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file")
+    return path_argument(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line, with overrides anywhere; argparse takes them in one place only."""
+    parser = command_parser()
+    options, others = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in others):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.overrides += others
+    options.attention = list(dict.fromkeys(options.attention or ATTENTIONS))
+    return options
+
+
+@printable_output()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
+    options = parse(arguments)
+    try:
+        if options.json:  # before anything is measured
+            options.json = options.json.resolve()  # what a link points to is written, not the link
+            check_writable(options.json)
+        with nullcontext() if options.worker else sigterm_as_exit():  # torchrun's processes just end
+            return int(options.run(options))
+    except (ConfigError, BetonError, RunError) as error:
+        print(f"vitpa bench: {printable(str(error))}", file=sys.stderr)
+    except OSError as error:
+        print(f"vitpa bench: {printable(os_error_line(error))}", file=sys.stderr)
+    return 1

@@ -1,0 +1,77 @@
+"""One schema for all benchmarks: a `Case` is what is measured, a `Line` what it gave; the file of `--json` is a list of lines.
+
+Nothing here needs torch: `vitpa sweep plan --speeds FILE` reads the lines on a login node (jobs/plan/speeds.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vitpa.config import RunConfig
+
+Attention = Literal["content", "positional"]
+Decoder = Literal["cpu", "gpu"]
+ATTENTIONS: tuple[Attention, ...] = ("content", "positional")
+
+RECIPES = {"small": "cifar10", "imagenet": "imagenet"}  # whose network each benchmark measures, unless overridden
+
+
+class Case(BaseModel):
+    """What is measured: whole training steps, or the loader alone."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    model: Literal["vitpa", "timm"] | None = "vitpa"  # whose module; None: the loader alone
+    attention: Attention | None  # None: no module
+    step: Literal["auto", "graph", "compile", "eager"] | None  # runtime.step; None: no module
+    augmentation: bool = True  # of the recipe, after the crop
+    images: Literal["synthetic", "JPEG", "raw"] = "synthetic"  # random ones that lie on the device, or those of a .beton
+    decoder: Decoder | None = None  # of the images of a .beton
+    gpus: int = Field(ge=1)  # or processes on the CPU
+    batch_size: int = Field(ge=1)  # of one seed, over all GPUs
+    replicas: int = Field(ge=1)  # seeds in a step
+
+    @classmethod
+    def of(cls, config: RunConfig, *, gpus: int = 1, replicas: int = 1, **values: Any) -> Self:
+        """Training by `config`; `values` are those of the other fields."""
+        has_model = values.get("model", "vitpa") is not None
+        return cls(
+            attention=config.model.attention if has_model else None,
+            step=config.runtime.step if has_model else None,
+            batch_size=config.train.global_batch_size,
+            gpus=gpus,
+            replicas=replicas,
+            **values,
+        )
+
+    @property
+    def name(self) -> str:
+        """What is measured of a training, such as `training, JPEG, gpu`; `model` is one without augmentation."""
+        if self.model is not None and not self.augmentation:
+            words = ["model"]
+        else:
+            words = ["loader" if self.model is None else "training", self.images, *([self.decoder] if self.decoder else [])]
+        return ", ".join(["timm", *words] if self.model == "timm" else words)
+
+    def __str__(self) -> str:
+        words = [self.name, self.attention, self.step, f"R={self.replicas}" if self.replicas > 1 else None]
+        return " ".join(word for word in words if word)
+
+
+class Line(BaseModel):
+    """A case and its figures. Ratios are None where the other line is not there, or would be this one."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    case: Case
+    images_per_s: float = Field(gt=0, allow_inf_nan=False)  # of all GPUs and seeds together, the median of the windows
+    spread: float  # (largest - smallest window) / median
+    peak_memory_gib: float | None  # of the first GPU; None: not on a GPU
+    start_s: float  # until the first steps are done: building, compiling, capturing
+    mfu: float | None  # model FLOPs utilisation: arithmetic / what bfloat16 matrix products alone reach; None: no module
+    notes: tuple[str, ...] = ()
+    times_timm: float | None = None  # rate / that of timm's module
+    times_one_gpu: float | None = None  # rate / that of the same on one GPU
+    of_synthetic: float | None = None  # rate / that of the same on images that lie on the device
