@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> int:
     from data_prep.prep import Options, prepare  # noqa: PLC0415
     from data_prep.progress import Report  # noqa: PLC0415
     from vitpa.data.manifest import BetonError  # noqa: PLC0415
+    from vitpa.terminal import OutputFailedError  # noqa: PLC0415
 
     arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     # a signal that is ignored, as SIGHUP under nohup, stays so
@@ -98,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         done = prepare(Options(**arguments), report)
         if report.failure is None or isinstance(report.failure, BrokenPipeError):  # `| head` has read enough
             return 0 if done else 1
-        if isinstance(report.failure, SystemExit):
+        if isinstance(report.failure, SystemExit) and not isinstance(report.failure, OutputFailedError):
             raise report.failure
         message = f"all is done, but the report could not be printed: {report.failure.strerror}"
     except (PrepError, BetonError) as error:

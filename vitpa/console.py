@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from vitpa.terminal import OUTPUT_CLOSED, printable, terminal_stream
+from vitpa.terminal import printable, terminal_stream
 
 
 class PrintableConsole(Console):
@@ -22,8 +21,3 @@ class PrintableConsole(Console):
         """As rich's; where text has become segments, and nothing is laid out yet."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text, keep="\n"), segment.style)
-
-    def on_broken_pipe(self) -> NoReturn:
-        """Nobody reads any more; see `PrintableStream`."""
-        self.quiet = True
-        raise SystemExit(OUTPUT_CLOSED)

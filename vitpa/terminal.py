@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, TextIO, cast
 
 # C0 and C1 controls and DEL, the separators that end a line for some programs, and what turns the direction of text around
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -37,24 +37,34 @@ def warn(text: str) -> None:
 OUTPUT_CLOSED = 128 + signal.SIGPIPE  # the exit code of a program that nobody reads any more, as a shell shows it
 
 
-class PrintableStream:
-    """A text stream that shows control characters, save newlines and tabs, and ends the program when nobody reads it.
+class OutputFailedError(SystemExit):
+    """Standard output cannot be written, such as on a full disk: ends the program with exit code 1, after its clean-ups."""
 
-    Whatever is not overridden here is the stream's own.
+    def __init__(self, error: OSError) -> None:
+        super().__init__(1)
+        self.strerror = error.strerror or str(error)
+
+
+class OutputStream:
+    """A text stream that ends the program when nobody reads it, or when it is vital and cannot be written.
+
+    What is not vital, such as the progress on stderr, is left out from then on. Whatever is not overridden here is the
+    stream's own.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream  # for what writes orders to the terminal itself, such as a progress bar
+    def __init__(self, stream: TextIO, *, vital: bool = False) -> None:
+        self.stream, self.vital = stream, vital
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write `text`, printable."""
+        """Write `text`."""
         try:
-            return self.stream.write(printable(text, keep="\n\t"))
-        except BrokenPipeError:
-            leave_closed_output(self.stream)
+            self.stream.write(text)
+        except OSError as error:
+            self._failed(error)
+        return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         """Write several texts."""
@@ -65,28 +75,53 @@ class PrintableStream:
         """Hand everything to whoever reads."""
         try:
             self.stream.flush()
-        except BrokenPipeError:
-            leave_closed_output(self.stream)
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        _discard(self.stream)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(OUTPUT_CLOSED)
+        if self.vital:
+            raise OutputFailedError(error)
 
 
-def leave_closed_output(stream: TextIO, code: int = OUTPUT_CLOSED) -> NoReturn:
-    """End the program as SIGPIPE would, with its clean-ups and without a word; what is still buffered goes nowhere."""
+class PrintableStream(OutputStream):
+    """The same, which shows control characters, save newlines and tabs.
+
+    Attributes:
+        plain: Without that, for what writes orders to the terminal itself, such as a progress bar.
+    """
+
+    def __init__(self, stream: TextIO, *, vital: bool = False) -> None:
+        super().__init__(stream, vital=vital)
+        self.plain = OutputStream(stream, vital=vital)
+
+    def write(self, text: str) -> int:
+        """Write `text`, printable."""
+        return super().write(printable(text, keep="\n\t"))
+
+
+def _discard(stream: TextIO) -> None:
+    """Have what is still buffered, and what comes after it, go nowhere."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-    raise SystemExit(code)
 
 
 def terminal_stream(*, stderr: bool = False) -> TextIO | None:
-    """The stream itself, without `PrintableStream` around it; None if there is none."""
+    """The stream without what `PrintableStream` makes of texts; None if there is none."""
     stream = sys.stderr if stderr else sys.stdout
-    return stream.stream if isinstance(stream, PrintableStream) else stream
+    return cast("TextIO", stream.plain) if isinstance(stream, PrintableStream) else stream
 
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """For a command: what it prints is printable, in any encoding, and ends quietly when nobody reads it any more."""
+    """For a command: what it prints is printable, in any encoding; one line says so if stdout cannot be written.
+
+    When nobody reads it any more the command ends quietly, as by SIGPIPE.
+    """
     if isinstance(sys.stdout, PrintableStream):
         yield
         return
@@ -95,19 +130,18 @@ def printable_output() -> Iterator[None]:
     for stream in before:
         _set_errors(stream, "backslashreplace")
     out, err = (io.StringIO() if stream is None else stream for stream in before)  # None: closed by whoever started us
-    sys.stdout, sys.stderr = cast("TextIO", PrintableStream(out)), cast("TextIO", PrintableStream(err))
+    sys.stdout, sys.stderr = cast("TextIO", PrintableStream(out, vital=True)), cast("TextIO", PrintableStream(err))
     try:
-        yield
-    finally:
         try:
+            yield
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError as error:  # such as a full disk
-            with suppress(OSError):
-                print(f"error: the output cannot be written: {error.strerror}", file=err)
-            leave_closed_output(out, 1)
-        finally:
-            sys.stdout, sys.stderr = before
+    except OutputFailedError as failed:
+        print(f"error: standard output cannot be written: {failed.strerror}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        sys.stdout, sys.stderr = before
         for stream, its in zip(before, errors, strict=True):
             _set_errors(stream, its)
 

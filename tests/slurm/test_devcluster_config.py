@@ -12,7 +12,7 @@ from vitpa.documents import DocumentError
 
 
 @pytest.mark.parametrize("damage", ["", "[" * 100_000, "[]", '{"moons": 3}', "x" * 10_000])
-def test_damaged_settings_are_one_line_with_the_mend(damage: str, tmp_path: Path) -> None:
+def test_damaged_settings_are_one_line_with_a_hint(damage: str, tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     layout.settings_json.parent.mkdir()
     with pytest.raises(FileNotFoundError):

@@ -94,13 +94,44 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(command: str, tmp_path:
     assert int((tmp_path / "code").read_text()) in (OUTPUT_CLOSED, 0, 1)
 
 
-def test_a_full_disk_behind_the_output_and_a_closed_output_are_no_tracebacks() -> None:
-    for redirection in ("> /dev/full", ">&-", ">&- 2>&-"):
-        line = f"{sys.executable} -m vitpa.cli sweep plan demo --json {redirection}"
-        got = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+def redirected(command: str, redirection: str) -> subprocess.CompletedProcess[str]:
+    line = f"{sys.executable} -m vitpa.cli {command} {redirection}"
+    environment = {**os.environ, "PATH": "/nowhere"}  # no SLURM
+    return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sweep plan demo",
+        "sweep plan demo --json",
+        "sweep --help",
+        "doctor --profile cluster",
+        "doctor --profile cluster --json",
+        "devcluster status",
+        "devcluster status --json",
+        "devcluster stop",
+        "train --help",
+    ],
+)
+def test_a_full_disk_behind_the_output_is_one_line_that_says_so(command: str) -> None:
+    """Not that there is too little space for runs, and no traceback."""
+    got = redirected(command, "> /dev/full")
+    assert got.returncode == 1
+    assert got.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_what_cannot_be_said_on_stderr_ends_nothing() -> None:
+    assert redirected("sweep plan demo --json", "2> /dev/full").stdout.startswith("{")
+    assert redirected("sweep plan nowhere", "2> /dev/full").returncode == 1
+
+
+def test_a_closed_output_is_no_traceback() -> None:
+    for redirection in (">&-", ">&- 2>&-"):
+        got = redirected("sweep plan demo --json", redirection)
         assert "Traceback" not in got.stderr
         assert "Exception ignored" not in got.stderr
-    assert got.returncode in (0, 1)
+        assert got.returncode in (0, 1)
 
 
 def test_a_folder_in_the_way_is_named_not_the_temporary_file(tmp_path: Path) -> None:
