@@ -257,6 +257,7 @@ OF_OURSELVES = {  # words and pipes of our own processes, not files that others 
     "jobs/submit/launch.py",
     "slurm/devcluster.py",
     "slurm/devcluster_supervisor.py",
+    "vitpa/bench/imagenet.py",
     "vitpa/documents.py",  # which sets the bounds
 }
 
