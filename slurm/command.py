@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, default_root, stop_cluster
+from slurm.devcluster import DevCluster, default_root, stop_cluster
 from slurm.devcluster_config import Layout, Settings, resolved
+from slurm.devcluster_folder import AlreadyRunningError, DevClusterError
 from slurm.devcluster_status import as_text, status_of
 from vitpa.arguments import path_argument, whole_number
 from vitpa.terminal import printable

@@ -1,13 +1,12 @@
 """A real SLURM on this machine, in one private folder, for rehearsals and tests; nothing of it is left afterwards.
 
 `DevCluster` starts and stops one and gives it orders; with `with` its life is bound to this process's. The daemons belong to
-`slurm.devcluster_supervisor`.
+`slurm.devcluster_supervisor`, the folder is held as `slurm.devcluster_folder` says.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import json
 import os
@@ -16,16 +15,16 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from slurm import devcluster_processes as processes
-from slurm.devcluster_config import LOG, RUN_TIME_FOLDERS, SOCKET_PATH_LIMIT, Layout, Settings, resolved
+from slurm.devcluster_config import SOCKET_PATH_LIMIT, Layout, Settings, resolved
+from slurm.devcluster_folder import DevClusterError, claim, clear, is_running
 
 PACKAGES = "munge slurmctld slurmd slurm-client slurmdbd mariadb-server-core mariadb-client-core"
 PROGRAMS = (
@@ -37,16 +36,8 @@ STOP_STILL_S = 60  # without a sign of life, after which the cluster is not wait
 CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 
 
-class DevClusterError(Exception):
-    """What is wrong with a cluster, where, and how to fix it."""
-
-
 class DaemonError(DevClusterError):
     """A daemon has ended, or refuses an order."""
-
-
-class AlreadyRunningError(DevClusterError):
-    """There is a cluster in this folder."""
 
 
 def default_root() -> Path:
@@ -131,7 +122,7 @@ class DevCluster:
     def _start_daemons(self) -> None:
         with claim(self.root) as claimed:
             _end_remains(self.layout)
-            _clear(self.layout, claimed.folder)
+            clear(self.layout, claimed.folder)
             descriptors = [claimed.lock, claimed.folder]
             with self.layout.output("supervisor").open("wb") as output:
                 self._supervisor = subprocess.Popen(
@@ -281,171 +272,7 @@ def check_root(root: Path, settings: Settings) -> None:
         )
 
 
-# --- the folder
-
-
-class Claim(NamedTuple):
-    """The folder of a cluster, held by descriptors; with `with` they are closed at the end."""
-
-    folder: int
-    lock: int  # of a file in it; it is locked as long as a copy of this is open
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.lock)
-        os.close(self.folder)
-
-
-def claim(root: Path) -> Claim:
-    """Make the folder and lock it.
-
-    Raises:
-        AlreadyRunningError: a cluster, or another `start`, holds it.
-        DevClusterError: it is not ours alone or cannot be written.
-    """
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while True:
-            folder = open_folder(root)
-            if folder is None:  # removed since: by the cluster that ended in it
-                root.mkdir(mode=0o700, exist_ok=True)
-                continue
-            try:
-                lock = _claim_lock(root, folder)
-            except BaseException:
-                os.close(folder)
-                raise
-            if lock is not None:
-                return Claim(folder, lock)
-            os.close(folder)
-    except OSError as error:
-        raise DevClusterError(f"{error.filename or root}: {error.strerror}; choose another folder with --dir") from None
-
-
-def _claim_lock(root: Path, folder: int) -> int | None:
-    """The lock, taken; None if its last holder removed it, or the folder, in the meantime."""
-    name = Layout(root).lock.name
-    is_there = name in os.listdir(folder)
-    if not is_there and os.listdir(folder):
-        raise DevClusterError(f"{root} holds other things; choose an empty or new folder with --dir")
-    try:
-        lock = open_lock(root, folder, os.O_CREAT)
-    except FileNotFoundError:
-        return None
-    try:
-        if not _lock(lock):
-            raise AlreadyRunningError(f"a cluster runs in {root}")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(name, dir_fd=folder, follow_symlinks=False)):
-                return lock
-    except BaseException:
-        os.close(lock)
-        raise
-    os.close(lock)
-    return None
-
-
-def open_folder(root: Path) -> int | None:
-    """A descriptor of a cluster's folder, which is no link; None if there is no folder.
-
-    Raises:
-        DevClusterError: it is somebody else's, or others may write to it: they could put links there.
-    """
-    try:
-        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    except PermissionError:
-        owner = root.stat().st_uid
-        raise DevClusterError(f"{root} belongs to {_name_of(owner)}; choose another folder with --dir") from None
-    status = os.fstat(folder)
-    what = "" if status.st_uid == os.geteuid() else f"belongs to {_name_of(status.st_uid)}; choose another folder with --dir"
-    if not what and status.st_mode & 0o022:
-        what = f"can be written to by others (mode {status.st_mode & 0o7777:o}); chmod 700 {root}"
-    if what:
-        os.close(folder)
-        raise DevClusterError(f"{root} {what}")
-    return folder
-
-
-def open_lock(root: Path, folder: int, flags: int = 0) -> int:
-    """A descriptor of the lock in the folder of the descriptor `folder`.
-
-    Raises:
-        DevClusterError: something else has its name.
-        FileNotFoundError: there is none, and `flags` do not make one.
-    """
-    path = Layout(root).lock
-    flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        lock = os.open(path.name, flags, 0o600, dir_fd=folder)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise DevClusterError(f"{path}: {error.strerror}; it is not the lock of a cluster; remove it") from None
-    if not stat.S_ISREG(os.fstat(lock).st_mode):
-        os.close(lock)
-        raise DevClusterError(f"{path} is not the lock of a cluster; remove it")
-    return lock
-
-
-def _name_of(uid: int) -> str:
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"
-
-
-def _clear(layout: Layout, folder: int) -> None:
-    """Remove what an earlier cluster has left in the folder of the descriptor `folder`, and make one for logs.
-
-    Raises:
-        DevClusterError: there are folders of such names that no cluster has made.
-    """
-    layout.remove(folder, keep_logs=True)
-    layout.remove_folder(LOG, folder)
-    strange = sorted({*RUN_TIME_FOLDERS, LOG} & set(os.listdir(folder)))
-    if strange:
-        raise DevClusterError(
-            f"{layout.root / strange[0]} is not of a cluster; remove it, or choose another folder with --dir"
-        )
-    layout.make_folder(LOG, folder)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def is_running(root: Path) -> bool:
-    """Whether a cluster lives in this folder.
-
-    Raises:
-        DevClusterError: it is not ours.
-    """
-    try:
-        folder = open_folder(resolved(root))
-    except NotADirectoryError:
-        return False
-    except OSError as error:
-        raise DevClusterError(f"{error.filename}: {error.strerror}") from None
-    if folder is None:
-        return False
-    try:
-        lock = open_lock(root, folder)
-    except FileNotFoundError:
-        return False
-    finally:
-        os.close(folder)
-    try:
-        return not _lock(lock)
-    finally:
-        os.close(lock)
+# --- the end
 
 
 def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:

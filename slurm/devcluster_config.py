@@ -238,6 +238,29 @@ def cluster_name(root: Path) -> str:
     return f"devcluster_{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
 
 
+SAME_EVERYWHERE = """# processes: no cgroups, so that it runs in a container and without root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SwitchType=switch/none
+MpiDefault=none
+
+# scheduling: quick, and a job of `main` preempts one of `low`
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+MinJobAge=3600
+KillWait=5
+OverTimeLimit=0
+SlurmctldTimeout=30
+SlurmdTimeout=10
+ReturnToService=1
+"""
+
+
 def _slurm_conf(layout: Layout, settings: Settings, user: str, ports: list[int]) -> str:
     root = layout.root
     controller, accounting, *node_ports = ports
@@ -260,6 +283,8 @@ SlurmdPidFile={root}/run/slurmd.%n.pid
 SlurmctldLogFile={layout.log("slurmctld")}
 SlurmdLogFile={layout.log("slurmd.%n")}
 MailProg=/bin/true
+FirstJobId={random.randint(1000, 33_000)}
+MaxArraySize={settings.max_array_size}
 
 # who is who, and who may listen where: loopback only, given a host name that resolves to loopback
 AuthType=auth/munge
@@ -267,29 +292,7 @@ CredType=cred/munge
 AuthInfo=socket={layout.munge_socket},cred_expire=10
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 
-# processes: no cgroups, so that it runs in a container and without root
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-SwitchType=switch/none
-MpiDefault=none
-
-# scheduling: quick, and a job of `main` preempts one of `low`
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-FirstJobId={random.randint(1000, 33_000)}
-MaxArraySize={settings.max_array_size}
-MinJobAge=3600
-KillWait=5
-OverTimeLimit=0
-SlurmctldTimeout=30
-SlurmdTimeout=10
-ReturnToService=1
-
+{SAME_EVERYWHERE}
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={accounting}

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from slurm.devcluster import DevClusterError, client_environment, is_running
+from slurm.devcluster import client_environment
 from slurm.devcluster_config import Layout, Settings, resolved
+from slurm.devcluster_folder import DevClusterError, is_running
 from vitpa.documents import DocumentError
 
 CLIENT_TIMEOUT_S = 20

@@ -19,8 +19,9 @@ import pytest
 import slurm.devcluster
 import slurm.devcluster_config
 import vitpa.cli
-from slurm.devcluster import AlreadyRunningError, DevCluster, DevClusterError, check_host_name, is_running, stop_cluster
+from slurm.devcluster import DevCluster, check_host_name, stop_cluster
 from slurm.devcluster_config import Layout, free_ports
+from slurm.devcluster_folder import AlreadyRunningError, DevClusterError, is_running
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
 from tests.support.cluster import require_slurm, short_folder

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import DevCluster, DevClusterError, check_host_name, check_programs, host_name
+from slurm.devcluster import DevCluster, check_host_name, check_programs, host_name
+from slurm.devcluster_folder import DevClusterError
 
 
 def require_slurm() -> None:
