@@ -92,7 +92,6 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if starts:
         parser.add_argument("--wait", action="store_true", help="show the live table until nothing is in progress")
-    if starts:
         parser.add_argument(
             "--code",
             choices=("live", "snapshot"),
@@ -101,6 +100,13 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         )
     if starts or verb == "cancel":
         parser.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
+    if verb in ("plan", "collect"):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_own_arguments(parser, verb)
+
+
+def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """The options that only this verb has."""
     if verb == "plan":
         parser.add_argument(
             "--speeds",
@@ -111,8 +117,6 @@ def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(
             "--gpu-hour-price", type=number(0, 1e9, above=True), metavar="PRICE", help="what a GPU-hour costs, in any currency"
         )
-    if verb in ("plan", "collect"):
-        parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "submit":
         parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
         parser.add_argument("--force", action="store_true", help="also what `plan` says that SLURM would never start")
