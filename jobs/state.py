@@ -370,10 +370,8 @@ def _result(run: Run, directory: RunDir) -> Result | RunError | None:
         return error
     if result is None:
         return None
-    for key, is_of in (("dataset", run.dataset), ("attention", run.attention), ("seed", run.seed)):
-        if getattr(result, key) != is_of:
-            says = f"says {key} {getattr(result, key)}, its configuration {is_of}"
-            return RunError(f"{directory.result_json}: {says}; it was edited by hand: delete it to train the run again")
+    if says := result.contradiction_of(run.config):
+        return RunError(f"{directory.result_json}: {says}; it was edited by hand: delete it to train the run again")
     try:
         _check_config(run, directory, result)
     except (ConfigError, RunError) as error:

@@ -21,6 +21,7 @@ from vitpa.terminal import warn
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
 METRICS_BYTES = 1 << 30  # some millions of rows
+CRC = '"crc32": "'
 _CRC = re.compile(r', "crc32": "([0-9a-f]{8})"}\Z')
 
 
@@ -83,8 +84,12 @@ def _rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def last_evaluation(path: Path) -> dict[str, Any] | None:
-    """The row of the last evaluation in a metrics.jsonl; None if there is none.
+def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | None:
+    """The row of the last evaluation in a metrics.jsonl; None if there is none, or it is damaged.
+
+    Args:
+        path: The file.
+        with_crc: Whether a row without a CRC is damaged, as it is where another row has one.
 
     Raises:
         OSError: it cannot be read.
@@ -93,12 +98,14 @@ def last_evaluation(path: Path) -> dict[str, Any] | None:
         size = file.seek(0, 2)
         for length in (TAIL_BYTES, min(size, JSON_BYTES)):
             file.seek(max(0, size - length))
-            lines = file.read().decode(errors="replace").split("\n")
+            text = file.read().decode(errors="replace")
+            with_crc = with_crc or CRC in text
+            lines = text.split("\n")
             for line in reversed(lines[length < size :]):  # the first one was cut
                 if '"val/top1"' not in line:
                     continue
                 try:
-                    return parse_line(line)
+                    return parse_line(line) if has_crc(line) or not with_crc else None
                 except (ValueError, RecursionError):
                     return None  # the last one, and damaged
             if length >= size:

@@ -180,9 +180,18 @@ def read_with_checksum(path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: as for `read_json`, or it was changed.
     """
+    return read_checked(path)[0]
+
+
+def read_checked(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """As `read_with_checksum`, and whether the document had a checksum.
+
+    Raises:
+        RunError: as for `read_json`, or it was changed.
+    """
     found = read_json(path)
     if found is None or CHECKSUM not in found:
-        return found
+        return found, False
     document = {key: value for key, value in found.items() if key != CHECKSUM}
     try:
         same = with_checksum(document) == found
@@ -190,4 +199,4 @@ def read_with_checksum(path: Path) -> dict[str, Any] | None:
         same = False
     if not same:
         raise RunError(f"{path}: was changed after it was written; its {CHECKSUM} does not fit")
-    return document
+    return document, True

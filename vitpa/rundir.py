@@ -11,13 +11,16 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
 from vitpa.metrics_file import last_evaluation
-from vitpa.records import Json, RunError, read_with_checksum, write_json
+from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_json
+
+if TYPE_CHECKING:
+    from vitpa.config import RunConfig
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
@@ -48,6 +51,19 @@ class Result(BaseModel):
     beton_sha256: dict[str, Sha256] = Field(min_length=1)
     finished_utc: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
+
+    def contradiction_of(self, config: RunConfig) -> str:
+        """What of it the run's configuration contradicts; empty if nothing does."""
+        says = {
+            "dataset": config.dataset,
+            "attention": config.model.attention,
+            "seed": config.seed,
+            "epochs": config.train.epochs,
+        }
+        for key, value in says.items():
+            if getattr(self, key) != value:
+                return f"says {key} {getattr(self, key)}, its configuration {value}"
+        return ""
 
 
 class AttemptDir:
@@ -184,7 +200,7 @@ class RunDir:
         """
         hint = "delete it to train the run again"
         try:
-            document = read_with_checksum(self.result_json)
+            document, checked = read_checked(self.result_json)
         except RunError as error:
             raise RunError(f"{error}; {hint}") from error
         if document is None:
@@ -197,7 +213,7 @@ class RunDir:
             raise RunError(f"{self.result_json}: {field}: {first['msg']}; {hint}") from error
         if result.signature != self.signature:
             raise RunError(f"{self.result_json}: belongs to run {result.signature}, not {self.signature}; {hint}")
-        contradiction = self._contradiction_of_metrics(result) or self._contradiction_of_environment(result)
+        contradiction = self._contradiction_of_metrics(result) or self._contradiction_of_environment(result, checked)
         if contradiction:
             advice = f"restore what was changed, or {hint} from its last checkpoint on"
             raise RunError(f"{self.result_json}: {contradiction}; {advice}")
@@ -207,7 +223,7 @@ class RunDir:
         """What of a result the last evaluation in metrics.jsonl contradicts; empty if nothing does."""
         name = self.metrics_jsonl.name
         try:
-            row = last_evaluation(self.metrics_jsonl)
+            row = last_evaluation(self.metrics_jsonl, with_crc=result.config_sha256 is not None)
         except OSError as error:
             return f"cannot be verified: {name} cannot be read ({error.strerror})"
         if row is None:
@@ -218,17 +234,37 @@ class RunDir:
                 return f"says {key} {value}, the last evaluation in {name} {row.get(key)}"
         return ""
 
-    def _contradiction_of_environment(self, result: Result) -> str:
-        """What of a result env.json contradicts; empty if nothing does."""
+    def _contradiction_of_environment(self, result: Result, checked: bool) -> str:
+        """What of a result env.json contradicts; empty if nothing does.
+
+        Args:
+            result: Of the run.
+            checked: Whether it had a checksum. The versions that write one write it in both files, and `config_sha256`, too.
+        """
+        name = self.env_json.name
         try:
-            made_with = read_with_checksum(self.env_json) or {}
+            made_with, env_checked = read_checked(self.env_json)
         except RunError as error:
             return str(error)
-        code = made_with.get("code_version")
-        if code is not None and code not in result.code_version.split(", "):
-            return f"says code_version {result.code_version}, {self.env_json.name} {code}"
-        says: dict[str, Any] = {"beton_sha256": result.beton_sha256, "steps_total": result.steps}
-        for key, value in says.items():
-            if key in made_with and made_with[key] != value:
-                return f"says {key} {value}, {self.env_json.name} {made_with[key]}"
-        return ""
+        if made_with is None:
+            return f"cannot be verified: {name} is missing"
+        if not checked and (env_checked or result.config_sha256 is not None):
+            return f"was changed after it was written; its {CHECKSUM} is gone"
+        if checked and not env_checked:
+            return f"cannot be verified: {name} was changed after it was written; its {CHECKSUM} is gone"
+        return _difference(result, made_with, name)
+
+
+def _difference(result: Result, made_with: Json, name: str) -> str:
+    """What a result says otherwise than the environment it was made with, of the file `name`; empty if nothing."""
+    known: dict[str, tuple[Any, Any]] = {  # each with what is allowed
+        "code_version": (result.code_version, result.code_version.split(", ")),
+        "beton_sha256": (result.beton_sha256, [result.beton_sha256]),
+        "steps_total": (result.steps, [result.steps]),
+    }
+    for key, (value, allowed) in known.items():
+        if key not in made_with:
+            return f"cannot be verified: {name} has no {key}"
+        if made_with[key] not in allowed:
+            return f"says {key} {value}, {name} {made_with[key]}"
+    return ""

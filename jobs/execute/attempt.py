@@ -272,7 +272,7 @@ def _stopped(stop: Json, code: int | None) -> Ended:
 def _set_broken_result_aside(member: Member) -> None:
     try:
         result, config = member.run.result(), load_config(member.run.config_yaml)
-        trusted = result is None or (result.seed, result.attention) == (config.seed, config.model.attention)
+        trusted = result is None or not result.contradiction_of(config)
     except RunError:
         trusted = False
     if not trusted:

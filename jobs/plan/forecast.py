@@ -270,12 +270,13 @@ def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> di
     looked_at = dict.fromkeys(models, 0)
     for path in sorted((root / "runs").glob("*/result.json")):
         try:
-            result = Result.model_validate(read_json(path))
-            kind = (result.dataset, result.attention)
+            document = read_json(path) or {}
+            kind = (str(document.get("dataset")), str(document.get("attention")))
             if kind not in models or looked_at[kind] == CONFIGS_LOOKED_AT:
                 continue
             looked_at[kind] += 1
-            if read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
+            result = RunDir(root, path.parent.name).result()
+            if result is not None and read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
                 found.setdefault(kind, []).append(result)
         except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
             continue

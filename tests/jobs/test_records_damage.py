@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import shutil
@@ -88,7 +89,9 @@ def write_records(root: Path, sweep: Sweep, place: int) -> None:
     """Records as the trainer writes them, with numbers that no other run has."""
     run, directory = sweep.runs[place], sweep.runs[place].directory(root)
     values: dict[str, Any] = {"val_top1": 0.5 + place / 64, "val_top5": 0.9 + place / 128, "val_loss": 1 + place / 32}
-    result = result_document(run, **values, epochs=2, steps=2, images_per_s=100.0 + place, gpu_hours=0.25 + place / 16)
+    config_sha256 = hashlib.sha256(directory.config_yaml.read_bytes()).hexdigest()
+    more = {"images_per_s": 100.0 + place, "gpu_hours": 0.25 + place / 16, "config_sha256": config_sha256}
+    result = result_document(run, **values, steps=2, **more)
     directory.result_json.write_text(to_json(with_checksum(result)))
     environment = {"steps_total": 2, "code_version": "g1", "beton_sha256": result["beton_sha256"]}
     directory.env_json.write_text(to_json(with_checksum(environment)))

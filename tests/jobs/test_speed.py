@@ -5,7 +5,7 @@ The figures are printed; what is asserted is a generous multiple of the goals, b
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import sys
 import time
@@ -17,20 +17,20 @@ import yaml
 
 from jobs.sweep import Run, Sweep, SweepDir, load_sweep
 from tests.support.cpu_time import SLACK, cpu_of_children_s
-from tests.support.jobs_sweeps import RECIPE, evaluation_line, result_document
+from tests.support.jobs_sweeps import RECIPE, environment_document, evaluation_line, result_document
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end
 from vitpa.documents import to_yaml
-from vitpa.records import ProcessId, to_json
+from vitpa.metrics_file import to_line
+from vitpa.records import ProcessId, to_json, with_checksum
 
 pytestmark = pytest.mark.slow
 
 MIX = ("done", "done", "done", "done", "running", "pending", "pending", "pending", "failed", "missing")
-ENV = to_json({"steps_total": 4000, "versions": {"torch": "2.6"}})
-METRICS = "".join(
-    json.dumps({"step": step, "epoch": step / 1000, "train/loss": 1.5, "perf/images_per_s": 1000.0}) + "\n"
-    for step in range(0, 2000, 10)
-) + json.dumps({"step": 1990, "val/top1": 0.5, "val/loss": 1.0})
+TRAINED = {"train/loss": 1.5, "perf/images_per_s": 1000.0}
+METRICS = "".join(to_line({"step": step, "epoch": step / 1000, **TRAINED}) for step in range(0, 2000, 10)) + to_line(
+    {"step": 1990, "val/top1": 0.5, "val/loss": 1.0}
+)
 
 
 def make_large(root: Path, seeds: int) -> Sweep:
@@ -63,17 +63,17 @@ def fill(root: Path, run: Run, state: str, process: dict[str, object]) -> None:
         return
     (attempt / "start.json").write_text(to_json({"process": process, "host": os.uname().nodename, "gpus": ["0"]}))
     (attempt / "log.txt").write_text("step 10\n" * 100)
-    directory.config_yaml.write_text(to_yaml(run.config.model_dump(mode="json")))
-    directory.env_json.write_text(ENV)
-    directory.metrics_jsonl.write_text(
-        METRICS + "\n" + (evaluation_line(result_document(run, steps=4000)) if state == "done" else "")
-    )
+    config = to_yaml(run.config.model_dump(mode="json"))
+    result = result_document(run, steps=4000, config_sha256=hashlib.sha256(config.encode()).hexdigest())
+    directory.config_yaml.write_text(config)
+    directory.env_json.write_text(to_json(with_checksum({**environment_document(result), "versions": {"torch": "2.6"}})))
+    directory.metrics_jsonl.write_text(METRICS + (evaluation_line(result) if state == "done" else ""))
     if state == "running":
         return
     ended = {"state": state, "exit_code": 0, "reason": "ValueError: no" if state == "failed" else "", "duration_s": 60.0}
     (attempt / "exit.json").write_text(to_json(ended))
     if state == "done":
-        directory.result_json.write_text(json.dumps(result_document(run, steps=4000)))
+        directory.result_json.write_text(to_json(with_checksum(result)))
 
 
 def fill_all(root: Path, sweep: Sweep, mix: tuple[str, ...], alive: ProcessId) -> None:

@@ -51,13 +51,13 @@ def make_sweep(root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small
 
 
 def result_document(run: Run, **values: object) -> dict[str, object]:
-    """A valid result.json of `run`, with `values` in it."""
+    """A valid result.json of `run` as versions without checksums wrote it, with `values` in it."""
     return {
         "signature": run.signature,
         "dataset": run.dataset,
         "attention": run.attention,
         "seed": run.seed,
-        "epochs": 4,
+        "epochs": run.config.train.epochs,
         "steps": 4,
         "val_top1": 0.5,
         "val_top5": 0.9,
@@ -80,13 +80,23 @@ def evaluation_line(result: Mapping[str, object]) -> str:
     return to_line({"step": result["steps"], "epoch": result["epochs"], **evaluated})
 
 
+def environment_document(result: Mapping[str, object]) -> dict[str, object]:
+    """The env.json of a run with this result."""
+    return {
+        "code_version": str(result["code_version"]).rpartition(", ")[2],
+        "beton_sha256": result["beton_sha256"],
+        "steps_total": result["steps"],
+    }
+
+
 def write_result(root: Path, run: Run, **values: object) -> None:
-    """Put a valid result.json where the run's would be."""
+    """Put a valid result.json where the run's would be, and what it is compared with."""
     directory = run.directory(root)
     directory.path.mkdir(parents=True, exist_ok=True)
     document = result_document(run, **values)
     directory.result_json.write_text(json.dumps(document))
     directory.metrics_jsonl.write_text(evaluation_line(document))
+    directory.env_json.write_text(json.dumps(environment_document(document)))
 
 
 def slurm_profile(root: Path, name: str = "slurm", /, **values: object) -> Path:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 STOPPED, FAILED = "stopped", "failed"
+BETON_SHA256 = {"train": "0" * 64, "val": "1" * 64}
 
 
 class Run:
@@ -35,7 +36,8 @@ class Run:
         self.digest: str
         self.step, self.digest = json.loads(self.checkpoint.read_text()) if self.checkpoint.exists() else (0, "")
         self.steps = int(self.config["epochs"])
-        (path / "env.json").write_text(json.dumps({"steps_total": self.steps}))
+        made_with = {"code_version": "stand-in", "beton_sha256": BETON_SHA256, "steps_total": self.steps}
+        (path / "env.json").write_text(json.dumps(made_with))
 
     def advance(self) -> None:
         self.step += 1
@@ -82,7 +84,7 @@ class Run:
             "attempts": int(self.attempt.name),
             "weights_sha256": self.digest,
             "code_version": "stand-in",
-            "beton_sha256": {"train": "0" * 64, "val": "1" * 64},
+            "beton_sha256": BETON_SHA256,
             "finished_utc": "2026-01-01T00:00:00Z",
         }
         self.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import textwrap
 import threading
@@ -42,6 +43,7 @@ RESULT: dict[str, Any] = {
 }
 
 
+ENVIRONMENT = {"code_version": RESULT["code_version"], "beton_sha256": RESULT["beton_sha256"], "steps_total": 88}
 EVALUATION = to_line({"step": 88, "epoch": 4.0, "val/loss": 0.3, "val/top1": 0.9, "val/top5": 1.0})
 
 
@@ -297,6 +299,7 @@ def recorded(tmp_path: Path, text: str) -> RunDir:
     run.path.mkdir(parents=True)
     run.result_json.write_text(text)
     run.metrics_jsonl.write_text(EVALUATION)
+    run.env_json.write_text(json.dumps(ENVIRONMENT))
     return run
 
 
@@ -336,12 +339,54 @@ def test_a_result_that_cannot_be_trusted_says_why_and_how_to_fix_it(tmp_path: Pa
 def test_a_result_that_was_changed_after_it_was_written_is_refused(tmp_path: Path, key: str) -> None:
     document = with_checksum(RESULT)
     run = recorded(tmp_path, json.dumps(document))
+    run.env_json.write_text(json.dumps(with_checksum(ENVIRONMENT)))
     assert run.result() == Result(**RESULT)
     text = json.dumps(RESULT[key])
     digit = next(index for index, character in enumerate(text) if character.isalnum())
     other = text[:digit] + ("2" if text[digit] != "2" else "3") + text[digit + 1 :]
     run.result_json.write_text(json.dumps({**document, key: json.loads(other)}))
     with pytest.raises(RunError, match="was changed after it was written; its record_sha256 does not fit; delete it"):
+        run.result()
+
+
+GONE = "was changed after it was written; its record_sha256 is gone"
+CHECKED = {**RESULT, "config_sha256": "3" * 64}
+WITHOUT_CRC = re.sub(r', "crc32": "\w+"', "", EVALUATION)
+
+
+@pytest.mark.parametrize(
+    ("result", "environment", "metrics", "message"),
+    [
+        (with_checksum(CHECKED), with_checksum(ENVIRONMENT), EVALUATION, ""),
+        (RESULT, ENVIRONMENT, WITHOUT_CRC, ""),  # as the versions without checksums wrote it
+        (RESULT, ENVIRONMENT, EVALUATION, ""),
+        (CHECKED, with_checksum(ENVIRONMENT), EVALUATION, rf"result\.json: {GONE}"),
+        (RESULT, with_checksum(ENVIRONMENT), EVALUATION, rf"result\.json: {GONE}"),
+        (CHECKED, ENVIRONMENT, EVALUATION, rf"result\.json: {GONE}"),
+        (with_checksum(CHECKED), ENVIRONMENT, EVALUATION, rf"cannot be verified: env\.json {GONE}"),
+        (with_checksum(CHECKED), with_checksum(ENVIRONMENT), WITHOUT_CRC, r"the end of metrics\.jsonl is damaged"),
+        (RESULT, ENVIRONMENT, to_line({"step": 1}) + WITHOUT_CRC, r"the end of metrics\.jsonl is damaged"),
+        (RESULT, None, WITHOUT_CRC, r"cannot be verified: env\.json is missing"),
+        (RESULT, {}, WITHOUT_CRC, r"cannot be verified: env\.json has no code_version"),
+        (with_checksum(CHECKED), with_checksum({}), EVALUATION, r"cannot be verified: env\.json has no code_version"),
+        (RESULT, {**ENVIRONMENT, "steps_total": 89}, WITHOUT_CRC, r"says steps_total 88, env\.json 89"),
+    ],
+)
+def test_checksums_that_a_version_wrote_must_be_there(
+    tmp_path: Path, result: dict[str, Any], environment: dict[str, Any] | None, metrics: str, message: str
+) -> None:
+    """Both files and the rows got theirs before `config_sha256`, and env.json has been there from the first version on."""
+    run = recorded(tmp_path, json.dumps(result))
+    run.metrics_jsonl.write_text(metrics)
+    run.env_json.unlink()
+    if environment is None:
+        run.env_json.symlink_to("nowhere")
+    else:
+        run.env_json.write_text(json.dumps(environment))
+    if not message:
+        assert run.result() is not None
+        return
+    with pytest.raises(RunError, match=message):
         run.result()
 
 

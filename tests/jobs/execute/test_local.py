@@ -11,7 +11,7 @@ import pytest
 from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
 from jobs.state import Survey
 from jobs.sweep import Run
-from tests.support.jobs_sweeps import STAND_IN, evaluation_line, make_sweep, result_document
+from tests.support.jobs_sweeps import STAND_IN, environment_document, evaluation_line, make_sweep, result_document
 from vitpa.config_file import parse_config, record_config
 from vitpa.records import ProcessId, read_json, write_json
 from vitpa.rundir import RunDir
@@ -76,6 +76,7 @@ def test_one_of_a_group_is_dropped_before_the_others_see_that_all_are_to_stop(tm
     first, second = (member(tmp_path, run) for run in runs)
     left = json.dumps({"state": "stopped", "reason": "as stop asks", "utc": ""})
     first.run.metrics_jsonl.write_text(evaluation_line(result_document(runs[0])))
+    first.run.env_json.write_text(json.dumps(environment_document(result_document(runs[0]))))
     finish = f"pathlib.Path({str(first.run.result_json)!r}).write_text({json.dumps(result_document(runs[0]))!r})"
     drop = f"pathlib.Path({str(second.attempt.left_json)!r}).write_text({left!r})"
     program = f"import pathlib, sys, time; time.sleep(1); {drop}; time.sleep(1); {finish}; sys.exit(1)"

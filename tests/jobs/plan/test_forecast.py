@@ -13,7 +13,7 @@ from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, makespan
 from jobs.state import Survey
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
-from vitpa.records import write_json
+from vitpa.records import read_json, write_json
 
 CONTENT, POSITIONAL = ("digits", "content"), ("digits", "positional")
 
@@ -98,7 +98,8 @@ def test_speed_is_the_mean_of_the_sweeps_finished_runs(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2)
     write_result(tmp_path, sweep.runs[0], images_per_s=100.0, train_time_s=9.0, gpu_hours=18 / 3600)
     write_result(tmp_path, sweep.runs[2], images_per_s=200.0, train_time_s=9.0, gpu_hours=18 / 3600)
-    write_json(sweep.runs[2].directory(tmp_path).env_json, {"device": "cuda", "gpu": "NVIDIA H100"})
+    path = sweep.runs[2].directory(tmp_path).env_json
+    write_json(path, {**(read_json(path) or {}), "device": "cuda", "gpu": "NVIDIA H100"})
     found = speeds_of(Survey(tmp_path).states(sweep.runs), sweep.runs, tmp_path)
     assert found.keys() == {CONTENT}
     assert found[CONTENT] == Speed(150.0, 2, "NVIDIA H100", 2.0)

@@ -122,7 +122,8 @@ def test_figures_measured_on_other_hardware_say_so(plan: Shell) -> None:
     content, positional = make_sweep(plan.root, seeds=3).runs[:2]
     for run in (content, positional):  # 1 GPU for 10 s
         write_result(plan.root, run, attention=run.attention, images_per_s=1.0, train_time_s=10.0, gpu_hours=10 / 3600)
-    (content.directory(plan.root).env_json).write_text(json.dumps({"device": "cpu", "gpu": None}))
+    path = content.directory(plan.root).env_json
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cpu", "gpu": None}))
     text = plan.text(Words(), gpus_per_node=4)[1]
     assert "warning: digits content was measured on CPUs, these runs have GPUs: expect less time" in text
     assert "warning: digits positional was measured with 1 GPUs for a run, these have 4" in text

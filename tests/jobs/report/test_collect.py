@@ -15,7 +15,7 @@ from jobs.state import Survey
 from jobs.sweep import Reference, Sweep, SweepError
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
-from vitpa.records import write_json
+from vitpa.records import with_checksum, write_json
 
 CONTENT = [0.90, 0.92, 0.94]
 POSITIONAL = [0.88, 0.91, 0.89]
@@ -139,7 +139,7 @@ def test_different_code_or_data_is_not_averaged(tmp_path: Path, values: dict[str
     assert "MIXED" in markdown(table)
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 7), ("attention", "positional"), ("dataset", "cifar10")])
+@pytest.mark.parametrize(("key", "value"), [("seed", 7), ("attention", "positional"), ("dataset", "cifar10"), ("epochs", 300)])
 def test_a_result_that_says_it_is_of_another_run_is_not_averaged(tmp_path: Path, key: str, value: object) -> None:
     sweep = fill(tmp_path)
     write_result(tmp_path, sweep.runs[0], **{"val_top1": 0.1, key: value})  # with the right signature
@@ -203,6 +203,8 @@ def test_config_yaml_that_is_another_experiment_is_broken(tmp_path: Path) -> Non
     text = to_yaml(run.config.model_dump(mode="json"))
     path.write_text(text)
     write_result(tmp_path, run, val_top1=0.9, config_sha256=hashlib.sha256(text.encode()).hexdigest())
+    for record in (run.directory(tmp_path).result_json, run.directory(tmp_path).env_json):
+        write_json(record, with_checksum(json.loads(record.read_text())))
     path.write_text("# by me\n" + text)
     assert not table_of(tmp_path, sweep).absent
     path.write_text(text.replace("epochs: 4", "epochs: 5"))
