@@ -419,7 +419,7 @@ def _collect(context: Context) -> int:
     states = context.look()
     folder = SweepDir(context.root, context.sweep.name).report
     try:
-        table = collect(context.sweep, states, allow_mixed=context.options.allow_mixed)
+        table = collect(context.sweep, states, context.root, allow_mixed=context.options.allow_mixed)
     except SweepError as error:
         older = None if context.filters else set_report_aside(folder)
         raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error

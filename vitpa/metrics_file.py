@@ -11,7 +11,7 @@ import errno
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from vitpa.terminal import warn
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
 METRICS_BYTES = 1 << 30  # some millions of rows
-CRC = '"crc32": "'
+CRC = b'"crc32": "'
+_CRC_BYTES = len(', "crc32": "1c291ca3"}')
 _CRC = re.compile(r', "crc32": "([0-9a-f]{8})"}\Z')
 
 
@@ -61,8 +62,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    return _rows(path, _read(path).decode(errors="replace"))
+
+
+def _read(path: Path) -> bytes:
     try:
-        return _rows(path, read_bytes(path, METRICS_BYTES).decode(errors="replace"))
+        return read_bytes(path, METRICS_BYTES)
     except DocumentError as error:
         raise OSError(errno.EFBIG, str(error), str(path)) from error
 
@@ -84,6 +89,34 @@ def _rows(path: Path, text: str) -> list[dict[str, Any]]:
     return rows
 
 
+def damaged_lines(path: Path) -> list[int]:
+    """Numbers, from 1, of the lines of a metrics.jsonl that are damaged; a half-written last line is none.
+
+    Raises:
+        OSError: it cannot be read, or is larger than METRICS_BYTES.
+    """
+    data = _read(path)
+    lines = data.split(b"\n")[:-1]
+    if _crcs_fit(lines):
+        return []
+    with_crc = CRC in data
+    return [number for number, line in enumerate(lines, start=1) if _is_damaged(line.decode(errors="replace"), with_crc)]
+
+
+def _crcs_fit(lines: Sequence[bytes]) -> bool:
+    """Whether all lines end with the CRCs of their rows: in a sweep there are millions of them."""
+    crcs = [zlib.crc32(b"}", zlib.crc32(line[:-_CRC_BYTES])) for line in lines]
+    return b"".join([line[-_CRC_BYTES:] for line in lines]) == b', "crc32": "%08x"}' * len(crcs) % tuple(crcs)
+
+
+def _is_damaged(line: str, with_crc: bool) -> bool:
+    try:
+        parse_line(line)
+    except (ValueError, RecursionError):
+        return True
+    return with_crc and not has_crc(line)
+
+
 def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | None:
     """The row of the last evaluation in a metrics.jsonl; None if there is none, or it is damaged.
 
@@ -98,12 +131,12 @@ def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | N
         size = file.seek(0, 2)
         for length in (TAIL_BYTES, min(size, JSON_BYTES)):
             file.seek(max(0, size - length))
-            text = file.read().decode(errors="replace")
-            with_crc = with_crc or CRC in text
-            lines = text.split("\n")
-            for line in reversed(lines[length < size :]):  # the first one was cut
-                if '"val/top1"' not in line:
-                    continue
+            data = file.read()
+            with_crc = with_crc or CRC in data
+            found = data.rfind(b'"val/top1"')
+            begin = data.rfind(b"\n", 0, found) + 1
+            if found >= 0 and (begin > 0 or length >= size):  # otherwise it was cut
+                line = data[begin:].partition(b"\n")[0].decode(errors="replace")
                 try:
                     return parse_line(line) if has_crc(line) or not with_crc else None
                 except (ValueError, RecursionError):

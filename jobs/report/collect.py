@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from jobs.scheduler.client import ranges
 from jobs.state import RunState
 from jobs.sweep import Attention, Sweep, SweepError
+from vitpa.metrics_file import damaged_lines
 from vitpa.records import utc_now
 from vitpa.rundir import Result
 
@@ -89,6 +92,7 @@ class CollectedTable:
     differences: list[Difference]
     results: list[Result]
     absent: list[dict[str, str]]  # runs without a valid result: run, state, reason
+    damaged: list[dict[str, str]] = field(default_factory=list)  # runs whose result counts, but not all of their curve
 
     @property
     def complete(self) -> bool:
@@ -106,12 +110,13 @@ class CollectedTable:
             "cells": [{**asdict(cell), "complete": cell.complete} for cell in self.cells],
             "differences_content_minus_positional": [asdict(difference) for difference in self.differences],
             "absent": self.absent,
+            "damaged": self.damaged,
             "results": [result.model_dump(mode="json") for result in self.results],
         }
 
 
-def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) -> CollectedTable:
-    """The table of a sweep from the states of its runs.
+def collect(sweep: Sweep, states: list[RunState], root: Path, *, allow_mixed: bool = False) -> CollectedTable:
+    """The table of a sweep from the states of its runs below `root`.
 
     Raises:
         SweepError: runs of one data set were made by different code or from different data, and `allow_mixed` is not set.
@@ -134,6 +139,7 @@ def collect(sweep: Sweep, states: list[RunState], *, allow_mixed: bool = False) 
         differences=[difference for dataset in datasets if (difference := _difference(dataset, states))],
         results=[state.result for state in states if state.result is not None],
         absent=absent,
+        damaged=[{"run": state.run.label, "reason": reason} for state in states if (reason := _damage(state, root))],
     )
 
 
@@ -172,6 +178,18 @@ def short_versions(versions: Sequence[str]) -> list[str]:
     """Versions for people to read: digests with 12 digits where that does not make two of them alike."""
     short = [re.sub(r"(:[0-9a-f]{12})[0-9a-f]{52}\b", r"\1", version) for version in versions]
     return short if len(set(short)) == len(set(versions)) else list(versions)
+
+
+def _damage(state: RunState, root: Path) -> str:
+    """What is damaged of a finished run's curve; empty if nothing is. Its end was compared with its result."""
+    if state.result is None:
+        return ""
+    path = state.run.directory(root).metrics_jsonl
+    try:
+        lines = damaged_lines(path)
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return f"{path}: damaged in line{'s' if lines[1:] else ''} {ranges(lines)}" if lines else ""
 
 
 def _cell(sweep: Sweep, dataset: str, attention: Attention, states: list[RunState]) -> Cell:

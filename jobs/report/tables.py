@@ -206,6 +206,9 @@ def _notes(table: CollectedTable) -> list[str]:
     if not table.complete:
         notes.append(f"INCOMPLETE: {len(table.absent)} runs are not in these means:")
         notes += [f"- {entry['run']}: {entry['state']}" + _because(entry["reason"]) for entry in table.absent]
+    if table.damaged:
+        notes.append("DAMAGED: the curves of these runs have gaps; their results were compared with the last row, and count:")
+        notes += [f"- {entry['run']}: {entry['reason']}" for entry in table.damaged]
     return [_one_line(note) for note in notes]
 
 

@@ -110,6 +110,10 @@ def test_other_sweeps_of_the_same_root_count_if_their_model_is_the_same(tmp_path
     for run, speed in zip(finished.runs[:2], (50.0, 70.0), strict=True):
         write_result(tmp_path, run, attention=run.attention, images_per_s=speed)
         (run.directory(tmp_path).path / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    edited = finished.runs[2]
+    write_result(tmp_path, edited, images_per_s=9000.0)
+    (edited.directory(tmp_path).path / "config.yaml").write_text(yaml.safe_dump(edited.config.model_dump(mode="json")))
+    edited.directory(tmp_path).env_json.write_text("{}")  # it cannot be verified
     (tmp_path / "runs/0123456789abcdef").mkdir()
     (tmp_path / "runs/0123456789abcdef/result.json").write_text("{")  # somebody else's trouble
     wanted = make_sweep(tmp_path, seeds=1, steps=400)

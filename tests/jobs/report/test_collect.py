@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from jobs.state import Survey
 from jobs.sweep import Reference, Sweep, SweepError
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
+from vitpa.metrics_file import to_line
 from vitpa.records import with_checksum, write_json
 
 CONTENT = [0.90, 0.92, 0.94]
@@ -30,7 +33,7 @@ def fill(root: Path) -> Sweep:
 
 
 def table_of(root: Path, sweep: Sweep, *, allow_mixed: bool = False) -> CollectedTable:
-    return collect(sweep, Survey(root).states(sweep.runs), allow_mixed=allow_mixed)
+    return collect(sweep, Survey(root).states(sweep.runs), root, allow_mixed=allow_mixed)
 
 
 def test_equal_to_a_hand_calculation(tmp_path: Path) -> None:
@@ -181,6 +184,43 @@ def test_a_result_that_cannot_be_verified_is_not_averaged(tmp_path: Path, damage
     table = table_of(tmp_path, sweep)
     assert table.cells[0].seeds == [1, 2]
     assert "cannot be verified" in table.absent[0]["reason"]
+
+
+def without_crc(row: dict[str, object]) -> str:
+    return json.dumps(row) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("write", "damage"),
+    [
+        (to_line, lambda text: text.replace("1.25", "1.26")),
+        (to_line, lambda text: re.sub(r', "crc32": "\w+"', "", text, count=1)),
+        (to_line, lambda text: "\0" * text.index("\n") + text[text.index("\n") :]),
+        (without_crc, lambda text: text[1:]),
+    ],
+    ids=["edited", "without CRC", "zeroed", "cut, of an earlier version"],
+)
+def test_a_curve_with_damaged_lines_is_said(
+    tmp_path: Path, write: Callable[[dict[str, object]], str], damage: Callable[[str], str]
+) -> None:
+    sweep = fill(tmp_path)
+    run = sweep.runs[0]
+    path = run.directory(tmp_path).metrics_jsonl
+    evaluated = json.loads(path.read_text())
+    evaluated.pop("crc32")
+    rows = "".join(write({"step": step, "epoch": step, "train/loss": 1.25}) for step in (1, 2, 3))
+    end = write(evaluated)
+    path.write_text(rows + end + '{"step": 5, "ep')
+    assert table_of(tmp_path, sweep).damaged == []
+    path.write_text(damage(rows) + end)
+    table = table_of(tmp_path, sweep)
+    (entry,) = table.damaged
+    assert entry["run"] == run.label
+    assert re.fullmatch(rf"{re.escape(str(path))}: damaged in lines? 1(-3)?", entry["reason"])
+    assert table.as_json()["damaged"] == [entry]
+    assert "DAMAGED: the curves of these runs have gaps" in markdown(table)
+    assert f"- {run.label}: {path}: damaged in line" in markdown(table)
+    assert table.complete, "its result was checked"
 
 
 @pytest.mark.parametrize("changed", [{"code_version": "g3"}, {"beton_sha256": {"train": "9" * 64}}, {"steps_total": 5}])
