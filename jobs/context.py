@@ -108,7 +108,7 @@ def load_context(options: argparse.Namespace) -> Context:
     if root.exists() and not root.is_dir():
         raise SweepError(f"--root {options.root}: not a folder; name the folder of runs/ and sweeps/")
     sweep = _load(options, root)
-    recorded = SweepDir(root, sweep.name).recorded()
+    recorded = SweepDir(root, sweep.name).recorded(sweep.runs)
     drift = Drift.between(sweep, recorded)
     if options.verb not in ("plan", "submit"):
         if recorded is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,11 @@ class Run:
         """Its name within the sweep, for people."""
         return f"{self.dataset}-{self.attention}-s{self.seed}"
 
+    def with_seed(self, seed: int) -> Run:
+        """The same with another seed, which must be an allowed one."""
+        config = self.config.model_copy(update={"seed": seed})
+        return Run(config, self.recipe, config.signature)
+
     def directory(self, root: Path) -> RunDir:
         """Where it lives under `root`."""
         return RunDir(root, self.signature)
@@ -99,9 +104,14 @@ class Sweep:
 
 
 class _RecordedRun(BaseModel):
+    signature: str = ""
     label: str
     recipe: str
     config: dict[str, Any]
+
+    def is_of(self, run: Run) -> bool:
+        """Whether this is what would be recorded of a run."""
+        return self.recipe == run.recipe and self.config == run.config.model_dump(mode="json")
 
 
 class _Recorded(BaseModel):
@@ -122,19 +132,28 @@ class SweepDir:
         self.by_name = self.path / "by-name"
         self.report = self.path / "report"
 
-    def recorded(self) -> list[Run] | None:
+    def recorded(self, known: Iterable[Run] = ()) -> list[Run] | None:
         """The runs of the last submission of this sweep; None before the first.
+
+        Args:
+            known: Runs whose configuration has been read already; it is not read again where the record has the same.
 
         Raises:
             SweepError: its record has been cut or edited.
         """
         hint = "delete it and submit again"
+        by_signature = {run.signature: run for run in known}
         try:
             document = read_json(self.runs_json)
             if document is None:
                 return None
             entries = _Recorded.model_validate(document).runs
-            return [_run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}") for entry in entries]
+            return [
+                run
+                if (run := by_signature.get(entry.signature)) is not None and entry.is_of(run)
+                else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}")
+                for entry in entries
+            ]
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -246,17 +265,16 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
             raise SweepError(f"{path}: {name}: {value} is given {times} times; once is enough")
     overrides = [Override(key, value, f"{path}: overrides") for key, value in config.overrides.items()]
     documents = {recipe: _recipe_document(recipe) for recipe in config.recipes}
-    runs = [
-        _run(
-            document,
-            recipe,
-            f"{path}: {recipe}",
-            [*overrides, Override("model.attention", attention, str(path)), Override("seed", seed, f"{path}: seeds")],
-        )
-        for seed in config.seeds
-        for recipe, document in documents.items()
-        for attention in config.attentions
-    ]
+    cells = []
+    for recipe, document in documents.items():
+        for attention in config.attentions:
+            of_cell = [*overrides, Override("model.attention", attention, str(path))]
+            cell, _ = (  # the seeds between the smallest and the largest are allowed if these are
+                _run(document, recipe, f"{path}: {recipe}", [*of_cell, Override("seed", seed, f"{path}: seeds")])
+                for seed in (min(config.seeds), max(config.seeds))
+            )
+            cells.append(cell)
+    runs = [cell.with_seed(seed) for seed in config.seeds for cell in cells]
     labels = Counter(run.label for run in runs)
     label, times = labels.most_common(1)[0]
     if times > 1:

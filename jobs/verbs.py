@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shlex
 import sys
 from collections import Counter
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from jobs.plan.plan_report import PlanReport
 
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
+GC_THRESHOLD = 200_000  # new objects; at the usual 700 the million of a large sweep, which stay, are looked at again and again
 MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
 
 
 def run_verb(options: argparse.Namespace) -> int:
     """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
+    gc.set_threshold(GC_THRESHOLD)
     try:
         context = load_context(options)
         code = VERBS[options.verb](context)

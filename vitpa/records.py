@@ -166,12 +166,12 @@ def _start_ticks(pid: int) -> int | None:
 
 
 CHECKSUM = "record_sha256"
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def with_checksum(document: Json) -> dict[str, Any]:
     """`document` with the SHA-256 of its content, by which a change is noticed when it is read."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return {**document, CHECKSUM: hashlib.sha256(canonical.encode()).hexdigest()}
+    return {**document, CHECKSUM: hashlib.sha256(_CANONICAL.encode(document).encode()).hexdigest()}
 
 
 def read_with_checksum(path: Path) -> dict[str, Any] | None:

@@ -112,7 +112,7 @@ class RunDir:
 
     def __init__(self, root: Path, signature: str) -> None:
         self.signature = signature
-        self.path = root / "runs" / signature
+        self.path = root.joinpath("runs", signature)
 
     @property
     def config_yaml(self) -> Path:
@@ -221,9 +221,10 @@ class RunDir:
 
     def _contradiction_of_metrics(self, result: Result) -> str:
         """What of a result the last evaluation in metrics.jsonl contradicts; empty if nothing does."""
-        name = self.metrics_jsonl.name
+        path = self.metrics_jsonl
+        name = path.name
         try:
-            row = last_evaluation(self.metrics_jsonl, with_crc=result.config_sha256 is not None)
+            row = last_evaluation(path, with_crc=result.config_sha256 is not None)
         except OSError as error:
             return f"cannot be verified: {name} cannot be read ({error.strerror})"
         if row is None:
@@ -241,9 +242,10 @@ class RunDir:
             result: Of the run.
             checked: Whether it had a checksum. The versions that write one write it in both files, and `config_sha256`, too.
         """
-        name = self.env_json.name
+        path = self.env_json
+        name = path.name
         try:
-            made_with, env_checked = read_checked(self.env_json)
+            made_with, env_checked = read_checked(path)
         except RunError as error:
             return str(error)
         if made_with is None:

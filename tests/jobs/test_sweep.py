@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from jobs.profile import LocalProfile
 from jobs.sweep import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.arguments import ConfigError
+from vitpa.config_file import parse_config
 
 RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10}
 
@@ -34,6 +36,32 @@ def test_order_and_labels(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2)
     labels = ["digits-content-s0", "digits-positional-s0", "digits-content-s1", "digits-positional-s1"]
     assert [run.label for run in sweep.runs] == labels
+
+
+def test_seeds_are_all_that_differs_in_a_cell(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, seeds=3).runs
+    for run in runs:
+        alone = parse_config(run.config.model_dump(mode="json"), run.label)
+        assert (run.config, run.signature) == (alone, alone.signature)
+    assert len({run.signature for run in runs}) == 6
+    for seed, message in ((-1, "greater than or equal to 0"), (2**31, "less than or equal to 2147483647")):
+        with pytest.raises(ConfigError, match=rf"small\.yaml: seeds: seed={seed}: Input should be {message}"):
+            load_sweep(write(tmp_path, seeds=[1, seed, 2]), tmp_path)
+
+
+def test_recorded_runs_are_not_read_again_if_they_are_known(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2)
+    directory = SweepDir(tmp_path, "small")
+    directory.record(sweep)
+    recorded = directory.recorded(sweep.runs)
+    assert recorded is not None
+    assert all(one is other for one, other in zip(recorded, sweep.runs, strict=True))
+    document = json.loads(directory.runs_json.read_text())
+    document["runs"][0]["config"]["train"]["epochs"] = 9  # under the signature of before
+    directory.runs_json.write_text(json.dumps(document))
+    first, *others = directory.recorded(sweep.runs) or []
+    assert (first.config.train.epochs, first.signature != sweep.runs[0].signature) == (9, True)
+    assert others == sweep.runs[1:]
 
 
 def test_recorded_runs_are_the_resolved_ones(tmp_path: Path) -> None:
