@@ -28,6 +28,8 @@ from vitpa.terminal import printable
 
 COMMAND_LINE = "command line"
 LONGEST_SHOWN = 200  # characters of a value in an error message
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes of a path, as Python reads them
+NO_TEXT = "bytes that are not UTF-8, which no configuration can hold; give that file or folder another name"
 
 
 def record_config(config: RunConfig) -> RunDir:
@@ -131,6 +133,8 @@ class Override:
         key, equals, written = text.partition("=")
         if not equals or not key or not all(key.split(".")):
             raise ConfigError(f"override {text!r}: expected key=value, such as optim.lr=3e-4")
+        if NOT_UTF8.search(text):
+            raise ConfigError(f"override {text!r}: {NO_TEXT}")
         try:
             value = parse_yaml(written)
             if value is None and "null" not in written.lower():
@@ -199,6 +203,10 @@ def parse_model(
     Raises:
         ConfigError: as for `load_config`.
     """
+    for key, text in _texts(document):
+        if NOT_UTF8.search(text):
+            origin = next((override.origin for override in _parsed(overrides) if override.key == key), where)
+            raise ConfigError(f"{origin}: {key}={text}: {NO_TEXT}" if key else f"{origin}: the key {text!r}: {NO_TEXT}")
     try:
         check_document(document)
         # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
@@ -212,6 +220,19 @@ def parse_model(
         raise ConfigError(printable("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items()))) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: a value of a type that no key takes ({error})") from error
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a document with its dotted key, and every key itself with none."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield "", str(name)
+            yield from _texts(each, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each, key)
 
 
 def _problem(

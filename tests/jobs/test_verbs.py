@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -70,6 +71,23 @@ def test_status_is_partial_when_something_is_missing(sweep: Shell) -> None:
     assert code == 0
     (row,) = json.loads(text)["runs"]
     assert (row["run"], row["val_top1"]) == ("digits-content-s0", 0.75)
+
+
+@pytest.mark.parametrize("verb", ["plan", "submit --dry-run"])
+def test_folders_whose_names_are_not_utf_8_are_one_line(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/x\xff")
+    (Path(bad) / "digits").mkdir(parents=True)
+    make_sweep(tmp_path, seeds=1)
+    assert main(["sweep", *verb.split(), f"{tmp_path}/small.yaml", "--root", bad, "--data-dir", str(tmp_path)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(
+        f"error: --root: runtime.root={tmp_path}/x\\udcff: bytes that are not UTF-8, which no configuration"
+    )
+    assert line.count("\n") == 1
+    assert main(["sweep", *verb.split(), f"{tmp_path}/small.yaml", "--root", str(tmp_path), "--data-dir", bad]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: --data-dir: runtime.data_dir={tmp_path}/x\\udcff: bytes that are not UTF-8")
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -416,6 +417,27 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, m
     line = refused(path)
     assert line.startswith(f"{path}: ")
     assert re.search(message, line)
+
+
+BAD = os.fsdecode(b"x\xff")
+NOT_UTF8 = "bytes that are not UTF-8, which no configuration can hold; give that file or folder another name"
+
+
+def test_bytes_that_are_not_utf_8_are_named_with_their_key(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(SMALL))
+    for key in ("runtime.root", "runtime.stage_dir", "dataset", "seed", BAD):
+        assert refused(path, f"{key}={BAD}") == f"override {f'{key}={BAD}'!r}: {NOT_UTF8}"
+    assert refused(path, 'runtime.root="x\\udcff"') == f"command line: runtime.root={BAD}: {NOT_UTF8}"
+    path = write(tmp_path, to_yaml({**SMALL, "runtime": {"data_dir": BAD}}))
+    assert refused(path, "seed=1") == f"{path}: runtime.data_dir={BAD}: {NOT_UTF8}"
+    path = write(tmp_path, to_yaml({**SMALL, BAD: 1}))
+    assert refused(path) == f"{path}: the key {BAD!r}: {NOT_UTF8}"
+
+
+def test_a_recipe_may_lie_where_names_are_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / BAD
+    folder.mkdir()
+    assert load_config(write(folder, to_yaml(SMALL))).signature == SMALL_SIGNATURE
 
 
 def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
