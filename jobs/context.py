@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs.membership import runs_that_left
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
-from jobs.state import LIVE, STATES, RunState, Survey
+from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.submit.submission import Place
 from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
 from vitpa.arguments import ConfigError, literal_path
@@ -78,7 +78,7 @@ class Context:
 
     def survey(self, runs: list[Run]) -> list[RunState]:
         """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
-        survey = Survey(self.root, self.scheduler)
+        survey = StateReader(self.root, self.scheduler)
         states = survey.states(runs)
         if survey.scheduler_error:
             print(f"warning: {printable(survey.scheduler_error)}; states are as far as the files tell", file=sys.stderr)

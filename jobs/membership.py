@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from jobs.records import Intent, RunsOfSweep, SlurmClaim, WantedRun, read_record, record_of
+from jobs.records import Claim, Exit, Intent, RunsOfSweep, SlurmClaim, Start, WantedRun, read_record
 from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config
-from vitpa.records import RunError, read_json
+from vitpa.records import RunError
 from vitpa.rundir import RunDir
 
 
@@ -47,8 +47,8 @@ def _started_for(sweep: str, directory: RunDir) -> Run | None:
     if not attempts or directory.result_json.exists():
         return None
     try:
-        claim = read_json(attempts[-1].claim_json) or {}
-        if claim.get("sweep") != sweep:
+        claim = read_record(Claim, attempts[-1].claim_json)
+        if claim is None or claim.sweep != sweep:
             return None
         config = load_config(directory.config_yaml)
     except (RunError, ConfigError):
@@ -84,7 +84,9 @@ def jobs_needed_by_others(root: Path, states: Iterable[RunState]) -> set[str]:
             continue
         path = state.attempt.claim_json
         try:
-            claim = record_of(SlurmClaim, read_json(path) or {}, path)
+            claim = read_record(SlurmClaim, path)
+            if claim is None:
+                raise RunError(f"{path} is missing")
             if claim.submission not in intents:
                 intents[claim.submission] = read_record(Intent, root / claim.submission / "intent.json")
             intent = intents[claim.submission]
@@ -102,9 +104,8 @@ def _waits_for_job(directory: RunDir, token: str) -> bool:
     attempts = directory.attempts()
     if not attempts or directory.result_json.exists():
         return False
-    claim, start, ended = (
-        read_json(path) for path in (attempts[-1].claim_json, attempts[-1].start_json, attempts[-1].exit_json)
-    )
-    if (claim or {}).get("token") != token or "withdrawn" in (start or {}):
+    claim, start = read_record(SlurmClaim, attempts[-1].claim_json), read_record(Start, attempts[-1].start_json)
+    if claim is None or claim.token != token or (start is not None and start.withdrawn is not None):
         return False
-    return ended is None or bool(ended.get("requeued")) or ended.get("state") == "interrupted"
+    ended = read_record(Exit, attempts[-1].exit_json)
+    return ended is None or ended.may_go_on

@@ -1,4 +1,4 @@
-"""The records of a submission that are read again, as types; what else they hold is for people.
+"""The records of submissions and attempts that are read again, as types; what else they hold is for people.
 
 A record that has been cut or edited is one line that names it, whatever is wrong with it.
 """
@@ -6,7 +6,7 @@ A record that has been cut or edited is one line that names it, whatever is wron
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,14 +23,54 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-class SlurmClaim(Record):
-    """Of `attempts/NNNN/claim.json`: which task of which submission has the run."""
+class Claim(Record):
+    """Of `attempts/NNNN/claim.json`: who has the run."""
+
+    process: ProcessId  # that claimed it: the launcher of a submission, or `vitpa train`
+    executor: str | None = None  # slurm, local; None: `vitpa train`
+    submission: str | None = None  # a path below the root
+    sweep: str | None = None
+
+
+class SlurmClaim(Claim):
+    """The same of a submission to SLURM: which of its tasks has the run."""
 
     token: str
     index: int = Field(ge=0)
     submission: str  # a path below the root
     cluster: str | None = None  # SLURM's ClusterName; claims of earlier versions do not say it
     slurm_conf: str | None = None  # SLURM_CONF of whoever submitted it
+
+
+class Execution(Record):
+    """Of a SLURM job, in `start.json`."""
+
+    id: str
+
+
+class Start(Record):
+    """Of `attempts/NNNN/start.json`: who trains the run, or who has seen to it that nobody does."""
+
+    process: ProcessId
+    withdrawn: str | None = None  # the state of an attempt that nobody will start
+    job: Execution | None = None
+
+
+class Exit(Record):
+    """Of `attempts/NNNN/exit.json`: how it ended."""
+
+    state: Literal["done", "failed", "interrupted", "cancelled"]
+    reason: str | None = None
+    requeued: bool = False
+    left: bool = False  # the others of its group went on without it
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether SLURM may go on with the run; then the queue says whether it will.
+
+        Not where it was one of a group and left it: the group's job goes on without it.
+        """
+        return not self.left and (self.requeued or self.state == "interrupted")
 
 
 class StartedJob(Record):
@@ -43,6 +83,12 @@ class StartedJob(Record):
     def task(self, index: int) -> str:
         """SLURM's id of task `index`."""
         return f"{self.id}_{index}" if self.array else self.id
+
+
+class Launch(Record):
+    """Of `launch.json`: the helper that starts the jobs; without one, the submission was given up."""
+
+    process: ProcessId | None = None
 
 
 class Receipt(Record):
@@ -96,6 +142,6 @@ def record_of(model: type[RecordT], document: dict[str, Any], path: Path) -> Rec
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        *names, last = [f"`{name}`" for name, field in model.model_fields.items() if field.is_required()]
-        needed = f"{', '.join(names)} and {last}" if names else last
-        raise RunError(f"{path}: no usable {needed} in it; {RESTORE}") from error
+        *names, last = dict.fromkeys(f"`{each['loc'][0]}`" for each in error.errors())
+        bad = f"{', '.join(names)} and {last}" if names else last
+        raise RunError(f"{path}: no usable {bad} in it; {RESTORE}") from error

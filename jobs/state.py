@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from jobs.records import RESTORE, Receipt, SlurmClaim, read_record, record_of
+from jobs.evidence import SlurmEvidence, WorkerEvidence, in_progress, of_worker, out_of_the_queue
+from jobs.records import RESTORE, Claim, Exit, Launch, Receipt, SlurmClaim, Start, read_record, record_of
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import ENDED_EARLY, ended_early
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
@@ -64,7 +61,7 @@ class RunState:
         return self.attempt.number if self.attempt else 0
 
 
-class Survey:
+class StateReader:
     """One look at the runs below a root; what several runs have in common is looked at once.
 
     SLURM is asked before the records of a run are read, because a job ends after it has written them: a job that the queue
@@ -124,112 +121,98 @@ class Survey:
         return found
 
     def _of_attempt(self, run: Run, attempt: AttemptDir) -> RunState:
-        claim = read_json(attempt.claim_json)
-        if claim is not None and claim.get("executor") == "slurm":
-            return self._of_slurm(run, attempt, claim)
-        start = read_json(attempt.start_json)
-        if start is None:
-            return self._of_claim(run, attempt)
-        process = _process(start, attempt.start_json)
-        alive = self._is_alive(process)
-        ended = read_json(attempt.exit_json)
-        if ended is not None:
-            state, reason = _end_of(ended, attempt)
-            return RunState(run, state, reason, attempt)
-        if "withdrawn" in start:  # whoever withdrew it was killed before writing exit.json
-            return RunState(run, str(start["withdrawn"]), attempt=attempt)
-        if alive is False:
-            return RunState(run, "lost", f"its worker (process {process.pid} on {process.host}) was killed", attempt)
-        return RunState(run, "running", _where(process, alive), attempt, unseen=alive is None)
-
-    def _of_claim(self, run: Run, attempt: AttemptDir) -> RunState:
-        claim = read_json(attempt.claim_json)
-        if claim is None:
+        document = read_json(attempt.claim_json)
+        if document is not None and document.get("executor") == "slurm":
+            return self._of_slurm(run, attempt, record_of(SlurmClaim, document, attempt.claim_json))
+        start = read_record(Start, attempt.start_json)
+        worker = self._is_alive(start.process) if start else None  # before its exit.json is read
+        ended = read_record(Exit, attempt.exit_json)
+        if start is None and document is None:
             raise RunError(f"{attempt.claim_json} is missing; it was removed by hand")
-        claimer = _process(claim, attempt.claim_json)
-        waiting = [claimer]
-        receipt = None
-        if "submission" in claim:
-            receipt = self._receipt(str(claim["submission"]))
-            waiting = self._launchers(claim, attempt) if receipt is None else self._workers(claim, receipt)
-        answers = [self._is_alive(process) for process in waiting]
-        if True in answers:
-            return RunState(run, "pending", attempt=attempt)
-        if None in answers:
-            return RunState(run, "pending", _where(claimer, None), attempt, unseen=True)
-        return RunState(run, "uncertain", self._nobody_left(claim, receipt), attempt)
+        claim = record_of(Claim, document, attempt.claim_json) if document is not None else None
+        starters, log = self._starters(claim) if claim and start is None else ([], "")
+        alive = tuple(self._is_alive(process) for process in starters)
+        claimer = claim.process if claim else ProcessId.mine()
+        verdict = of_worker(WorkerEvidence(claimer, start, ended, worker, alive, log))
+        return RunState(run, verdict.state, verdict.reason, attempt, unseen=verdict.unseen)
 
-    def _nobody_left(self, claim: dict[str, Any], receipt: Receipt | None) -> str:
-        reason = "claimed, but nobody is left to start it"
-        if "submission" in claim:
-            submission = self._root / str(claim["submission"])
-            reason += f"; see {submission}/{'launch.log' if receipt is None else 'submitit/*.err'}"
-        return reason
+    def _starters(self, claim: Claim) -> tuple[list[ProcessId], str]:
+        """Who may still start a claimed run, and what to look at if nobody is left."""
+        if claim.submission is None:
+            return [claim.process], ""
+        submission, receipt = self._root / claim.submission, self._receipt(claim.submission)
+        if receipt is None:
+            return self._launchers(claim), f"{submission}/launch.log"
+        workers = [job.process for job in receipt.jobs if job.process is not None]
+        if len(workers) < len(receipt.jobs):
+            raise RunError(f"{submission}/receipt.json: no usable `process` in it; {RESTORE}")
+        return workers, f"{submission}/submitit/*.err"
 
-    def _of_slurm(self, run: Run, attempt: AttemptDir, claim: dict[str, Any]) -> RunState:
+    def _of_slurm(self, run: Run, attempt: AttemptDir, claim: SlurmClaim) -> RunState:
         """The state of a run whose last attempt belongs to a SLURM job."""
-        task = record_of(SlurmClaim, claim, attempt.claim_json)
-        token, index, submission = task.token, task.index, task.submission
         launchers: list[bool | None] = []
-        if submission not in self._looked_after:  # first they, then the receipt: who is dead does not write it any more
-            launchers = [self._is_alive(process) for process in self._launchers(claim, attempt)]
-        job = self._job(token, index, submission)
-        start, ended = read_json(attempt.start_json), read_json(attempt.exit_json)
-        identity = job.id if job else _job_of(start)
-        elsewhere = job is None and self._is_elsewhere(task)
-        unseen, cluster = False, ""
-        if start is not None and "withdrawn" in start:
-            state, reason = str(start["withdrawn"]), str((ended or {}).get("reason") or "")
-        elif ended is not None and not _may_go_on(ended):
-            state, reason = _end_of(ended, attempt)
-        elif elsewhere:
-            state = "pending" if start is None or ended is not None else "running"
-            reason, unseen, cluster = _in_another_cluster(task, str(self._cluster)), True, str(task.cluster)
-        elif self.scheduler_error:
-            state = "pending" if start is None or ended is not None else "running"
-            reason, unseen = f"as far as is known: {self.scheduler_error}", True
-        elif job is not None and job.live:
-            waits = start is None or ended is not None or job.waiting
-            state, reason = ("pending", _waits_for(job)) if waits else ("running", "")
-        elif not identity and submission not in self._looked_after:
-            unseen = True not in launchers and None in launchers
-            where = _where(_process(claim, attempt.claim_json), None) if unseen else ""
-            gone = not any(alive is not False for alive in launchers)
-            state, reason = (
-                ("uncertain", self._nobody_left(claim, None)) if gone else ("pending", f"being submitted {where}".strip())
-            )
-        else:
-            receipt = self._receipt(submission) if not identity else None
-            identity = receipt.jobs[0].task(index) if receipt and receipt.jobs else identity
-            known = job or self._accounted(identity, token, index)
-            if known is not None and known.live:
-                state, unseen = "pending" if start is None or ended is not None or known.waiting else "running", True
-                reason = f"squeue does not show its job {known.id}, but sacct says {known.state}: it counts as alive"
-            else:
-                state, reason = _over(attempt, identity, known.state if known else "", self._root / submission / "submitit")
-        return RunState(run, state, reason, attempt, unseen=unseen, job_id=identity, job=job, cluster=cluster)
+        if claim.submission not in self._looked_after:  # first they, then the receipt: who is dead does not write it any more
+            launchers = [self._is_alive(process) for process in self._launchers(claim)]
+        job = self._job(claim)
+        start = read_record(Start, attempt.start_json)
+        found = SlurmEvidence(
+            claim=claim,
+            start=start,
+            exit=read_record(Exit, attempt.exit_json),
+            job=job,
+            identity=job.id if job else start.job.id if start and start.job else "",
+            submitted=claim.submission in self._looked_after,
+            launchers=tuple(launchers),
+            log=f"{self._root / claim.submission}/launch.log",
+            here=self._other_cluster(claim) if job is None else "",
+            error=self.scheduler_error,
+        )
+        verdict = in_progress(found)
+        if verdict is None:
+            found = self._with_accounting(found, attempt)
+            verdict = out_of_the_queue(found)
+        state, reason = verdict.state, verdict.reason
+        if verdict.ended_early:
+            last_words = known.state if (known := job or found.accounted) else ""
+            state, reason = ended_early(found.identity, last_words, self._root / claim.submission / "submitit")
+        unseen, cluster = verdict.unseen, verdict.cluster
+        return RunState(run, state, reason, attempt, unseen=unseen, job_id=found.identity, job=job, cluster=cluster)
 
-    def _is_elsewhere(self, task: SlurmClaim) -> bool:
-        """Whether a task is of another cluster than the one that answers, which knows nothing of it."""
-        if not task.cluster or self.scheduler_error:
-            return False
+    def _with_accounting(self, found: SlurmEvidence, attempt: AttemptDir) -> SlurmEvidence:
+        """The evidence with what sacct knows, and with the records that the job may have written meanwhile, at its end."""
+        identity, claim = found.identity, found.claim
+        if not identity:
+            receipt = self._receipt(claim.submission)
+            identity = receipt.jobs[0].task(claim.index) if receipt and receipt.jobs else ""
+        return replace(
+            found,
+            identity=identity,
+            accounted=None if found.job else self._accounted(identity, claim.token, claim.index),
+            start=read_record(Start, attempt.start_json),
+            exit=read_record(Exit, attempt.exit_json),
+        )
+
+    def _other_cluster(self, claim: SlurmClaim) -> str:
+        """The cluster that answers here, if it is not the claim's, of whose jobs it knows nothing; empty otherwise."""
+        if not claim.cluster or self.scheduler_error:
+            return ""
         if self._cluster is None:
             try:
                 self._cluster = self._scheduler.cluster()
             except SchedulerError as error:
                 self._snapshot = Snapshot({}, str(error))
-                return False
-        return self._cluster not in ("", task.cluster)
+                return ""
+        return "" if self._cluster == claim.cluster else self._cluster
 
-    def _job(self, token: str, index: int, submission: str) -> SlurmJob | None:
+    def _job(self, claim: SlurmClaim) -> SlurmJob | None:
         """The job of a claim. If it is not in the queue as last seen, it may have been submitted since."""
         if self._snapshot is None:
             self._look()
         assert self._snapshot is not None
-        later = submission not in self._looked_after and (self._root / submission / "receipt.json").exists()
-        if self._snapshot.of(token, index) is None and later:
+        later = claim.submission not in self._looked_after and (self._root / claim.submission / "receipt.json").exists()
+        if self._snapshot.of(claim.token, claim.index) is None and later:
             self._look()
-        return self._snapshot.of(token, index)
+        return self._snapshot.of(claim.token, claim.index)
 
     def _look(self) -> None:
         """Ask SLURM; remember whose jobs had been submitted before."""
@@ -255,81 +238,15 @@ class Survey:
             self._receipts[submission] = read_record(Receipt, self._root / submission / "receipt.json")
         return self._receipts[submission]
 
-    def _workers(self, claim: dict[str, Any], receipt: Receipt) -> list[ProcessId]:
-        workers = [job.process for job in receipt.jobs if job.process is not None]
-        if len(workers) < len(receipt.jobs):
-            raise RunError(f"{self._root / str(claim['submission'])}/receipt.json: no usable `process` in it; {RESTORE}")
-        return workers
-
-    def _launchers(self, claim: dict[str, Any], attempt: AttemptDir) -> list[ProcessId]:
+    def _launchers(self, claim: Claim) -> list[ProcessId]:
         """Who may still start the jobs of a submission: the launcher, and the helper that it has started."""
-        launchers = [_process(claim, attempt.claim_json)]
-        path = self._root / str(claim["submission"]) / "launch.json"
-        launch = read_json(path)
-        return launchers if launch is None or "process" not in launch else [*launchers, _process(launch, path)]
+        launch = read_record(Launch, self._root / str(claim.submission) / "launch.json")
+        return [claim.process, *([launch.process] if launch and launch.process else [])]
 
     def _is_alive(self, process: ProcessId) -> bool | None:
         if process not in self._alive:
             self._alive[process] = process.alive()
         return self._alive[process]
-
-
-def _ended_state(ended: dict[str, Any], attempt: AttemptDir) -> str:
-    state = str(ended.get("state"))
-    if state not in ("done", "failed", "interrupted", "cancelled"):
-        raise RunError(f"{attempt.exit_json}: state {state!r} is none of done, failed, interrupted, cancelled")
-    return state
-
-
-def _end_of(ended: dict[str, Any], attempt: AttemptDir) -> tuple[str, str]:
-    return _ended_state(ended, attempt), str(ended.get("reason") or "")
-
-
-def _job_of(start: dict[str, Any] | None) -> str:
-    """The id of the job that has started an attempt; empty before that, or if it was withdrawn."""
-    job = (start or {}).get("job")
-    return str(job.get("id") or "") if isinstance(job, dict) else ""
-
-
-def _may_go_on(ended: dict[str, Any]) -> bool:
-    """Whether SLURM may go on with an attempt that ended like this; then the queue says whether it will.
-
-    Not where it was one of a group and left it: the group's job goes on without it.
-    """
-    return not ended.get("left") and (bool(ended.get("requeued")) or ended.get("state") == "interrupted")
-
-
-def _waits_for(job: SlurmJob) -> str:
-    return f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "")
-
-
-def _in_another_cluster(task: SlurmClaim, here: str) -> str:
-    conf = f"SLURM_CONF={shlex.quote(task.slurm_conf)}" if task.slurm_conf else "SLURM_CONF to its slurm.conf"
-    return (
-        f"its job is in the SLURM cluster {task.cluster}, which cannot be seen from here, where SLURM is the cluster {here}: "
-        f"it counts as alive, and is not started again; to see it, set {conf}, or work on a login node of {task.cluster}"
-    )
-
-
-def _over(attempt: AttemptDir, identity: str, last_words: str, output: Path) -> tuple[str, str]:
-    """State and reason of a run whose job is over, in the state `last_words` if that is known."""
-    ended = read_json(attempt.exit_json)
-    if last_words == "CANCELLED":
-        return "cancelled", "scancel"
-    if ended is not None:  # it was to go on, and did not
-        return _end_of(ended, attempt)
-    if not attempt.start_json.exists():
-        return ended_early(identity, last_words, output)
-    return _killed(last_words, identity)
-
-
-def _killed(last_words: str, identity: str) -> tuple[str, str]:
-    """State and reason of a run whose job ended without writing its exit."""
-    if last_words == "OUT_OF_MEMORY":
-        return "failed", f"host out of memory: SLURM ended job {identity} (OUT_OF_MEMORY); ask for more with `mem`"
-    if last_words in ("TIMEOUT", "PREEMPTED", "DEADLINE"):
-        return "interrupted", f"SLURM ended job {identity}: {last_words}"
-    return "lost", f"its job {identity} was killed" + (f" ({last_words})" if last_words else "")
 
 
 def early_ends(state: RunState, root: Path) -> int:
@@ -339,10 +256,10 @@ def early_ends(state: RunState, root: Path) -> int:
     number = 1
     for attempt in reversed(state.run.directory(root).attempts()[:-1]):
         try:
-            ended = read_json(attempt.exit_json) or {}
+            ended = read_record(Exit, attempt.exit_json)
         except RunError:
             break
-        if ENDED_EARLY not in str(ended.get("reason")):
+        if ended is None or ENDED_EARLY not in (ended.reason or ""):
             break
         number += 1
     return number
@@ -393,14 +310,3 @@ def _check_config(run: Run, directory: RunDir, result: Result) -> None:
         raise RunError(f"{path}: {error}; {hint}") from error
     if hashlib.sha256(content).hexdigest() != result.config_sha256 and load_config(path).signature != run.signature:
         raise RunError(f"{path}: was edited by hand, it is another experiment than {run.signature}; {hint}")
-
-
-def _process(document: dict[str, Any], path: Path) -> ProcessId:
-    try:
-        return ProcessId.model_validate(document["process"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise RunError(f"{path}: no usable `process` in it; {RESTORE}") from error
-
-
-def _where(process: ProcessId, alive: bool | None) -> str:
-    return f"on {process.host}, which cannot be seen from here" if alive is None else ""

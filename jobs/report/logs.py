@@ -10,7 +10,7 @@ from rich.console import Console
 from jobs.failures import Cause, cause_of, essence, without_particulars
 from jobs.report.status import pause_s
 from jobs.scheduler.job_output import output_of
-from jobs.state import LIVE, RunState, Survey
+from jobs.state import LIVE, RunState, StateReader
 from jobs.sweep import Run
 from vitpa.documents import open_regular
 from vitpa.rundir import AttemptDir
@@ -96,7 +96,7 @@ def follow(runs: list[Run], root: Path, console: Console) -> None:
         run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console, printed) for run in runs
     }
     while True:
-        survey = Survey(root)
+        survey = StateReader(root)
         states = survey.states(runs)
         for state in states:
             followed[state.run.signature].update(state)

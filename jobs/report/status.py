@@ -17,7 +17,7 @@ from rich.style import Style
 from rich.text import Text
 
 from jobs.report.waiting import advice, needs_somebody
-from jobs.state import LIVE, STATES, RunState, Survey
+from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run
 from vitpa.documents import open_regular
 from vitpa.metrics_file import parse_line
@@ -271,7 +271,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
     if not console.is_terminal:
         shown = ""
         while True:
-            survey = Survey(root)
+            survey = StateReader(root)
             states = survey.states(runs)
             text = "\n".join([f"{name}: {summary(states)}{_warning(survey)}", *stuck(states)])
             if text != shown:
@@ -282,7 +282,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
             time.sleep(pause_s(survey))
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            survey = Survey(root)
+            survey = StateReader(root)
             states = survey.states(runs)
             rows = [row_of(state, root) for state in states]
             live.update(table_of(rows, f"{name}: {summary(states)}{_warning(survey)}", console.height - 1), refresh=True)
@@ -313,12 +313,12 @@ def _some(labels: list[str]) -> str:
     return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
 
 
-def pause_s(survey: Survey) -> float:
+def pause_s(survey: StateReader) -> float:
     """How long to wait before the next look."""
     return REFRESH_SLURM_S if survey.asked_slurm else REFRESH_S
 
 
-def _warning(survey: Survey) -> str:
+def _warning(survey: StateReader) -> str:
     return f" ({printable(survey.scheduler_error)})" if survey.scheduler_error else ""
 
 

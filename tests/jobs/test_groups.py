@@ -15,7 +15,7 @@ from jobs.execute.slots import Slot, gpu_memory_gib, take_slot
 from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, tasks_of, unsupported_reason
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler.client import Scheduler
-from jobs.state import RunState, Survey
+from jobs.state import RunState, StateReader
 from jobs.submit.submit import prepare
 from jobs.sweep import Run, Sweep
 from tests.support.jobs_sweeps import (
@@ -209,11 +209,11 @@ class Group:
         return done.stdout + done.stderr
 
     def states(self) -> list[str]:
-        return [state.state for state in Survey(self.root).states(self.runs)]
+        return [state.state for state in StateReader(self.root).states(self.runs)]
 
     def settle(self) -> list[RunState]:
         settle(self.root, Sweep(self.sweep.config, self.runs))
-        return Survey(self.root).states(self.runs)
+        return StateReader(self.root).states(self.runs)
 
     def ends(self) -> list[list[str]]:
         return exits(self.root, Sweep(self.sweep.config, self.runs))
@@ -284,7 +284,7 @@ def test_workers_at_once_take_whole_groups(tmp_path: Path) -> None:
 def test_one_fails_alone_and_is_retried_alone(long: Group) -> None:
     mark = long.mark("leave", 1)
     wait_for(lambda: long.states() == ["running", "failed", "running"])
-    assert Survey(long.root).state(long.runs[1]).reason.startswith("failed at step ")
+    assert StateReader(long.root).state(long.runs[1]).reason.startswith("failed at step ")
     end = read_json(long.directory(1).attempts()[0].exit_json) or {}
     assert (end["state"], end["left"]) == ("failed", True)
     mark.unlink()

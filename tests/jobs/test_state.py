@@ -11,7 +11,7 @@ import pytest
 from jobs.report.status import progress_of, row_of
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
-from jobs.state import RunState, Survey, withdraw
+from jobs.state import RunState, StateReader, withdraw
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.records import ProcessId, read_json, write_json
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def look(root: Path, run: Run) -> RunState:
-    return Survey(root).state(run)
+    return StateReader(root).state(run)
 
 
 def claim(root: Path, run: Run, number: int, claimer: ProcessId, submission: str = "sweeps/small/submissions/s") -> AttemptDir:
@@ -221,7 +221,7 @@ def slurm_start(attempt: AttemptDir) -> None:
 
 
 def ask(root: Path, run: Run, queue: Queue) -> tuple[str, str]:
-    state = Survey(root, queue).state(run)
+    state = StateReader(root, queue).state(run)
     return state.state, state.reason
 
 
@@ -290,7 +290,7 @@ def test_its_own_records_come_before_slurm_s(tmp_path: Path, run: Run) -> None:
 )
 def test_being_submitted(tmp_path: Path, run: Run, launcher: ProcessId, expected: str) -> None:
     slurm_claim(tmp_path, run, launcher, receipt=False)
-    state = Survey(tmp_path, Queue()).state(run)
+    state = StateReader(tmp_path, Queue()).state(run)
     assert (state.state, state.unseen) == (expected, launcher is ELSEWHERE)
 
 
@@ -309,10 +309,10 @@ def test_a_job_of_another_cluster(tmp_path: Path, run: Run, started: bool, here:
     write_json(attempt.claim_json, {**(read_json(attempt.claim_json) or {}), "cluster": "lab"})
     if started:
         slurm_start(attempt)
-    state = Survey(tmp_path, Queue(cluster=here)).state(run)
+    state = StateReader(tmp_path, Queue(cluster=here)).state(run)
     assert (state.state, state.reason[: len(expected[1])]) == expected
     assert (state.unseen, state.cluster) == (here != "lab", "lab" if here == "other" else "")
-    seen = Survey(tmp_path, Queue(SlurmJob("7_0", "RUNNING"), cluster=here)).state(run)
+    seen = StateReader(tmp_path, Queue(SlurmJob("7_0", "RUNNING"), cluster=here)).state(run)
     assert seen.cluster == "", "what SLURM calls ours is seen, whatever its cluster is called now"
 
 
@@ -331,7 +331,7 @@ def test_damaged_claim(tmp_path: Path, run: Run, name: str) -> None:
     write_json(attempt.claim_json, {**(read_json(attempt.claim_json) or {}), name: None})
     state, reason = ask(tmp_path, run, Queue())
     assert state == "broken"
-    assert reason.startswith(f"{attempt.claim_json}: no usable `token`, `index` and `submission` in it; it was edited by hand")
+    assert reason.startswith(f"{attempt.claim_json}: no usable `{name}` in it; it was edited by hand")
 
 
 def test_a_damaged_receipt_concerns_its_own_runs(tmp_path: Path, run: Run) -> None:

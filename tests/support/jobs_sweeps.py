@@ -21,7 +21,7 @@ from jobs.groups import tasks_of
 from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import RunState, Survey
+from jobs.state import RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
 from slurm.devcluster import DevCluster
 from tests.support.repository import ROOT
@@ -157,8 +157,8 @@ def main(root: str, where: str, name: str, verb: str, *terms: str) -> int:
 
 def settle(root: Path, sweep: Sweep) -> list[RunState]:
     """Wait until nothing is in progress; the states then."""
-    wait_for(lambda: nothing_live(Survey(root).states(sweep.runs)), poll_s=0.1)
-    return Survey(root).states(sweep.runs)
+    wait_for(lambda: nothing_live(StateReader(root).states(sweep.runs)), poll_s=0.1)
+    return StateReader(root).states(sweep.runs)
 
 
 def results(root: Path, sweep: Sweep) -> list[Result]:
@@ -231,7 +231,7 @@ class Field:
         return done.stdout
 
     def states(self) -> list[RunState]:
-        return Survey(self.root, self.scheduler).states(self.sweep.runs)
+        return StateReader(self.root, self.scheduler).states(self.sweep.runs)
 
     def jobs(self) -> dict[str, list[SlurmJob]]:
         """The live jobs of each run, by its signature."""

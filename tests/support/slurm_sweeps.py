@@ -19,7 +19,7 @@ import yaml
 import jobs.submit.submit
 from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
-from jobs.state import RunState, Survey
+from jobs.state import RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
 from slurm.devcluster import DevCluster
 from tests.support.jobs_sweeps import STAND_IN
@@ -84,7 +84,7 @@ class Cell:
     def states(self, runs: list[Run] | None = None) -> list[RunState]:
         """The states of runs, of all by default."""
         scheduler = Scheduler(self.cluster.environment)
-        return Survey(self.root, scheduler).states(self.sweep.runs if runs is None else runs)
+        return StateReader(self.root, scheduler).states(self.sweep.runs if runs is None else runs)
 
     def settle(self, runs: list[Run] | None = None) -> list[RunState]:
         """Wait until nothing is in progress; the states then."""

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jobs.execute.attempt import BOUND, training_command
-from jobs.state import Survey
+from jobs.state import StateReader
 from jobs.sweep import Sweep, load_sweep
 from tests.support.jobs_sweeps import assert_no_process_left, processes_of, results, settle
 from tests.support.repository import ROOT
@@ -54,7 +54,7 @@ def test_worker_killed_in_training(tmp_path: Path, digits: Path) -> None:
     os.kill(start["process"]["pid"], signal.SIGKILL)
     assert [state.state for state in settle(root, sweep)] == ["lost", "done"]
     assert vitpa_sweep(root, digits, "submit", "--wait").returncode == 0
-    assert [state.attempts for state in Survey(root).states(sweep.runs)] == [2, 1]
+    assert [state.attempts for state in StateReader(root).states(sweep.runs)] == [2, 1]
     ours, theirs = results(root, sweep), results(tmp_path / "undisturbed", undisturbed)
     assert [result.weights_sha256 for result in ours] == [result.weights_sha256 for result in theirs]
     collected = vitpa_sweep(root, digits, "collect")
@@ -78,7 +78,7 @@ def test_what_a_training_of_its_own_has_left_is_retried_as_plan_says(tmp_path: P
         return found.stderr
 
     assert "no such file; make it with `vitpa prep digits`" in refused(f"runtime.data_dir={tmp_path}")
-    assert [state.state for state in Survey(root).states(sweep.runs)] == ["missing", "missing"]
+    assert [state.state for state in StateReader(root).states(sweep.runs)] == ["missing", "missing"]
     (tmp_path / "file").touch()
     assert refused(f"runtime.data_dir={digits}", f"runtime.stage_dir={tmp_path}/file")
     planned = vitpa_sweep(root, digits, "plan").stdout
@@ -89,7 +89,7 @@ def test_what_a_training_of_its_own_has_left_is_retried_as_plan_says(tmp_path: P
     again = [sys.executable, "-m", "vitpa.cli", *advice[1].split(), "--wait", "--data-dir", str(digits), "runtime.device=cpu"]
     retried = run_to_end(again, cwd=ROOT)
     assert "submitted 1 of 2 runs" in retried.stdout, retried.stderr
-    assert [state.state for state in Survey(root).states(sweep.runs)] == ["done", "missing"]
+    assert [state.state for state in StateReader(root).states(sweep.runs)] == ["done", "missing"]
     assert vitpa_sweep(root, digits, "collect").returncode == 4  # it is a sweep now
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
-from jobs.state import Survey
+from jobs.state import StateReader
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import STAND_IN, environment_document, evaluation_line, make_sweep, result_document
 from vitpa.config_file import parse_config, record_config
@@ -50,7 +50,7 @@ def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -
     second = member(tmp_path, run)
     ask_to_stop(second.run, 1)
     run_out(STAND_IN, second)
-    assert Survey(tmp_path).state(run).state == "done"
+    assert StateReader(tmp_path).state(run).state == "done"
     assert not second.run.stop.exists()
 
 
@@ -58,7 +58,7 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
     first = member(tmp_path, run)
     ask_to_stop(first.run, 1)
     run_out(STAND_IN, first)
-    state = Survey(tmp_path).state(run)
+    state = StateReader(tmp_path).state(run)
     assert (state.state, state.reason) == ("cancelled", "cancelled before it started")
     assert not first.attempt.log.exists()
 
@@ -66,7 +66,7 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
 def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
     program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parent / 'stop').touch(); time.sleep(0.7)"
     run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
-    state = Survey(tmp_path).state(run)
+    state = StateReader(tmp_path).state(run)
     assert (state.state, state.reason) == ("interrupted", "the file stop")
 
 
@@ -101,13 +101,13 @@ def test_one_of_a_group_is_dropped_before_the_others_see_that_all_are_to_stop(tm
 )
 def test_reasons_of_failures(tmp_path: Path, run: Run, program: str, reason: str) -> None:
     run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
-    state = Survey(tmp_path).state(run)
+    state = StateReader(tmp_path).state(run)
     assert (state.state, state.reason) == ("failed", reason)
 
 
 def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run) -> None:
     run_out(["/nowhere/python"], member(tmp_path, run))
-    state = Survey(tmp_path).state(run)
+    state = StateReader(tmp_path).state(run)
     assert state.state == "failed"
     assert "/nowhere/python" in state.reason
 

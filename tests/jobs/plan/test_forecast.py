@@ -10,7 +10,7 @@ import yaml
 
 from jobs.groups import num_images
 from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, makespan_s, run_s, speeds_of
-from jobs.state import Survey
+from jobs.state import StateReader
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
 from vitpa.records import read_json, write_json
@@ -100,7 +100,7 @@ def test_speed_is_the_mean_of_the_sweeps_finished_runs(tmp_path: Path) -> None:
     write_result(tmp_path, sweep.runs[2], images_per_s=200.0, train_time_s=9.0, gpu_hours=18 / 3600)
     path = sweep.runs[2].directory(tmp_path).env_json
     write_json(path, {**(read_json(path) or {}), "device": "cuda", "gpu": "NVIDIA H100"})
-    found = speeds_of(Survey(tmp_path).states(sweep.runs), sweep.runs, tmp_path)
+    found = speeds_of(StateReader(tmp_path).states(sweep.runs), sweep.runs, tmp_path)
     assert found.keys() == {CONTENT}
     assert found[CONTENT] == Speed(150.0, 2, "NVIDIA H100", 2.0)
 
@@ -117,7 +117,7 @@ def test_other_sweeps_of_the_same_root_count_if_their_model_is_the_same(tmp_path
     (tmp_path / "runs/0123456789abcdef").mkdir()
     (tmp_path / "runs/0123456789abcdef/result.json").write_text("{")  # somebody else's trouble
     wanted = make_sweep(tmp_path, seeds=1, steps=400)
-    speeds = speeds_of(Survey(tmp_path).states(wanted.runs), wanted.runs, tmp_path)
+    speeds = speeds_of(StateReader(tmp_path).states(wanted.runs), wanted.runs, tmp_path)
     assert {kind: speed.images_per_s for kind, speed in speeds.items()} == {CONTENT: 50.0, POSITIONAL: 70.0}
     deeper = wanted.runs[0].config.model.model_copy(update={"depth": 3})
     other = [replace(run, config=run.config.model_copy(update={"model": deeper})) for run in wanted.runs]

@@ -13,7 +13,7 @@ import pytest
 
 from jobs.report.collect import CollectedTable, Estimate, collect
 from jobs.report.tables import latex, markdown, write_report
-from jobs.state import Survey
+from jobs.state import StateReader
 from jobs.sweep import Reference, Sweep, SweepError
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
@@ -33,7 +33,7 @@ def fill(root: Path) -> Sweep:
 
 
 def table_of(root: Path, sweep: Sweep, *, allow_mixed: bool = False) -> CollectedTable:
-    return collect(sweep, Survey(root).states(sweep.runs), root, allow_mixed=allow_mixed)
+    return collect(sweep, StateReader(root).states(sweep.runs), root, allow_mixed=allow_mixed)
 
 
 def test_equal_to_a_hand_calculation(tmp_path: Path) -> None:

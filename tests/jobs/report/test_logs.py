@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.report.logs import follow, show, show_failures
-from jobs.state import Survey
+from jobs.state import StateReader
 from jobs.sweep import Run, Sweep
 from tests.support.jobs_sweeps import make_sweep
 from tests.support.waiting import wait_for
@@ -46,7 +46,7 @@ def console() -> tuple[Console, io.StringIO]:
 
 def failures(root: Path, sweep: Sweep) -> str:
     screen, file = console()
-    show_failures(Survey(root).states(sweep.runs), 3, screen)
+    show_failures(StateReader(root).states(sweep.runs), 3, screen)
     return file.getvalue()
 
 
@@ -105,7 +105,7 @@ def test_nothing_has_failed(tmp_path: Path) -> None:
     screen, file = console()
     attempt = start(tmp_path, sweep.runs[0])
     attempt.log.write_text("one\ntwo\nthree\n")
-    show(Survey(tmp_path).states(sweep.runs), 2, screen)
+    show(StateReader(tmp_path).states(sweep.runs), 2, screen)
     assert file.getvalue() == f"== digits-content-s0 running, attempt 1: {attempt.log}\ntwo\nthree\n"
 
 

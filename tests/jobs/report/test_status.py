@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jobs.report.status import HOST, pause_s, progress_of, row_of, table_of
-from jobs.state import RunState, Survey
+from jobs.state import RunState, StateReader
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.records import ProcessId, write_json
@@ -65,7 +65,7 @@ def claimed(root: Path, run: Run, start: dict[str, Any] | None = None) -> Attemp
 def test_node_of_a_running_attempt(tmp_path: Path, start: dict[str, Any], node: str) -> None:
     run = make_sweep(tmp_path, seeds=1).runs[0]
     claimed(tmp_path, run, start)
-    assert row_of(Survey(tmp_path).state(run), tmp_path)["node"] == node
+    assert row_of(StateReader(tmp_path).state(run), tmp_path)["node"] == node
 
 
 def test_job_and_a_damaged_start(tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_progress_is_the_last_of_each_metric(tmp_path: Path) -> None:
     claimed(tmp_path, run, {})
     rows = ['{"step": 1, "val/top1": 0.1}', '{"step": 2, "epoch": 1.0, "val/top1": 0.2}', "[3]", '{"step": 3, "perf/x": 1}']
     run.directory(tmp_path).metrics_jsonl.write_text("\n".join([*rows, '{"step": 4, "ep']))
-    progress = progress_of(Survey(tmp_path).state(run), tmp_path)
+    progress = progress_of(StateReader(tmp_path).state(run), tmp_path)
     assert (progress.step, progress.epoch, progress.val_top1, progress.images_per_s) == (3, 1.0, 0.2, None)
 
 
 def test_slurm_is_not_asked_every_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    survey = Survey(tmp_path)
+    survey = StateReader(tmp_path)
     assert pause_s(survey) <= 1
-    monkeypatch.setattr(Survey, "asked_slurm", True)
+    monkeypatch.setattr(StateReader, "asked_slurm", True)
     assert pause_s(survey) >= 5

@@ -10,7 +10,7 @@ import pytest
 from jobs.report.status import row_of, stuck, table_of
 from jobs.report.waiting import advice, needs_somebody
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import Survey
+from jobs.state import StateReader
 from tests.jobs.test_state import Queue, slurm_claim
 from tests.support.jobs_sweeps import make_sweep
 
@@ -85,7 +85,7 @@ def test_states_without_a_reason() -> None:
 def test_status_says_it(tmp_path: Path) -> None:
     run = make_sweep(tmp_path, seeds=1).runs[0]
     slurm_claim(tmp_path, run)
-    state = Survey(tmp_path, Queue(SlurmJob("7_0", "PENDING", "JobHeldUser"))).state(run)
+    state = StateReader(tmp_path, Queue(SlurmJob("7_0", "PENDING", "JobHeldUser"))).state(run)
     row = row_of(state, tmp_path)
     assert row["reason"] == "pending in SLURM: JobHeldUser"
     assert RELEASE in row["advice"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from jobs.report.logs import follow, show, show_failures
 from jobs.scheduler.job_output import ended_early
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import RunState, Survey, early_ends
+from jobs.state import RunState, StateReader, early_ends
 from jobs.submit.submit import _claim
 from jobs.sweep import Run
 from jobs.verbs import _fails_alike
@@ -38,7 +38,7 @@ def print_as_job(root: Path, text: str, suffix: str = "err", identity: str = "7_
 
 
 def look(root: Path, run: Run, state: str = "FAILED") -> RunState:
-    return Survey(root, Queue(SlurmJob("7_0", state))).state(run)
+    return StateReader(root, Queue(SlurmJob("7_0", state))).state(run)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from jobs.profile import LocalProfile
 from jobs.scheduler.client import Scheduler
-from jobs.state import Survey
+from jobs.state import StateReader
 from jobs.submit.submit import prepare, submit
 from jobs.sweep import Sweep, SweepDir
 from tests.support.jobs_sweeps import (
@@ -101,7 +101,7 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch
     sweep = make_sweep(tmp_path, seeds=1)
     (tmp_path / "jobs.py").write_text("raise SystemExit('not me')")
     monkeypatch.chdir(tmp_path)
-    states = Survey(tmp_path).states(sweep.runs)
+    states = StateReader(tmp_path).states(sweep.runs)
     profile = LocalProfile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
     monkeypatch.setattr("jobs.submit.submit.training_command", lambda processes: STAND_IN)
     order = prepare(states, profile, tmp_path, [], Scheduler())
@@ -119,7 +119,7 @@ def test_a_bad_run_directory_stops_only_its_own_run(tmp_path: Path) -> None:
     assert "not submitted: digits-content-s0: " in done.stdout
     assert "restore it, or move the run's directory away" in done.stdout
     assert "submitted 1 of 2 runs" in done.stdout
-    assert [state.state for state in Survey(tmp_path).states(sweep.runs)] == ["missing", "done"]
+    assert [state.state for state in StateReader(tmp_path).states(sweep.runs)] == ["missing", "done"]
 
 
 def test_submit_again_does_nothing(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_cancel_and_retry(tmp_path: Path) -> None:
     assert "nothing to submit" in alone.stdout
     (tmp_path / "hold").unlink()
     assert launch(tmp_path, 1, "retry", "seed=0", "attention=content", "--wait").returncode == 0
-    assert [state.state for state in Survey(tmp_path).states(sweep.runs)] == ["done"] + ["cancelled"] * 3
+    assert [state.state for state in StateReader(tmp_path).states(sweep.runs)] == ["done"] + ["cancelled"] * 3
     assert "resumes at" in first.attempts()[1].log.read_text()
 
 
@@ -235,7 +235,7 @@ def test_failure_is_left_alone_and_retried(tmp_path: Path) -> None:
     mark.parent.mkdir()
     mark.touch()
     assert launch(tmp_path, SLOTS, "submit", "--wait").returncode == 4
-    state = Survey(tmp_path).state(sweep.runs[0])
+    state = StateReader(tmp_path).state(sweep.runs[0])
     assert (state.state, state.reason) == ("failed", "RuntimeError: the test wants this run to fail")
     failed = launch(tmp_path, SLOTS, "logs", "--failed")
     assert "other: 1 failed. To fix it: " in failed.stdout
