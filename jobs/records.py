@@ -54,6 +54,7 @@ class Start(Record):
     process: ProcessId
     withdrawn: str | None = None  # the state of an attempt that nobody will start
     job: Execution | None = None
+    step: int | None = None  # of the newest checkpoint then
 
 
 class Exit(Record):
@@ -71,6 +72,14 @@ class Exit(Record):
         Not where it was one of a group and left it: the group's job goes on without it.
         """
         return not self.left and (self.requeued or self.state == "interrupted")
+
+
+class Left(Record):
+    """Of `attempts/NNNN/left.json`: the trainer goes on without the run."""
+
+    state: str  # failed, stopped, apart
+    reason: str
+    utc: str | None = None
 
 
 class StartedJob(Record):

@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,20 +24,18 @@ from typing import Any
 
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Ended, Member, Request, Signals, Training, failure_of, read_stop
-from jobs.execute.die_with_parent import PARENT, child_environment
+from jobs.execute.node_check import preflight
+from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, LastAttempt, first_step
 from jobs.failures import is_loss_of_peer
 from jobs.groups import tasks_of
+from jobs.records import Exit, Left, Start, read_record
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import withdraw
 from vitpa.code_version import code_version
-from vitpa.documents import parse_json
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, read_with_checksum, to_json, utc_now, write_json
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
-TIME_LIMIT = "time limit"
-WARNINGS = (TIME_LIMIT, "signal SIGUSR1", "signal SIGUSR2")  # after which the run is to go on; SIGTERM may be a cancellation
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
-PREFLIGHT_LIMIT_S = 180.0
 FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
 REPORTS_WAIT_S = 45.0  # for the node that is to blame to say why; torchrun takes up to 30 s to end its processes
 FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
@@ -183,19 +180,14 @@ class _Job:
 
     def _why_nothing_to_do(self, run: RunDir, last: AttemptDir) -> str:
         """Why there is nothing left to do after the last attempt, which has been started; empty if there is."""
-        start, ended = read_json(last.start_json) or {}, read_json(last.exit_json) or {}
-        left = read_json(last.left_json) or {}
-        if run.result_json.exists():
-            return "the run is finished"
-        if "withdrawn" in start or ended.get("left") or ended.get("state") in ("cancelled", "done"):
-            return f"it was {ended.get('state')}"
-        if start.get("job", {}).get("id") != self.place.job:
-            return f"it belongs to job {start.get('job', {}).get('id')}"
-        if left.get("state") == "failed":  # and whoever was to write it down was killed
-            end = {"state": "failed", "exit_code": None, "reason": str(left.get("reason")), "left": True}
-            create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.get("utc"), "duration_s": None}))
-            return "it has failed"
-        return ""
+        start, ended = read_record(Start, last.start_json), read_record(Exit, last.exit_json)
+        left = read_record(Left, last.left_json)
+        found = LastAttempt(run.result_json.exists(), start, ended, left)
+        reason = found.why_nothing_to_do(self.place.job)
+        if reason == FAILED_BEFORE and left is not None:  # and whoever was to write it down was killed
+            end = {"state": "failed", "exit_code": None, "reason": left.reason, "left": True}
+            create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.utc, "duration_s": None}))
+        return reason
 
     def _was_cancelled(self, run: RunDir, last: AttemptDir) -> bool:
         """Whether the user has cancelled the last attempt when it was over already."""
@@ -204,18 +196,8 @@ class _Job:
 
     def _why_given_up(self, run: RunDir) -> str:
         """Why there is no point in another execution after these; empty if there is one."""
-        ours = [each for each in run.attempts() if (read_json(each.claim_json) or {}).get("token") == self.intent["token"]]
-        started = [each for each in ours if each.start_json.exists()]
-        step, idle = run.newest_step(), 0
-        for attempt in reversed(started):
-            if (read_json(attempt.start_json) or {}).get("step") != step:
-                break
-            idle += 1
-        if idle >= self.profile["max_idle_attempts"]:
-            return f"given up: {idle} executions in a row without a new checkpoint (max_idle_attempts)"
-        if len(started) >= self.profile["max_attempts"]:
-            return f"given up after {len(started)} executions (max_attempts)"
-        return ""
+        limits = {key: self.profile[key] for key in ("max_attempts", "max_idle_attempts")}
+        return History.of(run, self.intent["token"]).why_given_up(**limits)
 
     def _start_document(self, run: RunDir) -> dict[str, Any]:
         return {
@@ -370,17 +352,16 @@ class _Job:
 
     def _why_not_requeued(self, member: Member, ended: Ended, without_node: str) -> str:
         """Why the job is not requeued for a run after this end; empty if it is."""
-        if self._told_to_end():
-            return "SLURM requeues after preemption, nobody after a cancellation"
-        if _following(member.attempt).exists():
-            return "another execution has the run"
-        if without_node:
-            return self._why_given_up(member.run)
-        if ended.state == "interrupted" and ended.reason not in WARNINGS:
-            return "it was told to stop"
-        if member.run.newest_step() <= _step_at_start(member.attempt):
-            return "no new checkpoint in this attempt"
-        return self._why_given_up(member.run)
+        return End(
+            state=ended.state,
+            reason=ended.reason,
+            told_to_end=self._told_to_end(),
+            followed=_following(member.attempt).exists(),
+            bad_node=bool(without_node),
+            first_step=first_step(member.attempt),
+            last_step=member.run.newest_step(),
+            given_up=self._why_given_up(member.run),
+        ).why_not_requeued
 
     def _told_to_end(self) -> bool:
         return not {"SIGTERM", "SIGINT"}.isdisjoint(self.signals.received)
@@ -423,42 +404,6 @@ class _Job:
         deadline = time.monotonic() + 300
         while not self._told_to_end() and time.monotonic() < deadline:
             time.sleep(POLL_S)
-
-
-def preflight(command: list[str], log: Any) -> dict[str, Any]:
-    """Run the pre-flight and return its report; one that fails or hangs is a report against the node."""
-    environment = {**child_environment(), PARENT: str(os.getpid())}
-    try:
-        answer = subprocess.run(
-            [*BOUND, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            timeout=PREFLIGHT_LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return _verdict(f"no answer in {PREFLIGHT_LIMIT_S:.0f} s", "node")
-    try:
-        report: dict[str, Any] = parse_json(answer.stdout)
-        assert isinstance(report["checks"], list)
-    except (ValueError, KeyError, TypeError, AssertionError):
-        return _verdict(f"vitpa.preflight ended with code {answer.returncode} and no report; see the log", "run")
-    return report
-
-
-def _verdict(detail: str, blames: str) -> dict[str, Any]:
-    return {"checks": [{"name": "preflight", "ok": False, "detail": detail, "blames": blames}]}
-
-
-def _step_at_start(attempt: AttemptDir) -> int:
-    """The step from which an attempt went on: as the training says, which passes damaged checkpoints over, if it got there."""
-    try:
-        step = (read_with_checksum(attempt.env_json) or {}).get("resumed_at_step")
-    except RunError:
-        step = None
-    return step if isinstance(step, int) else int((read_json(attempt.start_json) or {}).get("step") or 0)
 
 
 def _following(attempt: AttemptDir) -> Path:
