@@ -19,7 +19,7 @@ from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
-MOST_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
+MAX_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
 T = TypeVar("T")
 
 
@@ -86,7 +86,7 @@ def most_replicas(
     if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
         return 1
     share_gib = gpu_memory_gib / config.runtime.runs_per_gpu
-    counts = range(1, min(seeds, MOST_BY_ITSELF) + 1)
+    counts = range(1, min(seeds, MAX_BY_ITSELF) + 1)
     return max((count for count in counts if memory_gib(config, count, images) <= share_gib), default=1)
 
 

@@ -144,7 +144,8 @@ class TrainConfig(Section):
     )
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast type of the forward pass")
     order: Literal["random", "quasi_random"] = Field(
-        "random", description="of an epoch's images; quasi_random: read in blocks, for a .beton larger than the node's memory"
+        "random",
+        description="of an epoch's images; quasi_random: read in shards, for a .beton larger than the node's memory",
     )
 
 

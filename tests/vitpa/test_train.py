@@ -165,8 +165,8 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
 def test_quasi_random_streams_and_goes_on_in_the_middle_of_an_epoch(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, accum_steps: int
 ) -> None:
-    monkeypatch.setattr("vitpa.data.sampler.WINDOW_BYTES", 1437 * 192 // 5)
-    monkeypatch.setattr("vitpa.data.sampler.BLOCK_BYTES", 16 * 192)
+    monkeypatch.setattr("vitpa.data.sampler.BUFFER_BYTES", 1437 * 192 // 5)
+    monkeypatch.setattr("vitpa.data.sampler.SHARD_BYTES", 16 * 192)
     options = ["train.epochs=2", "train.order=quasi_random", "runtime.cpu_threads=1", f"runtime.accum_steps={accum_steps}"]
     options += ["runtime.checkpoint_every_steps=6"]
     whole = trained(arguments(digits, tmp_path / "whole", *options))

@@ -33,8 +33,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = ((2, "image"), (1, "label"))  # (type_id, name) in order; ffcv.types.TYPE_ID_HANDLER: 1 IntField, 2 RGBImageField
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 MIN_PAGE_BYTES = 1 << 21
-MOST_PIXELS = 178_956_970  # of a JPEG: Pillow, which reads the sources of `vitpa prep`, refuses larger images
-MOST_PIXELS_PER_BYTE = 1024  # of a JPEG: one bit for a block of 64 pixels is Huffman's least, in channels of half the size
+MAX_PIXELS = 178_956_970  # of a JPEG: Pillow, which reads the sources of `vitpa prep`, refuses larger images
+MAX_PIXELS_PER_BYTE = 1024  # of a JPEG: one bit for a block of 64 pixels is Huffman's least, in channels of half the size
 
 
 class BetonFile:
@@ -219,7 +219,7 @@ class BetonFile:
         outside = (self.offsets < data_start) | (self.sizes < 0) | (self.sizes > data_end - self.offsets)
         pixels = self.heights * self.widths
         raw_of_other_size = ~self.is_jpeg & (self.sizes != 3 * pixels)
-        too_large = self.is_jpeg & ((pixels > MOST_PIXELS) | (pixels // MOST_PIXELS_PER_BYTE >= self.sizes))
+        too_large = self.is_jpeg & ((pixels > MAX_PIXELS) | (pixels // MAX_PIXELS_PER_BYTE >= self.sizes))
         strange = outside | raw_of_other_size | too_large | (modes > RAW) | (pixels == 0)
         if not strange.any():
             order = np.argsort(self.offsets, kind="stable")

@@ -18,7 +18,7 @@ from torch import Tensor
 from vitpa.data.prefetch import read_ahead
 from vitpa.data.resident import ResidentImages
 from vitpa.data.rng import Purpose, key, permutation
-from vitpa.data.sampler import Batch, Blocks, eval_batches, train_batches, windows
+from vitpa.data.sampler import Batch, Shards, eval_batches, shuffle_buffers, train_batches
 from vitpa.data.stream import StreamedImages
 from vitpa.distributed import Group
 
@@ -112,7 +112,7 @@ class StreamedFeed:
     ) -> None:
         """`images` are by split; `batch_size` is B."""
         self.images, self.group, self.seed, self.accum_steps = images, group, seed, accum_steps
-        self.blocks = Blocks.of(images["train"].beton.sizes) if order == "quasi_random" else None
+        self.shards = Shards.of(images["train"].beton.sizes) if order == "quasi_random" else None
         self.batch_size, self.global_batch_size = batch_size, batch_size * accum_steps * group.world_size
         num_val = len(images["val"].beton)
         self.eval_batch_size = min(EVAL_BATCH_SIZE, -(-num_val // group.world_size))
@@ -138,23 +138,23 @@ class StreamedFeed:
 
         In the order `quasi_random` they come when what lies around them in the file has been read.
         """
-        beton, group, blocks = self.images["train"].beton, self.group, self.blocks
+        beton, group, shards = self.images["train"].beton, self.group, self.shards
         steps: Iterator[list[Tensor]] = train_batches(
             seed=self.seed,
             epoch=epoch,
             num_samples=len(beton),
-            blocks=blocks,
+            shards=shards,
             global_batch_size=self.global_batch_size,
             accum_steps=self.accum_steps,
             rank=group.rank,
             world_size=group.world_size,
             start_step=step,
         )
-        if blocks is not None and blocks.num_windows > 1:  # else all is in memory from the second epoch on
+        if shards is not None and shards.num_buffers > 1:  # else all is in memory from the second epoch on
             steps = read_ahead(
                 steps,
                 beton,
-                windows(self.seed, epoch, len(beton), blocks).numpy(),
+                shuffle_buffers(self.seed, epoch, len(beton), shards).numpy(),
                 batch_size=self.global_batch_size,
                 start_step=step,
                 share=(group.local_rank, group.local_world_size),

@@ -17,7 +17,7 @@ from vitpa.datasets import DATASETS
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Ints = npt.NDArray[np.int64]
-MOST_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
+MAX_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
 
 
 class BetonError(Exception):
@@ -97,9 +97,9 @@ class Manifest(_Record):
         """
         try:
             with os.fdopen(open_regular(path, dir_fd), "rb") as file:
-                if os.fstat(file.fileno()).st_size > MOST_MANIFEST_BYTES:
-                    raise BetonError(f"{path}: not a manifest: larger than {MOST_MANIFEST_BYTES >> 20} MiB; {prep_hint(path)}")
-                return cls.model_validate_json(file.read(MOST_MANIFEST_BYTES))
+                if os.fstat(file.fileno()).st_size > MAX_MANIFEST_BYTES:
+                    raise BetonError(f"{path}: not a manifest: larger than {MAX_MANIFEST_BYTES >> 20} MiB; {prep_hint(path)}")
+                return cls.model_validate_json(file.read(MAX_MANIFEST_BYTES))
         except FileNotFoundError:
             raise BetonError(f"{path}: no manifest beside the .beton, it was not finished; {prep_hint(path)}") from None
         except ValidationError as error:

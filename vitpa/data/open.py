@@ -238,7 +238,7 @@ def random_reads_note(config: RunConfig, feed: Feed) -> str | None:
         return None
     return (
         f"{beton.path} has {size / 2**30:.1f} GiB, more than this node's memory ({memory / 2**30:.1f} GiB), and every "
-        "image is read by itself; if that is slow, train.order=quasi_random reads blocks (it makes another run)"
+        "image is read by itself; if that is slow, train.order=quasi_random reads whole shards (it makes another run)"
     )
 
 

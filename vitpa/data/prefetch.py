@@ -1,6 +1,6 @@
-"""Reading a .beton that the node's memory does not hold: the windows of the order `quasi_random`, one ahead of the training.
+"""Reading a .beton that the node's memory does not hold: shuffle buffers of `quasi_random`, one ahead of the training.
 
-The decoders take a window's images one by one, in random order. Threads read all that lies together at once before, into the
+The decoders take a buffer's images one by one, in random order. Threads read all that lies together at once before, into the
 kernel's page cache, where the decoders find it. To ask the kernel for it by posix_fadvise (WILLNEED) would not do: of a
 request it reads no more than the larger of the device's read-ahead and best request: 1.25 of 4 MiB where it was tried (Linux,
 mm/readahead.c, `force_page_cache_ra`).
@@ -26,31 +26,31 @@ Step = TypeVar("Step")
 
 
 def read_ahead(
-    steps: Iterable[Step], beton: BetonFile, windows: Ints, *, batch_size: int, start_step: int, share: tuple[int, int]
+    steps: Iterable[Step], beton: BetonFile, buffers: Ints, *, batch_size: int, start_step: int, share: tuple[int, int]
 ) -> Generator[Step, None, None]:
-    """Each of `steps` as it is, when the windows of its samples have been read; the window after them is read meanwhile.
+    """Each of `steps` as it is, when the buffers of its samples have been read; the buffer after them is read meanwhile.
 
     Args:
         steps: What stands for the steps of an epoch from `start_step` on.
         beton: The file.
-        windows: (N,) int64, in which window of the epoch each sample comes: 0, 1, ...; -1 for those that do not come.
+        buffers: (N,) int64, in which shuffle buffer of the epoch each sample comes: 0, 1, ...; -1 for those that do not come.
         batch_size: Samples of a step, of all processes.
         start_step: Number of the first of `steps` in the epoch.
-        share: (i, n) if this is process i of n on the node; each reads its part of a window.
+        share: (i, n) if this is process i of n on the node; each reads its part of a buffer.
 
     Raises:
         OSError: the file cannot be read.
         BetonError: it has become shorter.
     """
-    ends = np.cumsum(np.bincount(windows[windows >= 0]))  # positions in the epoch
-    begun = ready = int(np.searchsorted(ends, start_step * batch_size, side="right"))  # windows
+    ends = np.cumsum(np.bincount(buffers[buffers >= 0]))  # positions in the epoch
+    begun = ready = int(np.searchsorted(ends, start_step * batch_size, side="right"))  # buffers
     reading: deque[list[Future[None]]] = deque()
     with beton.path.open("rb") as file, ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead") as pool:
         try:
             for number, step in enumerate(steps, start_step):
                 last = int(np.searchsorted(ends, min((number + 1) * batch_size, ends[-1]) - 1, side="right"))
                 while begun < min(last + 2, len(ends)):
-                    parts = extents(beton, np.flatnonzero(windows == begun))[share[0] :: share[1]]
+                    parts = extents(beton, np.flatnonzero(buffers == begun))[share[0] :: share[1]]
                     reading.append([pool.submit(_read, beton, file.fileno(), *part) for part in parts])
                     begun += 1
                 while ready <= last:
@@ -65,7 +65,7 @@ def read_ahead(
 def extents(beton: BetonFile, samples: Ints) -> list[tuple[int, int]]:
     """Where the stored bytes of `samples` (n,) lie: (begin, end) in the file's order, each of READ_BYTES at most.
 
-    Images that lie one after another, as those of a block do, are one extent.
+    Images that lie one after another, as those of a shard do, are one extent.
     """
     samples = samples[np.argsort(beton.offsets[samples])]
     begins, ends = beton.offsets[samples], beton.offsets[samples] + beton.sizes[samples]

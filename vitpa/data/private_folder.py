@@ -17,7 +17,7 @@ from typing import Self
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-MOST_BYTES = 1 << 20  # of what `read` reads
+MAX_BYTES = 1 << 20  # of what `read` reads
 
 
 class NotOursError(Exception):
@@ -86,7 +86,7 @@ class PrivateFolder:
         with os.fdopen(descriptor, "rb") as file:
             if not is_private_file(os.fstat(file.fileno())):
                 raise NotOursError(f"{self.path / name} is not a file of your own")
-            return file.read(MOST_BYTES)
+            return file.read(MAX_BYTES)
 
     def new_file(self, name: str) -> int:
         """A descriptor of a file that did not exist, to be written and read."""

@@ -32,7 +32,7 @@ class Purpose(IntEnum):
     CUTOUT = 8
     MIX = 9
     ERASE_NOISE = 10
-    WINDOW = 11
+    SHUFFLE_BUFFER = 11
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

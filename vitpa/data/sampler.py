@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vitpa.data.rng import Purpose, key, permutation, random_bits
 
-BLOCK_BYTES = 2 << 20  # a disk or a network file system reads that at once nearly as fast as it can read at all
-BLOCK_SAMPLES = 16  # a block is a multiple of it: `vitpa prep` writes so many samples at least one after another
-WINDOW_BYTES = 2 << 30  # the page cache holds two of them: the one in use and the next
+SHARD_BYTES = 2 << 20  # a disk or a network file system reads that at once nearly as fast as it can read at all
+SHARD_SAMPLES = 16  # a shard is a multiple of it: `vitpa prep` writes so many samples at least one after another
+BUFFER_BYTES = 2 << 30  # of a shuffle buffer: the page cache holds two of them: the one in use and the next
 
 
 class Batch(NamedTuple):
@@ -31,26 +31,26 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-class Blocks(NamedTuple):
-    """How the order `quasi_random` cuts a data set: into blocks of samples with consecutive numbers, which lie together.
+class Shards(NamedTuple):
+    """How the order `quasi_random` cuts a data set: into shards of samples with consecutive numbers, which lie together.
 
     It follows from the sizes of the images alone: files with the same content are trained on in the same order, though
     FFCV's writers, which share the work as it comes, may have put their pages in another.
 
     Attributes:
-        size: samples of a block; the last one may have fewer.
-        num_windows: windows of an epoch; each takes its share of the blocks.
+        size: samples of a shard; the last one may have fewer.
+        num_buffers: shuffle buffers of an epoch; each takes its share of the shards.
     """
 
     size: int
-    num_windows: int
+    num_buffers: int
 
     @classmethod
-    def of(cls, sizes: npt.NDArray[np.int64]) -> Blocks:
-        """Blocks of about BLOCK_BYTES and windows of at most about WINDOW_BYTES for images of `sizes` (N,), stored bytes."""
+    def of(cls, sizes: npt.NDArray[np.int64]) -> Shards:
+        """Shards of about SHARD_BYTES and buffers of at most about BUFFER_BYTES for images of `sizes` (N,), stored bytes."""
         total_bytes = int(sizes.sum())
-        parts = max(1, round(BLOCK_BYTES * len(sizes) / total_bytes / BLOCK_SAMPLES))
-        return cls(BLOCK_SAMPLES * parts, -(-total_bytes // WINDOW_BYTES))
+        parts = max(1, round(SHARD_BYTES * len(sizes) / total_bytes / SHARD_SAMPLES))
+        return cls(SHARD_SAMPLES * parts, -(-total_bytes // BUFFER_BYTES))
 
 
 def labels_of(labels: npt.NDArray[np.int64], samples: Tensor) -> Tensor:
@@ -63,28 +63,28 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-def windows(seed: int, epoch: int, num_samples: int, blocks: Blocks) -> Tensor:
-    """In which window of the epoch each sample comes: (num_samples,) int64, the same for all samples of a block.
+def shuffle_buffers(seed: int, epoch: int, num_samples: int, shards: Shards) -> Tensor:
+    """In which shuffle buffer of the epoch each sample comes: (num_samples,) int64, the same for all samples of a shard.
 
-    Of each `blocks.num_windows` blocks that follow one another every window has one, at random: its samples come from all
+    Of each `shards.num_buffers` shards that follow one another every buffer has one, at random: its samples come from all
     parts of the file, hence of all classes, although files are in the order of the classes.
     """
-    num_blocks = -(-num_samples // blocks.size)
-    shape = -(-num_blocks // blocks.num_windows), blocks.num_windows
-    bits = random_bits(key(seed, Purpose.WINDOW, epoch), torch.arange(shape[0] * shape[1])).view(shape)
-    return bits.argsort(dim=1, stable=True).flatten().repeat_interleave(blocks.size)[:num_samples]
+    num_shards = -(-num_samples // shards.size)
+    shape = -(-num_shards // shards.num_buffers), shards.num_buffers
+    bits = random_bits(key(seed, Purpose.SHUFFLE_BUFFER, epoch), torch.arange(shape[0] * shape[1])).view(shape)
+    return bits.argsort(dim=1, stable=True).flatten().repeat_interleave(shards.size)[:num_samples]
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int, blocks: Blocks | None = None) -> Tensor:
+def epoch_order(seed: int, epoch: int, num_samples: int, shards: Shards | None = None) -> Tensor:
     """The samples of an epoch one after another: (num_samples,) int64.
 
-    A random order; with `blocks` (`quasi_random`) cut into windows, of which each has whole blocks in random order of their
-    samples. With one window it is the random order itself.
+    A random order; with `shards` (`quasi_random`) cut into shuffle buffers, of which each has whole shards in random order
+    of their samples. With one buffer it is the random order itself.
     """
     order = permutation(key(seed, Purpose.ORDER, epoch), num_samples)
-    if blocks is None:
+    if shards is None:
         return order
-    return order[windows(seed, epoch, num_samples, blocks)[order].argsort(stable=True)]
+    return order[shuffle_buffers(seed, epoch, num_samples, shards)[order].argsort(stable=True)]
 
 
 def train_batches(
@@ -92,7 +92,7 @@ def train_batches(
     seed: int,
     epoch: int,
     num_samples: int,
-    blocks: Blocks | None = None,
+    shards: Shards | None = None,
     global_batch_size: int,
     accum_steps: int,
     rank: int,
@@ -105,7 +105,7 @@ def train_batches(
         for each optimiser step a list of `accum_steps` int64 tensors of global_batch_size / (accum_steps * world_size).
         Together the processes see the same global batch whatever their number.
     """
-    order = epoch_order(seed, epoch, num_samples, blocks)
+    order = epoch_order(seed, epoch, num_samples, shards)
     for step in range(start_step, steps_per_epoch(num_samples, global_batch_size)):
         batch = order[step * global_batch_size : (step + 1) * global_batch_size]
         yield list(batch.view(accum_steps, world_size, -1)[:, rank].unbind())

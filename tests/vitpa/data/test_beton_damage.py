@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.support.betons import TABLE_BEGIN, Sample, as_array, jpeg_of, jpeg_sample, raw_sample, write_beton, write_data
 from vitpa.config import AugmentConfig
-from vitpa.data.beton import MOST_PIXELS, MOST_PIXELS_PER_BYTE, Beton, BetonFile
+from vitpa.data.beton import MAX_PIXELS, MAX_PIXELS_PER_BYTE, Beton, BetonFile
 from vitpa.data.decode.cpu import decode_jpeg, jpeg_size
 from vitpa.data.decode.jpeg_headers import Headers
 from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
@@ -158,11 +158,11 @@ def refused(path: Path) -> str:
 
 def test_a_table_that_claims_more_than_its_bytes_can_hold(tmp_path: Path) -> None:
     path, jpeg = tmp_path / "a.beton", jpeg_of(40, 40)
-    for height, width in ((65535, 65535), (65535, 1000), (0, 40), (40, 0), (MOST_PIXELS_PER_BYTE, len(jpeg) + 1)):
+    for height, width in ((65535, 65535), (65535, 1000), (0, 40), (40, 0), (MAX_PIXELS_PER_BYTE, len(jpeg) + 1)):
         write_beton(path, [jpeg_sample(40, 40), Sample(jpeg, height, width)])
         said = f"sample 1 of its table is impossible ({width} x {height} pixels in {len(jpeg)} bytes)"
         assert said in refused(path)
-    write_beton(path, [Sample(bytes(1 << 20), MOST_PIXELS // 10_000 + 1, 10_000)])
+    write_beton(path, [Sample(bytes(1 << 20), MAX_PIXELS // 10_000 + 1, 10_000)])
     assert "sample 0 of its table is impossible (10000 x 17896 pixels in 1048576 bytes)" in refused(path)
     for sample in (Sample(b"", 1, 1), Sample(b"", 0, 0, 1), Sample(bytes(299), 10, 10, 1), Sample(bytes(300), 10, 10, 2)):
         write_beton(path, [sample])
@@ -253,7 +253,7 @@ def read_all(path: Path) -> int:
     count = 0
     with beton:
         for index in range(len(beton)):
-            assert beton.heights[index] * beton.widths[index] <= MOST_PIXELS_PER_BYTE * max(1, beton.status.st_size)
+            assert beton.heights[index] * beton.widths[index] <= MAX_PIXELS_PER_BYTE * max(1, beton.status.st_size)
             try:
                 pixels = beton.read_image(index)
             except BetonError as error:

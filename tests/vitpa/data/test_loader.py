@@ -18,7 +18,7 @@ from vitpa.data.manifest import Ints, beton_path
 from vitpa.data.prefetch import extents
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.rng import Purpose, key, permutation
-from vitpa.data.sampler import Batch, Blocks, epoch_order
+from vitpa.data.sampler import Batch, Shards, epoch_order
 from vitpa.data.stream import StreamedImages
 from vitpa.distributed import Group
 
@@ -142,10 +142,10 @@ def test_all_processes_and_micro_batches_together_are_the_batch_of_one(
 def test_quasi_random_is_the_same_for_any_number_of_processes_and_reads_ahead(
     betons: dict[str, Beton], monkeypatch: pytest.MonkeyPatch, world_size: int, accum_steps: int, start_step: int
 ) -> None:
-    monkeypatch.setattr("vitpa.data.sampler.BLOCK_BYTES", 32 * 192)
-    monkeypatch.setattr("vitpa.data.sampler.WINDOW_BYTES", 1437 * 192 // 7)
-    blocks = Blocks(32, 8)
-    order = epoch_order(3, 2, 1437, blocks)[: 22 * 64].view(22, accum_steps, world_size, -1)
+    monkeypatch.setattr("vitpa.data.sampler.SHARD_BYTES", 32 * 192)
+    monkeypatch.setattr("vitpa.data.sampler.BUFFER_BYTES", 1437 * 192 // 7)
+    shards = Shards(32, 8)
+    order = epoch_order(3, 2, 1437, shards)[: 22 * 64].view(22, accum_steps, world_size, -1)
     shares: list[int] = []
 
     def recording(beton: Beton, samples: Ints) -> list[tuple[int, int]]:
@@ -157,7 +157,7 @@ def test_quasi_random_is_the_same_for_any_number_of_processes_and_reads_ahead(
         feed = streamed(
             betons, rank=rank, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps, order="quasi_random"
         )
-        assert feed.blocks == blocks
+        assert feed.shards == shards
         monkeypatch.setattr("vitpa.data.prefetch.extents", recording)
         feed.begin_epoch(2, start_step)
         for number, micros in enumerate(steps(feed, 22 - start_step, accum_steps), start_step):

@@ -18,10 +18,10 @@ from vitpa.data import prefetch
 from vitpa.data.beton import Beton, BetonFile
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.data.prefetch import extents
-from vitpa.data.sampler import BLOCK_SAMPLES, Blocks, epoch_order, windows
+from vitpa.data.sampler import SHARD_SAMPLES, Shards, epoch_order, shuffle_buffers
 
 NUM_WINDOWS, BATCH_SIZE = 9, 64
-BLOCKS = Blocks(16, NUM_WINDOWS)
+BLOCKS = Shards(16, NUM_WINDOWS)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def bytes_read(train: Beton, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 def ahead(beton: BetonFile, *, start_step: int = 0, share: tuple[int, int] = (0, 1)) -> Generator[int, None, None]:
     """The numbers of the steps of epoch 1."""
     steps = range(start_step, len(beton) // BATCH_SIZE)
-    window_of = windows(0, 1, len(beton), BLOCKS).numpy()
-    return prefetch.read_ahead(steps, beton, window_of, batch_size=BATCH_SIZE, start_step=start_step, share=share)
+    buffer_of = shuffle_buffers(0, 1, len(beton), BLOCKS).numpy()
+    return prefetch.read_ahead(steps, beton, buffer_of, batch_size=BATCH_SIZE, start_step=start_step, share=share)
 
 
 def readers() -> list[threading.Thread]:
@@ -66,14 +66,14 @@ def of_samples(beton: BetonFile, samples: np.ndarray) -> np.ndarray:
 def test_a_step_comes_when_its_windows_have_been_read_and_one_more_is_begun(
     train: Beton, bytes_read: np.ndarray, start_step: int
 ) -> None:
-    order, window_of = epoch_order(0, 1, len(train), BLOCKS).numpy(), windows(0, 1, len(train), BLOCKS).numpy()
+    order, buffer_of = epoch_order(0, 1, len(train), BLOCKS).numpy(), shuffle_buffers(0, 1, len(train), BLOCKS).numpy()
     found = []
     for step in ahead(train, start_step=start_step):
-        last = window_of[order[(step + 1) * BATCH_SIZE - 1]]
-        first = window_of[order[start_step * BATCH_SIZE]]
-        due = of_samples(train, np.flatnonzero((first <= window_of) & (window_of <= last)))
+        last = buffer_of[order[(step + 1) * BATCH_SIZE - 1]]
+        first = buffer_of[order[start_step * BATCH_SIZE]]
+        due = of_samples(train, np.flatnonzero((first <= buffer_of) & (buffer_of <= last)))
         assert (bytes_read[due] == 1).all()
-        others = of_samples(train, np.flatnonzero((window_of < first) | (window_of > last + 1)))
+        others = of_samples(train, np.flatnonzero((buffer_of < first) | (buffer_of > last + 1)))
         assert not bytes_read[others].any()
         found.append(step)
     assert found == list(range(start_step, 22))
@@ -81,9 +81,9 @@ def test_a_step_comes_when_its_windows_have_been_read_and_one_more_is_begun(
 
 
 def test_of_some_samples_the_last_step_being_short(train: Beton, bytes_read: np.ndarray) -> None:
-    window_of = np.full(len(train), -1)
-    window_of[300:500] = np.arange(200) // 70
-    steps = prefetch.read_ahead(range(4), train, window_of, batch_size=60, start_step=0, share=(0, 1))
+    buffer_of = np.full(len(train), -1)
+    buffer_of[300:500] = np.arange(200) // 70
+    steps = prefetch.read_ahead(range(4), train, buffer_of, batch_size=60, start_step=0, share=(0, 1))
     for step in steps:
         due = of_samples(train, np.arange(300, 300 + min(200, 60 * (step + 1))))
         assert (bytes_read[due] == 1).all()
@@ -153,7 +153,7 @@ def test_leaving_early_reads_nothing_more(train: Beton, monkeypatch: pytest.Monk
     before = count[0]
     steps.close()
     assert not readers()
-    assert count[0] <= before + 5  # of the 10 blocks of the window after
+    assert count[0] <= before + 5  # of the 10 shards of the buffer after
 
 
 @pytest.mark.slow
@@ -167,6 +167,6 @@ def test_blocks_lie_together_though_several_writers_made_the_file(train: Beton, 
         if not np.array_equal(beton.offsets, train.offsets):
             break
     assert not np.array_equal(beton.offsets, train.offsets)
-    assert Blocks.of(beton.sizes) == Blocks.of(train.sizes)  # equal content, equal order
-    for first in range(0, len(beton), BLOCK_SAMPLES):
-        assert len(extents(beton, np.arange(first, min(first + BLOCK_SAMPLES, len(beton))))) == 1
+    assert Shards.of(beton.sizes) == Shards.of(train.sizes)  # equal content, equal order
+    for first in range(0, len(beton), SHARD_SAMPLES):
+        assert len(extents(beton, np.arange(first, min(first + SHARD_SAMPLES, len(beton))))) == 1

@@ -10,15 +10,15 @@ import torch
 
 from vitpa.data.rng import Purpose, key, permutation, randint, random_bits, uniform
 from vitpa.data.sampler import (
-    BLOCK_BYTES,
-    BLOCK_SAMPLES,
-    WINDOW_BYTES,
-    Blocks,
+    BUFFER_BYTES,
+    SHARD_BYTES,
+    SHARD_SAMPLES,
+    Shards,
     epoch_order,
     eval_batches,
+    shuffle_buffers,
     steps_per_epoch,
     train_batches,
-    windows,
 )
 
 MASK = 2**64 - 1
@@ -80,13 +80,13 @@ def test_orders_of_seeds_and_epochs_differ() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
-def global_batches(world_size: int, accum_steps: int, start_step: int = 0, *, blocks: Blocks | None = None) -> list[set[int]]:
+def global_batches(world_size: int, accum_steps: int, start_step: int = 0, *, shards: Shards | None = None) -> list[set[int]]:
     """The samples of each step's global batch, put together from all processes."""
     steps: list[set[int]] = [set() for _ in range(steps_per_epoch(103, 12) - start_step)]
     for rank in range(world_size):
         batches = train_batches(
             seed=1, epoch=2, num_samples=103, global_batch_size=12, accum_steps=accum_steps, rank=rank,
-            world_size=world_size, start_step=start_step, blocks=blocks,
+            world_size=world_size, start_step=start_step, shards=shards,
         )  # fmt: skip
         for step, micro_batches in zip(steps, batches, strict=True):
             for micro in micro_batches:
@@ -96,104 +96,104 @@ def global_batches(world_size: int, accum_steps: int, start_step: int = 0, *, bl
     return steps
 
 
-ORDERS = pytest.mark.parametrize("blocks", [None, Blocks(4, 5)], ids=["random", "quasi_random"])
+ORDERS = pytest.mark.parametrize("shards", [None, Shards(4, 5)], ids=["random", "quasi_random"])
 
 
 @ORDERS
 @pytest.mark.parametrize(("world_size", "accum_steps"), [(1, 1), (2, 1), (3, 2), (1, 4), (2, 6), (4, 1)])
 def test_the_global_batch_is_the_same_for_any_number_of_processes(
-    world_size: int, accum_steps: int, blocks: Blocks | None
+    world_size: int, accum_steps: int, shards: Shards | None
 ) -> None:
-    assert global_batches(world_size, accum_steps, blocks=blocks) == global_batches(1, 1, blocks=blocks)
+    assert global_batches(world_size, accum_steps, shards=shards) == global_batches(1, 1, shards=shards)
 
 
 @ORDERS
-def test_an_epoch_sees_each_sample_at_most_once_and_resumes_in_its_middle(blocks: Blocks | None) -> None:
-    steps = global_batches(1, 1, blocks=blocks)
+def test_an_epoch_sees_each_sample_at_most_once_and_resumes_in_its_middle(shards: Shards | None) -> None:
+    steps = global_batches(1, 1, shards=shards)
     assert len(steps) == 8
     assert len(set().union(*steps)) == 96
-    assert global_batches(2, 1, start_step=5, blocks=blocks) == steps[5:]
+    assert global_batches(2, 1, start_step=5, shards=shards) == steps[5:]
 
 
-def slow_quasi_random(seed: int, epoch: int, num_samples: int, blocks: Blocks) -> list[int]:
-    """Window after window, sample after sample, from random numbers that are drawn one by one."""
-    taken: list[list[int]] = [[] for _ in range(blocks.num_windows)]
-    for first in range(0, -(-num_samples // blocks.size), blocks.num_windows):
-        together = range(first, first + blocks.num_windows)
-        draws = {block: int(random_bits(key(seed, Purpose.WINDOW, epoch), torch.tensor(block))) for block in together}
-        for block, drawn in zip(together, sorted(together, key=lambda block: draws[block]), strict=True):
-            taken[drawn - first] += range(block * blocks.size, min((block + 1) * blocks.size, num_samples))
+def slow_quasi_random(seed: int, epoch: int, num_samples: int, shards: Shards) -> list[int]:
+    """Buffer after buffer, sample after sample, from random numbers that are drawn one by one."""
+    taken: list[list[int]] = [[] for _ in range(shards.num_buffers)]
+    for first in range(0, -(-num_samples // shards.size), shards.num_buffers):
+        together = range(first, first + shards.num_buffers)
+        draws = {shard: int(random_bits(key(seed, Purpose.SHUFFLE_BUFFER, epoch), torch.tensor(shard))) for shard in together}
+        for shard, drawn in zip(together, sorted(together, key=lambda shard: draws[shard]), strict=True):
+            taken[drawn - first] += range(shard * shards.size, min((shard + 1) * shards.size, num_samples))
     draws = {sample: int(random_bits(key(seed, Purpose.ORDER, epoch), torch.tensor(sample))) for sample in range(num_samples)}
-    return [sample for window in taken for sample in sorted(window, key=lambda sample: draws[sample])]
+    return [sample for buffer in taken for sample in sorted(buffer, key=lambda sample: draws[sample])]
 
 
-@pytest.mark.parametrize(("num_samples", "blocks"), [(103, Blocks(4, 5)), (96, Blocks(16, 3)), (50, Blocks(1, 7))])
-def test_quasi_random_equals_a_slow_loop_and_has_every_sample_once(num_samples: int, blocks: Blocks) -> None:
+@pytest.mark.parametrize(("num_samples", "shards"), [(103, Shards(4, 5)), (96, Shards(16, 3)), (50, Shards(1, 7))])
+def test_quasi_random_equals_a_slow_loop_and_has_every_sample_once(num_samples: int, shards: Shards) -> None:
     for seed, epoch in ((0, 0), (3, 8)):
-        order = epoch_order(seed, epoch, num_samples, blocks).tolist()
-        assert order == slow_quasi_random(seed, epoch, num_samples, blocks)
+        order = epoch_order(seed, epoch, num_samples, shards).tolist()
+        assert order == slow_quasi_random(seed, epoch, num_samples, shards)
         assert sorted(order) == list(range(num_samples))
 
 
 def test_quasi_random_differs_by_seed_and_epoch_and_in_one_window_is_random() -> None:
-    blocks = Blocks(16, 6)
-    orders = {tuple(epoch_order(seed, epoch, 1000, blocks).tolist()) for seed in range(4) for epoch in range(4)}
-    ways = {tuple(windows(seed, epoch, 1000, blocks).tolist()) for seed in range(4) for epoch in range(4)}
+    shards = Shards(16, 6)
+    orders = {tuple(epoch_order(seed, epoch, 1000, shards).tolist()) for seed in range(4) for epoch in range(4)}
+    ways = {tuple(shuffle_buffers(seed, epoch, 1000, shards).tolist()) for seed in range(4) for epoch in range(4)}
     assert len(orders) == len(ways) == 16
-    assert torch.equal(epoch_order(2, 3, 1000, Blocks(16, 1)), epoch_order(2, 3, 1000))
+    assert torch.equal(epoch_order(2, 3, 1000, Shards(16, 1)), epoch_order(2, 3, 1000))
 
 
 @pytest.mark.parametrize("num_samples", [1600, 1601, 1931])
 def test_a_window_takes_its_samples_from_whole_blocks_all_over_the_file(num_samples: int) -> None:
-    blocks = Blocks(16, 8)
-    order, window_of = epoch_order(1, 2, num_samples, blocks), windows(1, 2, num_samples, blocks)
+    shards = Shards(16, 8)
+    order, buffer_of = epoch_order(1, 2, num_samples, shards), shuffle_buffers(1, 2, num_samples, shards)
     strata = math.ceil(num_samples / 16 / 8)
-    assert (window_of[order].diff() >= 0).all()  # one window after another
-    for window in range(8):
-        samples = torch.nonzero(window_of == window).flatten()
+    assert (buffer_of[order].diff() >= 0).all()  # one buffer after another
+    for buffer in range(8):
+        samples = torch.nonzero(buffer_of == buffer).flatten()
         touched = samples.div(16, rounding_mode="floor").unique()
         assert strata - 1 <= len(touched) <= strata
-        whole = torch.cat([torch.arange(16 * block, min(16 * block + 16, num_samples)) for block in touched.tolist()])
+        whole = torch.cat([torch.arange(16 * shard, min(16 * shard + 16, num_samples)) for shard in touched.tolist()])
         assert torch.equal(whole, samples)
         assert torch.equal(touched.div(8, rounding_mode="floor"), torch.arange(len(touched)))  # one of each 8 neighbours
-    # however a batch lies over the borders of windows, no more than two windows' blocks are touched within one's length
-    smallest = int(window_of.bincount().min())
+    # however a batch lies over the borders of buffers, no more than two buffers' shards are touched within one's length
+    smallest = int(buffer_of.bincount().min())
     for first in range(0, num_samples - smallest, 37):
-        assert len(window_of[order[first : first + smallest]].unique()) <= 2
+        assert len(buffer_of[order[first : first + smallest]].unique()) <= 2
 
 
 def test_over_many_epochs_a_sample_comes_anywhere_and_its_neighbours_apart() -> None:
-    num_samples, epochs, blocks = 960, 400, Blocks(16, 6)
-    at = torch.stack([epoch_order(5, epoch, num_samples, blocks).argsort() for epoch in range(epochs)])  # epochs, samples
+    num_samples, epochs, shards = 960, 400, Shards(16, 6)
+    at = torch.stack([epoch_order(5, epoch, num_samples, shards).argsort() for epoch in range(epochs)])  # epochs, samples
     counts = torch.stack([torch.histc(at[:, sample].float(), 24, 0, num_samples) for sample in range(num_samples)])
     chi2 = ((counts - epochs / 24) ** 2 / (epochs / 24)).sum(dim=1)
     assert abs(chi2.mean() - 23) < 5 * math.sqrt(2 * 23 / num_samples)  # 23 degrees of freedom, for each sample
     assert chi2.max() < 23 + 8 * math.sqrt(2 * 23)
-    within = (at[:, 0::16] - at[:, 1::16]).abs().float()  # of one block: in one window of 160, a third of it apart
+    within = (at[:, 0::16] - at[:, 1::16]).abs().float()  # of one shard: in one buffer of 160, a third of it apart
     assert abs(within.mean() - 161 / 3) < 2
     across = torch.corrcoef(torch.stack([at[:, 0], at[:, 16], at[:, 480], at[:, 959]]).float()) - torch.eye(4)
     assert across[0, 2:].abs().max() < 5 / math.sqrt(epochs)
-    assert across[0, 1] < 0  # blocks beside each other are never in one window
+    assert across[0, 1] < 0  # shards beside each other are never in one buffer
 
 
 def test_windows_have_all_classes_of_a_file_in_their_order() -> None:
     labels = torch.arange(64_000) // 640  # 100 classes, one after another, as `vitpa prep` writes them
-    counts = labels[epoch_order(0, 0, 64_000, Blocks(16, 20))].view(20, 3200)  # windows, samples
-    for window in counts:
-        assert torch.equal(window.bincount(minlength=100), torch.full((100,), 32))
+    counts = labels[epoch_order(0, 0, 64_000, Shards(16, 20))].view(20, 3200)  # buffers, samples
+    for buffer in counts:
+        assert torch.equal(buffer.bincount(minlength=100), torch.full((100,), 32))
 
 
 def test_blocks_follow_from_the_stored_sizes() -> None:
-    def of(size: int, count: int) -> Blocks:
-        return Blocks.of(np.full(count, size))
+    def of(size: int, count: int) -> Shards:
+        return Shards.of(np.full(count, size))
 
-    assert of(110_000, 1_281_167) == Blocks(16, 66)
-    assert of(40_000, 1_281_167) == Blocks(48, 24)
-    assert of(192, 1437).num_windows == 1
-    assert of(BLOCK_BYTES, 5000) == Blocks(BLOCK_SAMPLES, 5)
-    assert of(BLOCK_BYTES, WINDOW_BYTES // BLOCK_BYTES + 1).num_windows == 2
+    assert of(110_000, 1_281_167) == Shards(16, 66)
+    assert of(40_000, 1_281_167) == Shards(48, 24)
+    assert of(192, 1437).num_buffers == 1
+    assert of(SHARD_BYTES, 5000) == Shards(SHARD_SAMPLES, 5)
+    assert of(SHARD_BYTES, BUFFER_BYTES // SHARD_BYTES + 1).num_buffers == 2
     sizes = np.random.default_rng(0).integers(1000, 200_000, 10_000)
-    assert Blocks.of(sizes) == Blocks.of(np.roll(sizes, 77))
+    assert Shards.of(sizes) == Shards.of(np.roll(sizes, 77))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

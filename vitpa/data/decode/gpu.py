@@ -35,8 +35,8 @@ from vitpa.data.sampler import Batch, labels_of
 BATCHES_AHEAD = 3
 SEARCH = 1024  # images at a time
 SEARCH_BYTES = 256 << 20  # of which so many are read ahead
-MOST_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
-MOST_HEADERS = 16  # kinds; 29 kB of tables each
+MAX_READERS = 4  # threads; they copy faster than a GPU trains, and more of them only wait for Python
+MAX_HEADERS = 16  # kinds; 29 kB of tables each
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Slot:
         self.jpegs: Ints = np.empty(0, np.int64)  # (J,) which of the batch
         self.ready, self.used = (torch.cuda.Event(blocking=True) for _ in range(2))
 
-    def with_room(self, memory: Tensor, length: int) -> Tensor:
+    def ensure_capacity(self, memory: Tensor, length: int) -> Tensor:
         """`memory`, or a larger one of its kind with room for `length`: what the device may be doing with it ends first."""
         if len(memory) >= length:
             return memory
@@ -88,14 +88,14 @@ class GpuDecoder:
     """Decodes the images of one .beton on a CUDA device."""
 
     def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
-        """`workers` threads read, MOST_READERS at most."""
+        """`workers` threads read, MAX_READERS at most."""
         from vitpa.kernels import jpeg, resize  # noqa: PLC0415 - Triton is needed on a GPU only
 
         self.beton, self.img_size, self.jpeg, self.resize = beton, img_size, jpeg, resize
-        self.workers = min(workers, MOST_READERS)
+        self.workers = min(workers, MAX_READERS)
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.free: list[Slot] = []
-        self.headers = Headers(MOST_HEADERS)
+        self.headers = Headers(MAX_HEADERS)
         self.turn = threading.Lock()  # an evaluation may go on beside a training epoch
         self.num_headers = 0  # whose tables are on the device
         # of each sample, once it is known:
@@ -104,8 +104,8 @@ class GpuDecoder:
         segments = np.where(beton.is_jpeg, num_segments(beton.heights, beton.widths), 0)
         self.first_segment = np.cumsum(segments) - segments
         self.entries = torch.empty(int(segments.sum()), dtype=torch.int64, device=self.device)  # where segments begin
-        self.codes = torch.empty(MOST_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
-        self.factors = torch.empty(MOST_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
+        self.codes = torch.empty(MAX_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
+        self.factors = torch.empty(MAX_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
         self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
         torch.cuda.current_stream(self.device).synchronize()  # slots have streams of their own
 
@@ -226,7 +226,7 @@ class GpuDecoder:
         ends = np.concatenate([[0], np.cumsum(sizes)])
         slot.ready.synchronize()  # nothing is read from its memory any more, should the last loop have been left early
         with torch.cuda.device(self.device):
-            slot.pinned = slot.with_room(slot.pinned, int(ends[-1]))
+            slot.pinned = slot.ensure_capacity(slot.pinned, int(ends[-1]))
         return Stored(samples, crops, is_jpeg, by_threads, begins, ends, slot.pinned[: ends[-1]])
 
     def _read(self, located: Future[Stored], rows: Ints) -> None:
@@ -258,7 +258,7 @@ class GpuDecoder:
         with self.turn, torch.cuda.stream(slot.stream):
             plan, table = self._unstuff(batch, slot)
             J = len(plan.table)
-            slot.damaged, slot.was_damaged = slot.with_room(slot.damaged, J), slot.with_room(slot.was_damaged, J)
+            slot.damaged, slot.was_damaged = slot.ensure_capacity(slot.damaged, J), slot.ensure_capacity(slot.was_damaged, J)
             if J:
                 self.jpeg.find_segments(
                     table,
@@ -280,7 +280,7 @@ class GpuDecoder:
         B = len(batch.samples)
         with self.turn, torch.cuda.stream(slot.stream):
             slot.stream.wait_event(slot.used)
-            slot.images, slot.numbers = slot.with_room(slot.images, B), slot.with_room(slot.numbers, B)
+            slot.images, slot.numbers = slot.ensure_capacity(slot.images, B), slot.ensure_capacity(slot.numbers, B)
             plan, table = self._unstuff(batch, slot)
             self._decode_jpegs(plan, table, slot)
             first = batch.ends[:-1] + slot.stored.data_ptr() + 3 * batch.crops.left  # address of the first byte of each crop
@@ -294,7 +294,7 @@ class GpuDecoder:
             on_device = resize_plan(batch.crops, first, widths, is_planar).pin_memory().to(self.device, non_blocking=True)
             crops = batch.crops
             taps = most_taps(crops.height, crops.width, crops.to_height, crops.to_width)
-            slot.weights = slot.with_room(slot.weights, self.resize.room(B, self.img_size, taps))
+            slot.weights = slot.ensure_capacity(slot.weights, self.resize.room(B, self.img_size, taps))
             self.resize.resize(on_device, slot.weights, slot.images[:B], taps=taps)
             numbers = torch.stack([batch.samples, labels_of(self.beton.labels, batch.samples)], 1).pin_memory()
             slot.numbers[:B].copy_(numbers, non_blocking=True)
@@ -310,7 +310,7 @@ class GpuDecoder:
     def _unstuff(self, batch: Stored, slot: Slot) -> tuple[Plan, Tensor]:
         """Bring the bytes of a batch to its slot, and have JPEGs unstuffed; the plan for them, and its table on the device."""
         slot.batch = batch
-        slot.stored = slot.with_room(slot.stored, len(batch.bytes))
+        slot.stored = slot.ensure_capacity(slot.stored, len(batch.bytes))
         slot.stored[: len(batch.bytes)].copy_(batch.bytes, non_blocking=True)
         index = batch.samples.numpy()
         slot.jpegs = np.flatnonzero(batch.is_jpeg & (self.header[index] >= 0))
@@ -332,16 +332,16 @@ class GpuDecoder:
             slot.stream.synchronize()  # other slots use them, too
             self.num_headers += 1
         table = torch.from_numpy(plan.table).pin_memory().to(self.device, non_blocking=True)
-        slot.bits, slot.words = slot.with_room(slot.bits, len(plan.table)), slot.with_room(slot.words, plan.words)
+        slot.bits, slot.words = slot.ensure_capacity(slot.bits, len(plan.table)), slot.ensure_capacity(slot.words, plan.words)
         if len(plan.table):
             self.jpeg.unstuff(table, slot.stored, slot.words, slot.bits)
         return plan, table
 
     def _decode_jpegs(self, plan: Plan, table: Tensor, slot: Slot) -> None:
         """Decode the JPEGs of the slot into its `rgb`."""
-        slot.rgb = slot.with_room(slot.rgb, plan.pixel_bytes)
-        slot.coefficients = slot.with_room(slot.coefficients, plan.blocks)
-        slot.samples = slot.with_room(slot.samples, plan.blocks)
+        slot.rgb = slot.ensure_capacity(slot.rgb, plan.pixel_bytes)
+        slot.coefficients = slot.ensure_capacity(slot.coefficients, plan.blocks)
+        slot.samples = slot.ensure_capacity(slot.samples, plan.blocks)
         if not plan.blocks:
             return
         jobs = torch.from_numpy(plan.jobs).pin_memory().to(self.device, non_blocking=True)

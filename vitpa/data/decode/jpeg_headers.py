@@ -29,7 +29,7 @@ COMPONENTS = ((1, 0x22), (2, 0x11), (3, 0x11))  # Y, Cb, Cr: their numbers, and 
 
 BLOCK = 64  # samples
 SEGMENT = 8  # MCUs of a row, which has an MCU for 16 x 16 pixels
-MOST_BYTES = 1 << 25  # of a JPEG: where a segment begins is kept in 28 bits
+MAX_BYTES = 1 << 25  # of a JPEG: where a segment begins is kept in 28 bits
 
 # where the k-th coefficient of a block lies in 8 x 8, row by row (T.81, figure 5)
 ZIGZAG = np.array(sorted(range(64), key=lambda at: (s := at // 8 + at % 8, at // 8 if s % 2 else at % 8)))
@@ -75,7 +75,7 @@ class Headers:
             width: The same.
         """
         head, end = jpeg[:LONGEST].tobytes(), jpeg[-2:].tobytes()
-        if len(jpeg) > MOST_BYTES:
+        if len(jpeg) > MAX_BYTES:
             return None
         size = height.to_bytes(2, "big") + width.to_bytes(2, "big")
         for number, kind in enumerate(self.known):
