@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from pathlib import Path
 from types import FrameType
 
 from vitpa.arguments import number, path_argument, whole_number
 from vitpa.datasets import DATASETS
+from vitpa.errors import run_command
 
 DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{train,val}}.beton, each with a manifest (.json).
 
@@ -84,37 +84,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Do `vitpa prep` and return its exit code: 0 done, 1 one clear line on stderr says what is wrong."""
-    from data_prep.errors import PrepError  # noqa: PLC0415  # `vitpa --help` needs none of it
-    from data_prep.prep import Options, prepare  # noqa: PLC0415
-    from data_prep.progress import Report  # noqa: PLC0415
-    from vitpa.data.manifest import BetonError  # noqa: PLC0415
-    from vitpa.terminal import OutputFailedError  # noqa: PLC0415
-
-    arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
     # a signal that is ignored, as SIGHUP under nohup, stays so
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _interrupt) for number in numbers}
-    report = Report()
     try:
-        done = prepare(Options(**arguments), report)
-        if report.failure is None or isinstance(report.failure, BrokenPipeError):  # `| head` has read enough
-            return 0 if done else 1
-        if isinstance(report.failure, SystemExit) and not isinstance(report.failure, OutputFailedError):
-            raise report.failure
-        message = f"all is done, but the report could not be printed: {report.failure.strerror}"
-    except (PrepError, BetonError) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        print("vitpa prep: interrupted; what was not finished has been removed", file=sys.stderr)
-        return 128 + int(number)
+        interrupted = "interrupted; what was not finished has been removed"
+        return run_command("vitpa prep", lambda: _prepare(options), interrupted=interrupted)
     finally:
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
-    print(f"vitpa prep: {message}", file=sys.stderr)
-    return 1
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from data_prep.errors import PrepError  # noqa: PLC0415  # `vitpa --help` needs none of it
+    from data_prep.prep import Options, prepare  # noqa: PLC0415
+    from data_prep.progress import Report  # noqa: PLC0415
+    from vitpa.terminal import OutputFailedError  # noqa: PLC0415
+
+    arguments = {name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__}
+    report = Report()
+    done = prepare(Options(**arguments), report)
+    if report.failure is None or isinstance(report.failure, BrokenPipeError):  # `| head` has read enough
+        return 0 if done else 1
+    if isinstance(report.failure, SystemExit) and not isinstance(report.failure, OutputFailedError):
+        raise report.failure
+    raise PrepError(f"all is done, but the report could not be printed: {report.failure.strerror}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,11 +3,15 @@
 import os
 import re
 
+from vitpa.errors import UserError
+
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-class PrepError(Exception):
+class PrepError(UserError):
     """A conversion that cannot be done: what, where and how to fix it; lists follow on lines of their own."""
+
+    keep = "\n"
 
 
 def shown(path: str) -> str:

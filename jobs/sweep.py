@@ -21,13 +21,14 @@ from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
+from vitpa.errors import UserError
 from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
 
 Attention = Literal["content", "positional"]
 
 
-class SweepError(Exception):
+class SweepError(UserError):
     """Something the user has to fix: one line saying what, where and how."""
 
 

@@ -29,8 +29,7 @@ from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import ran_other_code, settle
 from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
 from jobs.sweep import SweepDir, SweepError
-from vitpa.arguments import ConfigError
-from vitpa.os_errors import os_error_line
+from vitpa.errors import run_command
 from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
 from vitpa.terminal import printable
 
@@ -45,21 +44,13 @@ MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
 def run_verb(options: argparse.Namespace) -> int:
     """Run `vitpa sweep VERB`; the exit code. A user's error becomes one line."""
     gc.set_threshold(GC_THRESHOLD)
-    try:
+
+    def run() -> int:
         context = load_context(options)
         code = VERBS[options.verb](context)
         return UNREACHABLE if context.unanswered and code in (OK, PARTIAL) else code
-    except SchedulerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return UNREACHABLE
-    except (SweepError, ConfigError, RunError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command again goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {printable(os_error_line(error))}", file=sys.stderr)
-    return ERROR
+
+    return run_command("vitpa sweep", run, interrupted="interrupted; the same command again goes on from here")
 
 
 def _plan(context: Context) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from slurm.devcluster import DevCluster, default_root, stop_cluster
 from slurm.devcluster_config import Layout, Settings, resolved
-from slurm.devcluster_folder import AlreadyRunningError, DevClusterError
+from slurm.devcluster_folder import AlreadyRunningError
 from slurm.devcluster_status import as_text, status_of
 from vitpa.arguments import path_argument, whole_number
-from vitpa.terminal import printable
+from vitpa.errors import run_command
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -64,11 +63,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     actions: dict[str, Callable[[argparse.Namespace], int]] = {"start": _start, "stop": _stop, "status": _status}
-    try:
-        return actions[options.verb](options)
-    except DevClusterError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return ERROR
+    return run_command("vitpa devcluster", lambda: actions[options.verb](options))
 
 
 def _start(options: argparse.Namespace) -> int:

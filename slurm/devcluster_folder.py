@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from slurm.devcluster_config import LOG, RUN_TIME_FOLDERS, Layout, resolved
+from vitpa.errors import UserError
 
 
-class DevClusterError(Exception):
+class DevClusterError(UserError):
     """What is wrong with a cluster, where, and how to fix it."""
 
 

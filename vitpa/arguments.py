@@ -13,13 +13,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from vitpa.errors import UserError
+
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 VARIABLE = re.compile(r"\$(\$|[A-Za-z_][A-Za-z0-9_]*|\{[^{}]*\})")
 DIGITS = 100  # of a number that is read: far more than any value of ours has, far fewer than int() would take minutes for
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration the user has to fix: one line with the file or key, what was found and what is allowed."""
 
 

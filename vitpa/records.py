@@ -16,11 +16,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
+from vitpa.errors import UserError
 
 Json = Mapping[str, Any]
 
 
-class RunError(Exception):
+class RunError(UserError):
     """A run directory that cannot be used as it is: one line saying what, where and how to fix it."""
 
 

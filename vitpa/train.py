@@ -36,6 +36,7 @@ from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
 from vitpa.distributed import Group
 from vitpa.environment import environment
+from vitpa.errors import UserError
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
@@ -49,7 +50,7 @@ from vitpa.step.step import ReplicaSteps
 ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear
 
 
-class TrainError(Exception):
+class TrainError(UserError):
     """Training cannot go on: one line with what, where and what to do about it."""
 
 

@@ -24,9 +24,9 @@ from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
-from vitpa.os_errors import os_error_line
+from vitpa.errors import run_command
 from vitpa.records import RunError
-from vitpa.terminal import printable, printable_output
+from vitpa.terminal import printable_output
 from vitpa.train import TrainError, train
 
 
@@ -35,20 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
     options = command_parser().parse_intermixed_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
-    configs: list[RunConfig] = []
-    try:
+
+    def run() -> int:
         configs = configs_of(options.config, options.overrides, options.seeds)
         group = distributed.init_process_group(configs[0].runtime.device)
         try:
             return train_unfinished(configs, group)
+        except torch.OutOfMemoryError as error:
+            raise TrainError(out_of_memory_line(error, num_seeds=len(configs))) from error
         finally:
             distributed.destroy_process_group()
-    except (ConfigError, RunError, BetonError, TrainError, torch.OutOfMemoryError, OSError) as error:
-        print(f"vitpa train: {error_line(error, num_seeds=len(configs))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vitpa train: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
-        return 130
+
+    interrupted = "interrupted; the same command continues from the newest checkpoint"
+    return run_command("vitpa train", run, interrupted=interrupted)
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -140,15 +139,9 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     return True
 
 
-def error_line(error: Exception, *, num_seeds: int) -> str:
-    """What went wrong and what to do about it, in a line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        first = str(error).partition(". ")[0]
-        if num_seeds > 1:
-            return (
-                f"the GPU's memory is too small for {num_seeds} seeds together; train fewer (in a sweep: replicas) ({first})"
-            )
-        return f"the GPU's memory is too small; raise runtime.accum_steps ({first})"
-    if isinstance(error, OSError):  # a full disk, a missing right
-        return printable(os_error_line(error))
-    return printable(str(error))
+def out_of_memory_line(error: torch.OutOfMemoryError, *, num_seeds: int) -> str:
+    """What to do about a GPU whose memory is too small, in a line."""
+    first = str(error).partition(". ")[0]
+    if num_seeds > 1:
+        return f"the GPU's memory is too small for {num_seeds} seeds together; train fewer (in a sweep: replicas) ({first})"
+    return f"the GPU's memory is too small; raise runtime.accum_steps ({first})"

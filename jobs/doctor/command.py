@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitpa.arguments import name_or_path, number
+from vitpa.errors import run_command
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:
@@ -58,10 +59,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    return run_command("vitpa doctor", lambda: _check(options))
+
+
+def _check(options: argparse.Namespace) -> int:
     from jobs.doctor.examine import UnreachableError  # noqa: PLC0415 - what it needs is imported when it is used
-    from jobs.sweep import SweepError  # noqa: PLC0415
-    from vitpa.arguments import ConfigError  # noqa: PLC0415
-    from vitpa.records import RunError  # noqa: PLC0415
 
     checks: list[Check] = []
     code = OK
@@ -78,9 +80,6 @@ def _run(options: argparse.Namespace) -> int:
     except UnreachableError as error:
         add(error.check)
         code = UNREACHABLE
-    except (SweepError, ConfigError, RunError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return ERROR
     code = code or (ERROR if any(check.level == "problem" for check in checks) else OK)
     if options.json:
         print(json.dumps({"ok": code == OK, "checks": [asdict(check) for check in checks]}, indent=2))

@@ -34,6 +34,8 @@ KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "SLURM_CONF", "SLU
 class SchedulerError(SweepError):
     """SLURM does not answer, or refuses: one line with its own words."""
 
+    exit_code = 3
+
 
 @dataclass
 class Scheduler:

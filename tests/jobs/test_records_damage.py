@@ -213,7 +213,7 @@ def assert_nothing_silent(before: Answers, after: Answers) -> None:
         assert "Traceback" not in said.err, (words, said)
         assert "\x1b" not in said.out + said.err, (words, said)
         if said.code == 1 and before[words].code != 1:
-            assert said.err.startswith("error: ") and said.err.count("\n") == 1, (words, said)
+            assert said.err.startswith("vitpa sweep: ") and said.err.count("\n") == 1, (words, said)
     assert_results_kept(before["collect", "--json"], after["collect", "--json"])
     assert_numbers_kept(before["status", "--json"], after["status", "--json"])
     assert_numbers_kept(before["plan", "--json"], after["plan", "--json"])

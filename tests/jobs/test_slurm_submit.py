@@ -101,9 +101,9 @@ def test_launchers_at_once(field: Field) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"partition": "nowhere"}, "error: SLURM would refuse it: invalid partition specified: nowhere"),
-        ({"constraint": "h100"}, "error: SLURM would refuse it: Invalid feature specification"),
-        ({"nodelist": "elsewhere"}, "error: SLURM would refuse it: Invalid node name specified"),
+        ({"partition": "nowhere"}, "vitpa sweep: SLURM would refuse it: invalid partition specified: nowhere"),
+        ({"constraint": "h100"}, "vitpa sweep: SLURM would refuse it: Invalid feature specification"),
+        ({"nodelist": "elsewhere"}, "vitpa sweep: SLURM would refuse it: Invalid node name specified"),
         ({"additional_parameters": {"no_such": "1"}}, "unrecognized option '--no-such=1'"),
         ({"nodes": 5}, "4 nodes of partition main have 1 CPU, 256M of memory, 5 are needed"),
     ],
@@ -117,14 +117,14 @@ def test_refused_by_slurm(field: Field, values: dict[str, object], message: str)
     assert refused.stderr.count("\n") == 1
     assert not (field.root / "runs").exists()
     planned = field.vitpa("plan", profile=bad)
-    assert (planned.returncode, message.removeprefix("error: ") in planned.stdout) == (1, True)
+    assert (planned.returncode, message.removeprefix("vitpa sweep: ") in planned.stdout) == (1, True)
 
 
 def test_refused_by_sbatch_all_the_same(field: Field) -> None:
     insisted = field.vitpa("submit", "--force", profile=slurm_profile(field.root, "bad", constraint="h100"))
     assert insisted.returncode == 1
     assert "warning: SLURM would refuse it: Invalid feature specification" in insisted.stdout
-    assert "error: SLURM refused the jobs: Batch job submission failed: Invalid feature specification" in insisted.stderr
+    assert "vitpa sweep: SLURM refused the jobs: Batch job submission failed: Invalid feature specification" in insisted.stderr
     assert insisted.stderr.count("\n") == 1
     assert [state.state for state in field.states()] == ["interrupted"] * 2
     assert field.vitpa("submit").returncode == 0
@@ -149,7 +149,10 @@ def test_nodes_out_of_service_are_waited_for(field: Field) -> None:
     ("environment", "message"),
     [
         ({"SLURM_CONF": "{root}/unreachable.conf"}, "Unable to contact slurm controller"),
-        ({"PATH": "/nonexistent"}, "error: scontrol: not found; is this a login node of the cluster, and SLURM in PATH?"),
+        (
+            {"PATH": "/nonexistent"},
+            "vitpa sweep: scontrol: not found; is this a login node of the cluster, and SLURM in PATH?",
+        ),
     ],
 )
 def test_slurm_does_not_answer(field: Field, environment: dict[str, str], message: str) -> None:
@@ -173,7 +176,7 @@ def test_squeue_fails_after_sbatch_has(field: Field) -> None:
     )
     failed = field.vitpa("submit")
     assert failed.returncode == 3
-    assert "error: squeue: no route. Whether it has the jobs of " in failed.stderr
+    assert "vitpa sweep: squeue: no route. Whether it has the jobs of " in failed.stderr
     assert "is settled by the next submit" in failed.stderr
     looked = field.vitpa("status")
     assert "warning: squeue: no route; states are as far as the files tell" in looked.stderr
@@ -276,7 +279,7 @@ def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
                 pass
         failed = field.vitpa("submit")
         assert failed.returncode == 1
-        assert re.fullmatch(r"error: /\S+: No space left on device; free some space and start again\n", failed.stderr)
+        assert re.fullmatch(r"vitpa sweep: /\S+: No space left on device; free some space and start again\n", failed.stderr)
         filler.unlink()
         assert field.vitpa("submit").returncode == 0
         field.assert_one_job_each()

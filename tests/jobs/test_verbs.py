@@ -147,7 +147,7 @@ def test_errors_are_one_line(sweep: Shell, line: str, message: str, monkeypatch:
     code, text = sweep(line)
     assert code == 1
     assert message in text
-    assert text.startswith("error: ")
+    assert text.startswith("vitpa sweep: ")
     assert text.count("\n") == 1
 
 
@@ -227,7 +227,7 @@ def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device", "/root/table.md")
 
     monkeypatch.setattr("jobs.verbs.write_report", full)
-    assert sweep("collect") == (1, "error: /root/table.md: No space left on device; free some space and start again\n")
+    assert sweep("collect") == (1, "vitpa sweep: /root/table.md: No space left on device; free some space and start again\n")
 
 
 def test_interrupted_by_ctrl_c(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

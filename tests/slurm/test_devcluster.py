@@ -418,7 +418,7 @@ def test_an_ordinary_user_has_one_too() -> None:
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     code, out, error = devcluster(capsys, "start", *words)
-    assert (code, out, error.count("\n"), error[:7]) == (1, "", 1, "error: ")
+    assert (code, out, error.count("\n"), error[:18]) == (1, "", 1, "vitpa devcluster: ")
     return error
 
 
@@ -511,11 +511,15 @@ def test_what_is_somebody_elses_is_left_alone(capsys: pytest.CaptureFixture[str]
         os.chown(root, 65534, 65534)
         code, out, error = devcluster(capsys, verb, "--dir", str(root))
         assert (code, out) == (1, "")
-        assert error == f"error: {root} belongs to user nobody; choose another folder with --dir\n"
+        assert error == f"vitpa devcluster: {root} belongs to user nobody; choose another folder with --dir\n"
         os.chown(root, 0, 0)
         root.chmod(0o777)
         code, out, error = devcluster(capsys, verb, "--dir", str(root))
-        assert (code, out, error) == (1, "", f"error: {root} can be written to by others (mode 777); chmod 700 {root}\n")
+        assert (code, out, error) == (
+            1,
+            "",
+            f"vitpa devcluster: {root} can be written to by others (mode 777); chmod 700 {root}\n",
+        )
     root.rmdir()
 
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from vitpa.arguments import ConfigError, number, path_argument
+from vitpa.arguments import number, path_argument
 from vitpa.bench import imagenet, small
 from vitpa.bench.schema import ATTENTIONS, RECIPES
-from vitpa.data.manifest import BetonError
-from vitpa.os_errors import os_error_line
-from vitpa.records import RunError, check_writable
-from vitpa.terminal import printable, printable_output
+from vitpa.errors import run_command
+from vitpa.records import check_writable
+from vitpa.terminal import printable_output
 
 
 @contextmanager
@@ -88,14 +87,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark: 0 if it was measured, 1 with one line for an error of the user's."""
     options = parse(arguments)
-    try:
+
+    def run() -> int:
         if options.json:  # before anything is measured
             options.json = options.json.resolve()  # what a link points to is written, not the link
             check_writable(options.json)
         with nullcontext() if options.worker else sigterm_as_exit():  # torchrun's processes just end
             return int(options.run(options))
-    except (ConfigError, BetonError, RunError) as error:
-        print(f"vitpa bench: {printable(str(error))}", file=sys.stderr)
-    except OSError as error:
-        print(f"vitpa bench: {printable(os_error_line(error))}", file=sys.stderr)
-    return 1
+
+    return run_command("vitpa bench", run)

@@ -14,13 +14,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vitpa.datasets import DATASETS
+from vitpa.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Ints = npt.NDArray[np.int64]
 MAX_MANIFEST_BYTES = 1 << 28  # a manifest names the images that were left out
 
 
-class BetonError(Exception):
+class BetonError(UserError):
     """A .beton or its manifest that cannot be used: one line saying what, where and how to fix it."""
 
 

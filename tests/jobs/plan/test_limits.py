@@ -311,7 +311,7 @@ def test_plan_and_submit_refuse_in_the_same_words(
     code, found = plan(words, **values)
     assert (code, refused in found["problem"]) == (1 if refused else 0, True)
     code, said_there = plan.of("submit", words, "--dry-run", **values)
-    assert (code, f"error: {found['problem']}" in said_there) == (1 if refused else 0, bool(refused))
+    assert (code, f"vitpa sweep: {found['problem']}" in said_there) == (1 if refused else 0, bool(refused))
     if refused:
         code, said_there = plan.of("submit", words, "--dry-run", "--force", **values)
         assert (code, f"warning: {found['problem']}" in said_there) == (0, True)

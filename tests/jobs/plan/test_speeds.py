@@ -307,7 +307,7 @@ def test_what_is_no_benchmark_is_one_line(plan: Shell, tmp_path: Path, document:
         file.write_text(document)
     code, out, err = plan.text("paper_imagenet", "--speeds", file)
     assert (code, out) == (1, "")
-    assert err.startswith(f"error: {file}: ")
+    assert err.startswith(f"vitpa sweep: {file}: ")
     assert error in err
     assert err.count("\n") == 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitpa.os_errors import HINTS, os_error_line
+from vitpa.errors import HINTS, os_error_line
 
 
 def test_a_real_one_names_the_place(tmp_path: Path) -> None:
