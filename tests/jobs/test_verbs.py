@@ -81,7 +81,7 @@ def test_folders_whose_names_are_not_utf_8_are_one_line(verb: str, tmp_path: Pat
     assert main(["sweep", *verb.split(), f"{tmp_path}/small.yaml", "--root", bad, "--data-dir", str(tmp_path)]) == 1
     line = capsys.readouterr().err
     assert line.startswith(
-        f"error: --root: runtime.root={tmp_path}/x\\udcff: bytes that are not UTF-8, which no configuration"
+        f"vitpa sweep: --root: runtime.root={tmp_path}/x\\udcff: bytes that are not UTF-8, which no configuration"
     )
     assert line.count("\n") == 1
     assert main(["sweep", *verb.split(), f"{tmp_path}/small.yaml", "--root", str(tmp_path), "--data-dir", bad]) == 1
