@@ -86,7 +86,7 @@ def test_folders_whose_names_are_not_utf_8_are_one_line(verb: str, tmp_path: Pat
     assert line.count("\n") == 1
     assert main(["sweep", *verb.split(), f"{tmp_path}/small.yaml", "--root", str(tmp_path), "--data-dir", bad]) == 1
     line = capsys.readouterr().err
-    assert line.startswith(f"error: --data-dir: runtime.data_dir={tmp_path}/x\\udcff: bytes that are not UTF-8")
+    assert line.startswith(f"vitpa sweep: --data-dir: runtime.data_dir={tmp_path}/x\\udcff: bytes that are not UTF-8")
     assert line.count("\n") == 1
 
 
