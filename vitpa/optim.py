@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
+
+MAX_STEPS = 20_000_000  # of a run: a table of this length is made in seconds
 
 
 def adamw(
@@ -54,8 +57,17 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
 
 
 def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
-    """The learning rate of each step of the whole run: (steps,) float64."""
+    """The learning rate of each step of the whole run: (steps,) float64.
+
+    Raises:
+        ConfigError: more than MAX_STEPS.
+    """
     optim, total_steps = config.optim, config.train.epochs * epoch_steps
+    if total_steps > MAX_STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs} are {total_steps:,} steps at "
+            f"train.global_batch_size={config.train.global_batch_size}; at most {MAX_STEPS:,}: lower one or raise the other"
+        )
     rate = partial(
         learning_rate,
         peak=optim.lr,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from vitpa.arguments import ConfigError
+from vitpa.config_file import parse_config
 from vitpa.models import build_model
-from vitpa.optim import adamw, learning_rate
+from vitpa.optim import MAX_STEPS, adamw, learning_rate, learning_rates
 
 
 def test_schedule_equals_values_written_by_hand() -> None:
@@ -18,6 +20,15 @@ def test_schedule_equals_values_written_by_hand() -> None:
 def test_schedule_without_warmup_and_with_warmup_alone() -> None:
     assert learning_rate(0, peak=1.0, minimum=0.0, warmup_steps=0, total_steps=1) == pytest.approx(0.0)
     assert learning_rate(1, peak=1.0, minimum=0.0, warmup_steps=2, total_steps=2) == 1.0
+
+
+def test_more_steps_than_can_be_listed_are_one_line() -> None:
+    config = parse_config({"dataset": "digits"}, "test", ["train.epochs=100000", "train.global_batch_size=2"])
+    with pytest.raises(
+        ConfigError, match=r"^train\.epochs=100000 are 71,900,000 steps at train\.global_batch_size=2; at most 20"
+    ):
+        learning_rates(config, 719)
+    assert len(learning_rates(config, 1)) == 100_000 < MAX_STEPS
 
 
 def test_only_weight_matrices_decay() -> None:
