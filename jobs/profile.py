@@ -30,6 +30,15 @@ def _count(value: object, field: ValidationInfo) -> object:
 Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
 
 
+def _runtime(values: object) -> object:
+    if isinstance(values, dict) and "root" in values:
+        raise ValueError(f"runtime.root={values['root']}: the folder of a sweep's runs is said by --root, not in the profile")
+    return values
+
+
+Runtime = Annotated[dict[str, Any], BeforeValidator(_runtime)]
+
+
 class LocalProfile(Section):
     """This machine: `slurm/local.yaml` explains each key."""
 
@@ -48,12 +57,14 @@ class LocalProfile(Section):
         "16), but so that no slot is idle; 1 without a GPU",
     )
     cpus_per_slot: int = Field(1, ge=1, le=MOST_CPUS, description="without a GPU: CPUs of one run")
-    runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
+    runtime: Runtime = Field({}, description="values of the `runtime` section of every run")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.gpus_per_run > 1 and self.runs_per_gpu > 1:
             raise ValueError(f"gpus_per_run={self.gpus_per_run} and runs_per_gpu={self.runs_per_gpu}: one of them must be 1")
+        if "runs_per_gpu" in self.runtime:
+            raise ValueError(f"runtime.runs_per_gpu={self.runtime['runs_per_gpu']}: say it as the profile's own runs_per_gpu")
         return self
 
 
@@ -127,7 +138,7 @@ class SlurmProfile(Section):
     preflight: bool = Field(True, description="check GPUs, data and disk of a node before training on it")
     min_free_gib: Float = Field(1.0, ge=0, description="free space that the pre-flight wants below runtime.root")
     exclude_failed_nodes: bool = Field(True, description="leave out nodes that have failed the pre-flight")
-    runtime: dict[str, Any] = Field({}, description="values of the `runtime` section of every run")
+    runtime: Runtime = Field({}, description="values of the `runtime` section of every run")
     per_dataset: dict[str, dict[str, Any]] = Field({}, description="other values of the keys above for a data set")
 
     @model_validator(mode="before")
@@ -188,7 +199,7 @@ class SlurmProfile(Section):
             raise ValueError("cpus_per_gpu: not together with cpus_per_task, and not with gpus_per_node=0")
         _check_texts(self.model_dump(exclude={"setup", "per_dataset", "runtime"}))
         for line in "\n".join(self.setup).splitlines():
-            if line.startswith("#SBATCH"):
+            if line.strip().upper().startswith("#SBATCH"):
                 raise ValueError(f"setup: {line!r}: sbatch would not see it there; write it among additional_parameters")
         check_srun_args(self.srun_args, gpus_by_type(self.resources), self.nodes)
         return self

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from jobs.failures import is_loss_of_peer
 from jobs.groups import tasks_of
 from jobs.records import Exit, Left, Start, read_record
 from jobs.scheduler.client import Scheduler, SchedulerError
+from jobs.scheduler.job_output import SETUP_FAILED, with_setup
 from jobs.state import withdraw
 from vitpa.code_version import code_version
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
@@ -121,8 +122,15 @@ class _Job:
             _say(f"{member.run.path} attempt {member.attempt.number} on {self.place.node}, from step {step}")
         self._report_drift()
         ends, without_node = self._train(training)
+        ends = [(member, self._with_setup(ended)) for member, ended in ends]
         self._end(training, ends, without_node)
         return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
+
+    def _with_setup(self, ended: Ended) -> Ended:
+        """An end, with the lines of the profile's setup that have failed where they may be why."""
+        if ended.state != "failed" and bad_nodes.PREFLIGHT not in ended.reason:
+            return ended
+        return replace(ended, reason=with_setup(ended.reason, os.environ.get(SETUP_FAILED, "")))
 
     def follow(self) -> int:
         """Take part in the training that node 0 leads."""

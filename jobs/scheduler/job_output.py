@@ -12,9 +12,12 @@ from vitpa.records import RunError, read_json
 from vitpa.rundir import AttemptDir
 
 ENDED_EARLY = "before it started the run"
+FAILED_LINE = "setup: "  # before a line of the profile's setup that has failed, in what a job prints
+SETUP_FAILED = "VITPA_SETUP_FAILED"  # the same lines, in the environment of the job
 # ends by the job's own fault: another one would meet them, too
 ITS_OWN_FAULT = frozenset({"FAILED", "COMPLETED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"})
 TAIL_BYTES = 20_000
+_SETUP_ENDED = "setup ended the job"
 _OF_SLURM = re.compile(r"(srun|slurmstepd|sbatch|submitit)\b")
 _ERROR = re.compile(r"error|exception|not found|no such|cannot|denied|unrecognized|ended the job|CANCELLED", re.IGNORECASE)
 
@@ -60,13 +63,24 @@ def printed(output: Path, identity: str) -> list[Path]:
 
 
 def _cause(files: list[Path]) -> str:
-    """The line that best says why a job ended, from what went to stderr: the last error, its own before SLURM's."""
+    """The line that best says why a job ended, from what went to stderr: the last error, its own before SLURM's.
+
+    A line of `setup` that has failed without ending the job is said as well: it may be why.
+    """
     lines = []
     for path in files:
         if path.suffix == ".err":
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - TAIL_BYTES))
                 lines += [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    setup = [line.removeprefix(FAILED_LINE) for line in lines if line.startswith(f"{FAILED_LINE}`")]
+    lines = [line for line in lines if not line.startswith(f"{FAILED_LINE}`")]
     own = [line for line in lines if not _OF_SLURM.match(line)]
     errors = [line for line in own if _ERROR.search(line)] or [line for line in lines if _ERROR.search(line)]
-    return (errors or own or lines or [""])[-1][:300]
+    cause = (errors or own or lines or [""])[-1][:300]
+    return cause if _SETUP_ENDED in cause else with_setup(cause, ", ".join(setup)[:500])
+
+
+def with_setup(reason: str, failed: str) -> str:
+    """The reason of a failure, with the lines of `setup` that had failed before, if there are any."""
+    return "; ".join(filter(None, [reason, f"in setup {failed}" if failed else ""]))

@@ -14,14 +14,27 @@ import submitit
 from jobs.profile import SlurmProfile, minutes
 from jobs.scheduler.client import ranges
 from jobs.scheduler.gres import parse_gres
+from jobs.scheduler.job_output import FAILED_LINE, SETUP_FAILED
 from jobs.scheduler.own_jobs import COMMENT, job_name
 
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
 PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
-# where `setup` ends the job, its output says so
+# where `setup` ends the job, or a line of it fails, the job's output says so; the job goes on after a line that fails
 ON_EXIT = 'echo "setup ended the job with exit code $code: $BASH_COMMAND"'
-BEFORE_SETUP = ("VITPA_SETUP=1", f"""trap 'code=$?; [ -z "$VITPA_SETUP" ] || {{ {ON_EXIT}; }} >&2' EXIT""")
-AFTER_SETUP = "VITPA_SETUP="
+# of a line, not of what fails in a function or a file that it calls; ${x:0:200} and the 500: an environment has its limits
+ON_FAILURE = (
+    "VITPA_CODE=$?; if [ ${#BASH_SOURCE[@]} = 1 ] && [ ${#VITPA_SETUP_FAILED} -lt 500 ]; then "
+    'VITPA_LINE=$BASH_COMMAND; mapfile -t -s $((LINENO - 1)) -n 1 VITPA_LINE < "${BASH_SOURCE[0]}"; '
+    'VITPA_LINE="\\`${VITPA_LINE:0:200}\\` failed with status $VITPA_CODE"; '
+    f'echo "{FAILED_LINE}$VITPA_LINE"; '
+    'VITPA_SETUP_FAILED="${VITPA_SETUP_FAILED:+$VITPA_SETUP_FAILED, }$VITPA_LINE"; fi >&2'
+)
+BEFORE_SETUP = (
+    "VITPA_SETUP=1 VITPA_SETUP_FAILED=",
+    f"""trap 'code=$?; [ -z "$VITPA_SETUP" ] || {{ {ON_EXIT}; }} >&2' EXIT""",
+    f"trap '{ON_FAILURE}' ERR",
+)
+AFTER_SETUP = f"VITPA_SETUP=; trap - ERR; export {SETUP_FAILED}"
 EXPORTED = ("PYTHONPATH", "PYTHONSAFEPATH")  # also where a cluster does not pass on the environment
 
 
@@ -89,7 +102,7 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
             **profile.additional_parameters,
         },
         "srun_args": [*srun, *profile.srun_args],
-        "setup": [*BEFORE_SETUP, *_exports(), *profile.setup, AFTER_SETUP],
+        "setup": [*_exports(), *BEFORE_SETUP, *profile.setup, AFTER_SETUP],
     }
 
 

@@ -128,6 +128,9 @@ def _prepare_local(
     chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[Override], gpus: list[str] | None
 ) -> Order:
     configs = [_configure(state.run, profile.runtime, root, overrides) for state in chosen]
+    for override in overrides:
+        if override.key == "runtime.runs_per_gpu":
+            raise SweepError(f"{override.text}: on this machine it is runs_per_gpu in the profile")
     devices = sorted({config.runtime.device for config in configs})
     if len(devices) > 1:
         raise SweepError(f"the recipes ask for different devices ({', '.join(devices)}); add runtime.device={devices[0]}")
@@ -158,11 +161,6 @@ def _prepare_slurm(
     failed = bad_nodes.failed(root) if profile.exclude_failed_nodes else {}
     notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
-    datasets = {state.run.dataset for state in chosen}
-    for dataset in sorted(profile.per_dataset.keys() - datasets - DATASETS.keys()):
-        notes.append(
-            f"the profile's per_dataset.{dataset}: no data set of this sweep ({', '.join(sorted(datasets))}), nor a known one"
-        )
     same_resources: dict[str, list[RunState]] = {}
     for state in chosen:
         same_resources.setdefault(by_dataset[state.run.dataset].model_dump_json(), []).append(state)
@@ -173,6 +171,7 @@ def _prepare_slurm(
         groups = group_seeds(configs, partial(_most_in_a_job, resources))
         for first in range(0, len(groups), limit):
             parts.append((resources, states, configs, groups[first : first + limit]))
+    _check_per_dataset(profile, [config for _, _, configs, _ in parts for config in configs])
     at_a_time = shares(profile.array_parallelism, [len(groups) for *_, groups in parts])
     batches = []
     for (resources, states, configs, groups), share in zip(parts, at_a_time, strict=True):
@@ -192,6 +191,15 @@ def _prepare_slurm(
             f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a job at a time"
         )
     return Order(batches, together, notes)
+
+
+def _check_per_dataset(profile: SlurmProfile, configs: Sequence[RunConfig]) -> None:
+    """Refuse values for a data set that there is not: not in the sweep, not among vitpa's, not in the data folder."""
+    known = DATASETS.keys() | {config.dataset for config in configs}
+    for folder in {config.runtime.data_path for config in configs}:
+        known |= {path.parent.name for path in folder.glob("*/train.beton")}
+    for dataset in profile.per_dataset.keys() - known:
+        raise SweepError(f"the profile's per_dataset.{dataset}: no such data set; there is {', '.join(sorted(known))}")
 
 
 def _cluster_of(scheduler: Scheduler) -> dict[str, str]:

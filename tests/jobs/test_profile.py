@@ -78,6 +78,14 @@ def test_the_cluster_profile_names_every_key() -> None:
             f"{HOUR}per_dataset: {{svhn: {{array_parallelism: 2}}}}",
             "per_dataset.svhn.array_parallelism: is for all runs of a submission together",
         ),
+        ("runtime: {root: /scratch}", "runtime.root=/scratch: the folder of a sweep's runs is said by --root"),
+        (f"{HOUR}runtime: {{root: /scratch}}", "runtime.root=/scratch: the folder of a sweep's runs is said by --root"),
+        (f"{HOUR}per_dataset: {{svhn: {{runtime: {{root: /x}}}}}}", "per_dataset.svhn: runtime.root=/x: the folder of a"),
+        ("runtime: {runs_per_gpu: 2}", "runtime.runs_per_gpu=2: say it as the profile's own runs_per_gpu"),
+        (f'{HOUR}setup: ["#SBATCH --mem=4G"]', "setup: '#SBATCH --mem=4G': sbatch would not see it there"),
+        (f'{HOUR}setup: [" #SBATCH --mem=4G"]', "setup: ' #SBATCH --mem=4G': sbatch would not see it there"),
+        (f'{HOUR}setup: ["module load x", "\\t#SBATCH --mem=4G"]', "#SBATCH --mem=4G': sbatch would not see it there"),
+        (f'{HOUR}setup: ["true\\n  #sbatch --mem=4G"]', "#sbatch --mem=4G': sbatch would not see it there"),
     ],
 )
 def test_invalid_profile(tmp_path: Path, text: str, message: str) -> None:

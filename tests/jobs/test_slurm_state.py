@@ -138,6 +138,19 @@ def test_killed_hard(field: Field) -> None:
     assert finished_trainings(field.root) == sorted(run.signature for run in field.sweep.runs)
 
 
+def test_a_line_of_setup_that_failed_is_said_with_the_failure(field: Field) -> None:
+    """It did not end the job, and may be why the training has failed."""
+    run = field.sweep.runs[0]
+    (field.root / "fail").mkdir()
+    (field.root / "fail" / run.signature).touch()
+    profile = slurm_profile(field.root, "cd", setup=["cd /nowhere", "true"])
+    assert "submitted 1 of 2 runs" in field.vitpa("submit", "attention=content", profile=profile).stdout
+    wait_for(lambda: of(field, run).state == "failed", poll_s=0.2)
+    failure = "RuntimeError: the test wants this run to fail; in setup `cd /nowhere` failed with status 1"
+    assert of(field, run).reason == failure
+    assert failure in field.vitpa("status").stdout.replace("\n", "")
+
+
 def test_other_code_than_was_submitted(field: Field) -> None:
     run = field.sweep.runs[0]
     nearly_done(run, field.root)

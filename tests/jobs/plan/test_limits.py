@@ -250,6 +250,17 @@ def test_groups_of_unequal_resources_are_looked_at_each(plan: Shell) -> None:
     assert sum(asked[0] == "sbatch" for asked in words.asked) == 2
 
 
+def test_values_for_a_data_set_that_there_is_not(plan: Shell) -> None:
+    """Those of other sweeps count, and a user's own that lie in the data folder."""
+    (plan.root / "data/pets").mkdir()
+    (plan.root / "data/pets/train.beton").touch()
+    for there in ("svhn", "pets"):
+        assert plan(Words(), per_dataset={there: {"time": "2:00:00"}})[0] == 0
+    code, found = plan(Words(), per_dataset={"digts": {"time": "2:00:00"}})
+    known = "cifar10, cifar100, digits, imagenet, pets, svhn"
+    assert (code, found["problem"]) == (1, f"the profile's per_dataset.digts: no such data set; there is {known}")
+
+
 def test_a_thousand_runs_take_a_handful_of_questions(plan: Shell) -> None:
     make_sweep(plan.root, seeds=500)
     words = Words(scontrol_show_config="MaxArraySize = 100\nMaxJobCount = 10000\n")

@@ -23,6 +23,8 @@ OUTPUT = "sweeps/small/submissions/s/submitit"
 SETUP = "loading\nsetup ended the job with exit code 7: exit 7\n"
 STEP = "srun: error: node1: task 0: Exited with exit code 1\n"
 TRACEBACK = "Traceback (most recent call last):\n  File 'x', line 1\nModuleNotFoundError: No module named 'jobs'\n" + STEP
+FAILED_LINE = "/var/spool/slurmd/job7/slurm_script: line 12: cd: /gone: No such file or directory\n"
+FAILED_LINE += "setup: `cd /gone` failed with status 1\n"
 LIMIT = "slurmstepd: error: *** JOB 7 ON node1 CANCELLED AT 2026-01-01T00:00:00 DUE TO TIME LIMIT ***\n"
 
 
@@ -45,6 +47,9 @@ def look(root: Path, run: Run, state: str = "FAILED") -> RunState:
     ("last_words", "text", "expected"),
     [
         ("FAILED", SETUP, ("failed", "setup ended the job with exit code 7: exit 7")),
+        ("FAILED", FAILED_LINE, ("failed", "cd: /gone: No such file or directory; in setup `cd /gone` failed with status 1")),
+        ("FAILED", FAILED_LINE + TRACEBACK, ("failed", "named 'jobs'; in setup `cd /gone` failed with status 1")),
+        ("FAILED", FAILED_LINE + SETUP, ("failed", "setup ended the job with exit code 7: exit 7")),
         ("COMPLETED", "setup ended the job with exit code 0: exit 0\n", ("failed", "exit code 0: exit 0")),
         ("FAILED", TRACEBACK, ("failed", "ModuleNotFoundError: No module named 'jobs'")),
         ("FAILED", "srun: unrecognized option '--x'\nTry \"srun --help\"\n", ("failed", "srun: unrecognized option '--x'")),

@@ -1,0 +1,61 @@
+"""The lines of a job script around a profile's setup, run by bash: what failed in it is known afterwards."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jobs.scheduler.job_output import SETUP_FAILED
+from jobs.scheduler.sbatch import AFTER_SETUP, BEFORE_SETUP
+
+MODULE = "module() { if true; then grep -q x /dev/null; fi; eval 'return 3'; }"
+
+
+def run_script(tmp_path: Path, *setup: str) -> tuple[str, str]:
+    """What is known of lines that have failed after `setup`, and what was said on stderr."""
+    script = tmp_path / "job.sh"
+    script.write_text(
+        "\n".join(["#!/bin/bash", *BEFORE_SETUP, *setup, AFTER_SETUP, f"printenv {SETUP_FAILED}; false", "true"])
+    )
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setup", "failed"),
+    [
+        (["true", "export X=1", "if false; then true; fi", "false || true", "! true"], ""),
+        (["cd /nowhere"], "`cd /nowhere` failed with status 1"),
+        (["nosuch --x 'a b'", "true"], "`nosuch --x 'a b'` failed with status 127"),
+        ([MODULE, "module load cuda"], "`module load cuda` failed with status 3"),
+        (["source job.env"], "`source job.env` failed with status 4"),
+        (["for i in 1 2; do", "  test $i = 1", "done"], "`  test $i = 1` failed with status 1"),
+        (
+            ["set -u", "echo \"`false`$(echo '$x')\" | grep -q y"],
+            "`echo \"`false`$(echo '$x')\" | grep -q y` failed with status 1",
+        ),
+        (["false", "(exit 5)"], "`false` failed with status 1, `(exit 5)` failed with status 5"),
+    ],
+)
+def test_lines_that_fail_are_known_and_the_job_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: list[str], failed: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.env").write_text("false\n(exit 4)\n")
+    known, said = run_script(tmp_path, *setup)
+    assert known == failed
+    assert [line for line in said.splitlines() if line.startswith("setup: ")] == [
+        f"setup: {each}" for each in failed.split(", ") if each
+    ]
+
+
+def test_what_is_said_of_failed_lines_is_bounded(tmp_path: Path) -> None:
+    known, _ = run_script(tmp_path, "for i in {1..1000}; do", f"test {'x' * 1000} = y", "done")
+    assert 200 < len(known) < 1000
+
+
+def test_a_setup_that_ends_the_job_says_so(tmp_path: Path) -> None:
+    known, said = run_script(tmp_path, "set -e", "cd /nowhere")
+    assert (known, said.splitlines()[-1]) == ("", "setup ended the job with exit code 1: cd /nowhere")
