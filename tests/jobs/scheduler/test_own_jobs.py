@@ -20,7 +20,7 @@ from slurm.devcluster import DevCluster
 from tests.support.jobs_sweeps import HOLD, Field, finished_trainings, slurm_profile
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
-from vitpa.records import read_json, write_json
+from vitpa.records import ProcessId, read_json, write_json
 
 TOKEN = "0a1b2c3d"
 SCRIPT = f"/shared/outputs/sweeps/small/submissions/20260101T000000Z-{TOKEN}/submitit/.submission_file_x.sh"
@@ -202,7 +202,8 @@ def test_job_ids_that_began_anew(field: Field, neighbour: Neighbour, started: bo
     (receipt,) = field.files("receipt.json")
     write_json(receipt, {"executor": "slurm", "jobs": [{"id": neighbour.id, "array": False, "tasks": 1}]})
     if started:
-        write_json(attempt.start_json, {"job": {"id": neighbour.id, "restart": 0}, "step": 0})
+        execution = {"id": neighbour.id, "restart": 0}
+        write_json(attempt.start_json, {"process": ProcessId.mine().model_dump(), "job": execution, "step": 0})
     state = field.states()[0]
     assert state.state == ("lost" if started else "uncertain")
     assert state.job is None
