@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from jobs.scheduler.client import Scheduler
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.submit.submission import Place
 from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
-from vitpa.arguments import ConfigError, literal_path
+from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
 from vitpa.terminal import printable
@@ -54,16 +53,20 @@ class Context:
     @property
     def suffix(self) -> str:
         """What follows `vitpa sweep VERB` to mean this sweep again."""
-        root = [] if self.options.root == "outputs" else ["--root", self.options.root]
-        return shlex.join([self.options.sweep, *root])
+        return self.suffix_of(self.options.sweep)
+
+    def suffix_of(self, sweep: str) -> str:
+        """The same for another sweep below the same root."""
+        root = "" if self.options.root == "outputs" else f" --root {in_shell(self.options.root)}"
+        return in_shell(sweep) + root
 
     @property
     def start_suffix(self) -> str:
         """The same for the verbs that start something, with the place unless it will be remembered."""
         if self.place == Place.of_last_submission(SweepDir(self.root, self.sweep.name).submissions):
             return self.suffix
-        data_dir = ["--data-dir", self.place.data_dir] if self.place.data_dir else []
-        return " ".join([self.suffix, shlex.join(["--profile", self.place.profile, *data_dir])])
+        data_dir = f" --data-dir {in_shell(self.place.data_dir)}" if self.place.data_dir else ""
+        return f"{self.suffix} --profile {in_shell(self.place.profile)}{data_dir}"
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""

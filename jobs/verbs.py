@@ -29,6 +29,7 @@ from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import ran_other_code, settle
 from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
 from jobs.sweep import SweepDir, SweepError
+from vitpa.arguments import as_argument
 from vitpa.errors import run_command
 from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
 from vitpa.terminal import printable
@@ -271,7 +272,7 @@ def _say_next(context: Context) -> None:
     context.say("next:")
     context.say(f"  vitpa sweep status {context.suffix} --watch")
     context.say(f"  vitpa sweep collect {context.suffix}")
-    context.say(f"  tensorboard --logdir {shlex.quote(str(folder))}")
+    context.say(f"  tensorboard --logdir {shlex.quote(as_argument(folder))}")
 
 
 def _say_left(context: Context, left: list[RunState]) -> None:
@@ -379,7 +380,7 @@ def _say_shared(context: Context, live: list[RunState]) -> None:
         more = f" and {len(labels) - 3} more" if labels[3:] else ""
         context.say(
             f"sweep {name} has {len(labels)} of these runs, too ({', '.join(labels[:3])}{more}): what is cancelled here "
-            f"{verb} cancelled for it as well; `vitpa sweep retry {name}` starts it again"
+            f"{verb} cancelled for it as well; `vitpa sweep retry {context.suffix_of(name)}` starts it again"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from slurm.devcluster import DevCluster, default_root, stop_cluster
 from slurm.devcluster_config import Layout, Settings, resolved
 from slurm.devcluster_folder import AlreadyRunningError
 from slurm.devcluster_status import as_text, status_of
-from vitpa.arguments import path_argument, whole_number
+from vitpa.arguments import in_shell, path_argument, whole_number
 from vitpa.errors import run_command
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _use(root: Path) -> str:
-    default = "" if root == default_root() else f" --dir {root}"
+    default = "" if root == default_root() else f" --dir {in_shell(root)}"
     return f"""
-export SLURM_CONF={Layout(root).slurm_conf}
+export SLURM_CONF={shlex.quote(str(Layout(root).slurm_conf))}
 vitpa sweep submit demo --profile devcluster --wait
 vitpa devcluster stop{default}"""
 

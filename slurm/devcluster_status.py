@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -85,4 +86,4 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     lines.append("partitions: " + ", ".join(f"{part['name']} ({part['state']})" for part in facts["partitions"]))
     lines.append("jobs: " + (", ".join(f"{count} {state}" for state, count in sorted(jobs.items())) or "none"))
-    return "\n".join([*lines, f"export SLURM_CONF={facts['slurm_conf']}"])
+    return "\n".join([*lines, f"export SLURM_CONF={shlex.quote(facts['slurm_conf'])}"])

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,9 +138,19 @@ def expand_path(path: str | Path, name: str = "") -> Path:
     return Path(expanded)
 
 
-def literal_path(path: Path) -> str:
-    """The text from which `expand_path` makes `path`, an absolute one, again."""
-    return str(path).replace("$", "$$")
+def literal_path(path: str | Path) -> str:
+    """The text from which `expand_path` makes `path` again: for what hands a path on to a command or a key of ours."""
+    return as_argument(path).replace("$", "$$")
+
+
+def as_argument(path: str | Path) -> str:
+    """`path` as an argument of any program: not one that begins like an option or with a ~."""
+    return f"./{path}" if str(path).startswith(("~", "-")) else str(path)
+
+
+def in_shell(path: str | Path) -> str:
+    """`path` as a word of a command of ours, as it has to be typed in a shell."""
+    return shlex.quote(literal_path(path))
 
 
 def name_or_path(text: str) -> str:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vitpa.arguments import ConfigError, number, path_argument, whole_number
+from vitpa.arguments import ConfigError, literal_path, number, path_argument, whole_number
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config
 from vitpa.data.beton import Beton
@@ -220,7 +220,7 @@ def report(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "--max-used-gib",
         str(options.max_used_gib),
     ]
-    arguments = [str(options.config), *options.overrides, *ours, "--deadline-s", str(options.deadline_s)]
+    arguments = [literal_path(options.config), *options.overrides, *ours, "--deadline-s", str(options.deadline_s)]
     probes = [Probe("files", ["disk", *(f"data_{split}" for split in SPLITS)], arguments, options.deadline_s)]
     if config.runtime.device != "cpu" and options.gpus:
         names = ["gpu_count", *(f"gpu{index}_{what}" for index in range(options.gpus) for what in ("memory", "product"))]

@@ -25,6 +25,7 @@ from typing import Any
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
+from vitpa.arguments import literal_path
 from vitpa.config_file import load_config
 from vitpa.records import RunError, create_exclusive, read_json, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
@@ -167,7 +168,7 @@ class Training:
         }
         with log.open("ab") as file:
             return subprocess.Popen(
-                [*BOUND, *self.command, str(first.run.config_yaml), *arguments],
+                [*BOUND, *self.command, literal_path(first.run.config_yaml), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,

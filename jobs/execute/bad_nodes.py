@@ -16,9 +16,14 @@ FORGET_AFTER_S = 24 * 3600
 
 def record(root: Path, node: str, reason: str) -> None:
     """Write down that `node` has failed."""
-    path = root / "nodes" / f"{node}.json"
+    path = path_of(root, node)
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"node": node, "reason": reason, "utc": utc_now()})
+
+
+def path_of(root: Path, node: str) -> Path:
+    """Where it is written down."""
+    return root / "nodes" / f"{node}.json"
 
 
 def failed(root: Path) -> dict[str, str]:

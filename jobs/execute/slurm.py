@@ -32,6 +32,7 @@ from jobs.records import Exit, Left, Start, read_record
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import SETUP_FAILED, with_setup
 from jobs.state import withdraw
+from vitpa.arguments import literal_path
 from vitpa.code_version import code_version
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
@@ -328,7 +329,7 @@ class _Job:
 
     def _preflight_command(self, member: Member) -> list[str]:
         runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim["runtime"].items()]
-        command = [sys.executable, "-m", "vitpa.preflight", str(member.run.config_yaml), *runtime]
+        command = [sys.executable, "-m", "vitpa.preflight", literal_path(member.run.config_yaml), *runtime]
         command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
         cpus = self.intent["cpus_per_node"]
         return [*command, f"--cpus={cpus}"] if cpus else command

@@ -22,6 +22,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
@@ -159,7 +160,8 @@ def _prepare_slurm(
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
     cluster: dict[str, str] = {} if scheduler is None else _cluster_of(scheduler)
     failed = bad_nodes.failed(root) if profile.exclude_failed_nodes else {}
-    notes = [f"leaving out {node}: {why} (to use it again: rm {root / 'nodes' / node}.json)" for node, why in failed.items()]
+    again = {node: f"rm {shlex.quote(str(bad_nodes.path_of(root, node)))}" for node in failed}
+    notes = [f"leaving out {node}: {why} (to use it again: {again[node]})" for node, why in failed.items()]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
     same_resources: dict[str, list[RunState]] = {}
     for state in chosen:

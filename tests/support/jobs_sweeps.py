@@ -26,6 +26,7 @@ from jobs.sweep import Run, Sweep, load_sweep
 from slurm.devcluster import DevCluster
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
+from vitpa.arguments import literal_path
 from vitpa.cli import main as vitpa
 from vitpa.metrics_file import EVALUATED, to_line
 from vitpa.records import RunError, read_json, write_atomic
@@ -109,7 +110,7 @@ def slurm_profile(root: Path, name: str = "slurm", /, **values: object) -> Path:
         "time": "10:00",
         "signal_delay_s": 60,
         "preflight": False,
-        "runtime": {"device": "cpu", "data_dir": f"{root}/data"},
+        "runtime": {"device": "cpu", "data_dir": literal_path(f"{root}/data")},
         **values,
     }
     path = root / f"{name}.yaml"
@@ -151,8 +152,8 @@ def main(root: str, where: str, name: str, verb: str, *terms: str) -> int:
         profile = Path(root) / f"slots-{where}.yaml"
         text = f"slots: {where}\nruntime: {{device: cpu, data_dir: {root}/data}}\n"
         write_atomic(profile, text)  # others that start at the same time read and write it, too
-    options = ["--profile", str(profile)] if verb in ("submit", "retry", "plan") else []
-    return vitpa(["sweep", verb, f"{root}/{name}.yaml", "--root", root, *options, *terms])
+    options = ["--profile", literal_path(profile)] if verb in ("submit", "retry", "plan") else []
+    return vitpa(["sweep", verb, literal_path(f"{root}/{name}.yaml"), "--root", literal_path(root), *options, *terms])
 
 
 def settle(root: Path, sweep: Sweep) -> list[RunState]:

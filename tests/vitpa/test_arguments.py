@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vitpa.arguments import (
     ConfigError,
     expand_path,
+    in_shell,
     literal_path,
     name_or_path,
     number,
@@ -71,8 +73,11 @@ def test_what_is_no_path_is_one_line_that_names_the_key(text: str, why: str) -> 
     assert "\n" not in str(raised.value)
 
 
-def test_a_resolved_path_comes_back_as_it_was() -> None:
-    assert expand_path(literal_path(Path("/a $x/${y}$$/~z"))) == Path("/a $x/${y}$$/~z")
+@pytest.mark.parametrize("path", ["/a $x/${y}$$/~z", "~x/y", "~", "-x", "$HOME", "a b/'c\"", "outputs"])
+def test_a_path_comes_back_as_it_was(path: str) -> None:
+    assert expand_path(literal_path(Path(path))) == Path(path)
+    (word,) = shlex.split(in_shell(path))
+    assert (expand_path(word), word.startswith("-")) == (Path(path), False)
 
 
 def test_the_configuration_keeps_what_was_written_and_expands_what_is_used() -> None:

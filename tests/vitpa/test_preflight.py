@@ -19,6 +19,8 @@ import torch
 
 from tests.support.waiting import run_to_end
 from vitpa import preflight
+from vitpa.arguments import literal_path
+from vitpa.config_file import shipped_configs
 from vitpa.data.beton import Beton
 
 
@@ -56,6 +58,16 @@ def test_a_good_node_passes(digits: Path, tmp_path: Path) -> None:
     assert found["ok"]
     assert [check["name"] for check in found["checks"]] == ["cpus", "disk", "data_train", "data_val"]
     assert {"host", "duration_s"} < found.keys()
+
+
+def test_a_dollar_sign_in_a_path_is_handed_on(digits: Path, tmp_path: Path) -> None:
+    """To the processes that make the checks that may hang."""
+    config = tmp_path / "L$y" / "config.yaml"
+    config.parent.mkdir()
+    shutil.copy(shipped_configs()["digits"], config)
+    words = [f"runtime.data_dir={digits}", f"runtime.root={literal_path(config.parent)}", "runtime.device=cpu", "--gpus=0"]
+    answer = run(literal_path(config), *words)
+    assert json.loads(answer.stdout)["ok"], answer.stdout + answer.stderr
 
 
 def test_the_cpu_needs_no_torch() -> None:
