@@ -42,17 +42,36 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.fdopen(_opened(path, os.O_RDONLY), "rb")
+
+
+def append_regular(path: Path) -> BinaryIO:
+    """A regular file, made if it is not there, opened to write to its end; a pipe in its place is not waited at.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
+def _opened(path: Path, flags: int) -> int:
+    irregular = OSError(errno.EINVAL, "not a regular file", str(path))
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, a socket
+            raise irregular from None
+        raise
     try:
         kind = os.fstat(handle).st_mode
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(kind):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(handle, "rb")
+            raise irregular
     except OSError:
         os.close(handle)
         raise
+    return handle
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vitpa.checkpoint import Progress, weights_sha256
 from vitpa.config import RunConfig
+from vitpa.documents import YAML_BYTES, read_bytes
 from vitpa.logs import Logs
 from vitpa.records import utc_now
 from vitpa.rundir import Result, RunDir
@@ -60,5 +61,5 @@ class Replica:
             code_version=", ".join(progress.code_versions),
             beton_sha256=beton_sha256,
             finished_utc=utc_now(),
-            config_sha256=hashlib.sha256(self.run.config_yaml.read_bytes()).hexdigest(),
+            config_sha256=hashlib.sha256(read_bytes(self.run.config_yaml, YAML_BYTES)).hexdigest(),
         )

@@ -27,6 +27,7 @@ from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
 from vitpa.arguments import literal_path
 from vitpa.config_file import load_config
+from vitpa.documents import append_regular, open_regular
 from vitpa.records import RunError, create_exclusive, read_json, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
@@ -166,7 +167,7 @@ class Training:
             PARENT: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
-        with log.open("ab") as file:
+        with append_regular(log) as file:
             return subprocess.Popen(
                 [*BOUND, *self.command, literal_path(first.run.config_yaml), *arguments],
                 stdin=subprocess.DEVNULL,
@@ -305,8 +306,12 @@ def last_error(log: Path) -> str:
     That is the last exception, of several processes that of one that did not just lose another one; or the signal that
     torchrun names as the root cause; otherwise the last line.
     """
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 100_000))
+    try:
+        file = open_regular(log)
+    except OSError as error:
+        return f"{log}: cannot be read ({error.strerror})"
+    with file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     exception = re.compile(r"^(\[rank\d+\]: ?)?([\w.]+(Error|Exception|Interrupt)\b.*)")
     found = [match[2] for line in lines if (match := exception.match(line)) and "ChildFailedError" not in line]

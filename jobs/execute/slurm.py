@@ -34,6 +34,7 @@ from jobs.scheduler.job_output import SETUP_FAILED, with_setup
 from jobs.state import withdraw
 from vitpa.arguments import literal_path
 from vitpa.code_version import code_version
+from vitpa.documents import append_regular
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
@@ -316,8 +317,11 @@ class _Job:
         """Check this node; None if it is fit. A node that is not is recorded."""
         if not self.profile["preflight"]:
             return None
-        with member.attempt.log.open("ab") as log:
-            report = preflight(self._preflight_command(member), log)
+        try:
+            with append_regular(member.attempt.log) as log:
+                report = preflight(self._preflight_command(member), log)
+        except OSError as error:
+            return Ended("failed", None, str(error))
         failed = [check for check in report["checks"] if not check["ok"]]
         if not failed:
             return None

@@ -21,7 +21,7 @@ TAIL_BYTES = 200_000
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log; none if it is not there."""
+    """The last lines of a log; none if it is not there, and why if it cannot be read."""
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)
@@ -29,6 +29,8 @@ def tail(path: Path, lines: int) -> list[str]:
             return _lines(file.read())[-lines:]
     except FileNotFoundError:
         return []
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror})"]
 
 
 def _lines(data: bytes) -> list[str]:

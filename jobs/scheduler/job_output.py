@@ -5,9 +5,11 @@ sbatch and srun write it to `submitit/` in the submission: `<id>_0_log.err` and 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
+from vitpa.documents import open_regular
 from vitpa.records import RunError, read_json
 from vitpa.rundir import AttemptDir
 
@@ -59,7 +61,7 @@ def output_of(attempt: AttemptDir, identity: str) -> list[Path]:
 def printed(output: Path, identity: str) -> list[Path]:
     """The files in which a job has printed something: errors first."""
     files = [*sorted(output.glob(f"{identity}_*_log.err")), *sorted(output.glob(f"{identity}_*_log.out"))]
-    return [path for path in files if path.stat().st_size]
+    return [path for path in files if path.is_file() and path.stat().st_size]
 
 
 def _cause(files: list[Path]) -> str:
@@ -70,8 +72,13 @@ def _cause(files: list[Path]) -> str:
     lines = []
     for path in files:
         if path.suffix == ".err":
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            try:
+                file = open_regular(path)
+            except OSError as error:
+                lines.append(f"{path}: cannot be read ({error.strerror})")
+                continue
+            with file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
                 lines += [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     setup = [line.removeprefix(FAILED_LINE) for line in lines if line.startswith(f"{FAILED_LINE}`")]
     lines = [line for line in lines if not line.startswith(f"{FAILED_LINE}`")]

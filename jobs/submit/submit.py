@@ -50,6 +50,7 @@ from vitpa.code_version import code_version
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, parse_config, record_config
 from vitpa.datasets import DATASETS
+from vitpa.documents import append_regular, open_regular
 from vitpa.records import ProcessId, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
@@ -404,7 +405,7 @@ def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: P
         json.dumps(tasks),
     ]
     environment = scheduler_environment(child_environment(code))
-    with submission.launch_log.open("ab") as log:
+    with append_regular(submission.launch_log) as log:
         helper = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -413,11 +414,8 @@ def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: P
 
 def _why_not_started(submission: SubmissionDir, exit_code: int) -> str:
     """Why the helper could not start the jobs: SLURM's own words, if it has said any."""
-    lines = [
-        line.strip()
-        for line in submission.launch_log.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    with open_regular(submission.launch_log) as file:
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     said = [re.sub(r"^sbatch: ((error|fatal): )?", "", line) for line in lines if line.startswith("sbatch: ")]
     if said:
         return "SLURM refused the jobs: " + "; ".join(dict.fromkeys(said))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
+from jobs.report.logs import tail
 from jobs.state import StateReader
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import STAND_IN, environment_document, evaluation_line, make_sweep, result_document
@@ -131,6 +133,16 @@ def test_last_error_of_a_distributed_training(tmp_path: Path) -> None:
         "====\nvitpa.train FAILED\n"
     )
     assert last_error(log) == "torch.OutOfMemoryError: CUDA out of memory."
+
+
+def test_a_pipe_in_place_of_a_log_is_not_waited_at(tmp_path: Path, run: Run) -> None:
+    one = member(tmp_path, run)
+    os.mkfifo(one.attempt.log)
+    assert last_error(one.attempt.log) == f"{one.attempt.log}: cannot be read (not a regular file)"
+    assert tail(one.attempt.log, 5) == [f"{one.attempt.log}: cannot be read (not a regular file)"]
+    run_out(STAND_IN, one)
+    state = StateReader(tmp_path).state(run)
+    assert (state.state, state.reason) == ("failed", f"[Errno 22] not a regular file: '{one.attempt.log}'")
 
 
 @pytest.mark.slow

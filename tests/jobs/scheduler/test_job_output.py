@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,20 @@ def test_state_and_cause(tmp_path: Path, run: Run, last_words: str, text: str | 
     assert found.state == state
     assert found.reason.startswith(f"its job ended ({last_words}) before it started the run: ")
     assert found.reason.endswith(f"{cause}; see {tmp_path / OUTPUT}")
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["pipe", "folder", "link"]
+)
+def test_output_that_is_no_file(tmp_path: Path, run: Run, make: Callable[[Path], None]) -> None:
+    slurm_claim(tmp_path, run)
+    (tmp_path / OUTPUT).mkdir(parents=True)
+    make(tmp_path / OUTPUT / "7_0_0_log.err")
+    found = look(tmp_path, run)
+    assert (found.state, found.reason) == (
+        "failed",
+        f"its job 7_0 ended (FAILED) before it started the run; see {tmp_path / OUTPUT}",
+    )
 
 
 def test_a_job_that_was_never_there(tmp_path: Path) -> None:
