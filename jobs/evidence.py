@@ -31,6 +31,7 @@ class WorkerEvidence:
     worker: bool | None  # whether the process that started it is alive
     starters: tuple[bool | None, ...]  # whether those are alive who may still start it
     log: str  # what to look at if nobody is
+    in_vain: bool = False  # they are workers, and none has started a run of its submission
 
 
 def of_worker(found: WorkerEvidence) -> Verdict:  # noqa: PLR0911 - rules, the first that holds decides
@@ -41,7 +42,7 @@ def of_worker(found: WorkerEvidence) -> Verdict:  # noqa: PLR0911 - rules, the f
             return Verdict("pending")
         if None in found.starters:
             return Verdict("pending", not_seen(found.claimer), unseen=True)
-        return nobody_left(found.log)
+        return Verdict("uncertain", ended_early=True) if found.in_vain else nobody_left(found.log)
     if found.exit is not None:
         return Verdict(found.exit.state, found.exit.reason or "")
     if start.withdrawn is not None:  # whoever withdrew it was killed before writing exit.json

@@ -82,7 +82,7 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
 )
 ENDED_EARLY = _cause(
     "job ended early",
-    r"ended \(\w+\) before it started the run",
+    r"ended (\([\w ]+\) )?before it started the run",
     "fix what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
 )
 OTHER = _cause("other", "", "fix what the traceback says, then retry")

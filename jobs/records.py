@@ -110,6 +110,7 @@ class WantedRun(Record):
     """A run in an intent, or in the list of a sweep."""
 
     signature: str = Field(pattern=r"^[0-9a-f]{16}$")
+    attempt: int | None = None  # in an intent: the one that is claimed
 
 
 class Intent(Record):

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.evidence import SlurmEvidence, WorkerEvidence, in_progress, of_worker, out_of_the_queue
-from jobs.records import RESTORE, Claim, Exit, Launch, Receipt, SlurmClaim, Start, read_record, record_of
+from jobs.records import RESTORE, Claim, Exit, Intent, Launch, Receipt, SlurmClaim, Start, WantedRun, read_record, record_of
 from jobs.scheduler.client import Scheduler, SchedulerError
-from jobs.scheduler.job_output import ENDED_EARLY, ended_early
+from jobs.scheduler.job_output import ENDED_EARLY, ended_early, worker_ended_early
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
@@ -76,6 +76,7 @@ class StateReader:
         self._accounts: dict[tuple[str, int], SlurmJob] | None = None
         self._alive: dict[ProcessId, bool | None] = {}
         self._receipts: dict[str, Receipt | None] = {}
+        self._in_vain: dict[str, bool] = {}  # submissions of workers: whether these have not started a run
         self._looked_after: set[str] = set()  # submissions that had their jobs when SLURM was asked
 
     @property
@@ -133,8 +134,31 @@ class StateReader:
         starters, log = self._starters(claim) if claim and start is None else ([], "")
         alive = tuple(self._is_alive(process) for process in starters)
         claimer = claim.process if claim else ProcessId.mine()
-        verdict = of_worker(WorkerEvidence(claimer, start, ended, worker, alive, log))
-        return RunState(run, verdict.state, verdict.reason, attempt, unseen=verdict.unseen)
+        submission = claim.submission if claim and set(alive) == {False} else None
+        in_vain = submission is not None and self._receipt(submission) is not None and self._has_started_none(submission)
+        verdict = of_worker(WorkerEvidence(claimer, start, ended, worker, alive, log, in_vain))
+        state, reason = verdict.state, verdict.reason
+        if verdict.ended_early:
+            state, reason = worker_ended_early(self._root / str(submission) / "submitit")
+        return RunState(run, state, reason, attempt, unseen=verdict.unseen)
+
+    def _has_started_none(self, submission: str) -> bool:
+        """Whether the workers of a submission, which are over, have not started any run of it."""
+        if submission not in self._in_vain:
+            self._in_vain[submission] = False
+            with contextlib.suppress(RunError):  # where a record is damaged, nobody knows
+                intent = read_record(Intent, self._root / submission / "intent.json")
+                runs = intent.runs if intent else []
+                self._in_vain[submission] = not any(self._was_started(submission, run) for run in runs)
+        return self._in_vain[submission]
+
+    def _was_started(self, submission: str, run: WantedRun) -> bool:
+        """Whether a run has been started for a submission, not withdrawn."""
+        attempt = AttemptDir(RunDir(self._root, run.signature).attempts_dir / f"{run.attempt or 1:04d}")
+        start = read_record(Start, attempt.start_json)
+        if start is None or start.withdrawn is not None:
+            return False
+        return (read_json(attempt.claim_json) or {}).get("submission") == submission
 
     def _starters(self, claim: Claim) -> tuple[list[ProcessId], str]:
         """Who may still start a claimed run, and what to look at if nobody is left."""

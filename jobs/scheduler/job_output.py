@@ -45,6 +45,13 @@ def ended_early(identity: str, last_words: str, output: Path) -> tuple[str, str]
     return state, f"{what}; see {output}"
 
 
+def worker_ended_early(output: Path) -> tuple[str, str]:
+    """The same of runs on this machine whose workers are over, without one of them having started any run."""
+    cause = _cause(printed(output, "*"))
+    reason = f"its worker ended {ENDED_EARLY}" + (f": {cause}" if cause else "")
+    return "failed" if _ERROR.search(cause) else "uncertain", f"{reason}; see {output}"
+
+
 def _what(job: str, last_words: str) -> str:
     return f"{job} ended ({last_words or 'unknown to SLURM'}) {ENDED_EARLY}"
 

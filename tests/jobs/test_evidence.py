@@ -50,6 +50,12 @@ def test_a_worker_s_attempt(
     assert ("see s/launch.log" in verdict.reason) == (verdict.state == "uncertain")
 
 
+def test_workers_that_have_started_nothing_have_ended_early() -> None:
+    for starters, state in (((False, False), "uncertain"), ((True, False), "pending"), ((None,), "pending")):
+        verdict = of_worker(WorkerEvidence(SOMEBODY, None, None, None, starters, "", in_vain=True))
+        assert (verdict.state, verdict.ended_early) == (state, state == "uncertain")
+
+
 def evidence(**values: Any) -> SlurmEvidence:
     base = {"claim": CLAIM, "start": None, "exit": None, "job": None, "identity": "7_0", "submitted": True, "launchers": ()}
     return SlurmEvidence(**{**base, "log": "s/launch.log", **values})

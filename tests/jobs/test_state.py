@@ -11,7 +11,7 @@ import pytest
 from jobs.report.status import progress_of, row_of
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
-from jobs.state import RunState, StateReader, withdraw
+from jobs.state import RunState, StateReader, early_ends, withdraw
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.records import ProcessId, read_json, write_json
@@ -82,6 +82,34 @@ def test_uncertain_with_all_jobs_dead(tmp_path: Path, run: Run) -> None:
     claim(tmp_path, run, 1, ALIVE)  # a launcher that waits does not start anything any more
     receipt(tmp_path, DEAD, DEAD)
     assert look(tmp_path, run).state == "uncertain"
+
+
+def test_workers_that_died_before_they_started_a_run(tmp_path: Path) -> None:
+    """They count like SLURM jobs that ended early, as long as none of them has come further."""
+    first, second = make_sweep(tmp_path, seeds=1).runs
+    folder = tmp_path / "sweeps/small/submissions/s"
+    attempts = [claim(tmp_path, run, 1, ALIVE) for run in (first, second)]
+    receipt(tmp_path, DEAD, DEAD)
+    wanted = [{"signature": run.signature, "attempt": 1} for run in (first, second)]
+    write_json(folder / "intent.json", {"token": "t", "runs": wanted})
+    state = look(tmp_path, first)
+    assert (state.state, state.reason) == ("uncertain", f"its worker ended before it started the run; see {folder}/submitit")
+    assert (state.ended_early, early_ends(state, tmp_path)) == (True, 1)
+    (folder / "submitit").mkdir()
+    (folder / "submitit/7_0_log.err").write_text(
+        "Traceback (most recent call last):\nModuleNotFoundError: No module named 'x'\n"
+    )
+    state = look(tmp_path, first)
+    cause = "its worker ended before it started the run: ModuleNotFoundError: No module named 'x'; see "
+    assert (state.state, state.reason, state.ended_early) == ("failed", f"{cause}{folder}/submitit", True)
+    start(attempts[1], DEAD)
+    state = look(tmp_path, first)
+    assert (state.state, state.ended_early) == ("uncertain", False), "they died in the middle of their work"
+    assert withdraw(attempts[0], "failed", cause)
+    (folder / "intent.json").write_text("{")
+    claim(tmp_path, first, 2, ALIVE)
+    state = look(tmp_path, first)
+    assert (state.state, state.ended_early) == ("uncertain", False), "nobody knows"
 
 
 @pytest.mark.parametrize("worker", [ALIVE, ELSEWHERE])

@@ -175,6 +175,34 @@ def test_all_workers_killed(tmp_path: Path) -> None:
     assert_each_done_once(tmp_path, sweep)
 
 
+BROKEN_WORKER = """import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jobs.execute.local":
+            raise ModuleNotFoundError("No module named 'gone'")
+if "submitit.core._submit" in sys.orig_argv:
+    sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_workers_that_cannot_be_started_are_not_tried_without_end(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(BROKEN_WORKER)
+    broken = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    for number, verb in enumerate(("submit", "retry", "submit"), start=1):
+        assert "submitted 2 of 2 runs" in launch(tmp_path, SLOTS, verb, environment=broken).stdout
+        assert [(state.state, state.attempts) for state in settle(tmp_path, sweep)] == [("failed", number)] * 2
+    again = launch(tmp_path, SLOTS)
+    assert (again.returncode, "nothing to submit" in again.stdout) == (4, True)
+    cause = "its worker ended before it started the run: ModuleNotFoundError: No module named 'gone'"
+    assert f"left alone: 3 jobs in a row ended too early ({cause}" in again.stdout
+    assert "is left alone: it got 3 jobs in vain" in launch(tmp_path, SLOTS, "retry").stdout
+    assert "No module named 'gone'" in launch(tmp_path, SLOTS, "logs", "--failed").stdout
+    assert launch(tmp_path, SLOTS, "retry", "--force", "--wait").returncode == 0
+    assert_each_done_once(tmp_path, sweep)
+
+
 def test_worker_told_to_stop(tmp_path: Path) -> None:
     """SIGTERM: checkpoint, `interrupted`, nothing else is started by this worker; submit goes on from the checkpoint."""
     sweep = make_sweep(tmp_path, seeds=1, steps=10)
