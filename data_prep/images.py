@@ -31,6 +31,7 @@ from data_prep.integrity import (
     png_for_opencv,
     with_end,
 )
+from data_prep.palette import palette_damage
 from data_prep.tiff import libtiff_errors, tiff_damage
 from vitpa.data.manifest import ImageSettings, Pixels
 
@@ -124,6 +125,8 @@ def _damage(image: Image.Image, data: bytes) -> str:
 
 
 def _decoded(image: Image.Image, data: bytes, white_level: int | None) -> Photo:
+    if damage := palette_damage(image, data):
+        raise CorruptImageError(damage)
     more_frames = image.format not in ("JPEG", "MPO") and _has_more_frames(image)  # a camera's MPO holds previews
     deep = _deep_values(image, data)
     if deep is None:
