@@ -21,7 +21,8 @@ and a folder in which none has a side above 32 px. Images are never enlarged.
 Left out are hidden and system files and folders, and what is no image by its name; the report and the manifest count
 them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt, and
 so is one with a wrong checksum (PNG, TIFF with Deflate) or too few pixels; changed bytes of BMP, PPM, GIF, WebP, AVIF
-and uncompressed TIFF can hardly be noticed, as these have no checksum.
+and uncompressed TIFF can hardly be noticed, as these have no checksum,
+nor that a plain (ASCII) PPM or PGM is cut within its last number.
 Repeated with the same settings it does nothing."""
 
 EXAMPLES = """examples:

@@ -121,6 +121,8 @@ def _damage(image: Image.Image, data: bytes) -> str:
             return tiff_damage(data, getattr(image, "tag_v2", {}))
         case "BMP":
             return bmp_damage(data)
+        case "PPM":
+            return _ppm_damage(image, data)
     return ""
 
 
@@ -147,7 +149,9 @@ def photo_size(path: Path) -> tuple[int, int] | None:
     try:
         with _open(path) as file:
             head = file.read(24)
-            if head.startswith(PNG_MAGIC):  # Pillow would read its texts, too, and not more than so many
+            if (
+                head.startswith(PNG_MAGIC) and head[12:16] == b"IHDR"
+            ):  # Pillow would read its texts, too, and not more than so many
                 return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
             file.seek(0)
             with _reasons(), Image.open(file, formats=_formats()) as image:
@@ -266,11 +270,26 @@ def _deep_values(image: Image.Image, data: bytes) -> tuple[Values, int] | None:
         if not transparent.any():
             return grey, white
         return np.dstack([grey, grey, grey, np.where(transparent, 0, DEEP_WHITE)]), white
-    tile = image.tile[0] if isinstance(image, PpmImageFile) else None
-    maximum = int(tile.args[-1]) if tile and tile.codec_name.startswith("ppm") and tile.args else 0
+    maximum = _ppm_maximum(image)
     if max(bits, data[PNG_DEPTH_AT] if image.format == "PNG" else 8) <= 8 and maximum <= 255:
         return None
     return _deep_colours(image, data, maximum or DEEP_WHITE), maximum or DEEP_WHITE
+
+
+def _ppm_maximum(image: Image.Image) -> int:
+    """The white that the header of a PPM or PGM says, if Pillow scales its values by that; 0 if not."""
+    tile = image.tile[0] if isinstance(image, PpmImageFile) and image.tile else None
+    return int(tile.args[-1]) if tile and tile.codec_name.startswith("ppm") and isinstance(tile.args, tuple) else 0
+
+
+def _ppm_damage(image: Image.Image, data: bytes) -> str:
+    """Whether a PPM or PGM has values beyond its white, which Pillow clips; of plain ones it says so itself."""
+    if not (white := _ppm_maximum(image)) or image.tile[0].codec_name != "ppm":
+        return ""
+    values = data[image.tile[0].offset :][: image.width * image.height * len(image.getbands()) * (1 if white < 256 else 2)]
+    size = len(values) if white < 256 else len(values) // 2
+    highest = int(np.frombuffer(values, np.uint8 if white < 256 else ">u2", size).max(initial=0))
+    return f"values up to {highest:,}, where its header says that white is {white:,}" if highest > white else ""
 
 
 def _deep_colours(image: Image.Image, data: bytes, white: int) -> Values:

@@ -138,6 +138,10 @@ def checked_png(data: bytes) -> tuple[bytes, str]:
     """
     kept = [data[: len(PNG_MAGIC)]]
     for at, kind, end in _chunks(data):
+        if at == len(PNG_MAGIC) and kind == b"CgBI":
+            return data, "Apple's own kind of PNG (CgBI), which is not supported; convert it to PNG"
+        if at == len(PNG_MAGIC) and kind != b"IHDR":
+            return data, f"it begins with a chunk {_printable(kind)}, not with its header, IHDR"
         if end > len(data):
             return data, f"cut within a chunk {_printable(kind)}"
         if struct.pack(">I", zlib.crc32(data[at + 4 : end - 4])) != data[end - 4 : end]:

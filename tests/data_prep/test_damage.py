@@ -255,3 +255,29 @@ def test_a_bmp_whose_pixels_begin_within_its_header_is_corrupt(tmp_path: Path) -
     np.testing.assert_array_equal(read(data, tmp_path), np.asarray(photo()))
     for begin in (10, 14, 53):
         assert reason(data[:10] + struct.pack("<I", begin) + data[14:], tmp_path) == "its pixels begin within its header"
+
+
+# ---- PPM
+
+
+@pytest.mark.parametrize("white", [100, 1000])
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_values_beyond_the_white_of_a_ppm_are_corrupt(kind: str, white: int, tmp_path: Path) -> None:
+    form = np.uint8 if white < 256 else ">u2"
+    values = np.linspace(0, white, 4 * 3 * (1 if kind == "P5" else 3)).astype(form)
+    head = f"{kind} 4 3 {white} ".encode()
+    found = read(head + values.tobytes() + b"\xff\xff", tmp_path)
+    assert found[0, 0, 0] == 0 and found[-1, -1, -1] == 255
+    values[5] = white + 1
+    said = f"values up to {white + 1:,}, where its header says that white is {white:,}"
+    assert reason(head + values.tobytes(), tmp_path) == said
+
+
+def test_a_plain_pbm_is_taken(tmp_path: Path) -> None:
+    assert read(b"P1\n3 2\n1 0 1\n0 1 0\n", tmp_path)[..., 0].tolist() == [[0, 255, 0], [255, 0, 255]]
+
+
+def test_a_png_that_does_not_begin_with_its_header_is_named(tmp_path: Path) -> None:
+    data = encoded(photo(), "PNG")
+    assert "CgBI" in reason(data[:8] + chunk(b"CgBI", b"\x50\0\x20\2") + data[8:], tmp_path)
+    assert "begins with a chunk tEXt" in reason(data[:8] + chunk(b"tEXt", b"a\0x") + data[8:], tmp_path)
