@@ -40,7 +40,8 @@ MAX_FILE_BYTES = 1 << 30  # of an image
 BITS = 8  # of a channel, as they are stored
 DEEP_WHITE = 0xFFFF  # of 16-bit values
 NEARLY_BLACK = 4  # values that do not go beyond white divided by this had another white in mind
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339  # tags of TIFF
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
 PNG_DEPTH_AT = 24  # bytes
 
 Values = npt.NDArray[Any]  # integers of more than 8 bits
@@ -118,7 +119,8 @@ def _damage(image: Image.Image, data: bytes) -> str:
         case "PNG":
             return png_damage(data)
         case "TIFF":
-            return tiff_damage(data, getattr(image, "tag_v2", {}))
+            tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+            return tiff_damage(data, tags) or _without_meaning(image, tags)
         case "BMP":
             return bmp_damage(data)
         case "PPM":
@@ -130,7 +132,7 @@ def _decoded(image: Image.Image, data: bytes, white_level: int | None) -> Photo:
     if damage := palette_damage(image, data):
         raise CorruptImageError(damage)
     more_frames = image.format not in ("JPEG", "MPO") and _has_more_frames(image)  # a camera's MPO holds previews
-    deep = _deep_values(image, data)
+    deep = _deep_values(image, data, white_level)
     if deep is None:
         return Photo(_to_rgb(ImageOps.exif_transpose(image)), more_frames)
     values, white = deep
@@ -149,9 +151,7 @@ def photo_size(path: Path) -> tuple[int, int] | None:
     try:
         with _open(path) as file:
             head = file.read(24)
-            if (
-                head.startswith(PNG_MAGIC) and head[12:16] == b"IHDR"
-            ):  # Pillow would read its texts, too, and not more than so many
+            if head.startswith(PNG_MAGIC) and head[12:16] == b"IHDR":  # Pillow would read its texts, and not more than so many
                 return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
             file.seek(0)
             with _reasons(), Image.open(file, formats=_formats()) as image:
@@ -251,7 +251,22 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _deep_values(image: Image.Image, data: bytes) -> tuple[Values, int] | None:
+def _without_meaning(image: Image.Image, tags: Mapping[int, Any]) -> str:
+    """Why the values of a sound TIFF are not those of an image; empty if they are."""
+    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
+    if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
+        return "its first page is a preview of reduced size; save the page of full size alone"
+    if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED and bits <= 16:
+        return f"signed values of {bits} bits, for which no black is defined; save them unsigned"
+    map_white = max(tags.get(COLOR_MAP, (DEEP_WHITE,)))
+    if 0 < map_white <= DEEP_WHITE // NEARLY_BLACK:
+        return f"a palette with values up to {map_white:,}, where white is {DEEP_WHITE:,}: nearly black; save it with 16 bits"
+    if image.mode == "CMYK" and bits > BITS and 0 < np.asarray(image).max() <= 255 // NEARLY_BLACK:
+        return f"CMYK values of {bits} bits that stay in their lower part: nearly no ink; save it with {BITS} bits"
+    return ""
+
+
+def _deep_values(image: Image.Image, data: bytes, white_level: int | None) -> tuple[Values, int] | None:
     """The values of an image of more than 8 bits, upright, and the largest that they may be; None if it has 8 bits.
 
     Returns:
@@ -265,8 +280,12 @@ def _deep_values(image: Image.Image, data: bytes) -> tuple[Values, int] | None:
         white = (1 << bits) - 1 if 8 < bits < 16 else DEEP_WHITE
         inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         grey = np.asarray(ImageOps.exif_transpose(image))
+        if bits == 32 and max(tags.get(SAMPLE_FORMAT, (1,))) != SIGNED:
+            grey = grey.view(np.uint32)  # Pillow takes them for signed ones
         transparent = grey == image.info.get("transparency")
-        grey = white - grey if inverted else grey
+        if inverted:
+            _check_range(int(grey.min()), int(grey.max()), white, white_level)  # as they are stored
+            grey = (white_level or white) - grey
         if not transparent.any():
             return grey, white
         return np.dstack([grey, grey, grey, np.where(transparent, 0, DEEP_WHITE)]), white
