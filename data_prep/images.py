@@ -303,7 +303,8 @@ def _ppm_maximum(image: Image.Image) -> int:
 
 def _ppm_damage(image: Image.Image, data: bytes) -> str:
     """Whether a PPM or PGM has values beyond its white, which Pillow clips; of plain ones it says so itself."""
-    if not (white := _ppm_maximum(image)) or image.tile[0].codec_name != "ppm":
+    white = _ppm_maximum(image)
+    if not white or not isinstance(image, PpmImageFile) or image.tile[0].codec_name != "ppm":
         return ""
     values = data[image.tile[0].offset :][: image.width * image.height * len(image.getbands()) * (1 if white < 256 else 2)]
     size = len(values) if white < 256 else len(values) // 2

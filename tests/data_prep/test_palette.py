@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def tiff(bits: int, pixels: bytes, colours: bytes) -> bytes:
 def test_a_pixel_beyond_the_palette_is_corrupt(kind: str, bits: int, tmp_path: Path) -> None:
     if (kind, bits) == ("bmp", 2):
         return
-    most, make = 1 << bits, {"png": png, "bmp": bmp, "tiff": tiff}[kind]
+    makers: dict[str, Callable[..., bytes]] = {"png": png, "bmp": bmp, "tiff": tiff}
+    most, make = 1 << bits, makers[kind]
     whole = make(bits, indices(bits, most), COLOURS[:most].tobytes())
     np.testing.assert_array_equal(read(whole, tmp_path), decoded(whole))
     fewer = max(1, most - 3)
