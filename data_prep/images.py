@@ -256,7 +256,7 @@ def _without_meaning(image: Image.Image, tags: Mapping[int, Any]) -> str:
     bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
     if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
         return "its first page is a preview of reduced size; save the page of full size alone"
-    if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED and bits <= 16:
+    if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED and bits <= BITS:
         return f"signed values of {bits} bits, for which no black is defined; save them unsigned"
     map_white = max(tags.get(COLOR_MAP, (DEEP_WHITE,)))
     if 0 < map_white <= DEEP_WHITE // NEARLY_BLACK:
@@ -280,6 +280,8 @@ def _deep_values(image: Image.Image, data: bytes, white_level: int | None) -> tu
         white = (1 << bits) - 1 if 8 < bits < 16 else DEEP_WHITE
         inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         grey = np.asarray(ImageOps.exif_transpose(image))
+        if bits == 16 and max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED:
+            white = DEEP_WHITE // 2
         if bits == 32 and max(tags.get(SAMPLE_FORMAT, (1,))) != SIGNED:
             grey = grey.view(np.uint32)  # Pillow takes them for signed ones
         transparent = grey == image.info.get("transparency")
