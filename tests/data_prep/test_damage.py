@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.tiff import _lzw_size
-from tests.data_prep.test_images import FULL, chunk, decoded, deep_file, encoded, photo, read, reason
+from tests.support.image_files import FULL, chunk, decoded, deep_file, encoded, photo, read, reason
 from vitpa.data.manifest import Pixels
 
 # ---- PNG

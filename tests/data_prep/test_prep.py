@@ -13,7 +13,6 @@ import signal
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,43 +30,14 @@ from data_prep.lock import LOCK_NAME, locked
 from data_prep.prep import Options, image_settings, page_bytes, prepare
 from data_prep.progress import LINE_EVERY_S, progress_bar
 from data_prep.sources import load_splits
-from data_prep.write import Writer
+from tests.support.shared_writer import SharedWriter, _one_writer, writer
 from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton
 from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.records import ProcessId
 
+__all__ = ["_one_writer", "writer"]  # one process writes for all tests of this file
+
 SMOOTH = ImageSettings(resize="none", size_px=None, jpeg_share=0.0, jpeg_quality=None)
-
-
-class SharedWriter:
-    """One real process for all conversions of this file, as importing FFCV takes 5 s; a new one after it has ended."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-        self._writer: Writer | None = None
-
-    def __enter__(self) -> Writer:
-        if self._writer is None or self._writer._process.returncode is not None:
-            self._writer = self._stack.enter_context(Writer())
-        return self._writer
-
-    def __exit__(self, *error: object) -> None:
-        """Left running for the next."""
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-@pytest.fixture(scope="module")
-def writer() -> Iterator[SharedWriter]:
-    shared = SharedWriter()
-    yield shared
-    shared.close()
-
-
-@pytest.fixture(autouse=True)
-def _one_writer(writer: SharedWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_prep.prep, "Writer", lambda: writer)
 
 
 def photo(seed: int = 0, width: int = 60, height: int = 40) -> Image.Image:

@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.errors import PrepError
 from data_prep.prep import Options, prepare
 from data_prep.sources import Split, has_small_images, load_splits
-from tests.data_prep.test_prep import _one_writer, writer
+from tests.support.shared_writer import _one_writer, writer
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import Manifest, beton_path, manifest_path
 

@@ -17,38 +17,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
+from tests.support.checkpoints import EVALUATION, SIGNATURE, fields
 from vitpa import checkpoint
 from vitpa.checkpoint import Checkpoint, Layout, Progress, weights_sha256
 from vitpa.checkpoint_file import CheckpointError, Footer
 from vitpa.rundir import RunDir
 
-SIGNATURE = "0123456789abcdef"
 TOTAL_STEPS = 100
-EVALUATION = {"val/top1": 0.5, "val/top5": 0.9, "val/loss": 1.0}
-
-
-def fields(step: int) -> dict[str, Any]:
-    """The content of a checkpoint of a small model after one step of AdamW, said to be `step` steps."""
-    torch.manual_seed(step)
-    model = nn.Linear(3, 2)
-    groups: list[dict[str, Any]] = [{"params": [model.weight]}, {"params": [model.bias], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    for moments in state["state"].values():
-        moments["step"].fill_(step)
-    return {
-        "signature": SIGNATURE,
-        "beton_sha256": {"train": "1" * 64, "val": "2" * 64},
-        "progress": {**Progress(step=step, code_versions=["g1"], val=EVALUATION).model_dump()},
-        "window": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
-        "optimizer": state,
-        "model": dict(model.state_dict()),
-        "metrics": '{"step": 1}\n',
-    }
 
 
 LAYOUT = Layout.of(fields(1)["model"], fields(1)["optimizer"], TOTAL_STEPS)
@@ -326,7 +302,7 @@ def test_killed_while_it_writes_there_is_always_a_good_one(run: RunDir) -> None:
     program = """
         import sys
         from pathlib import Path
-        from tests.vitpa.test_checkpoint_damage import EVALUATION, SIGNATURE, fields
+        from tests.support.checkpoints import EVALUATION, SIGNATURE, fields
         from vitpa import checkpoint
         from vitpa.rundir import RunDir
 
