@@ -27,7 +27,7 @@ from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withdraw
 from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import ran_other_code, settle
-from jobs.submit.submit import WRITERS, Order, check_data, prepare, submit
+from jobs.submit.submit import WRITERS, SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir, SweepError
 from vitpa.arguments import as_argument
 from vitpa.errors import run_command
@@ -61,10 +61,10 @@ def _plan(context: Context) -> int:
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states, left = context.look_around()
     missing = _to_submit(context, states)
-    problems, order, report = [], Order([], None), EMPTY_REPORT
+    problems, plan, report = [], SubmissionPlan([], None), EMPTY_REPORT
     try:
-        order, report = _look_ahead(context, states, missing, benchmark)
-        check_data(order)
+        plan, report = _look_ahead(context, states, missing, benchmark)
+        check_data(plan)
     except SweepError as error:
         problems = [str(error)]
     problem = "; ".join([*problems, *report.refusals])
@@ -72,7 +72,7 @@ def _plan(context: Context) -> int:
     rows = [status.row_of(state, context.root) for state in states]
     if context.options.json:
         document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "problem": problem}
-        document |= {"jobs": len(order.groups), "slots": order.at_a_time}
+        document |= {"jobs": len(plan.groups), "slots": plan.at_a_time}
         document["no_longer_in_sweep"] = [status.row_of(state, context.root) for state in left]
         context.say_json({**document, "changed": context.drift.describe(), **report.as_json()})
         return code
@@ -85,15 +85,15 @@ def _plan(context: Context) -> int:
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:
-        context.say(f"submit would start {len(missing)} runs{order.jobs}")
+        context.say(f"submit would start {len(missing)} runs{plan.jobs}")
     _say_left_alone(context, states)
     return code
 
 
 def _look_ahead(
     context: Context, states: list[RunState], missing: list[RunState], benchmark: Benchmark | None
-) -> tuple[Order, PlanReport]:
-    """The order for `missing` and what lies ahead of it; where SLURM does not answer, as far as that can be said without.
+) -> tuple[SubmissionPlan, PlanReport]:
+    """The plan for `missing` and what lies ahead of it; where SLURM does not answer, as far as that can be said without.
 
     With a benchmark, a machine without GPUs is looked at as if it had those of a job: to plan is possible anywhere.
     """
@@ -105,12 +105,12 @@ def _look_ahead(
         gpus = [str(index) for index in range(profile.gpus_per_run * (1 if profile.slots == "auto" else profile.slots))]
         notes = [f"no GPU is visible here: planned as if there were {len(gpus)} x {benchmark.gpu}"]
 
-    def look(scheduler: Scheduler | None) -> tuple[Order, PlanReport]:
-        order = prepare(missing, profile, context.root, context.overrides, scheduler, gpus=gpus)
-        order = replace(order, notes=[*order.notes, *notes])
+    def look(scheduler: Scheduler | None) -> tuple[SubmissionPlan, PlanReport]:
+        plan = prepare(missing, profile, context.root, context.overrides, scheduler, gpus=gpus)
+        plan = replace(plan, notes=[*plan.notes, *notes])
         price = context.options.gpu_hour_price
-        return order, look_ahead(
-            order, states, context.root, context.sweep.name, scheduler, benchmark=benchmark, gpu_hour_price=price
+        return plan, look_ahead(
+            plan, states, context.root, context.sweep.name, scheduler, benchmark=benchmark, gpu_hour_price=price
         )
 
     try:
@@ -191,14 +191,14 @@ def _fails_alike(state: RunState, root: Path) -> bool:
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:
     """Submit `chosen`, show all that was looked at if asked to, and say what to type next."""
     profile = load_profile(context.place.profile)
-    order = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
-    check_data(order)
-    for line in order.notes:
+    plan = prepare(chosen, profile, context.root, context.overrides, context.scheduler)
+    check_data(plan)
+    for line in plan.notes:
         context.say(line)
-    _check_limits(context, looked_at, order)
+    _check_limits(context, looked_at, plan)
     if context.options.dry_run:
-        context.say(f"would start {len(chosen)} runs{order.jobs}")
-        for group in order.groups:
+        context.say(f"would start {len(chosen)} runs{plan.jobs}")
+        for group in plan.groups:
             context.say("  " + " + ".join(f"{state.run.label} ({state.state})" for state in group))
         return OK
     directory = SweepDir(context.root, context.sweep.name)
@@ -206,8 +206,8 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         directory.record(context.sweep)
     if chosen:
         code = make_snapshot(context.root) if context.options.code == "snapshot" else None
-        order = replace(order, place=context.place)
-        claimed, refused = submit(context.sweep.name, order, context.root, context.scheduler, code)
+        plan = replace(plan, place=context.place)
+        claimed, refused = submit(context.sweep.name, plan, context.root, context.scheduler, code)
         for reason in dict.fromkeys(refused.values()):
             label, *others = [label for label, other in refused.items() if other == reason]
             context.say(f"not submitted: {label}" + (f" and {len(others)} more" if others else "") + f": {reason}")
@@ -216,7 +216,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         where = (
             "to SLURM" if isinstance(profile, SlurmProfile) else "on this machine"
         ) + f" (profile {context.place.profile})"
-        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs {where}{order.jobs}{faster}")
+        context.say(f"submitted {len(claimed)} of {len(context.sweep.runs)} runs {where}{plan.jobs}{faster}")
     else:
         context.say("nothing to submit")
     runs = [state.run for state in looked_at]
@@ -238,7 +238,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     return OK if all(state.state in settled for state in states) else PARTIAL
 
 
-def _check_limits(context: Context, states: list[RunState], order: Order) -> None:
+def _check_limits(context: Context, states: list[RunState], plan: SubmissionPlan) -> None:
     """Say what makes runs wait in SLURM.
 
     Raises:
@@ -246,9 +246,9 @@ def _check_limits(context: Context, states: list[RunState], order: Order) -> Non
     """
     from jobs.plan.plan_report import look_ahead  # noqa: PLC0415 - as above
 
-    if not order.batches or order.batches[0].how["executor"] != "slurm":
+    if not plan.batches or plan.batches[0].how["executor"] != "slurm":
         return
-    report = look_ahead(order, states, context.root, context.sweep.name, context.scheduler)
+    report = look_ahead(plan, states, context.root, context.sweep.name, context.scheduler)
     for line in report.warnings:
         context.say(line)
     problem = "; ".join(report.refusals)

@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Outcome:
     """How an attempt ended: `done`, `failed`, `interrupted` or `cancelled`."""
 
     state: str
@@ -107,14 +107,14 @@ class Training:
 
     def __init__(self, members: Sequence[Member], command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.active = list(members)  # those whose attempt has not been recorded as over
-        self.left: list[Ended] = []  # how the others ended
+        self.left: list[Outcome] = []  # how the others ended
         self.command = command
         self.environment = environment
         self.log = members[0].attempt.log
         self._began = time.monotonic()
         self._asked = ""  # for what reason all were asked to stop
 
-    def supervise(self, request: Callable[[], Request | None]) -> list[tuple[Member, Ended]]:
+    def supervise(self, request: Callable[[], Request | None]) -> list[tuple[Member, Outcome]]:
         """Train until the end, or until `request` or the files `stop` end it; how the attempts not yet recorded ended."""
         try:
             refused = self._refused()
@@ -126,12 +126,12 @@ class Training:
             self._record_leavers()
             return [(member, self._outcome(member, code, killed_for)) for member in self.active]
         except (OSError, RunError, ValueError) as error:  # nothing was trained: a full disk, say
-            return [(member, Ended("failed", None, str(error))) for member in self.active]
+            return [(member, Outcome("failed", None, str(error))) for member in self.active]
         finally:
             for member in self.active:
                 member.take_stop()
 
-    def record(self, member: Member, ended: Ended, **more: object) -> None:
+    def record(self, member: Member, ended: Outcome, **more: object) -> None:
         """Write exit.json."""
         write_json(
             member.attempt.exit_json,
@@ -192,25 +192,25 @@ class Training:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def _refused(self) -> list[tuple[Member, Ended]]:
+    def _refused(self) -> list[tuple[Member, Outcome]]:
         """Members that cannot be trained, or not together with the first that can."""
-        refused: list[tuple[Member, Ended]] = []
+        refused: list[tuple[Member, Outcome]] = []
         fit: list[Member] = []
         for member in self.active:
             member.take_stop()
             if member.stop() is not None:
-                refused.append((member, Ended("cancelled", None, "cancelled before it started")))
+                refused.append((member, Outcome("cancelled", None, "cancelled before it started")))
                 continue
             try:
                 load_config(member.run.config_yaml)
                 _set_broken_result_aside(member)
             except (OSError, RunError, ValueError) as error:
-                refused.append((member, Ended("failed", None, str(error))))
+                refused.append((member, Outcome("failed", None, str(error))))
             else:
                 fit.append(member)
         for indices in in_step([member.run for member in fit])[1:]:
             reason = "no checkpoint of a step that the seeds trained with it have, too: submit again, and it goes on by itself"
-            refused += [(fit[index], Ended("interrupted", None, reason)) for index in indices]
+            refused += [(fit[index], Outcome("interrupted", None, reason)) for index in indices]
         return refused
 
     def _pass_on(self, request: Request | None, process: subprocess.Popen[bytes]) -> str:
@@ -237,38 +237,38 @@ class Training:
                 if left is None:
                     continue
                 if left.get("state") == "failed":
-                    self._leave(member, Ended("failed", None, str(left.get("reason"))))
+                    self._leave(member, Outcome("failed", None, str(left.get("reason"))))
                 elif left.get("state") == "apart":
-                    self._leave(member, Ended("interrupted", None, str(left.get("reason"))))
+                    self._leave(member, Outcome("interrupted", None, str(left.get("reason"))))
                 elif (stop := member.stop()) is not None and stop.get("reason") != self._asked:
                     self._leave(member, _stopped(stop, None))
 
-    def _leave(self, member: Member, ended: Ended) -> None:
+    def _leave(self, member: Member, ended: Outcome) -> None:
         member.take_stop()
         self.record(member, ended, left=True)
         self.active.remove(member)
         self.left.append(ended)
 
-    def _outcome(self, member: Member, code: int, killed_for: str) -> Ended:
+    def _outcome(self, member: Member, code: int, killed_for: str) -> Outcome:
         """How an attempt ended when the process did. A valid result decides; codes are only evidence."""
         try:
             if member.run.result() is not None:
-                return Ended("done", code, "")
+                return Outcome("done", code, "")
         except RunError as error:
-            return Ended("failed", code, str(error))
+            return Outcome("failed", code, str(error))
         if killed_for:
-            return Ended("failed", code, killed_for)
+            return Outcome("failed", code, killed_for)
         stop = member.stop()
         dropped = member.attempt.left_json.exists()  # as it was told, a moment before the others
         for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
         if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
             return _stopped(stop, code)
-        return Ended("failed", code, failure_of(code, self.log))
+        return Outcome("failed", code, failure_of(code, self.log))
 
 
-def _stopped(stop: Json, code: int | None) -> Ended:
+def _stopped(stop: Json, code: int | None) -> Outcome:
     reason = str(stop.get("reason"))
-    return Ended("cancelled" if reason == "cancel" else "interrupted", code, reason)
+    return Outcome("cancelled" if reason == "cancel" else "interrupted", code, reason)
 
 
 def _set_broken_result_aside(member: Member) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.execute import bad_nodes
-from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Ended, Member, Request, Signals, Training, failure_of, read_stop
+from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of, read_stop
 from jobs.execute.node_check import preflight
 from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, LastAttempt, first_step
 from jobs.failures import is_loss_of_peer
@@ -128,7 +128,7 @@ class _Job:
         self._end(training, ends, without_node)
         return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
 
-    def _with_setup(self, ended: Ended) -> Ended:
+    def _with_setup(self, ended: Outcome) -> Outcome:
         """An end, with the lines of the profile's setup that have failed where they may be why."""
         if ended.state != "failed" and bad_nodes.PREFLIGHT not in ended.reason:
             return ended
@@ -248,7 +248,7 @@ class _Job:
         if submitted != now:
             _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
 
-    def _train(self, training: Training) -> tuple[list[tuple[Member, Ended]], str]:
+    def _train(self, training: Training) -> tuple[list[tuple[Member, Outcome]], str]:
         """How the attempts ended that are not recorded yet, and a node that is to blame for it and to be avoided."""
         problem = self._preflight(training.active[0])
         if problem is not None:
@@ -257,7 +257,7 @@ class _Job:
         if self._told_to_end():  # a training may have got the signal before it was deaf to it, or was too slow
             last = self.signals.received[-1]
             return [
-                (member, Ended("interrupted", ended.exit_code, f"signal {last}: {ended.reason}"))
+                (member, Outcome("interrupted", ended.exit_code, f"signal {last}: {ended.reason}"))
                 if ended.state == "failed"
                 else (member, ended)
                 for member, ended in ends
@@ -295,7 +295,7 @@ class _Job:
         reports = [read_json(path) or {} for path in sorted(attempt.path.glob("node*.json"))]
         return [(str(report.get("node")), f"on {report.get('node')}: {report.get('reason')}") for report in reports]
 
-    def _blame(self, ended: Ended, attempt: AttemptDir) -> tuple[Ended, str]:
+    def _blame(self, ended: Outcome, attempt: AttemptDir) -> tuple[Outcome, str]:
         """Where several nodes have failed, prefer a reason that is not just the loss of the others."""
         if ended.state != "failed":
             return ended, ""
@@ -304,16 +304,16 @@ class _Job:
             time.sleep(POLL_S)
         for node, reason in self._failed_nodes(attempt):
             if bad_nodes.PREFLIGHT in reason:
-                return Ended("interrupted", None, reason), node
+                return Outcome("interrupted", None, reason), node
             if not is_loss_of_peer(reason) and is_loss_of_peer(ended.reason):
-                return Ended("failed", ended.exit_code, reason), ""
+                return Outcome("failed", ended.exit_code, reason), ""
         return ended, ""
 
     def _report_node(self, attempt: AttemptDir, reason: str) -> int:
         write_json(attempt.path / f"node{self.place.node_rank}.json", {"node": self.place.node, "reason": reason})
         return 1
 
-    def _preflight(self, member: Member) -> Ended | None:
+    def _preflight(self, member: Member) -> Outcome | None:
         """Check this node; None if it is fit. A node that is not is recorded."""
         if not self.profile["preflight"]:
             return None
@@ -321,15 +321,15 @@ class _Job:
             with append_regular(member.attempt.log) as log:
                 report = preflight(self._preflight_command(member), log)
         except OSError as error:
-            return Ended("failed", None, str(error))
+            return Outcome("failed", None, str(error))
         failed = [check for check in report["checks"] if not check["ok"]]
         if not failed:
             return None
         reason = f"{bad_nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
         if any(check["blames"] == "node" for check in failed):
             bad_nodes.record(self.root, self.place.node, reason)
-            return Ended("interrupted", None, f"node {self.place.node}: {reason}")
-        return Ended("failed", None, reason)
+            return Outcome("interrupted", None, f"node {self.place.node}: {reason}")
+        return Outcome("failed", None, reason)
 
     def _preflight_command(self, member: Member) -> list[str]:
         runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim["runtime"].items()]
@@ -338,7 +338,7 @@ class _Job:
         cpus = self.intent["cpus_per_node"]
         return [*command, f"--cpus={cpus}"] if cpus else command
 
-    def _end(self, training: Training, ends: list[tuple[Member, Ended]], without_node: str) -> None:
+    def _end(self, training: Training, ends: list[tuple[Member, Outcome]], without_node: str) -> None:
         """Write exit.json, and have SLURM start the job again if that can help one of the runs."""
         unfinished = [(member, ended) for member, ended in ends if ended.state in ("interrupted", "failed")]
         refusals = [self._why_not_requeued(member, ended, without_node) for member, ended in unfinished]
@@ -356,14 +356,14 @@ class _Job:
             _say(f"{ended.state} ({ended.reason})" + (f"; not requeued: {why}" if why else ""))
             self._record(training, member, ended, requeued=False, not_requeued=why)
 
-    def _record(self, training: Training, member: Member, ended: Ended, **more: object) -> None:
+    def _record(self, training: Training, member: Member, ended: Outcome, **more: object) -> None:
         """Write exit.json. Without it, on a full disk, the run counts as lost, and goes on from its checkpoint as well."""
         try:
             training.record(member, ended, **more)
         except OSError as error:
             _say(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})")
 
-    def _why_not_requeued(self, member: Member, ended: Ended, without_node: str) -> str:
+    def _why_not_requeued(self, member: Member, ended: Outcome, without_node: str) -> str:
         """Why the job is not requeued for a run after this end; empty if it is."""
         return End(
             state=ended.state,

@@ -16,7 +16,7 @@ from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.cluster import Cluster, Finding, ask
 from jobs.state import RunState
-from jobs.submit.submit import Batch, Order
+from jobs.submit.submit import Batch, SubmissionPlan
 from vitpa.config_file import parse_model
 
 
@@ -54,7 +54,7 @@ EMPTY_REPORT = PlanReport(forecast([], {}), [], [])  # to be submitted
 
 
 def look_ahead(
-    order: Order,
+    plan: SubmissionPlan,
     states: Sequence[RunState],
     root: Path,
     name: str,
@@ -63,10 +63,10 @@ def look_ahead(
     benchmark: Benchmark | None = None,
     gpu_hour_price: float | None = None,
 ) -> PlanReport:
-    """What it would cost to submit `order` for the sweep of that name, and what stands in the way.
+    """What it would cost to submit `plan` for the sweep of that name, and what stands in the way.
 
     Args:
-        order: What would be submitted.
+        plan: What would be submitted.
         states: Of the sweep's runs; those that have finished say how fast they are.
         root: Folder of runs/ and sweeps/.
         name: Of the sweep.
@@ -77,18 +77,18 @@ def look_ahead(
     Raises:
         SchedulerError: SLURM does not answer.
     """
-    batches = by_resources(order.batches)
-    runs = [state.run for batch in order.batches for state in batch.chosen]
+    batches = by_resources(plan.batches)
+    runs = [state.run for batch in plan.batches for state in batch.chosen]
     speeds = speeds_of(states, runs, root)
-    rates, said = (None, []) if benchmark is None else rates_of(order.batches, benchmark, speeds)
+    rates, said = (None, []) if benchmark is None else rates_of(plan.batches, benchmark, speeds)
     groups = [group_of(same, speeds, rates or {}) for same in batches]
-    findings = [Finding("info", "nodes", note) for note in order.notes]
-    if order.batches and order.batches[0].how["executor"] == "slurm":
+    findings = [Finding("info", "nodes", note) for note in plan.notes]
+    if plan.batches and plan.batches[0].how["executor"] == "slurm":
         groups, found = _review(batches, groups, scheduler, root, name) if scheduler else _unasked(batches, groups)
         findings += found
     findings += [Finding("warning", "speeds", text) for text in said]
     findings += [Finding("warning", "measured", text) for text in dict.fromkeys(_measured_otherwise(batches, groups, speeds))]
-    unmeasured = {kind[:2] for kind in job_kinds(order.batches).keys() - (rates or {}).keys()} - speeds.keys()
+    unmeasured = {kind[:2] for kind in job_kinds(plan.batches).keys() - (rates or {}).keys()} - speeds.keys()
     details = [_details(same, group) for same, group in zip(batches, groups, strict=True)]
     expected = forecast(groups, speeds, unmeasured, rates=rates, gpu_hour_price=gpu_hour_price)
     return PlanReport(expected, findings, details)

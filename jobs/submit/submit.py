@@ -73,7 +73,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Order:
+class SubmissionPlan:
     """What is to be submitted, and where it will run."""
 
     batches: list[Batch]
@@ -103,7 +103,7 @@ def prepare(
     scheduler: Scheduler | None,
     *,
     gpus: list[str] | None = None,
-) -> Order:
+) -> SubmissionPlan:
     """Who trains where, and what can go wrong before something is written: slots, limits, runtime settings.
 
     Args:
@@ -119,7 +119,7 @@ def prepare(
         ConfigError: a runtime setting that does not exist.
     """
     if not chosen:
-        return Order([], 0)
+        return SubmissionPlan([], 0)
     check_root(root, profile.executor)
     if isinstance(profile, LocalProfile):
         return _prepare_local(chosen, profile, root, overrides, gpus)
@@ -128,7 +128,7 @@ def prepare(
 
 def _prepare_local(
     chosen: list[RunState], profile: LocalProfile, root: Path, overrides: Sequence[Override], gpus: list[str] | None
-) -> Order:
+) -> SubmissionPlan:
     configs = [_configure(state.run, profile.runtime, root, overrides) for state in chosen]
     for override in overrides:
         if override.key == "runtime.runs_per_gpu":
@@ -151,12 +151,12 @@ def _prepare_local(
         fitting = most_replicas(config, seeds, profile.replicas, processes=len(slots[0].gpus), gpu_memory_gib=memory_gib)
         return min(fitting, for_each_slot) if profile.replicas == "auto" else fitting
 
-    return Order([Batch(chosen, configs, group_seeds(configs, most), how)], len(slots))
+    return SubmissionPlan([Batch(chosen, configs, group_seeds(configs, most), how)], len(slots))
 
 
 def _prepare_slurm(
     chosen: list[RunState], profile: SlurmProfile, root: Path, overrides: Sequence[Override], scheduler: Scheduler | None
-) -> Order:
+) -> SubmissionPlan:
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
     cluster: dict[str, str] = {} if scheduler is None else _cluster_of(scheduler)
@@ -193,7 +193,7 @@ def _prepare_slurm(
         notes.append(
             f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a job at a time"
         )
-    return Order(batches, together, notes)
+    return SubmissionPlan(batches, together, notes)
 
 
 def _check_per_dataset(profile: SlurmProfile, configs: Sequence[RunConfig]) -> None:
@@ -220,7 +220,7 @@ def _most_in_a_job(resources: SlurmProfile, config: RunConfig, seeds: int) -> in
 
 
 def _part(batch: Batch, kept: Sequence[int]) -> Batch:
-    """`batch` with the runs of these indices only, in this order, and the tasks that they then make."""
+    """`batch` with the runs of these indices only, in this plan, and the tasks that they then make."""
     place = {index: position for position, index in enumerate(kept)}
     tasks = [[place[index] for index in task if index in place] for task in batch.tasks]
     chosen, configs = [batch.chosen[index] for index in kept], [batch.configs[index] for index in kept]
@@ -255,13 +255,13 @@ def _with_share(config: RunConfig, threads: int, runs_per_gpu: int) -> RunConfig
     return config.model_copy(update={"runtime": config.runtime.model_copy(update=share)})
 
 
-def check_data(order: Order) -> None:
+def check_data(plan: SubmissionPlan) -> None:
     """Refuse what has no data.
 
     Raises:
         SweepError: data sets have not been prepared.
     """
-    configs = [config for batch in order.batches for config in batch.configs]
+    configs = [config for batch in plan.batches for config in batch.configs]
     absent: dict[str, Path] = {}
     for dataset, data_dir in sorted({(config.dataset, config.runtime.data_path) for config in configs}):
         for split in ("train", "val"):
@@ -276,9 +276,9 @@ def check_data(order: Order) -> None:
 
 
 def submit(
-    sweep: str, order: Order, root: Path, scheduler: Scheduler, code: Path | None = None
+    sweep: str, plan: SubmissionPlan, root: Path, scheduler: Scheduler, code: Path | None = None
 ) -> tuple[list[AttemptDir], dict[str, str]]:
-    """Claim the runs of `order` for the sweep of that name and start jobs for them, from the code in `code` if given.
+    """Claim the runs of `plan` for the sweep of that name and start jobs for them, from the code in `code` if given.
 
     Returns:
         The attempts that are ours, and for each run that cannot be submitted (its label) the reason.
@@ -289,13 +289,13 @@ def submit(
     """
     claimed: list[AttemptDir] = []
     refused: dict[str, str] = {}
-    for batch in order.batches:
+    for batch in plan.batches:
         try:
             ours, reasons = _submit_batch(
-                sweep, replace(batch, how={**batch.how, "place": asdict(order.place)}), root, scheduler, code
+                sweep, replace(batch, how={**batch.how, "place": asdict(plan.place)}), root, scheduler, code
             )
         except RefusedError as error:  # what needs other resources may be taken
-            if len(order.batches) == 1:
+            if len(plan.batches) == 1:
                 raise
             ours, reasons = [], {state.run.label: str(error) for state in batch.chosen}
         claimed += ours

@@ -172,10 +172,10 @@ def test_for_slurm_gpu_hours_count_and_arrays_are_of_groups(tmp_path: Path) -> N
     assert order_sizes(tmp_path, profile.model_copy(update={"gpu_memory_gib": 0.5}), 2) == [1, 1, 1, 1]
     limited = profile.model_copy(update={"replicas": 2})
     states = [RunState(run, "missing") for run in make_sweep(tmp_path, seeds=8).runs]
-    order = prepare(states, limited, tmp_path, [], Cluster())  # 8 groups of 2 in arrays of at most 3
-    assert [batch.tasks for batch in order.batches] == [[[0, 1], [2, 3], [4, 5]]] * 2 + [[[0, 1], [2, 3]]]
-    assert [state.run.seed for state in order.batches[0].chosen] == [0, 1, 0, 1, 2, 3]
-    assert order.jobs == " in 8 jobs"
+    plan = prepare(states, limited, tmp_path, [], Cluster())  # 8 groups of 2 in arrays of at most 3
+    assert [batch.tasks for batch in plan.batches] == [[[0, 1], [2, 3], [4, 5]]] * 2 + [[[0, 1], [2, 3]]]
+    assert [state.run.seed for state in plan.batches[0].chosen] == [0, 1, 0, 1, 2, 3]
+    assert plan.jobs == " in 8 jobs"
 
 
 def test_the_gpu_s_memory_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

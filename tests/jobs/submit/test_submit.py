@@ -104,8 +104,8 @@ def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch
     states = StateReader(tmp_path).states(sweep.runs)
     profile = LocalProfile(slots=SLOTS, runtime={"device": "cpu", "data_dir": f"{tmp_path}/data"})
     monkeypatch.setattr("jobs.submit.submit.training_command", lambda processes: STAND_IN)
-    order = prepare(states, profile, tmp_path, [], Scheduler())
-    assert submit("small", order, tmp_path, Scheduler())[1] == {}
+    plan = prepare(states, profile, tmp_path, [], Scheduler())
+    assert submit("small", plan, tmp_path, Scheduler())[1] == {}
     assert_each_done_once(tmp_path, sweep)
 
 
