@@ -43,10 +43,10 @@ def _wanted(path: Path) -> list[WantedRun]:
 
 def _started_for(sweep: str, directory: RunDir) -> Run | None:
     """The run of a directory, if it is unfinished and its last attempt is the sweep's; None if it is not, or damaged."""
-    attempts = directory.attempts()
-    if not attempts or directory.result_json.exists():
-        return None
     try:
+        attempts = directory.attempts()
+        if not attempts or directory.result_json.exists():
+            return None
         claim = read_record(Claim, attempts[-1].claim_json)
         if claim is None or claim.sweep != sweep:
             return None

@@ -101,13 +101,15 @@ class StateReader:
         """
         directory = run.directory(self._root)
         result = _result(run, directory)
-        if isinstance(result, Result):
-            attempts = directory.attempts()
-            return RunState(run, "done", attempt=attempts[-1] if attempts else None, result=result)
-        attempts = directory.attempts()
-        last = attempts[-1] if attempts else None
+        last, damage = None, ""
         try:
-            found = self._of_attempt(run, last) if last else RunState(run, "missing")
+            last = next(reversed(directory.attempts()), None)
+        except RunError as error:  # a link into nowhere, a file in its place: the other runs are not concerned
+            damage = str(error)
+        if isinstance(result, Result):
+            return RunState(run, "done", attempt=last, result=result)
+        try:
+            found = self._of_attempt(run, last) if last else RunState(run, "broken" if damage else "missing", damage)
         except RunError as error:
             found = RunState(run, "broken", str(error), last)
         if found.state in LIVE:

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     num_heads: int = Field(12, ge=1, le=4096, description="attention heads per block")
     mlp_ratio: Float = Field(1.0, gt=0, le=100, description="hidden width of the MLP as a multiple of embed_dim")
     drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly")
-    pos_embed_std: Float = Field(0.02, gt=0, description="standard deviation of the initial positional encoding")
+    pos_embed_std: Float = Field(0.02, ge=1e-9, le=1e3, description="standard deviation of the initial positional encoding")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -81,7 +81,7 @@ class AugmentConfig(Section):
     randaugment_magnitude: int = Field(
         9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30; _timm: its mean, 0 to 10"
     )
-    randaugment_magnitude_std: Float = Field(0.5, ge=0, description="randaugment_timm: standard deviation of the strength")
+    randaugment_magnitude_std: Float = Field(0.5, ge=0, le=100, description="randaugment_timm: its standard deviation")
     erase_prob: Float = Field(0.0, ge=0, le=1, description="share of the images of which a random rectangle is erased")
     erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
     erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
@@ -89,8 +89,8 @@ class AugmentConfig(Section):
     cutout_px: int = Field(
         0, ge=0, le=MOST_PX, description="side of a square erased around a random pixel, pixels; 0 for none"
     )
-    mixup_alpha: Float = Field(0.0, ge=0, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
-    cutmix_alpha: Float = Field(0.0, ge=0, description="cutmix of pairs, with shares of Beta(alpha, alpha); 0 for none")
+    mixup_alpha: Float = Field(0.0, ge=0, le=1e3, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
+    cutmix_alpha: Float = Field(0.0, ge=0, le=1e3, description="cutmix of pairs, shares of Beta(alpha, alpha); 0 for none")
     mixup_switch_prob: Float = Field(0.5, ge=0, le=1, description="share of the pairs for cutmix where mixup is on, too")
     eval_crop_pct: Float = Field(1.0, ge=0.1, le=1, description="img_size / short side before the centre crop at evaluation")
 
@@ -117,14 +117,14 @@ class AugmentConfig(Section):
 class OptimConfig(Section):
     """AdamW, its schedule and the loss. Changes the numbers."""
 
-    lr: Float = Field(1e-3, gt=0, description="peak learning rate, reached at the end of the warm-up")
-    min_lr: Float = Field(1e-5, ge=0, description="learning rate at the last step (cosine)")
-    warmup_epochs: Float = Field(5.0, ge=0, description="epochs of linear warm-up from 0")
-    weight_decay: Float = Field(0.05, ge=0, description="AdamW's decoupled decay, on weight matrices only")
+    lr: Float = Field(1e-3, ge=1e-12, le=1e3, description="peak learning rate, reached at the end of the warm-up")
+    min_lr: Float = Field(1e-5, ge=0, le=1e3, description="learning rate at the last step (cosine)")
+    warmup_epochs: Float = Field(5.0, ge=0, le=1e6, description="epochs of linear warm-up from 0")
+    weight_decay: Float = Field(0.05, ge=0, le=1e3, description="AdamW's decoupled decay, on weight matrices only")
     betas: tuple[Float, Float] = Field((0.9, 0.999), description="AdamW's running-average coefficients")
-    eps: Float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    eps: Float = Field(1e-8, ge=1e-30, le=1.0, description="AdamW's epsilon")
     label_smoothing: Float = Field(0.1, ge=0, lt=1, description="share of the target spread over all classes")
-    grad_clip_norm: Float | None = Field(1.0, gt=0, description="bound on the gradient's 2-norm; null for none")
+    grad_clip_norm: Float | None = Field(1.0, ge=1e-12, le=1e12, description="bound on the gradient's 2-norm; null for none")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -178,7 +178,7 @@ class RuntimeConfig(Section):
         1, ge=1, le=100_000, description="epochs between evaluations; the last epoch is always evaluated"
     )
     log_every_steps: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps between rows of metrics.jsonl")
-    checkpoint_every_s: Float = Field(60.0, ge=0, description="seconds between checkpoints")
+    checkpoint_every_s: Float = Field(60.0, ge=0, le=1e9, description="seconds between checkpoints")
     checkpoint_every_steps: int | None = Field(
         None, ge=1, le=MOST_STEPS, description="optimiser steps between checkpoints, besides"
     )
@@ -219,7 +219,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     experiment_version: int = Field(
-        EXPERIMENT_VERSION, ge=1, le=1_000_000, description="raised when a configuration changes its meaning"
+        EXPERIMENT_VERSION, ge=1, le=EXPERIMENT_VERSION, description="raised when a configuration changes its meaning"
     )
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from vitpa import CODE
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
-from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_yaml, read_bytes, to_yaml
+from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_yaml, parse_yaml_value, read_bytes, to_yaml
 from vitpa.records import create_exclusive
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable
@@ -136,12 +136,13 @@ class Override:
         if NOT_UTF8.search(text):
             raise ConfigError(f"override {text!r}: {NO_TEXT}")
         try:
-            value = parse_yaml(written)
+            value = parse_yaml_value(written)
             if value is None and "null" not in written.lower():
                 raise DocumentError("no value; write null for none (or is a variable of the shell not set?)")
             return Override(key, value, origin)
         except DocumentError as error:
-            raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}") from error
+            hint = f"; a text that YAML reads otherwise needs both kinds of quotes: {key}=\"'...'\"" if written.strip() else ""
+            raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}{hint}") from error
 
 
 def preset(text: str) -> Override:
@@ -168,7 +169,8 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Overr
             if not isinstance(section, dict):
                 raise ConfigError(f"{shown}: {parent} is a value, not a section")
         if isinstance(override.value, dict) or isinstance(section.get(last), dict):  # it would replace the other keys
-            raise ConfigError(f"{shown}: {override.key} is a section; give its keys one by one, as {override.key}.KEY=VALUE")
+            hint = f"give its keys one by one, as {override.key}.KEY=VALUE (a text needs both kinds of quotes)"
+            raise ConfigError(f"{shown}: {override.key} is a section; {hint}")
         section[last] = _copy(override.value)
     return result
 
@@ -265,6 +267,9 @@ def _has(document: Mapping[str, Any], key: str) -> bool:
 def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: Mapping[str, Any], *, typed: bool) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(dotted_keys(model))
+        if key in known:  # with a dot, in a file
+            section, _, name = key.rpartition(".")
+            return f"unknown key {key}; write it as a section: `{section}:`, and below it, indented, `{name}: ...`"
         if isinstance(problem["input"], dict) and problem["input"]:  # no such section
             key += f".{next(iter(problem['input']))}"
         near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section

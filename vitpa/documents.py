@@ -223,6 +223,23 @@ def parse_yaml(text: str | bytes) -> Any:
     return document
 
 
+def parse_yaml_value(text: str) -> Any:
+    """The value that all of `text` is in YAML, as an override has it.
+
+    Raises:
+        DocumentError: as for `parse_yaml`, or YAML would leave a part of the text out, such as ` # a comment`.
+    """
+    value = parse_yaml(text)
+    node = yaml.compose(text, Loader=_Loader)
+    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None and not node.value and not text):
+        return value
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None and not text.startswith("!!")
+    if node.start_mark.index or node.end_mark.index < len(text) or (plain and node.value != text):
+        read = node.value if isinstance(node, yaml.ScalarNode) else text[node.start_mark.index : node.end_mark.index]
+        raise DocumentError(f"YAML reads only {read!r} of it")
+    return value
+
+
 CORE_SCHEMA = (  # tag, pattern, first characters; in this order
     ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),

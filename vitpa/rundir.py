@@ -155,13 +155,21 @@ class RunDir:
         return self.path / "attempts"
 
     def attempts(self) -> list[AttemptDir]:
-        """The attempts so far, oldest first."""
+        """The attempts so far, oldest first.
+
+        Raises:
+            RunError: their folder cannot be read, or is none.
+        """
         directory = self.attempts_dir
         try:
             names = os.listdir(directory)  # noqa: PTH208 - a third of the time of Path.iterdir, for thousands of runs
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return [AttemptDir(directory / name) for name in sorted(names) if name.isascii() and name.isdigit()]
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not directory.is_symlink():
+                return []
+            hint = "restore it, or move the run's directory away to train the run again"
+            raise RunError(f"{directory}: cannot be read ({error.strerror}); {hint}") from error
+        found = [AttemptDir(directory / name) for name in names if name.isascii() and name.isdigit()]
+        return sorted(found, key=lambda attempt: attempt.number)
 
     def checkpoint_steps(self) -> set[int]:
         """Steps done at each of the checkpoints that are kept, by their names and last lines; damage inside is not seen."""
