@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data_prep.test_images import chunk, decoded, encoded, photo, read, reason
+from tests.support.image_files import chunk, decoded, encoded, photo, read, reason
 
 COLOURS = np.random.default_rng(0).integers(60, 250, (256, 3), np.uint8)
 
