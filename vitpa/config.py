@@ -117,8 +117,8 @@ class AugmentConfig(Section):
 class OptimConfig(Section):
     """AdamW, its schedule and the loss. Changes the numbers."""
 
-    lr: Float = Field(1e-3, ge=1e-12, le=1e3, description="peak learning rate, reached at the end of the warm-up")
-    min_lr: Float = Field(1e-5, ge=0, le=1e3, description="learning rate at the last step (cosine)")
+    lr: Float = Field(1e-3, ge=1e-12, le=1e38, description="peak learning rate, reached at the end of the warm-up")
+    min_lr: Float = Field(1e-5, ge=0, le=1e38, description="learning rate at the last step (cosine)")
     warmup_epochs: Float = Field(5.0, ge=0, le=1e6, description="epochs of linear warm-up from 0")
     weight_decay: Float = Field(0.05, ge=0, le=1e3, description="AdamW's decoupled decay, on weight matrices only")
     betas: tuple[Float, Float] = Field((0.9, 0.999), description="AdamW's running-average coefficients")
