@@ -32,16 +32,22 @@ from data_prep.integrity import (
     with_end,
 )
 from data_prep.palette import palette_damage
-from data_prep.tiff import libtiff_errors, tiff_damage
+from data_prep.tiff import (
+    BITS_PER_SAMPLE,
+    DEEP_WHITE,
+    NEARLY_BLACK,
+    PHOTOMETRIC,
+    WHITE_IS_ZERO,
+    is_signed,
+    libtiff_errors,
+    tiff_damage,
+    values_without_meaning,
+)
 from vitpa.data.manifest import ImageSettings, Pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
 MAX_FILE_BYTES = 1 << 30  # of an image
 BITS = 8  # of a channel, as they are stored
-DEEP_WHITE = 0xFFFF  # of 16-bit values
-NEARLY_BLACK = 4  # values that do not go beyond white divided by this had another white in mind
-NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339  # tags of TIFF
-WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
 PNG_DEPTH_AT = 24  # bytes
 
 Values = npt.NDArray[Any]  # integers of more than 8 bits
@@ -120,7 +126,7 @@ def _damage(image: Image.Image, data: bytes) -> str:
             return png_damage(data)
         case "TIFF":
             tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
-            return tiff_damage(data, tags) or _without_meaning(image, tags)
+            return tiff_damage(data, tags) or values_without_meaning(image, tags)
         case "BMP":
             return bmp_damage(data)
         case "PPM":
@@ -251,21 +257,6 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.asarray(image.convert("RGB"))
 
 
-def _without_meaning(image: Image.Image, tags: Mapping[int, Any]) -> str:
-    """Why the values of a sound TIFF are not those of an image; empty if they are."""
-    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
-    if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
-        return "its first page is a preview of reduced size; save the page of full size alone"
-    if max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED and bits <= BITS:
-        return f"signed values of {bits} bits, for which no black is defined; save them unsigned"
-    map_white = max(tags.get(COLOR_MAP, (DEEP_WHITE,)))
-    if 0 < map_white <= DEEP_WHITE // NEARLY_BLACK:
-        return f"a palette with values up to {map_white:,}, where white is {DEEP_WHITE:,}: nearly black; save it with 16 bits"
-    if image.mode == "CMYK" and bits > BITS and 0 < np.asarray(image).max() <= 255 // NEARLY_BLACK:
-        return f"CMYK values of {bits} bits that stay in their lower part: nearly no ink; save it with {BITS} bits"
-    return ""
-
-
 def _deep_values(image: Image.Image, data: bytes, white_level: int | None) -> tuple[Values, int] | None:
     """The values of an image of more than 8 bits, upright, and the largest that they may be; None if it has 8 bits.
 
@@ -280,9 +271,9 @@ def _deep_values(image: Image.Image, data: bytes, white_level: int | None) -> tu
         white = (1 << bits) - 1 if 8 < bits < 16 else DEEP_WHITE
         inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         grey = np.asarray(ImageOps.exif_transpose(image))
-        if bits == 16 and max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED:
+        if bits == 16 and is_signed(tags):
             white = DEEP_WHITE // 2
-        if bits == 32 and max(tags.get(SAMPLE_FORMAT, (1,))) != SIGNED:
+        if bits == 32 and not is_signed(tags):
             grey = grey.view(np.uint32)  # Pillow takes them for signed ones
         transparent = grey == image.info.get("transparency")
         if inverted:

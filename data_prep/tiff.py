@@ -1,4 +1,4 @@
-"""Whether the strips or tiles of a TIFF are whole, and what libtiff says of them.
+"""Whether the strips or tiles of a TIFF are whole, what libtiff says of them, and whether its values are an image's.
 
 libtiff stops as soon as a strip has all its pixels. Whether the checksum behind them is right it does not look, nor whether
 they were more than that because a code was damaged. Pillow takes no notice of some of its errors. Format: TIFF 6.0.
@@ -15,24 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import _imaging
+from PIL import Image, _imaging
 
 from data_prep.integrity import WARNINGS, inflated, jpeg_damage, wrong_size
 from vitpa.data.manifest import Ints, Pixels
 
 WIDTH, HEIGHT, BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, FILL_ORDER = 256, 257, 258, 259, 262, 266  # tags
-SAMPLES_PER_PIXEL, ROWS_PER_STRIP, PLANAR, TILE_WIDTH, TILE_HEIGHT, JPEG_TABLES, SUBSAMPLING = (
-    277,
-    278,
-    284,
-    322,
-    323,
-    347,
-    530,
-)
+SAMPLES_PER_PIXEL, ROWS_PER_STRIP, PLANAR, COLOR_MAP, SAMPLE_FORMAT, NEW_SUBFILE_TYPE = 277, 278, 284, 320, 339, 254
+TILE_WIDTH, TILE_HEIGHT, JPEG_TABLES, SUBSAMPLING = 322, 323, 347, 530
 STRIPS, STRIP_SIZES, TILES, TILE_SIZES = 273, 279, 324, 325
 NONE, LZW, OLD_JPEG, JPEG, DEFLATE, PACK_BITS = 1, 5, 6, 7, (8, 32946), 32773  # kinds of compression
-YCBCR, SEPARATE, LOW_BIT_FIRST = 6, 2, 2  # other values
+YCBCR, SEPARATE, LOW_BIT_FIRST, WHITE_IS_ZERO, SIGNED = 6, 2, 2, 0, 2  # other values
+DEEP_WHITE = 0xFFFF  # of 16-bit values
+NEARLY_BLACK = 4  # values that do not go beyond white divided by this had another white in mind
 HEADER_BYTES = 8
 REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -82,6 +77,26 @@ def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
         if damage:
             return f"{piece.name}: {damage}"
     return f"{len(pieces)} of its {count} strips" if len(pieces) < count else ""
+
+
+def values_without_meaning(image: Image.Image, tags: Mapping[int, Any]) -> str:
+    """Why the values of a sound TIFF are not those of an image; empty if they are."""
+    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
+    if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
+        return "its first page is a preview of reduced size; save the page of full size alone"
+    if is_signed(tags) and bits <= 8:
+        return f"signed values of {bits} bits, for which no black is defined; save them unsigned"
+    map_white = max(tags.get(COLOR_MAP, (DEEP_WHITE,)))
+    if 0 < map_white <= DEEP_WHITE // NEARLY_BLACK:
+        return f"a palette with values up to {map_white:,}, where white is {DEEP_WHITE:,}: nearly black; save it with 16 bits"
+    if image.mode == "CMYK" and bits > 8 and 0 < np.asarray(image).max() <= 255 // NEARLY_BLACK:
+        return f"CMYK values of {bits} bits that stay in their lower part: nearly no ink; save it with 8 bits"
+    return ""
+
+
+def is_signed(tags: Mapping[int, Any]) -> bool:
+    """Whether the values are signed."""
+    return bool(max(tags.get(SAMPLE_FORMAT, (1,))) == SIGNED)
 
 
 def _pieces(tags: Mapping[int, Any]) -> tuple[int, list[_Piece]]:

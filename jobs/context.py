@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -24,8 +23,6 @@ from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
 from vitpa.terminal import printable
 
-if TYPE_CHECKING:
-    pass
 FILTERS: dict[str, Callable[[RunState], str]] = {
     "dataset": lambda state: state.run.dataset,
     "attention": lambda state: state.run.attention,
@@ -81,11 +78,11 @@ class Context:
 
     def survey(self, runs: list[Run]) -> list[RunState]:
         """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
-        survey = StateReader(self.root, self.scheduler)
-        states = survey.states(runs)
-        if survey.scheduler_error:
-            print(f"warning: {printable(survey.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
-            self.unanswered.append(survey.scheduler_error)
+        reader = StateReader(self.root, self.scheduler)
+        states = reader.states(runs)
+        if reader.scheduler_error:
+            print(f"warning: {printable(reader.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
+            self.unanswered.append(reader.scheduler_error)
         for line in status.in_other_clusters(states):
             if line not in self.unanswered:
                 print(f"warning: {printable(line)}", file=sys.stderr)

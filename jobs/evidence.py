@@ -25,7 +25,7 @@ class Verdict:
 class WorkerEvidence:
     """Of an attempt of a worker on this machine, or of `vitpa train`. Alive: None on another host."""
 
-    claimer: ProcessId
+    claimer: ProcessId | None  # None: its claim is gone, and it was started
     start: Start | None
     exit: Exit | None
     worker: bool | None  # whether the process that started it is alive
@@ -41,7 +41,7 @@ def of_worker(found: WorkerEvidence) -> Verdict:  # noqa: PLR0911 - rules, the f
         if True in found.starters:
             return Verdict("pending")
         if None in found.starters:
-            return Verdict("pending", not_seen(found.claimer), unseen=True)
+            return Verdict("pending", not_seen(found.claimer) if found.claimer else "", unseen=True)
         return Verdict("uncertain", ended_early=True) if found.in_vain else nobody_left(found.log)
     if found.exit is not None:
         return Verdict(found.exit.state, found.exit.reason or "")
@@ -74,6 +74,11 @@ class SlurmEvidence:
         """Whether it runs, as far as the records tell, rather than waits to be started, or to go on."""
         return self.start is not None and self.exit is None
 
+    @property
+    def known(self) -> SlurmJob | None:
+        """Its job as SLURM knows it: by the queue, or else by accounting."""
+        return self.job or self.accounted
+
 
 def in_progress(found: SlurmEvidence) -> Verdict | None:  # noqa: PLR0911 - rules, the first that holds decides
     """The state of a run by its records and the queue; None if its job is in the queue no more, or is ending."""
@@ -100,7 +105,7 @@ def in_progress(found: SlurmEvidence) -> Verdict | None:  # noqa: PLR0911 - rule
 
 def out_of_the_queue(found: SlurmEvidence) -> Verdict:  # noqa: PLR0911 - rules, the first that holds decides
     """The state of a run whose job the queue does not have, or shows as ending: by accounting, then by its records."""
-    known = found.job or found.accounted
+    known = found.known
     if known is not None and known.live:
         state = "running" if found.started and not known.waiting else "pending"
         reason = f"squeue does not show its job {known.id}, but sacct says {known.state}: it counts as alive"

@@ -14,16 +14,16 @@ from jobs.scheduler.options import check_srun_args, sbatch_option
 from jobs.sweep import SweepError
 from vitpa import CODE
 from vitpa.arguments import ConfigError
-from vitpa.config import MOST_CPUS, Float, Section
+from vitpa.config import MAX_CPUS, Float, Section
 from vitpa.config_file import load_model, parse_model, read_yaml
 
 SHIPPED = CODE / "slurm"
-MOST_AT_A_TIME = 1024  # runs of a machine, seeds of a step
+MAX_AT_A_TIME = 1024  # runs of a machine, seeds of a step
 
 
 def _count(value: object, field: ValidationInfo) -> object:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_AT_A_TIME):
-        raise ValueError(f"{field.field_name}={value}: expected a whole number from 1 to {MOST_AT_A_TIME:,}, or auto")
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_AT_A_TIME):
+        raise ValueError(f"{field.field_name}={value}: expected a whole number from 1 to {MAX_AT_A_TIME:,}, or auto")
     return value
 
 
@@ -56,7 +56,7 @@ class LocalProfile(Section):
         description="seeds of one configuration trained together in one step; auto: as many as fit the GPU's memory (up to "
         "16), but so that no slot is idle; 1 without a GPU",
     )
-    cpus_per_slot: int = Field(1, ge=1, le=MOST_CPUS, description="without a GPU: CPUs of one run")
+    cpus_per_slot: int = Field(1, ge=1, le=MAX_CPUS, description="without a GPU: CPUs of one run")
     runtime: Runtime = Field({}, description="values of the `runtime` section of every run")
 
     @model_validator(mode="after")
@@ -100,7 +100,7 @@ class SlurmProfile(Section):
     gres: str | None = Field(
         None, description="sbatch --gres: GPUs in it are asked for instead of gpus_per_node, anything else on top of that"
     )
-    cpus_per_gpu: int | None = Field(None, ge=1, le=MOST_CPUS, description="CPUs per GPU")
+    cpus_per_gpu: int | None = Field(None, ge=1, le=MAX_CPUS, description="CPUs per GPU")
     cpus_per_task: int | None = Field(None, ge=1, le=65_536, description="CPUs per node, instead of cpus_per_gpu")
     mem: str | None = Field(None, description="sbatch --mem: memory per node, such as 64G")
     time: str = Field(description="sbatch --time: limit of one attempt, such as '24:00:00' or '2-00:00:00'")

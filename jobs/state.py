@@ -135,7 +135,7 @@ class StateReader:
         claim = record_of(Claim, document, attempt.claim_json) if document is not None else None
         starters, log = self._starters(claim) if claim and start is None else ([], "")
         alive = tuple(self._is_alive(process) for process in starters)
-        claimer = claim.process if claim else ProcessId.mine()
+        claimer = claim.process if claim else None
         submission = claim.submission if claim and set(alive) == {False} else None
         in_vain = submission is not None and self._receipt(submission) is not None and self._has_started_none(submission)
         verdict = of_worker(WorkerEvidence(claimer, start, ended, worker, alive, log, in_vain))
@@ -199,7 +199,7 @@ class StateReader:
             verdict = out_of_the_queue(found)
         state, reason = verdict.state, verdict.reason
         if verdict.ended_early:
-            last_words = known.state if (known := job or found.accounted) else ""
+            last_words = found.known.state if found.known else ""
             state, reason = ended_early(found.identity, last_words, self._root / claim.submission / "submitit")
         unseen, cluster = verdict.unseen, verdict.cluster
         return RunState(run, state, reason, attempt, unseen=unseen, job_id=found.identity, job=job, cluster=cluster)

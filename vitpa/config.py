@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from vitpa.arguments import FLOAT, expand_path, parse_float, parse_integer
 from vitpa.rundir import RunDir
 
-MOST_PX, MOST_CPUS, MOST_STEPS = 8192, 1024, 10**9  # what is beyond is a slip, which must not hang or fill the memory
+MAX_PX, MAX_CPUS, MAX_STEPS = 8192, 1024, 10**9  # what is beyond is a slip, which must not hang or fill the memory
 EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
 
 
@@ -44,8 +44,8 @@ class ModelConfig(Section):
     """The network, in timm's names. Changes the numbers."""
 
     attention: Literal["content", "positional"] = Field("content", description="what the attention matrix depends on")
-    img_size: int = Field(32, ge=1, le=MOST_PX, description="height and width of the input, pixels")
-    patch_size: int = Field(4, ge=1, le=MOST_PX, description="height and width of a patch, pixels")
+    img_size: int = Field(32, ge=1, le=MAX_PX, description="height and width of the input, pixels")
+    patch_size: int = Field(4, ge=1, le=MAX_PX, description="height and width of a patch, pixels")
     embed_dim: int = Field(384, ge=1, le=65_536, description="width D of the token vectors")
     depth: int = Field(7, ge=1, le=1024, description="number of blocks")
     num_heads: int = Field(12, ge=1, le=4096, description="attention heads per block")
@@ -86,9 +86,7 @@ class AugmentConfig(Section):
     erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
     erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
     erase_ratio: tuple[Float, Float] = Field((0.3, 3.3), description="erased: range of its height / width")
-    cutout_px: int = Field(
-        0, ge=0, le=MOST_PX, description="side of a square erased around a random pixel, pixels; 0 for none"
-    )
+    cutout_px: int = Field(0, ge=0, le=MAX_PX, description="side of a square erased around a random pixel, pixels; 0 for none")
     mixup_alpha: Float = Field(0.0, ge=0, le=1e3, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
     cutmix_alpha: Float = Field(0.0, ge=0, le=1e3, description="cutmix of pairs, shares of Beta(alpha, alpha); 0 for none")
     mixup_switch_prob: Float = Field(0.5, ge=0, le=1, description="share of the pairs for cutmix where mixup is on, too")
@@ -163,10 +161,10 @@ class RuntimeConfig(Section):
         "auto", description="how a step runs: as one CUDA graph, compiled, or as it is; auto: the fastest that can be had"
     )
     cpu_threads: int | None = Field(
-        None, ge=1, le=MOST_CPUS, description="torch's threads per process; null: the CPUs allowed / processes"
+        None, ge=1, le=MAX_CPUS, description="torch's threads per process; null: the CPUs allowed / processes"
     )
     workers: int | None = Field(
-        None, ge=1, le=MOST_CPUS, description="decoding threads per process; null: the CPUs allowed / processes"
+        None, ge=1, le=MAX_CPUS, description="decoding threads per process; null: the CPUs allowed / processes"
     )
     runs_per_gpu: int = Field(1, ge=1, le=1000, description="runs that share each GPU; gpu_hours counts this run's share")
     loader: Literal["auto", "resident", "stream"] = Field("auto", description="auto: on the device if all images are one size")
@@ -177,13 +175,13 @@ class RuntimeConfig(Section):
     eval_every_epochs: int = Field(
         1, ge=1, le=100_000, description="epochs between evaluations; the last epoch is always evaluated"
     )
-    log_every_steps: int = Field(50, ge=1, le=MOST_STEPS, description="optimiser steps between rows of metrics.jsonl")
+    log_every_steps: int = Field(50, ge=1, le=MAX_STEPS, description="optimiser steps between rows of metrics.jsonl")
     checkpoint_every_s: Float = Field(60.0, ge=0, le=1e9, description="seconds between checkpoints")
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, le=MOST_STEPS, description="optimiser steps between checkpoints, besides"
+        None, ge=1, le=MAX_STEPS, description="optimiser steps between checkpoints, besides"
     )
     poll_every_steps: int = Field(
-        10, ge=1, le=MOST_STEPS, description="steps between looks at the clock and at the file `stop`"
+        10, ge=1, le=MAX_STEPS, description="steps between looks at the clock and at the file `stop`"
     )
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")

@@ -229,9 +229,8 @@ def parse_yaml_value(text: str) -> Any:
     Raises:
         DocumentError: as for `parse_yaml`, or YAML would leave a part of the text out, such as ` # a comment`.
     """
-    value = parse_yaml(text)
-    node = yaml.compose(text, Loader=_Loader)
-    if node is None or (isinstance(node, yaml.ScalarNode) and node.style is None and not node.value and not text):
+    value, node = parse_yaml(text), yaml.compose(text, Loader=_Loader)
+    if node is None:  # no value
         return value
     plain = isinstance(node, yaml.ScalarNode) and node.style is None and not text.startswith("!!")
     if node.start_mark.index or node.end_mark.index < len(text) or (plain and node.value != text):

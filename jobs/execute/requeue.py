@@ -99,5 +99,7 @@ def first_step(attempt: AttemptDir) -> int:
         step = (read_with_checksum(attempt.env_json) or {}).get("resumed_at_step")
     except RunError:
         step = None
-    start = read_record(Start, attempt.start_json) if not isinstance(step, int) else None
-    return step if isinstance(step, int) else start.step or 0 if start else 0
+    if isinstance(step, int):
+        return step
+    start = read_record(Start, attempt.start_json)
+    return (start.step or 0) if start else 0

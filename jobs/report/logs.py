@@ -98,13 +98,13 @@ def follow(runs: list[Run], root: Path, console: Console) -> None:
         run.signature: _Followed(run, root, f"{run.label}: " if len(runs) > 1 else "", console, printed) for run in runs
     }
     while True:
-        survey = StateReader(root)
-        states = survey.states(runs)
+        reader = StateReader(root)
+        states = reader.states(runs)
         for state in states:
             followed[state.run.signature].update(state)
         if not any(state.state in LIVE for state in states):
             return
-        for _ in range(max(1, round(pause_s(survey) / POLL_S))):  # files may be looked at more often than the scheduler
+        for _ in range(max(1, round(pause_s(reader) / POLL_S))):  # files may be looked at more often than the scheduler
             time.sleep(POLL_S)
             for each in followed.values():
                 each.print_new()

@@ -271,24 +271,24 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
     if not console.is_terminal:
         shown = ""
         while True:
-            survey = StateReader(root)
-            states = survey.states(runs)
-            text = "\n".join([f"{name}: {summary(states)}{_warning(survey)}", *stuck(states)])
+            reader = StateReader(root)
+            states = reader.states(runs)
+            text = "\n".join([f"{name}: {summary(states)}{_warning(reader)}", *stuck(states)])
             if text != shown:
                 shown = text
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             if until(states):
                 return states
-            time.sleep(pause_s(survey))
+            time.sleep(pause_s(reader))
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            survey = StateReader(root)
-            states = survey.states(runs)
+            reader = StateReader(root)
+            states = reader.states(runs)
             rows = [row_of(state, root) for state in states]
-            live.update(table_of(rows, f"{name}: {summary(states)}{_warning(survey)}", console.height - 1), refresh=True)
+            live.update(table_of(rows, f"{name}: {summary(states)}{_warning(reader)}", console.height - 1), refresh=True)
             if until(states):
                 return states
-            time.sleep(pause_s(survey))
+            time.sleep(pause_s(reader))
 
 
 def stuck(states: list[RunState]) -> list[str]:
@@ -313,13 +313,13 @@ def _some(labels: list[str]) -> str:
     return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
 
 
-def pause_s(survey: StateReader) -> float:
+def pause_s(reader: StateReader) -> float:
     """How long to wait before the next look."""
-    return REFRESH_SLURM_S if survey.asked_slurm else REFRESH_S
+    return REFRESH_SLURM_S if reader.asked_slurm else REFRESH_S
 
 
-def _warning(survey: StateReader) -> str:
-    return f" ({printable(survey.scheduler_error)})" if survey.scheduler_error else ""
+def _warning(reader: StateReader) -> str:
+    return f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
 
 
 def nothing_live(states: list[RunState]) -> bool:

@@ -220,7 +220,7 @@ def _most_in_a_job(resources: SlurmProfile, config: RunConfig, seeds: int) -> in
 
 
 def _part(batch: Batch, kept: Sequence[int]) -> Batch:
-    """`batch` with the runs of these indices only, in this plan, and the tasks that they then make."""
+    """`batch` with the runs of these indices only, in this order, and the tasks that they then make."""
     place = {index: position for position, index in enumerate(kept)}
     tasks = [[place[index] for index in task if index in place] for task in batch.tasks]
     chosen, configs = [batch.chosen[index] for index in kept], [batch.configs[index] for index in kept]
