@@ -20,12 +20,14 @@ COMPUTES = "import time\nwhile time.process_time() < {}: pass"
 LOOKS_AROUND = "import os, time\nwhile True: os.listdir('.'); time.sleep(0.05)"
 
 
+@pytest.mark.slow
 def test_what_computes_is_waited_for_beyond_the_limit() -> None:
     with subprocess.Popen([sys.executable, "-c", COMPUTES.format(3)]) as process:
         wait_for(lambda: process.poll() is not None, poll_s=0.05, idle_s=2)
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_so_is_what_has_left_this_process(tmp_path: Path) -> None:
     """A sweep's workers do."""
     worker = f"{COMPUTES.format(3)}\nopen('ended', 'w')"
@@ -34,6 +36,7 @@ def test_so_is_what_has_left_this_process(tmp_path: Path) -> None:
     assert wait_for((tmp_path / "ended").exists, poll_s=0.05, idle_s=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["import time; time.sleep(1000)", LOOKS_AROUND])
 def test_what_hangs_is_given_up_with_what_there_is(program: str) -> None:
     with subprocess.Popen([sys.executable, "-c", program]) as process:
@@ -46,6 +49,7 @@ def test_what_hangs_is_given_up_with_what_there_is(program: str) -> None:
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_change_of_what_is_seen_is_a_sign_of_life() -> None:
     began_s = time.monotonic()
 
@@ -69,6 +73,7 @@ def test_a_program_runs_to_its_end() -> None:
     assert (done.returncode, len(done.stdout), done.stderr) == (3, 100_001, "y\n")
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_a_disk_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """State D: shown here for a process that really sleeps, because no test can make a disk slow."""
     process = subprocess.Popen(["sleep", "100"])
@@ -83,6 +88,7 @@ def test_a_process_that_waits_for_a_disk_is_alive(monkeypatch: pytest.MonkeyPatc
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_a_cpu_is_alive() -> None:
     """However many others want it: this one gets a CPU only where nobody else wants it, and somebody does."""
     cpu = min(os.sched_getaffinity(0))
@@ -110,6 +116,7 @@ def cpu_s(pid: int) -> float:
     return sum(map(int, columns[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_the_cluster_waits_for_a_daemon_that_gets_on_and_not_for_one_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

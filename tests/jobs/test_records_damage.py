@@ -249,6 +249,7 @@ def assert_numbers_kept(before: Said, after: Said) -> None:
         assert {**new, "runs": []} == {**old, "runs": []}
 
 
+@pytest.mark.slow
 @pytest.mark.fuzz
 @given(data=st.data())
 def test_a_damaged_record_is_said_or_changes_no_number(root: Path, data: st.DataObject) -> None:

@@ -297,6 +297,7 @@ def test_any_mutation_of_an_earlier_version_is_refused_or_changes_nothing(
         assert weights_sha256(found.optimizer["state"][number]) == weights_sha256(moments)
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_there_is_always_a_good_one(run: RunDir) -> None:
     """SIGKILL at four moments: what is there by its name is whole, and half-written files are no checkpoints."""
     program = """

@@ -149,6 +149,7 @@ os.open = gone
 """
 
 
+@pytest.mark.slow
 def test_what_hangs_is_given_up_at_the_deadline_and_blames_the_node(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def redirected(command: str, redirection: str) -> subprocess.CompletedProcess[st
     return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

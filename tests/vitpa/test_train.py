@@ -161,6 +161,7 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
     assert streamed.val_loss == resident.val_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accum_steps", [1, 2])
 def test_quasi_random_streams_and_goes_on_in_the_middle_of_an_epoch(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, accum_steps: int
@@ -239,6 +240,7 @@ def test_several_processes_train_the_same_run_and_resume(
         assert ours[name] == pytest.approx(theirs[name], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_stop_file_leaves_a_checkpoint_and_no_result(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = arguments(digits, tmp_path, "runtime.poll_every_steps=1", "runtime.log_every_steps=1")
     run = config_of(words).run_dir
@@ -315,6 +317,7 @@ def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(
     assert path.read_bytes() == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_trains_is_refused(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,6 +388,7 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
     assert "was trained on other data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 @pytest.mark.parametrize("tensorboard", ["false", "true"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
@@ -426,6 +430,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(
     warned(rf"{newest.name}: it is a checkpoint of another run \({config_of(other).signature}\)")
 
 
+@pytest.mark.slow
 def test_a_stop_that_cancels_is_recorded_as_such(digits: Path, tmp_path: Path) -> None:
     words = arguments(digits, tmp_path, "runtime.poll_every_steps=1", "runtime.log_every_steps=1", "train.epochs=100")
     run = config_of(words).run_dir

@@ -276,6 +276,7 @@ def test_a_damaged_stamp_is_not_believed(stamp: str, digits: Path, disk: Path, c
 # --- races
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_exchanged_meanwhile_changes_nothing(digits: Path, disk: Path, precious: Path) -> None:
     """Whoever owns `stage_dir` can rename what lies in it, again and again."""
     ours, aside = disk / f"vitpa-{os.geteuid()}", disk / "aside"

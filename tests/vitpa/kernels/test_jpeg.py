@@ -151,6 +151,7 @@ def main() -> None:
     json.dump({"differences": differences("cpu", 28, 12), "damages": damages("cpu", 17, 20)}, sys.stdout)
 
 
+@pytest.mark.slow
 def test_pixels_are_pillows_to_the_bit_and_damage_is_seen() -> None:
     assert report_of("tests.vitpa.kernels.test_jpeg") == {"differences": [0] * 12, "damages": [0, 1, 1, 1, 1, 0]}
 

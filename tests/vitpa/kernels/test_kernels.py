@@ -241,6 +241,7 @@ def interpreted() -> dict[str, list[float]]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("name", "sizes"), [(name, sizes) for sizes in INTERPRETED for name in RESULTS if takes(name, sizes)])
 def test_kernels_and_their_gradients_are_those_of_the_reference(
@@ -251,6 +252,7 @@ def test_kernels_and_their_gradients_are_those_of_the_reference(
     assert all(error < LIMITS[dtype] for error in found), found  # NaN is not below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", vitpa.kernels.norm.BACKWARD.values())
 def test_the_norm_does_not_depend_on_how_it_is_launched(
     interpreted: dict[str, list[float]], launch: tuple[int, int, int]
@@ -260,10 +262,12 @@ def test_the_norm_does_not_depend_on_how_it_is_launched(
     assert all(error < LIMITS[torch.float32] for error in found), found
 
 
+@pytest.mark.slow
 def test_kernels_compile_whole_and_give_the_same(interpreted: dict[str, list[float]]) -> None:
     assert interpreted["compiled"] == [0.0] * 7
 
 
+@pytest.mark.slow
 def test_partial_results_are_summed_whatever_their_number(interpreted: dict[str, list[float]]) -> None:
     assert len(interpreted["sum_partials"]) == 4
     assert max(interpreted["sum_partials"]) < 1e-6

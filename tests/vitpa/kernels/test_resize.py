@@ -86,6 +86,7 @@ def main() -> None:
     json.dump(report, sys.stdout)
 
 
+@pytest.mark.slow
 def test_crops_are_pillows_to_the_bit() -> None:
     report: dict[str, list[int]] = report_of("tests.vitpa.kernels.test_resize")
     assert report == {"8 from 40": [0] * 12, "17 from 30": [0] * 12, "unchanged": [0]}

@@ -116,6 +116,7 @@ def test_products_gradient_is_exact() -> None:
     assert torch.autograd.gradcheck(lambda x, w: product(x, w, w.detach()), (x.requires_grad_(), weight.requires_grad_()))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler hides it
 @pytest.mark.parametrize(
     ("attention", "precision"), [("content", torch.float32), ("positional", torch.float32), ("positional", torch.bfloat16)]

@@ -145,6 +145,7 @@ def halfway(digits: Path, tmp_path: Path, stopped: Path) -> list[str]:
     return arguments(digits, tmp_path, *OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["content", "positional"])
 def test_each_seed_is_trained_as_if_it_were_alone(
     digits: Path, tmp_path: Path, attention: str, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +190,7 @@ def test_each_seed_is_trained_as_if_it_were_alone(
     assert len(different) == len(SEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "mixing"),
     [("content", []), ("positional", []), ("positional", ["augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"])],
@@ -308,6 +310,7 @@ def test_a_group_whose_stop_was_requested_goes_on_one_by_one(halfway: list[str],
     check_same(halfway, undisturbed, [2, 0])
 
 
+@pytest.mark.slow
 def test_a_row_that_was_begun_before_the_stop_is_that_of_all_its_steps(digits: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "runtime.log_every_steps=9"]
     words, reference = (arguments(digits, tmp_path / name, *options) for name in ("stopped", "reference"))
@@ -318,6 +321,7 @@ def test_a_row_that_was_begun_before_the_stop_is_that_of_all_its_steps(digits: P
     check_same(words, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_they_go_on_from_the_newest_step_that_all_have(
     halfway: list[str], undisturbed: list[str], damage: str, capfd: pytest.CaptureFixture[str]
@@ -335,6 +339,7 @@ def test_they_go_on_from_the_newest_step_that_all_have(
     check_same(halfway, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gone", "damaged"),
     [([(1, 40), (1, HALFWAY)], []), ([(1, HALFWAY), (2, 40)], []), ([], [(1, 40), (1, HALFWAY)])],
@@ -415,6 +420,7 @@ def test_with_no_finite_seed_left_it_ends(halfway: list[str], capfd: pytest.Capt
         assert str(run.path) in record["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "state"), [('{"reason": "deadline"}\n', "interrupted"), ('{"reason": "cancel"}\n', "cancelled")]
 )
@@ -457,6 +463,7 @@ def test_a_seed_that_has_left_is_not_trained_any_more(digits: Path, tmp_path: Pa
         assert all(torch.equal(value, saved[name]) for name, value in last.items())
 
 
+@pytest.mark.slow
 def test_seeds_that_leave_one_after_the_other(digits: Path, tmp_path: Path, undisturbed: list[str]) -> None:
     words = arguments(digits, tmp_path, *OPTIONS)
     with (
@@ -472,6 +479,7 @@ def test_seeds_that_leave_one_after_the_other(digits: Path, tmp_path: Path, undi
     check_same(words, undisturbed)
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_left_out(
     digits: Path, tmp_path: Path, undisturbed: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -557,6 +565,7 @@ def test_images_that_do_not_fit_are_streamed(
     assert "2 seeds cannot be trained together: their images do not stay on the device" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [[0], SEEDS])
 @pytest.mark.parametrize("attention", ["content", "positional"])
 def test_a_block_is_compiled_once_whatever_the_depth(

@@ -91,12 +91,14 @@ def test_kinds_are_those_of_the_kernels() -> None:
     assert KINDS == vitpa.kernels.policy.KINDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [7, 13])
 def test_operations_by_kernels_are_those_of_the_reference(interpreted: dict[str, object], size: int) -> None:
     assert len(interpreted[f"operations {size}, kinds"]) == 16  # type: ignore[arg-type]
     assert interpreted[f"operations {size}"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["erased const", "erased pixel", "mixed const", "mixed pixel"])
 def test_erasing_and_mixing_by_kernels_are_those_of_the_reference(interpreted: dict[str, object], what: str) -> None:
     assert interpreted[what] == pytest.approx(0, abs=1e-6)

@@ -47,6 +47,7 @@ def test_every_operation_in_every_bin_equals_torchvisions(num_bins: int, size: i
     assert_equal_torchvisions(table, size)
 
 
+@pytest.mark.slow
 def test_operations_equal_torchvisions_on_large_images() -> None:
     table = every_operation(10, 224)
     strongest = dict(table)  # the last bin of each

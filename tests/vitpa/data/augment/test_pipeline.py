@@ -143,6 +143,7 @@ def slow_box(stream: int, sample: int, options: AugmentConfig, H: int, W: int) -
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -80,6 +80,7 @@ def test_arguments_are_those_of_timm(monkeypatch: pytest.MonkeyPatch, name: str,
         assert abs(got - expected) <= (2**-15 if name in ENHANCEMENTS else 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "count"), [(32, 30), (33, 6), (7, 6), (224, 2)])
 def test_every_operation_is_pillows(size: int, count: int) -> None:
     operations, images = make(img_size=size).operations, pictures(size)[:: 1 if size < 100 else 3]
