@@ -313,7 +313,7 @@ def _result(run: Run, directory: RunDir) -> Result | RunError | None:
         return error
     if result is None:
         return None
-    if says := result.contradiction_of(run.config):
+    if says := run.config.contradiction_of(result):
         return RunError(f"{directory.result_json}: {says}; it was edited by hand: delete it to train the run again")
     try:
         _check_config(run, directory, result)

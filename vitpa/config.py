@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from vitpa.arguments import FLOAT, expand_path, parse_float, parse_integer
-from vitpa.rundir import RunDir
+from vitpa.rundir import Result, RunDir
 
 MAX_PX, MAX_CPUS, MAX_STEPS = 8192, 1024, 10**9  # what is beyond is a slip, which must not hang or fill the memory
 EXPERIMENT_VERSION = 1  # raise it when the same configuration starts to mean another experiment
@@ -270,3 +270,11 @@ class RunConfig(Section):
     def run_dir(self) -> RunDir:
         """Where the run lives: `<runtime.root>/runs/<signature>`."""
         return RunDir(self.runtime.root_path, self.signature)
+
+    def contradiction_of(self, result: Result) -> str:
+        """What a result says otherwise than this configuration; empty if nothing."""
+        says = {"dataset": self.dataset, "attention": self.model.attention, "seed": self.seed, "epochs": self.train.epochs}
+        for key, value in says.items():
+            if getattr(result, key) != value:
+                return f"says {key} {getattr(result, key)}, its configuration {value}"
+        return ""

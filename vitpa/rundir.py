@@ -11,16 +11,13 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
 from vitpa.metrics_file import last_evaluation
 from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_json
-
-if TYPE_CHECKING:
-    from vitpa.config import RunConfig
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
@@ -51,19 +48,6 @@ class Result(BaseModel):
     beton_sha256: dict[str, Sha256] = Field(min_length=1)
     finished_utc: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
-
-    def contradiction_of(self, config: RunConfig) -> str:
-        """What of it the run's configuration contradicts; empty if nothing does."""
-        says = {
-            "dataset": config.dataset,
-            "attention": config.model.attention,
-            "seed": config.seed,
-            "epochs": config.train.epochs,
-        }
-        for key, value in says.items():
-            if getattr(self, key) != value:
-                return f"says {key} {getattr(self, key)}, its configuration {value}"
-        return ""
 
 
 class AttemptDir:

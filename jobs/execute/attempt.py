@@ -274,7 +274,7 @@ def _stopped(stop: Json, code: int | None) -> Outcome:
 def _set_broken_result_aside(member: Member) -> None:
     try:
         result, config = member.run.result(), load_config(member.run.config_yaml)
-        trusted = result is None or not result.contradiction_of(config)
+        trusted = result is None or not config.contradiction_of(result)
     except RunError:
         trusted = False
     if not trusted:
