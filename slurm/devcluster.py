@@ -57,24 +57,16 @@ def _path() -> str:
 
 
 class DevCluster:
-    """A cluster in the folder `root`, of `nodes` nodes with `gpus` pretended GPUs each.
+    """A cluster in the folder `root`; `sizes` are those of `Settings`, such as `nodes` and `gpus` of each, pretended.
 
     Names of the nodes are loopback addresses. Partitions: `main` (the default) and `low`, whose jobs are requeued when one
     of `main` needs their place.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        *,
-        nodes: int = 4,
-        gpus: int = 2,
-        cpus: int = 8,
-        max_array_size: int = 1001,
-    ) -> None:
+    def __init__(self, root: Path, **sizes: int) -> None:
         self.root = resolved(root)  # once: a link may lead elsewhere when the cluster ends
         self.layout = Layout(self.root)
-        self.settings = Settings(nodes, gpus, cpus, max_array_size)
+        self.settings = Settings(**sizes)
         self.start_time_s = 0.0
         self._supervisor: subprocess.Popen[str] | None = None
 
@@ -111,7 +103,7 @@ class DevCluster:
         begin = time.monotonic()
         check_programs()
         check_user()
-        check_host_name(host_name())
+        check_host_name(socket.gethostname())
         check_root(self.root, self.settings)
         try:
             self._start_daemons()
@@ -165,11 +157,8 @@ class DevCluster:
     def _leave(self) -> None:
         """Let go of the supervisor; one that was not told to stay ends the cluster at once."""
         assert self._supervisor
-        for stream in (self._supervisor.stdin, self._supervisor.stdout):
-            if stream:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-        self._supervisor.wait()
+        with contextlib.suppress(BrokenPipeError), self._supervisor:
+            pass  # its pipes are closed and its end is waited for
         self._supervisor = None
 
     def wait(self) -> None:
@@ -235,11 +224,6 @@ def check_user() -> None:
         raise DevClusterError(
             f"user {os.geteuid()} has no entry in /etc/passwd, which SLURM needs; add one (useradd --uid {os.geteuid()} NAME)"
         ) from None
-
-
-def host_name() -> str:
-    """What SLURM calls this host."""
-    return socket.gethostname()
 
 
 def check_host_name(name: str) -> None:

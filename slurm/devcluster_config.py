@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import socket
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,26 +49,17 @@ class Settings:
         return json.dumps(asdict(self))
 
 
-@dataclass(frozen=True)
 class Layout:
     """The files of a cluster, all below `root`."""
 
-    root: Path
-
-    @property
-    def lock(self) -> Path:
-        """Locked as long as the cluster's supervisor lives, whose pid it holds; marks the folder as ours."""
-        return self.root / "devcluster.lock"
-
-    @property
-    def keep_logs(self) -> Path:
-        """Asks for the logs to be kept at the end."""
-        return self.root / "log/keep"
-
-    @property
-    def settings_json(self) -> Path:
-        """The settings of the cluster that runs here."""
-        return self.root / "etc/settings.json"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.lock = root / "devcluster.lock"  # locked while the supervisor lives, whose pid it holds; marks the folder as ours
+        self.keep_logs = root / "log/keep"  # asks for the logs to be kept at the end
+        self.settings_json = root / "etc/settings.json"  # of the cluster that runs here
+        self.slurm_conf = root / "etc/slurm.conf"  # what SLURM_CONF has to name
+        self.munge_socket = root / "run/munge.sock"
+        self.database_socket = root / "run/my.sock"  # mariadbd has no port
 
     def recorded_pid(self) -> int:
         """The process that has written itself down in the lock; 0 if none has."""
@@ -88,21 +80,6 @@ class Layout:
         except (DocumentError, TypeError) as error:
             raise DocumentError(f"{self.settings_json}: {error}; stop the cluster and start it again") from error
 
-    @property
-    def slurm_conf(self) -> Path:
-        """What SLURM_CONF has to name."""
-        return self.root / "etc/slurm.conf"
-
-    @property
-    def munge_socket(self) -> Path:
-        """Where munged answers."""
-        return self.root / "run/munge.sock"
-
-    @property
-    def database_socket(self) -> Path:
-        """Where mariadbd answers; it has no port."""
-        return self.root / "run/my.sock"
-
     def log(self, name: str) -> Path:
         """What a daemon writes itself."""
         return self.root / "log" / f"{name}.log"
@@ -114,9 +91,9 @@ class Layout:
     def last_words(self, name: str) -> tuple[Path, str]:
         """The log of a daemon that has something to say, and its last line."""
         for path in (self.log(name), self.output(name)):
-            lines = [line for line in _text(path).splitlines() if line.strip()]
-            if lines:
-                return path, lines[-1].strip()
+            with contextlib.suppress(OSError):
+                if text := path.read_text(encoding="utf-8", errors="replace").strip():
+                    return path, text.splitlines()[-1].strip()
         return self.output(name), "(empty)"
 
     def longest_socket(self, settings: Settings) -> str:
@@ -131,8 +108,9 @@ class Layout:
 
     def remove_folder(self, name: str, folder: int) -> None:
         """Remove a folder in `root`, whose descriptor is `folder`, if the cluster has made it."""
-        if _is_marked(name, folder):
-            shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode) and os.lstat(f"{name}/{MARK}", dir_fd=folder):
+                shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
 
     def remove(self, folder: int, *, keep_logs: bool) -> None:
         """Remove what the cluster has made, and `root` if nothing else is in it; logs stay with the lock, as its mark.
@@ -152,31 +130,9 @@ class Layout:
                 self.root.rmdir()
 
 
-def _is_marked(name: str, folder: int) -> bool:
-    """Whether a folder in that of the descriptor `folder` is the cluster's."""
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-    except OSError:
-        return False
-    try:
-        os.stat(MARK, dir_fd=descriptor, follow_symlinks=False)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
 def resolved(root: Path) -> Path:
     """A cluster's folder without links: asked for once, since a link may lead elsewhere when the cluster ends."""
     return Path(os.path.realpath(root))  # Path.resolve raises RuntimeError for a link to itself, up to Python 3.12
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def user_name() -> str:
@@ -202,11 +158,7 @@ def free_ports(count: int) -> list[int]:
 def write_configuration(layout: Layout, settings: Settings, slurmd_version: str, folder: int) -> None:
     """Make the folders and every configuration file, for this user and host, with free ports.
 
-    Args:
-        layout: Where.
-        settings: Of what size.
-        slurmd_version: What `slurmd -V` prints, such as "slurm-wlm 24.11.5".
-        folder: The descriptor of the cluster's folder.
+    `slurmd_version` is what `slurmd -V` prints, such as "slurm-wlm 24.11.5"; `folder` the descriptor of the layout's root.
 
     Raises:
         FileExistsError: there is a folder of such a name, which the cluster has not made.
@@ -222,7 +174,8 @@ def write_configuration(layout: Layout, settings: Settings, slurmd_version: str,
     _write(etc / "my.cnf", _my_cnf(layout, user).encode())
     _write(etc / "database.sql", f"CREATE DATABASE IF NOT EXISTS {DATABASE};\n".encode())
     _write(etc / "slurmdbd.conf", _slurmdbd_conf(layout, user, accounting).encode())
-    _write(etc / "gres.conf", _gres_conf(layout, settings).encode())
+    gpus = [f"Name=gpu File={layout.root}/dev/gpu{index}\n" for index in range(settings.gpus)]
+    _write(etc / "gres.conf", "".join(gpus).encode())
     _write(etc / "cgroup.conf", _cgroup_conf(slurmd_version).encode())
     _write(layout.slurm_conf, _slurm_conf(layout, settings, user, [controller, accounting, *nodes]).encode())
     _write(layout.settings_json, settings.to_json().encode())
@@ -305,10 +258,6 @@ SlurmdParameters=config_overrides
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
 """
-
-
-def _gres_conf(layout: Layout, settings: Settings) -> str:
-    return "".join(f"Name=gpu File={layout.root}/dev/gpu{index}\n" for index in range(settings.gpus))
 
 
 def _cgroup_conf(slurmd_version: str) -> str:

@@ -79,19 +79,9 @@ class Supervisor:
         self.terminated = True
 
     def _order(self, order: dict[str, Any]) -> None:
-        what = order.pop("do")
-        orders: dict[str, Callable[..., None]] = {
-            "start": self.start,
-            "stay": self.stay,
-            "kill_node": self.kill_node,
-            "start_node": self.start_node,
-            "restart_controller": self.restart_controller,
-            "stop_accounting": self.stop_accounting,
-            "start_accounting": self.start_accounting,
-        }
+        what, answer = order.pop("do"), {}
         try:
-            orders[what](**order)
-            answer: dict[str, str] = {}
+            getattr(self, what)(**order)
         except FailedError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
@@ -162,7 +152,7 @@ class Supervisor:
         for name in self.settings.node_names:
             self._spawn(f"slurmd.{name}", "-D", "-N", name)
         self._wait("idle nodes", self._all_idle)
-        self._wait("accounting's answer", self._accounting_answers)
+        self._wait("accounting's answer", lambda: bool(self._ask("sacctmgr", "-n", "list", "cluster").strip()))
 
     def _spawn(self, name: str, *arguments: str) -> None:
         """Start a daemon in the foreground, bound to this process's life; `slurmd.NODE` is slurmd."""
@@ -187,9 +177,6 @@ class Supervisor:
             if process.returncode is not None:
                 raise FailedError(self._obituary(name))
         return self._ask("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split() == ["idle"] * self.settings.nodes
-
-    def _accounting_answers(self) -> bool:
-        return bool(self._ask("sacctmgr", "-n", "list", "cluster").strip())
 
     def _ask(self, *command: str) -> str:
         """What a client prints, nothing if it fails."""

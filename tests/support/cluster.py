@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import DevCluster, check_host_name, check_programs, host_name
+from slurm.devcluster import DevCluster, check_host_name, check_programs
 from slurm.devcluster_folder import DevClusterError
 
 
@@ -17,7 +18,7 @@ def require_slurm() -> None:
     """Skip where SLURM cannot run; in CI that is a failure."""
     try:
         check_programs()
-        check_host_name(host_name())
+        check_host_name(socket.gethostname())
     except DevClusterError as error:
         if os.environ.get("CI"):
             pytest.fail(f"CI runs the tests on SLURM, too: {error}")
