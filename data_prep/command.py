@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from pathlib import Path
-from types import FrameType
 
 from vitpa.arguments import number, path_argument, whole_number
 from vitpa.datasets import DATASETS
-from vitpa.errors import run_command
+from vitpa.errors import at_signals, run_command
 
 DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{train,val}}.beton, each with a manifest (.json).
 
@@ -85,15 +83,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(options: argparse.Namespace) -> int:
     """Do `vitpa prep` and return its exit code: 0 done, 1 one clear line on stderr says what is wrong."""
-    # a signal that is ignored, as SIGHUP under nohup, stays so
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _interrupt) for number in numbers}
-    try:
+    with at_signals(_interrupt):
         interrupted = "interrupted; what was not finished has been removed"
         return run_command("vitpa prep", lambda: _prepare(options), interrupted=interrupted)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -112,5 +104,5 @@ def _prepare(options: argparse.Namespace) -> int:
     raise PrepError(f"all is done, but the report could not be printed: {report.failure.strerror}")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)

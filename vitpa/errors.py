@@ -16,7 +16,9 @@ from __future__ import annotations
 import errno
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from vitpa.terminal import printable
 
@@ -68,3 +70,15 @@ def run_command(name: str, command: Callable[[], int], *, interrupted: str = "in
         line, code = interrupted, 128 + int(interrupt.args[0] if interrupt.args else signal.SIGINT)
     print(f"{name}: {line}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def at_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Have `handler` called with the number of SIGTERM or SIGHUP, unless it is ignored, as SIGHUP is under nohup."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, its in before.items():
+            signal.signal(number, its)

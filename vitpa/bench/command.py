@@ -5,38 +5,24 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from vitpa.arguments import number, path_argument
 from vitpa.bench import imagenet, small
 from vitpa.bench.schema import ATTENTIONS, RECIPES
-from vitpa.errors import run_command
+from vitpa.errors import at_signals, run_command
 from vitpa.records import check_writable
 from vitpa.terminal import printable_output
 
 
-@contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before.
-
-    SIGHUP, of a terminal that is closed, likewise, unless it is ignored (nohup).
-    """
-
-    def leave(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
-        with suppress(OSError):  # the terminal may be gone
-            print(f"vitpa bench: ended by {signal.Signals(number).name}; what was measured is kept", file=sys.stderr)
-        raise SystemExit(128 + number)
-
-    names = [name for name in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN]
-    before = {name: signal.signal(name, leave) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+def leave(number: int, _: object) -> None:
+    """SIGTERM, as at the end of a job's time, ends the program as an error does: what was measured is written before."""
+    signal.signal(number, signal.SIG_IGN)  # `timeout` sends it twice
+    with suppress(OSError):  # the terminal may be gone
+        print(f"vitpa bench: ended by {signal.Signals(number).name}; what was measured is kept", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -92,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:  # before anything is measured
             options.json = options.json.resolve()  # what a link points to is written, not the link
             check_writable(options.json)
-        with nullcontext() if options.worker else sigterm_as_exit():  # torchrun's processes just end
+        with nullcontext() if options.worker else at_signals(leave):  # torchrun's processes just end
             return int(options.run(options))
 
     return run_command("vitpa bench", run)
