@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,34 +20,13 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PpmImagePlugin import PpmImageFile
 
-from data_prep.integrity import (
-    JPEG_MAGIC,
-    PNG_MAGIC,
-    bmp_damage,
-    checked_png,
-    jpeg_bits,
-    jpeg_damage,
-    png_damage,
-    png_for_opencv,
-    with_end,
-)
+from data_prep import integrity, tiff
 from data_prep.palette import palette_damage
-from data_prep.tiff import (
-    BITS_PER_SAMPLE,
-    DEEP_WHITE,
-    NEARLY_BLACK,
-    PHOTOMETRIC,
-    WHITE_IS_ZERO,
-    is_signed,
-    libtiff_errors,
-    tiff_damage,
-    values_without_meaning,
-)
+from data_prep.tiff import DEEP_WHITE, NEARLY_BLACK
 from vitpa.data.manifest import ImageSettings, Pixels
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
 MAX_FILE_BYTES = 1 << 30  # of an image
-BITS = 8  # of a channel, as they are stored
 PNG_DEPTH_AT = 24  # bytes
 
 Values = npt.NDArray[Any]  # integers of more than 8 bits
@@ -82,11 +61,6 @@ class Photo:
     value_range: tuple[int, int, int] | None = None
 
 
-def read_photo(path: Path) -> Pixels:
-    """The pixels of an image file of any kind; see `load_photo`."""
-    return load_photo(path).pixels
-
-
 def load_photo(path: Path, white_level: int | None = None, stamp: tuple[int, int] | None = None) -> Photo:
     """Read an image file of any kind as (H, W, 3) uint8 RGB.
 
@@ -103,13 +77,13 @@ def load_photo(path: Path, white_level: int | None = None, stamp: tuple[int, int
         OSError: the file cannot be read, or is not the one that `stamp` was taken of.
     """
     data, damage, cut = _read(path, stamp), "", False
-    if data.startswith(JPEG_MAGIC):
-        if (bits := jpeg_bits(data)) > BITS:
-            raise CorruptImageError(f"a JPEG of {bits} bits, which is not supported; save it with {BITS}")
-        whole = with_end(data)
+    if data.startswith(integrity.JPEG_MAGIC):
+        whole, reason = integrity.checked_jpeg(data)
+        if reason:
+            raise CorruptImageError(reason)
         data, cut = whole, len(whole) > len(data)
-    elif data.startswith(PNG_MAGIC):
-        data, damage = checked_png(data)
+    elif data.startswith(integrity.PNG_MAGIC):
+        data, damage = integrity.checked_png(data)
     with _reasons(), Image.open(io.BytesIO(data), formats=_formats()) as image:
         damage = damage or _damage(image, data)
         if damage:
@@ -121,14 +95,14 @@ def _damage(image: Image.Image, data: bytes) -> str:
     """What is wrong with the file of an image that has been opened; empty if nothing is found."""
     match image.format:
         case "JPEG" | "MPO":
-            return jpeg_damage(data)
+            return integrity.jpeg_damage(data)
         case "PNG":
-            return png_damage(data)
+            return integrity.png_damage(data)
         case "TIFF":
             tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
-            return tiff_damage(data, tags) or values_without_meaning(image, tags)
+            return tiff.tiff_damage(data, tags) or tiff.values_without_meaning(image, tags)
         case "BMP":
-            return bmp_damage(data)
+            return integrity.bmp_damage(data)
         case "PPM":
             return _ppm_damage(image, data)
     return ""
@@ -157,7 +131,8 @@ def photo_size(path: Path) -> tuple[int, int] | None:
     try:
         with _open(path) as file:
             head = file.read(24)
-            if head.startswith(PNG_MAGIC) and head[12:16] == b"IHDR":  # Pillow would read its texts, and not more than so many
+            # of a PNG Pillow would read the texts, too, and not more than so many
+            if head.startswith(integrity.PNG_MAGIC) and head[12:16] == b"IHDR":
                 return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
             file.seek(0)
             with _reasons(), Image.open(file, formats=_formats()) as image:
@@ -219,7 +194,7 @@ def _reasons() -> Iterator[None]:
     """Turn whatever Pillow raises at damaged bytes, and what its libtiff finds wrong, into one line."""
     said: list[str] = []
     try:
-        with warnings.catch_warnings(), libtiff_errors() as said:
+        with warnings.catch_warnings(), tiff.libtiff_errors() as said:
             warnings.simplefilter("ignore")  # odd EXIF entries and the like, which thousands of good photos have
             yield
         if said:  # Pillow went on
@@ -243,10 +218,9 @@ def _formats() -> tuple[str, ...]:
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    try:
+    with suppress(Exception):  # a wild pointer to a next page, which says nothing of this one
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # a wild pointer to a next page, which says nothing of this one
-        return False
+    return False
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -266,14 +240,14 @@ def _deep_values(image: Image.Image, data: bytes, white_level: int | None) -> tu
     if image.mode == "F":
         raise CorruptImageError("floating-point pixels, for which no white is defined")
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
-    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
+    bits = max(tags.get(tiff.BITS_PER_SAMPLE, (8,)))
     if image.mode == "I" or image.mode.startswith("I;16"):
         white = (1 << bits) - 1 if 8 < bits < 16 else DEEP_WHITE
-        inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        inverted = tags.get(tiff.PHOTOMETRIC) == tiff.WHITE_IS_ZERO
         grey = np.asarray(ImageOps.exif_transpose(image))
-        if bits == 16 and is_signed(tags):
+        if bits == 16 and tiff.is_signed(tags):
             white = DEEP_WHITE // 2
-        if bits == 32 and not is_signed(tags):
+        if bits == 32 and not tiff.is_signed(tags):
             grey = grey.view(np.uint32)  # Pillow takes them for signed ones
         transparent = grey == image.info.get("transparency")
         if inverted:
@@ -310,7 +284,7 @@ def _deep_colours(image: Image.Image, data: bytes, white: int) -> Values:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # before Pillow decodes, which may remove it
     upper = ImageOps.exif_transpose(image)
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    encoded = png_for_opencv(data) if image.format == "PNG" else data
+    encoded = integrity.png_for_opencv(data) if image.format == "PNG" else data
     found = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA
     if found is None and image.format == "PNG":
         raise CorruptImageError("libpng finds it damaged")

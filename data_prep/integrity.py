@@ -17,6 +17,7 @@ import numpy as np
 
 from vitpa.data.decode.cpu import jpeg_decompressor
 
+BITS = 8  # of a channel, as they are stored
 JPEG_MAGIC, PNG_MAGIC = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 
 MARKER = re.compile(rb"\xff([^\x00\x01\xff\xd0-\xd7])")  # but restarts, and bytes of a scan that look like one
@@ -43,23 +44,15 @@ MAX_TEXT_BYTES = 1 << 20  # of such a text when decompressed; Pillow's PngImageP
 
 @dataclass
 class _Scans:
-    """What a JPEG's markers say.
+    """What a JPEG's markers say."""
 
-    Attributes:
-        ended: Whether its last marker, EOI, is there.
-        frame: The kind of its frame, SOFn; 0 if there is none.
-        bits: Of a channel.
-        size: Width and height, pixels.
-        low_bits: Of each component the lowest bit of each of its 64 coefficients that the scans have brought; None for none.
-        revision_at: Where in the file JFIF's revision is.
-    """
-
-    ended: bool = False
-    frame: int = 0
-    bits: int = 0
-    size: tuple[int, int] = (0, 0)
+    ended: bool = False  # with its last marker, EOI
+    frame: int = 0  # its kind, SOFn; 0 if there is none
+    bits: int = 0  # of a channel
+    size: tuple[int, int] = (0, 0)  # width and height, pixels
+    # of each component the lowest bit of each of its 64 coefficients that the scans have brought; None for none
     low_bits: dict[int, list[int | None]] = field(default_factory=dict)
-    revision_at: int | None = None
+    revision_at: int | None = None  # where in the file JFIF's revision is
 
     def are_complete(self) -> bool:
         """Whether they bring all bits of all coefficients."""
@@ -78,22 +71,15 @@ class _Scans:
             bits[first : last + 1] = [low_bit] * len(bits[first : last + 1])
 
 
-def with_end(data: bytes) -> bytes:
-    """A JPEG with its last marker, EOI, without which it may yet be whole."""
-    return data if _read_scans(data).ended else data + END_OF_IMAGE
-
-
-def jpeg_bits(data: bytes) -> int:
-    """How many bits a channel of a JPEG has; 0 if it does not say."""
-    return _read_scans(data).bits
+def checked_jpeg(data: bytes) -> tuple[bytes, str]:
+    """A JPEG with its last marker, EOI, without which it may yet be whole; and why it is not supported, empty if it is."""
+    scans = _read_scans(data)
+    reason = f"a JPEG of {scans.bits} bits, which is not supported; save it with {BITS}" if scans.bits > BITS else ""
+    return data if scans.ended else data + END_OF_IMAGE, reason
 
 
 def jpeg_damage(data: bytes) -> str:
-    """What is wrong with a JPEG, in libjpeg's words; empty if it is whole.
-
-    Args:
-        data: All of the file, the last marker included: see `with_end`.
-    """
+    """What is wrong with a JPEG that has its last marker (see `checked_jpeg`), in libjpeg's words; empty if it is whole."""
     scans = _read_scans(data)
     if scans.revision_at is not None and data[scans.revision_at] != 1:  # libjpeg warns of it; no pixel depends on it
         data = data[: scans.revision_at] + b"\x01" + data[scans.revision_at + 1 :]
@@ -154,11 +140,7 @@ def checked_png(data: bytes) -> tuple[bytes, str]:
 
 
 def png_damage(data: bytes) -> str:
-    """What is wrong with the pixels of a PNG whose CRCs are right: a decoder leaves black what is not there.
-
-    Args:
-        data: All of the file; its header has been found good.
-    """
+    """What is wrong with the pixels of a PNG whose CRCs and header are good: a decoder leaves black what is not there."""
     width, height, depth, colours, interlaced = struct.unpack(">IIBBxxB", data[16:29])
     needed = 0
     for x, y, across, down in PASSES if interlaced else ((0, 0, 1, 1),):

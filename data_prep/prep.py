@@ -178,7 +178,8 @@ def _convert(writer: Writer, split: Split, options: Options, settings: ImageSett
                 raise PrepError(f"{part}: FFCV wrote other labels than it was given")
             with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
                 content_sha256 = file.content_sha256(advance)
-        _flush(part)
+        with part.open("rb+") as whole:
+            os.fsync(whole.fileno())
         notes = (*kept.notes(), *_seen_notes(kept, written.seen))
         manifest = Manifest(
             dataset=options.dataset,
@@ -287,8 +288,3 @@ def _verified(split: Split, options: Options, say: Callable[[str], None]) -> boo
     for line in report.lines():
         say(f"{what}: {line}")
     return report.ok
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -21,20 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from data_prep import walk
 from data_prep.errors import PrepError, shown
 from data_prep.images import Photo, load_photo, photo_size
-from data_prep.walk import (
-    AGAIN,
-    BESIDE,
-    HIDDEN_FILES,
-    HIDDEN_FOLDERS,
-    IMAGE_SUFFIXES,
-    NAMED,
-    SPECIAL,
-    Listing,
-    same_files,
-    walk_source,
-)
+from data_prep.walk import IMAGE_SUFFIXES, NAMED, Listing, same_files, walk_source
 from vitpa.data.manifest import Ints, Pixels
 from vitpa.datasets import DATASETS, SPLITS, facts_of
 
@@ -147,15 +137,17 @@ class FolderSplit(Split):
     @property
     def left_out(self) -> Mapping[str, int]:
         """By suffix what is no image by its name, and what else the walk left out."""
-        return {shown(kind): count for kind, count in sorted(self.listing.left_out.items(), key=_suffixes_first)}
+        counts = self.listing.left_out
+        kinds = [*sorted(counts.keys() - {*OTHER_KINDS}), *(kind for kind in OTHER_KINDS if kind in counts)]
+        return {shown(kind): counts[kind] for kind in kinds}
 
     def notes(self) -> tuple[str, ...]:
         """`left out: 2 .gif, 1 .txt (not names of images), 1 beside the class folders`, and what `same` says."""
         lines = []
-        for kinds in (set(self.left_out) - set(HIDDEN_KINDS), set(HIDDEN_KINDS)):
-            found = [(kind, count) for kind, count in self.left_out.items() if kind in kinds]
-            parts = [_left_out(kind, count, self.listing.examples.get(kind, ())) for kind, count in found]
-            suffixes = sum(kind not in OTHER_KINDS for kind, _ in found)
+        for hidden in (False, True):
+            found = [kind for kind in self.left_out if (kind in HIDDEN_KINDS) is hidden]
+            parts = [_left_out(kind, self.left_out[kind], self.listing.examples.get(kind, ())) for kind in found]
+            suffixes = sum(kind not in OTHER_KINDS for kind in found)
             if suffixes:
                 parts[suffixes - 1] += " (not names of images)"
             if parts:
@@ -168,27 +160,19 @@ class FolderSplit(Split):
         return replace(self, labels=self.labels[indices], paths=tuple(self.paths[i] for i in indices), stamps=stamps)
 
 
-HIDDEN_KINDS = (HIDDEN_FOLDERS, HIDDEN_FILES, SPECIAL, AGAIN)
-OTHER_KINDS = (BESIDE, *HIDDEN_KINDS)  # beside suffixes; in the order in which they are said
-
-
-def _suffixes_first(item: tuple[str, int]) -> tuple[int, str]:
-    kind = item[0]
-    return (OTHER_KINDS.index(kind) + 1 if kind in OTHER_KINDS else 0, kind)
+HIDDEN_KINDS = {  # with what one of them is called
+    walk.HIDDEN_FOLDERS: "hidden or system folder",
+    walk.HIDDEN_FILES: "hidden or system file",
+    walk.SPECIAL: "pipe, socket or device",
+    walk.AGAIN: "link to a folder of the same class",
+}
+OTHER_KINDS = (walk.BESIDE, *HIDDEN_KINDS)  # beside suffixes; in the order in which they are said
 
 
 def _left_out(kind: str, count: int, examples: Collection[str]) -> str:
     named = ", ".join(shown(name) for name in sorted(examples)[:NAMED]) + (" ..." if len(examples) > NAMED else "")
-    kind = kind if count > 1 else _ONE.get(kind, kind)
+    kind = kind if count > 1 else HIDDEN_KINDS.get(kind, kind)
     return f"{count:,} {kind}" + (f" ({named})" if named else "")
-
-
-_ONE = {
-    HIDDEN_FILES: "hidden or system file",
-    HIDDEN_FOLDERS: "hidden or system folder",
-    SPECIAL: "pipe, socket or device",
-    AGAIN: "link to a folder of the same class",
-}
 
 
 def is_photo_set(dataset: str) -> bool:

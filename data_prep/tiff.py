@@ -37,30 +37,17 @@ MAX_CODES = 4096 + 1024 - FIRST  # between two CLEAR: the table is full, and lib
 
 @dataclass(frozen=True)
 class _Piece:
-    """A strip or a tile.
+    """A strip or a tile; sizes in bytes."""
 
-    Attributes:
-        name: Such as `strip 3`.
-        offset: In the file, bytes.
-        size: As it is compressed, bytes; None if the file does not say.
-        needed: What its pixels take when decompressed, bytes.
-        full: The same of a strip with all its rows, as some programs write the last one, too.
-    """
-
-    name: str
-    offset: int
-    size: int | None
-    needed: int
-    full: int
+    name: str  # such as `strip 3`
+    offset: int  # in the file
+    size: int | None  # as it is compressed; None if the file does not say
+    needed: int  # what its pixels take when decompressed
+    full: int  # the same of a strip with all its rows, as some programs write the last one, too
 
 
 def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
-    """What is wrong with the strips or tiles of a TIFF; empty if nothing is found.
-
-    Args:
-        data: All of the file.
-        tags: Of its first page.
-    """
+    """What is wrong with the strips or tiles of a TIFF, all of whose bytes are `data`; empty if nothing is found."""
     compression = tags.get(COMPRESSION, NONE)
     if not {STRIPS, TILES} & {*tags} or compression == OLD_JPEG:  # the latter has another table
         return ""

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -46,25 +45,14 @@ class Found:
     device: int
     inode: int
 
-    @classmethod
-    def of(cls, path: str, status: os.stat_result) -> Self:
-        """The image with this status."""
-        return cls(path, status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
-
 
 @dataclass
 class Listing:
-    """What a split's folder holds.
+    """What a split's folder holds."""
 
-    Attributes:
-        images: Of each class, by the name of its folder.
-        left_out: How many of each kind of what is no image.
-        examples: Names of what was left out, for some kinds.
-    """
-
-    images: dict[str, list[Found]] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, set[str]] = field(default_factory=dict)
+    images: dict[str, list[Found]] = field(default_factory=dict)  # of each class, by the name of its folder
+    left_out: Counter[str] = field(default_factory=Counter)  # how many of each kind of what is no image
+    examples: dict[str, set[str]] = field(default_factory=dict)  # names of what was left out, for some kinds
 
     def leave_out(self, kind: str, name: str = "") -> None:
         """Count something that is no image."""
@@ -162,7 +150,8 @@ class _Walk:
                 elif kind == "link":
                     self.links.append(_Place(top.split, top.class_name, entry.path))
                 elif kind in ("file", "dangling") and is_image_name(entry.name):
-                    images.append(Found.of(entry.path[start:], entry.stat(follow_symlinks=kind == "file")))
+                    its = entry.stat(follow_symlinks=kind == "file")
+                    images.append(Found(entry.path[start:], its.st_size, its.st_mtime_ns, its.st_dev, its.st_ino))
                 elif kind == "dangling":
                     self.dangling.append(entry.path)
                 elif kind == "file":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from data_prep.sources import Split
 from vitpa import CODE
@@ -45,8 +45,7 @@ class Job:
     page_bytes: int
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What of an image's file is not stored as it is; see `Photo`."""
 
     more_frames: bool
@@ -55,17 +54,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Written:
-    """How a job ended.
+    """How a job ended."""
 
-    Attributes:
-        corrupt: The reasons by index.
-        seen: Of the images that are not stored as they are in their files, by index.
-        tools: The versions of those that wrote.
-    """
-
-    corrupt: dict[int, str]
-    seen: dict[int, Seen]
-    tools: dict[str, str]
+    corrupt: dict[int, str]  # the reasons by index
+    seen: dict[int, Seen]  # of the images that are not stored as they are in their files, by index
+    tools: dict[str, str]  # the versions of those that wrote
 
 
 class Writer:
@@ -78,8 +71,7 @@ class Writer:
         self._errors = b""
 
     def __enter__(self) -> Self:
-        packages = str(CODE)
-        path = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "data_prep.writer_process", str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -99,10 +91,8 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._end()
         self._pipes.close()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert pipe
-            with contextlib.suppress(BrokenPipeError):  # part of a job that was not taken
-                pipe.close()
+        with contextlib.suppress(BrokenPipeError), self._process:  # part of a job that was not taken
+            pass  # its pipes are closed
 
     def write(self, job: Job, progress: Callable[[int], None]) -> Written:
         """Write one .beton; `progress` is called with the number of samples since the last call.
@@ -128,11 +118,10 @@ class Writer:
             if "progress" in message:
                 progress(message["progress"])
             elif "corrupt" in message:
-                index, reason = message["corrupt"]
-                corrupt[index] = reason
+                index, corrupt[index] = message["corrupt"]
             elif "seen" in message:
-                index, more_frames, value_range = message["seen"]
-                seen[index] = Seen(more_frames, tuple(value_range) if value_range else None)
+                index, *found = message["seen"]
+                seen[index] = Seen(*found)
             elif "failed" in message:
                 raise WriterError(message["failed"])
             else:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -33,27 +33,14 @@ CHUNK_SAMPLES = 16  # handed to a worker at a time; also the grain of the progre
 WATCH_EVERY_S = 0.1
 
 
-class Reports:
-    """The pipe to the parent, for this process and its workers."""
-
-    def __init__(self, pipe: int) -> None:
-        self._pipe = pipe
-
-    def send(self, kind: Literal["progress", "corrupt", "seen", "failed", "written"], content: object) -> None:
-        """Report `content`, as one line written at once."""
-        os.write(self._pipe, json.dumps({kind: content}).encode() + b"\n")
-
-    def failed(self, error: BaseException) -> None:
-        """Report the error that ends the writing."""
-        self.send("failed", _one_line(error))
+Send = Callable[[str, object], None]  # reports "progress", "corrupt", "seen", "failed" or "written", with its content
 
 
 class Samples:
     """A split as FFCV wants it: (pixels, label) by index. Corrupt images are reported and written as one black pixel."""
 
-    def __init__(self, job: Job, reports: Reports) -> None:
-        self._job = job
-        self._reports = reports
+    def __init__(self, job: Job, send: Send) -> None:
+        self._job, self._send = job, send
 
     def __len__(self) -> int:
         return len(self._job.split)
@@ -69,9 +56,9 @@ class Samples:
                     f"{width}x{height} px is too large; bring it down with --short-side-px or --max-side-px"
                 )
             if photo.more_frames or photo.value_range:
-                self._reports.send("seen", (index, photo.more_frames, photo.value_range))
+                self._send("seen", (index, photo.more_frames, photo.value_range))
         except CorruptImageError as error:
-            self._reports.send("corrupt", (index, str(error)[:MAX_REASON]))
+            self._send("corrupt", (index, str(error)[:MAX_REASON]))
             pixels = np.zeros((1, 1, 3), np.uint8)
         # FFCV draws JPEG or raw from NumPy's global state, which all its workers share at the start: one draw per sample
         np.random.seed(index)
@@ -81,26 +68,30 @@ class Samples:
 def main(parent_pid: int) -> None:
     """Do the jobs on stdin until it ends; the first failure ends everything."""
     _die_with(parent_pid)
-    reports = Reports(os.dup(1))
+    pipe = os.dup(1)  # to the parent, for this process and its workers
     os.dup2(2, 1)  # what a library prints is no report
+
+    def send(kind: str, content: object) -> None:
+        os.write(pipe, json.dumps({kind: content}).encode() + b"\n")  # as one line written at once
+
     this = os.getpid()
     os.register_at_fork(after_in_child=lambda: _die_with(this))
     multiprocessing.set_start_method("fork")  # FFCV hands its workers what cannot be pickled
     try:
-        tools = _import_ffcv(reports)
+        tools = _import_ffcv(send)
         while True:
             try:
                 job: Job = pickle.load(sys.stdin.buffer)
             except EOFError:
                 return
-            _write(job, reports)
-            reports.send("written", tools)
+            _write(job, send)
+            send("written", tools)
     except Exception as error:  # the parent turns it into the one line that the user sees
-        reports.failed(error)
+        send("failed", _one_line(error))
         os._exit(1)  # no joining of workers that wait for ever
 
 
-def _write(job: Job, reports: Reports) -> None:
+def _write(job: Job, send: Send) -> None:
     from ffcv.fields import IntField, RGBImageField  # noqa: PLC0415  # see the module's first lines
     from ffcv.writer import DatasetWriter  # noqa: PLC0415
 
@@ -111,11 +102,11 @@ def _write(job: Job, reports: Reports) -> None:
     writer = DatasetWriter(
         str(job.path), {"image": image, "label": IntField()}, page_size=job.page_bytes, num_workers=job.workers
     )
-    reports.send("progress", 0)  # the time of imports is not counted as work
-    writer.from_indexed_dataset(Samples(job, reports), chunksize=CHUNK_SAMPLES)
+    send("progress", 0)  # the time of imports is not counted as work
+    writer.from_indexed_dataset(Samples(job, send), chunksize=CHUNK_SAMPLES)
 
 
-def _import_ffcv(reports: Reports) -> dict[str, str]:
+def _import_ffcv(send: Send) -> dict[str, str]:
     """Import FFCV and put our progress and our watched workers in the place of its own; the versions in use."""
     import cv2  # noqa: PLC0415  # see the module's first lines
     import ffcv.writer  # noqa: PLC0415
@@ -130,7 +121,7 @@ def _import_ffcv(reports: Reports) -> dict[str, str]:
             self.total = total
 
         def update(self, samples: int) -> None:
-            reports.send("progress", int(samples))
+            send("progress", int(samples))
 
         def close(self) -> None:
             """Nothing to close."""
@@ -138,12 +129,12 @@ def _import_ffcv(reports: Reports) -> dict[str, str]:
     workers: list[multiprocessing.Process] = []
 
     def watched_process(target: Callable[..., None], args: tuple[Any, ...]) -> multiprocessing.Process:
-        process = multiprocessing.Process(target=_work, args=(reports, target, args))
+        process = multiprocessing.Process(target=_work, args=(send, target, args))
         workers.append(process)
         return process
 
     ffcv.writer.tqdm, ffcv.writer.Process = Progress, watched_process
-    threading.Thread(target=_watch, args=(workers, reports), daemon=True).start()
+    threading.Thread(target=_watch, args=(workers, send), daemon=True).start()
     return {
         "python": sys.version.split()[0],
         "ffcv": _version("ffcv"),
@@ -161,16 +152,16 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _work(reports: Reports, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _work(send: Send, target: Callable[..., None], args: tuple[Any, ...]) -> None:
     """What a worker process runs: FFCV's work, with the cause of a failure reported."""
     try:
         target(*args)
     except BaseException as error:
-        reports.failed(error)
+        send("failed", _one_line(error))
         raise
 
 
-def _watch(workers: list[multiprocessing.Process], reports: Reports) -> None:
+def _watch(workers: list[multiprocessing.Process], send: Send) -> None:
     """End this process when one of its workers has died, for which FFCV would wait for ever."""
     while True:
         time.sleep(WATCH_EVERY_S)
@@ -179,7 +170,7 @@ def _watch(workers: list[multiprocessing.Process], reports: Reports) -> None:
             if code == 0:
                 workers.remove(process)
             elif code is not None:
-                reports.send("failed", _cause_of_death(code))  # after the worker's own report, if it could make one
+                send("failed", _cause_of_death(code))  # after the worker's own report, if it could make one
                 os._exit(1)
 
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from data_prep.images import CorruptImageError, load_photo, photo_size, read_photo
-from data_prep.integrity import with_end
-from tests.support.image_files import FULL, chunk, decoded, deep_file, encoded, photo, png, read, reason
+from data_prep.images import CorruptImageError, load_photo, photo_size
+from data_prep.integrity import checked_jpeg
+from tests.support.image_files import FULL, chunk, decoded, deep_file, encoded, photo, png, read, read_photo, reason
 from vitpa.data.decode.cpu import jpeg_decompressor
 
 JPEGS = {
@@ -102,14 +102,14 @@ def test_a_mutated_jpeg_is_named_or_decodes_without_a_warning(
         return
     if mutated.startswith(b"\xff\xd8\xff"):
         assert warnings_of(mutated) == ""
-        np.testing.assert_array_equal(pixels, decoded(with_end(mutated)))
+        np.testing.assert_array_equal(pixels, decoded(checked_jpeg(mutated)[0]))
 
 
 def warnings_of(data: bytes) -> str:
     """The first warning of a decoder at full size; empty if there is none, or one of JFIF's revision."""
     with Image.open(io.BytesIO(data)) as image:
         (width, height), cmyk = image.size, image.mode == "CMYK"
-    whole = np.frombuffer(data if with_end(data) == data else data + b"\xff\xd9", np.uint8)
+    whole = np.frombuffer(checked_jpeg(data)[0], np.uint8)
     out = np.empty((height, width, 4), np.uint8)
     with jpeg_decompressor() as (library, decoder):
         place = whole.ctypes.data, whole.size, out.ctypes.data

@@ -25,11 +25,12 @@ from PIL import Image
 import data_prep.command
 import data_prep.prep
 from data_prep.errors import PrepError
-from data_prep.images import CorruptImageError, read_photo, shrink
+from data_prep.images import CorruptImageError, shrink
 from data_prep.lock import LOCK_NAME, locked
 from data_prep.prep import Options, image_settings, page_bytes, prepare
 from data_prep.progress import LINE_EVERY_S, progress_bar
 from data_prep.sources import load_splits
+from tests.support.image_files import read_photo
 from tests.support.shared_writer import SharedWriter, _one_writer, writer
 from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton
 from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path

@@ -38,10 +38,14 @@ def decoded(data: bytes) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
+def read_photo(path: Path, white_level: int | None = None) -> Pixels:
+    return load_photo(path, white_level).pixels
+
+
 def read(data: bytes, folder: Path, white_level: int | None = None) -> Pixels:
     path = folder / "photo"
     path.write_bytes(data)
-    return load_photo(path, white_level).pixels
+    return read_photo(path, white_level)
 
 
 def reason(data: bytes, folder: Path, white_level: int | None = None) -> str:
