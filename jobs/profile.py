@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from jobs.scheduler.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
-from jobs.scheduler.options import check_srun_args, sbatch_option
+from jobs.scheduler.options import check_srun_args, parse_time_s, sbatch_option
 from jobs.sweep import SweepError
 from vitpa import CODE
 from vitpa.arguments import ConfigError
@@ -298,25 +298,6 @@ def _check_texts(document: dict[str, Any]) -> None:
         for text in texts:
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError(f"{key}: {text!r} holds a line break or another control character")
-
-
-def parse_time_s(text: str) -> int:
-    """Seconds of SLURM's time notation (man sbatch, --time): `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if match is None:
-        raise ValueError(f"time={text!r}: expected SLURM's notation, such as '30' (minutes), '24:00:00' or '2-00:00:00'")
-    days, *parts = (None if part is None else int(part) for part in match.groups())
-    numbers = [part for part in parts if part is not None]
-    if days is not None:  # D-H[:M[:S]]
-        hours, minutes, seconds = [*numbers, 0, 0][:3]
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if len(numbers) == 3:
-        return (numbers[0] * 60 + numbers[1]) * 60 + numbers[2]
-    return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
 def minutes(seconds: float) -> int:

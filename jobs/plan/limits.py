@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from jobs.plan.forecast import Group, attempts
 from jobs.profile import SlurmProfile
 from jobs.report.status import duration
-from jobs.scheduler.cluster import Cluster, Finding, Nodes, mem_mib, seconds_of
+from jobs.scheduler.cluster import Cluster, Finding, Nodes, mem_mib
 from jobs.scheduler.gres import Gres, gpu_count, gpus_by_type
+from jobs.scheduler.options import seconds_of
 
 SUBMIT = ("MaxSubmitPU", "MaxSubmitPA", "MaxSubmit", "GrpSubmit")
 JOBS = ("MaxJobsPU", "MaxJobsPA", "MaxJobs", "GrpJobs")

@@ -14,16 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jobs.scheduler.own_jobs import (
-    ACCOUNT_COLUMNS,
-    COLUMN,
-    QUEUE_COLUMNS,
-    SUBMIT_LINE,
-    SlurmJob,
-    Snapshot,
-    in_accounting,
-    in_queue,
-)
+from jobs.scheduler import own_jobs
+from jobs.scheduler.options import seconds_of
+from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import SweepError
 
 TIMEOUT_S = 60
@@ -39,7 +32,10 @@ class SchedulerError(SweepError):
 
 @dataclass
 class Scheduler:
-    """The cluster, through its command-line programs, as a shell with that environment reaches it."""
+    """The cluster, through its command-line programs, as a shell with that environment reaches it.
+
+    A method that does not say what it does then raises SchedulerError where SLURM does not answer, or refuses.
+    """
 
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
@@ -51,23 +47,15 @@ class Scheduler:
             return Snapshot({}, str(error))
 
     def job(self, identity: str, token: str) -> SlurmJob | None:
-        """The job with this id, if it is one of the submission with that token.
-
-        Raises:
-            SchedulerError: SLURM does not answer, or knows no such job.
-        """
+        """The job with this id, if it is one of the submission with that token; one that SLURM does not know is an error."""
         return next((job for (found, _), job in self._queue(f"--jobs={identity}").items() if found == token), None)
 
     def _queue(self, *which: str) -> dict[tuple[str, int], SlurmJob]:
-        form = ("--noheader", "--array", "--states=all", f"--format={QUEUE_COLUMNS}")
-        return in_queue(self.ask("squeue", *form, f"--user={os.getuid()}", *which), os.getuid())
+        form = ("--noheader", "--array", "--states=all", f"--format={own_jobs.QUEUE_COLUMNS}")
+        return own_jobs.in_queue(self.ask("squeue", *form, f"--user={os.getuid()}", *which), os.getuid())
 
     def submit(self, script: str, token: str) -> SlurmJob:
-        """Submit a job script that carries a token. Which job that has made is asked of SLURM, not read in what sbatch prints.
-
-        Raises:
-            SchedulerError: SLURM does not answer, or has no such job.
-        """
+        """Submit a job script that carries a token. Which job that has made is asked of SLURM, not read in its words."""
         said = " ".join(self.ask("sbatch", script).split())
         deadline = time.monotonic() + IN_FLIGHT_S
         while True:
@@ -88,22 +76,18 @@ class Scheduler:
         numbers = sorted({number for identity in ids if (number := identity.partition("_")[0]).isdecimal()})
         if not numbers:
             return {}
-        words = ["--noheader", "--parsable2", f"--delimiter={COLUMN}", "--allocations", "--duplicates"]
+        words = ["--noheader", "--parsable2", f"--delimiter={own_jobs.COLUMN}", "--allocations", "--duplicates"]
         words += [f"--user={os.getuid()}", f"--jobs={','.join(numbers)}"]
-        for columns in ((*ACCOUNT_COLUMNS, SUBMIT_LINE), ACCOUNT_COLUMNS):
+        for columns in ((*own_jobs.ACCOUNT_COLUMNS, own_jobs.SUBMIT_LINE), own_jobs.ACCOUNT_COLUMNS):
             try:
-                return in_accounting(self.ask("sacct", *words, f"--format={','.join(columns)}"), os.getuid())
+                return own_jobs.in_accounting(self.ask("sacct", *words, f"--format={','.join(columns)}"), os.getuid())
             except SchedulerError as error:
-                if SUBMIT_LINE not in str(error):  # "Invalid field requested", from a SLURM before 21.08
+                if own_jobs.SUBMIT_LINE not in str(error):  # "Invalid field requested", from a SLURM before 21.08
                     break
         return {}
 
     def cancel(self, jobs: Iterable[SlurmJob]) -> None:
-        """End jobs of ours. Those that have ended already are passed over.
-
-        Raises:
-            SchedulerError: SLURM does not answer.
-        """
+        """End jobs of ours. Those that have ended already are passed over."""
         arrays: dict[str, list[int]] = {}
         for number, _, index in (job.id.partition("_") for job in jobs):
             arrays.setdefault(number, []).extend([int(index)] if index else [])
@@ -112,75 +96,42 @@ class Scheduler:
             self.ask("scancel", *words[start : start + 100])
 
     def requeue(self, job: SlurmJob) -> None:
-        """Put a running job of ours back into the queue; it is ended for that.
-
-        Raises:
-            SchedulerError: SLURM does not answer, or does not allow it.
-        """
+        """Put a running job of ours back into the queue; it is ended for that."""
         self.ask("scontrol", "requeue", job.id)
 
     def leave_out(self, job: SlurmJob, nodes: Iterable[str]) -> None:
-        """Have a job of ours that waits in the queue run anywhere but on these nodes.
-
-        Raises:
-            SchedulerError: SLURM does not answer, or the job does not wait.
-        """
+        """Have a job of ours that waits in the queue run anywhere but on these nodes."""
         self.ask("scontrol", "update", f"JobId={job.id}", f"ExcNodeList={','.join(nodes)}")
 
     def time_left_s(self, identity: str) -> float | None:
         """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""
         try:
-            text = self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%L").strip()
+            return seconds_of(self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%L").strip())
         except SchedulerError:
             return None
-        match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-        if match is None:
-            return None
-        days, hours, mins, seconds = (int(part or 0) for part in match.groups())
-        return float(((days * 24 + hours) * 60 + mins) * 60 + seconds)
 
     def configuration(self) -> dict[str, str]:
-        """The cluster's configuration, as `scontrol show config` names it.
-
-        Raises:
-            SchedulerError: SLURM does not answer.
-        """
+        """The cluster's configuration, as `scontrol show config` names it."""
         pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
         return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
     def cluster(self) -> str:
-        """The name of the cluster that answers (ClusterName in slurm.conf).
-
-        Raises:
-            SchedulerError: none answers.
-        """
+        """The name of the cluster that answers (ClusterName in slurm.conf)."""
         return self.configuration().get("ClusterName", "")
 
     def max_array_tasks(self) -> int:
-        """The largest job array that SLURM takes.
-
-        Raises:
-            SchedulerError: it does not answer.
-        """
+        """The largest job array that SLURM takes."""
         configuration = self.configuration()
         option = re.search(r"max_array_tasks=(\d+)", configuration.get("SchedulerParameters", ""))
         sizes = [int(configuration.get("MaxArraySize", "1001"))] + ([int(option[1])] if option else [])
         return max(1, min(sizes))
 
     def test_only(self, script: str) -> str:
-        """What SLURM says to a job script without submitting it: where and when it would start.
-
-        Raises:
-            SchedulerError: it would be refused.
-        """
+        """What SLURM says to a job script without submitting it: where and when it would start."""
         return self.ask("sbatch", "--test-only", script, with_stderr=True).strip()
 
     def ask(self, program: str, *arguments: str, with_stderr: bool = False) -> str:
-        """Run one of SLURM's programs and return what it prints.
-
-        Raises:
-            SchedulerError: it is not there, does not answer in time, or fails.
-        """
+        """Run one of SLURM's programs and return what it prints."""
         conf = self.environment.get("SLURM_CONF")
         if conf and not Path(conf).is_file():  # its programs would try for a minute
             raise SchedulerError(f"{program}: SLURM_CONF={conf}: no such file; is the cluster up, and visible from here?")

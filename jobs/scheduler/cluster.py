@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jobs.profile import parse_time_s
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.gres import Gres, parse_gres
 
@@ -150,14 +149,6 @@ def _rows(text: str, columns: str) -> Iterator[dict[str, str]]:
     for line in text.splitlines():
         if line.count("|") == columns.count(","):  # not one of a site's wrapper
             yield dict(zip(columns.split(","), line.split("|"), strict=True))
-
-
-def seconds_of(text: str) -> int | None:
-    """SLURM's time in seconds; None for none."""
-    try:
-        return parse_time_s(text)
-    except ValueError:
-        return None
 
 
 def mem_mib(text: str) -> int:

@@ -177,3 +177,28 @@ def _next(word: str, words: list[str]) -> str:
     if not words:
         raise ValueError(f"srun_args: {word}: needs a value")
     return words.pop(0)
+
+
+def parse_time_s(text: str) -> int:
+    """Seconds of SLURM's time notation (man sbatch, --time): `M`, `M:S`, `H:M:S`, `D-H`, `D-H:M`, `D-H:M:S`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        raise ValueError(f"time={text!r}: expected SLURM's notation, such as '30' (minutes), '24:00:00' or '2-00:00:00'")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # without hours
+        numbers.insert(0, 0)
+    hours, minutes, seconds = [*numbers, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def seconds_of(text: str) -> int | None:
+    """SLURM's time in seconds; None for none."""
+    try:
+        return parse_time_s(text)
+    except ValueError:
+        return None
