@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import stat
 import zipfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vitpa.documents import read_end
 
 MAX_LINE = 512
 _END_OF_ARCHIVE = b"PK\x05\x06"
@@ -117,12 +118,11 @@ def _check_archive(content: bytes) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-            if not stored or (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"it is damaged ({damaged if stored else 'compressed'})")
-    except Exception as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"it is damaged ({type(error).__name__})") from error  # zipfile raises many types
+            damaged = archive.testzip() if stored else "compressed"
+    except Exception as error:  # zipfile raises many types
+        damaged = type(error).__name__
+    if damaged is not None:
+        raise CheckpointError(f"it is damaged ({damaged})")
 
 
 def _ends_archive(end: bytes) -> bool:
@@ -135,12 +135,7 @@ def is_plausible(path: Path, signature: str) -> bool:
     if step is None:
         return False
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
-            return False
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - MAX_LINE))
-            end = file.read()
+        size, end = path.stat().st_size, read_end(path, MAX_LINE)
     except OSError:
         return False
     footer = Footer.read(end)

@@ -89,6 +89,17 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
+def read_end(path: Path, limit: int) -> bytes:
+    """The last `limit` bytes of a regular file, or all that it has.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
+        return file.read()
+
+
 def parse_json(text: str | bytes) -> Any:
     """The document that a JSON text holds.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitpa.documents import JSON_BYTES, DocumentError, open_regular, parse_json, read_bytes
+from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes, read_end
 from vitpa.terminal import warn
 
 EVALUATED = ("val/top1", "val/top5", "val/loss")
@@ -127,20 +127,18 @@ def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | N
     Raises:
         OSError: it cannot be read.
     """
-    with open_regular(path) as file:
-        size = file.seek(0, 2)
-        for length in (TAIL_BYTES, min(size, JSON_BYTES)):
-            file.seek(max(0, size - length))
-            data = file.read()
-            with_crc = with_crc or CRC in data
-            found = data.rfind(b'"val/top1"')
-            begin = data.rfind(b"\n", 0, found) + 1
-            if found >= 0 and (begin > 0 or length >= size):  # otherwise it was cut
-                line = data[begin:].partition(b"\n")[0].decode(errors="replace")
-                try:
-                    return parse_line(line) if has_crc(line) or not with_crc else None
-                except (ValueError, RecursionError):
-                    return None  # the last one, and damaged
-            if length >= size:
-                break
+    for length in (TAIL_BYTES, JSON_BYTES):
+        data = read_end(path, length)
+        whole = len(data) < length
+        with_crc = with_crc or CRC in data
+        found = data.rfind(b'"val/top1"')
+        begin = data.rfind(b"\n", 0, found) + 1
+        if found >= 0 and (begin > 0 or whole):  # otherwise it was cut
+            line = data[begin:].partition(b"\n")[0].decode(errors="replace")
+            try:
+                return parse_line(line) if has_crc(line) or not with_crc else None
+            except (ValueError, RecursionError):
+                return None  # the last one, and damaged
+        if whole:
+            break
     return None

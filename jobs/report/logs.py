@@ -12,7 +12,7 @@ from jobs.report.status import pause_s
 from jobs.scheduler.job_output import output_of
 from jobs.state import LIVE, RunState, StateReader
 from jobs.sweep import Run
-from vitpa.documents import open_regular
+from vitpa.documents import open_regular, read_end
 from vitpa.rundir import AttemptDir
 from vitpa.terminal import printable
 
@@ -23,10 +23,7 @@ TAIL_BYTES = 200_000
 def tail(path: Path, lines: int) -> list[str]:
     """The last lines of a log; none if it is not there, and why if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL_BYTES))
-            return _lines(file.read())[-lines:]
+        return _lines(read_end(path, TAIL_BYTES))[-lines:]
     except FileNotFoundError:
         return []
     except OSError as error:

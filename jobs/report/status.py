@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.text import Text
 from jobs.report.waiting import advice, needs_somebody
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run
-from vitpa.documents import open_regular
+from vitpa.documents import read_end
 from vitpa.metrics_file import parse_line
 from vitpa.records import RunError, read_json, read_with_checksum
 from vitpa.rundir import RunDir
@@ -29,17 +30,8 @@ REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
 TAIL_BYTES = 16_384
 PROGRESS = {name: f'"{name}"'.encode() for name in ("step", "epoch", "val/top1", "perf/images_per_s")}  # as in the file
-STYLES = {
-    state: Style(color=colour)
-    for state, colour in {
-        "done": "green",
-        "running": "cyan",
-        "pending": "blue",
-        "failed": "red",
-        "broken": "red",
-        "lost": "yellow",
-    }.items()
-}
+COLOURS = {"done": "green", "running": "cyan", "pending": "blue", "failed": "red", "broken": "red", "lost": "yellow"}
+STYLES = {state: Style(color=colour) for state, colour in COLOURS.items()}
 
 
 @dataclass(frozen=True)
@@ -73,10 +65,7 @@ def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
     A line cut at either end is left out.
     """
     try:
-        with open_regular(directory.metrics_jsonl) as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
+        lines = read_end(directory.metrics_jsonl, TAIL_BYTES).split(b"\n")
     except OSError:
         return {}, False
     found: dict[str, Any] = {}
@@ -268,24 +257,17 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
 
     Returns the last states.
     """
-    if not console.is_terminal:
-        shown = ""
+    shown = ""
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while True:
             reader = StateReader(root)
             states = reader.states(runs)
-            text = "\n".join([f"{name}: {summary(states)}{_warning(reader)}", *stuck(states)])
-            if text != shown:
+            title = f"{name}: {summary(states)}{_warning(reader)}"
+            if live is not None:
+                live.update(table_of([row_of(state, root) for state in states], title, console.height - 1), refresh=True)
+            elif (text := "\n".join([title, *stuck(states)])) != shown:
                 shown = text
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
-            if until(states):
-                return states
-            time.sleep(pause_s(reader))
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            reader = StateReader(root)
-            states = reader.states(runs)
-            rows = [row_of(state, root) for state in states]
-            live.update(table_of(rows, f"{name}: {summary(states)}{_warning(reader)}", console.height - 1), refresh=True)
             if until(states):
                 return states
             time.sleep(pause_s(reader))
@@ -293,24 +275,21 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
 
 def stuck(states: list[RunState]) -> list[str]:
     """A line for each reason for which jobs wait that will not start by themselves."""
-    lines: dict[str, list[str]] = {}
-    for state in states:
-        if state.state == "pending" and needs_somebody(text := advice(state.job)):
-            lines.setdefault(text, []).append(state.run.label)
-    return [f"{_some(labels)}: {text}" for text, labels in lines.items()]
+    said = [(state.run.label, advice(state.job)) for state in states if state.state == "pending"]
+    return _by_text((label, text) for label, text in said if needs_somebody(text))
 
 
 def in_other_clusters(states: list[RunState]) -> list[str]:
     """A line for each SLURM cluster that has jobs of these runs and cannot be asked from here."""
-    lines: dict[str, list[str]] = {}
-    for state in states:
-        if state.cluster:
-            lines.setdefault(state.reason, []).append(state.run.label)
-    return [f"{_some(labels)}: {reason}" for reason, labels in lines.items()]
+    return _by_text((state.run.label, state.reason) for state in states if state.cluster)
 
 
-def _some(labels: list[str]) -> str:
-    return labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else "")
+def _by_text(said: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each text, with the first of those of which it is said."""
+    labels: dict[str, list[str]] = {}
+    for label, text in said:
+        labels.setdefault(text, []).append(label)
+    return [f"{its[0]}{f' and {len(its) - 1} more' if its[1:] else ''}: {text}" for text, its in labels.items()]
 
 
 def pause_s(reader: StateReader) -> float:

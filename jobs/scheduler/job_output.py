@@ -5,11 +5,10 @@ sbatch and srun write it to `submitit/` in the submission: `<id>_0_log.err` and 
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
-from vitpa.documents import open_regular
+from vitpa.documents import read_end
 from vitpa.records import RunError, read_json
 from vitpa.rundir import AttemptDir
 
@@ -80,13 +79,10 @@ def _cause(files: list[Path]) -> str:
     for path in files:
         if path.suffix == ".err":
             try:
-                file = open_regular(path)
+                text = read_end(path, TAIL_BYTES).decode(errors="replace")
             except OSError as error:
-                lines.append(f"{path}: cannot be read ({error.strerror})")
-                continue
-            with file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-                lines += [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+                text = f"{path}: cannot be read ({error.strerror})"
+            lines += [line.strip() for line in text.splitlines() if line.strip()]
     setup = [line.removeprefix(FAILED_LINE) for line in lines if line.startswith(f"{FAILED_LINE}`")]
     lines = [line for line in lines if not line.startswith(f"{FAILED_LINE}`")]
     own = [line for line in lines if not _OF_SLURM.match(line)]
