@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +53,6 @@ def add_parser(subparsers: Subparsers) -> None:
             parser.add_argument(
                 "--gpus", type=whole_number(0, 128), default=DEFAULTS.gpus, help="GPUs per node (default: %(default)s)"
             )
-            parser.add_argument("--foreground", action="store_true", help="stay, and stop it with Ctrl-C")
         if verb == "stop":
             parser.add_argument("--keep-logs", action="store_true", help="keep DIR/log; the next start or stop removes it")
         if verb == "status":
@@ -76,16 +74,7 @@ def _start(options: argparse.Namespace) -> int:
         return OK
     print(f"{options.nodes} nodes with {options.gpus} GPUs each, started in {cluster.start_time_s:.1f} s: {cluster.root}")
     print(_use(cluster.root), flush=True)
-    if not options.foreground:
-        cluster.stay()
-        return OK
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        cluster.wait()
-    except KeyboardInterrupt:
-        print("stopping")
-    finally:
-        cluster.stop()
+    cluster.stay()
     return OK
 
 

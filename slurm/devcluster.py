@@ -161,11 +161,6 @@ class DevCluster:
             pass  # its pipes are closed and its end is waited for
         self._supervisor = None
 
-    def wait(self) -> None:
-        """Wait until the cluster ends, by whomsoever."""
-        assert self._supervisor, "the cluster is not started"
-        self._supervisor.wait()
-
     def kill_node(self, name: str) -> None:
         """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
         self._order("kill_node", name=name)
