@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
@@ -110,9 +110,10 @@ class _RecordedRun(BaseModel):
     recipe: str
     config: dict[str, Any]
 
-    def is_of(self, run: Run) -> bool:
-        """Whether this is what would be recorded of a run."""
-        return self.recipe == run.recipe and self.config == run.config.model_dump(mode="json")
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """What is recorded of a run."""
+        return cls(signature=run.signature, label=run.label, recipe=run.recipe, config=run.config.model_dump(mode="json"))
 
 
 class _Recorded(BaseModel):
@@ -151,7 +152,7 @@ class SweepDir:
             entries = _Recorded.model_validate(document).runs
             return [
                 run
-                if (run := by_signature.get(entry.signature)) is not None and entry.is_of(run)
+                if (run := by_signature.get(entry.signature)) is not None and entry == _RecordedRun.of(run)
                 else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}")
                 for entry in entries
             ]
@@ -168,15 +169,7 @@ class SweepDir:
         """Write down what the sweep stands for, with a readable name for each of its runs."""
         self.by_name.mkdir(parents=True, exist_ok=True)
         write_atomic(self.sweep_yaml, to_yaml(sweep.config.model_dump(mode="json")))
-        runs = [
-            {
-                "signature": run.signature,
-                "label": run.label,
-                "recipe": run.recipe,
-                "config": run.config.model_dump(mode="json"),
-            }
-            for run in sweep.runs
-        ]
+        runs = [_RecordedRun.of(run).model_dump() for run in sweep.runs]
         write_json(self.runs_json, {"name": sweep.name, "runs": runs})
         labels = {run.label for run in sweep.runs}
         for link in self.by_name.iterdir():

@@ -32,61 +32,18 @@ class DatasetFacts:
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
-DATASETS: dict[str, DatasetFacts] = {
-    facts.name: facts
-    for facts in (
-        DatasetFacts(
-            "digits",
-            10,
-            8,
-            (0.3058,) * 3,
-            (0.3761,) * 3,
-            1437,
-            360,
-            "scikit-learn's load_digits: UCI Optical Recognition of Handwritten Digits, 1,797 grey 8x8 images",
-        ),
-        DatasetFacts(
-            "cifar10",
-            10,
-            32,
-            (0.4914, 0.4822, 0.4465),
-            (0.2470, 0.2435, 0.2616),
-            50_000,
-            10_000,
-            "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html",
-        ),
-        DatasetFacts(
-            "cifar100",
-            100,
-            32,
-            (0.5071, 0.4865, 0.4409),
-            (0.2673, 0.2564, 0.2762),
-            50_000,
-            10_000,
-            "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html",
-        ),
-        DatasetFacts(
-            "svhn",
-            10,
-            32,
-            (0.4377, 0.4438, 0.4728),
-            (0.1980, 0.2010, 0.1970),
-            73_257,
-            26_032,
-            "Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers/ (cropped digits, without the extra set)",
-        ),
-        DatasetFacts(
-            "imagenet",
-            1000,
-            None,
-            _IMAGENET_MEAN,
-            _IMAGENET_STD,
-            1_281_167,
-            50_000,
-            "ILSVRC 2012, https://www.image-net.org/ (train/ and val/ with one folder per class)",
-        ),
-    )
-}
+_DIGITS = "scikit-learn's load_digits: UCI Optical Recognition of Handwritten Digits, 1,797 grey 8x8 images"
+_CIFAR = "Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html"
+_SVHN = "Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers/ (cropped digits, without the extra set)"
+_IMAGENET = "ILSVRC 2012, https://www.image-net.org/ (train/ and val/ with one folder per class)"
+_TABLE = (
+    DatasetFacts("digits", 10, 8, (0.3058,) * 3, (0.3761,) * 3, 1437, 360, _DIGITS),
+    DatasetFacts("cifar10", 10, 32, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 50_000, 10_000, _CIFAR),
+    DatasetFacts("cifar100", 100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 50_000, 10_000, _CIFAR),
+    DatasetFacts("svhn", 10, 32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), 73_257, 26_032, _SVHN),
+    DatasetFacts("imagenet", 1000, None, _IMAGENET_MEAN, _IMAGENET_STD, 1_281_167, 50_000, _IMAGENET),
+)
+DATASETS = {facts.name: facts for facts in _TABLE}
 
 
 def facts_of(dataset: str) -> DatasetFacts:
