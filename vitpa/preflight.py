@@ -41,6 +41,7 @@ MEMORY_WAIT_S = 15.0  # what ended just now may take as long to let go of a GPU'
 USERS_OWN = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)  # the same on every node
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)  # likewise, when writing
 PRODUCT_SIDE = 1024
+PASSED_ON = ("gpus", "min-free-gib", "max-used-gib", "deadline-s")  # options, to child processes
 
 
 @dataclass(frozen=True)
@@ -212,15 +213,8 @@ def _check(line: bytes) -> Check | None:
 def report(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Make all checks and say what they found."""
     began_s = time.monotonic()
-    ours = [
-        "--gpus",
-        str(options.gpus),
-        "--min-free-gib",
-        str(options.min_free_gib),
-        "--max-used-gib",
-        str(options.max_used_gib),
-    ]
-    arguments = [literal_path(options.config), *options.overrides, *ours, "--deadline-s", str(options.deadline_s)]
+    ours = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in PASSED_ON]
+    arguments = [literal_path(options.config), *options.overrides, *ours]
     probes = [Probe("files", ["disk", *(f"data_{split}" for split in SPLITS)], arguments, options.deadline_s)]
     if config.runtime.device != "cpu" and options.gpus:
         names = ["gpu_count", *(f"gpu{index}_{what}" for index in range(options.gpus) for what in ("memory", "product"))]

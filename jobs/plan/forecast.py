@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,7 @@ class Speed:
     images_per_s: float
     runs: int
     hardware: str  # GPU's name, or `CPU`; empty if it was not written down
-    gpus: float  # of one run, its share where several had one together; 0 on the CPU
-
-    def as_json(self) -> dict[str, Any]:
-        """As `plan --json` has it."""
-        return {"images_per_s": self.images_per_s, "runs": self.runs, "hardware": self.hardware, "gpus_per_run": self.gpus}
+    gpus_per_run: float  # its share where several had one together; 0 on the CPU
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,14 @@ class Group:
         return self.gpus / self.replicas
 
     @property
+    def known_s(self) -> list[float]:
+        """Those of the durations that are known."""
+        return [seconds for seconds in self.durations_s if seconds is not None]
+
+    @property
     def longest_s(self) -> float | None:
         """The longest job; None unless all are known."""
-        known = [seconds for seconds in self.durations_s if seconds is not None]
-        return max(known, default=0.0) if len(known) == len(self.durations_s) else None
+        return None if None in self.durations_s else max(self.known_s, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Forecast:
             "gpu_hour_price": self.gpu_hour_price,
             "cost": self.cost,
             "wall_s": self.wall_s,
-            "measured": {" ".join(kind): speed.as_json() for kind, speed in sorted(self.speeds.items())},
-            "benchmark": [{"dataset": kind[0], "attention": kind[1], **rate.as_json()} for kind, rate in self._rates],
+            "measured": {" ".join(kind): asdict(speed) for kind, speed in sorted(self.speeds.items())},
+            "benchmark": [{"dataset": kind[0], "attention": kind[1], **asdict(rate)} for kind, rate in self._rates],
             "unmeasured": [" ".join(kind) for kind in self.unmeasured],
         }
 
@@ -152,18 +152,16 @@ def forecast(
     gpu_hour_price: float | None = None,
 ) -> Forecast:
     """Add up what the groups take. They run side by side."""
-    durations = [[seconds for seconds in group.durations_s if seconds is not None] for group in groups]
     found = Forecast(None, None, None, speeds, tuple(sorted(set(unmeasured))), rates=rates, gpu_hour_price=gpu_hour_price)
-    if any(len(known) < len(group.durations_s) for known, group in zip(durations, groups, strict=True)):
+    if any(group.longest_s is None for group in groups):
         return found
-    walls = [makespan_s(known, group.at_a_time) for known, group in zip(durations, groups, strict=True)]
-    gpu_s = math.fsum(sum(known) * group.gpus for known, group in zip(durations, groups, strict=True))
+    walls = [makespan_s(group.known_s, group.at_a_time) for group in groups]
     return replace(
         found,
-        train_s=math.fsum(map(sum, durations)),
-        gpu_hours=gpu_s / 3600,
+        train_s=math.fsum(sum(group.known_s) for group in groups),
+        gpu_hours=math.fsum(sum(group.known_s) * group.gpus for group in groups) / 3600,
         wall_s=None if None in walls else max((wall for wall in walls if wall is not None), default=0.0),
-        longest_s=max((max(known) for known in durations if known), default=0.0),
+        longest_s=max((max(group.known_s, default=0.0) for group in groups), default=0.0),
     )
 
 
@@ -195,17 +193,14 @@ def job_s(runs: Sequence[float | None], speed: Speed | None, gpus: float) -> flo
     known = [seconds for seconds in runs if seconds is not None]
     if len(known) < len(runs) or speed is None:
         return None
-    shares = 0 < speed.gpus <= 1 and 0 < gpus <= 1  # of one GPU, when measured and now
-    return max(known) * (speed.gpus * len(runs) / gpus if shares else 1)
+    shares = 0 < speed.gpus_per_run <= 1 and 0 < gpus <= 1  # of one GPU, when measured and now
+    return max(known) * (speed.gpus_per_run * len(runs) / gpus if shares else 1)
 
 
 def benchmark_s(config: RunConfig, rate: Rate, images: tuple[int | None, int | None]) -> float | None:
-    """Seconds of a job of `rate.replicas` runs, with evaluations; None if the numbers of images are not known.
+    """Seconds of a job of `rate.replicas` runs, with evaluations, by its `rate` and the configuration of one of them.
 
-    Args:
-        config: Of one of the runs.
-        rate: Of the whole job.
-        images: In the training set and in that of an evaluation.
+    `images` are the numbers of them in the training set and in that of an evaluation; None if they are not known.
     """
     train, val = images
     if train is None or val is None:

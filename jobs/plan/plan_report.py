@@ -103,8 +103,8 @@ def _measured_otherwise(
             speed = speeds.get(kind)
             if speed and group.gpus and speed.hardware == "CPU":
                 yield f"{' '.join(kind)} was measured on CPUs, these runs have GPUs: expect less time"
-            elif speed and group.gpus and abs(speed.gpus - group.gpus_per_run) > 0.1 * group.gpus_per_run:
-                measured, have = f"{speed.gpus:.2g}", f"{group.gpus_per_run:.2g}"
+            elif speed and group.gpus and abs(speed.gpus_per_run - group.gpus_per_run) > 0.1 * group.gpus_per_run:
+                measured, have = f"{speed.gpus_per_run:.2g}", f"{group.gpus_per_run:.2g}"
                 yield f"{' '.join(kind)} was measured with {measured} GPUs for a run, these have {have}"
 
 

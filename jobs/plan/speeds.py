@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +41,6 @@ class Rate:
     replicas: int
     caveat: str  # what the case leaves out
     file: str
-
-    def as_json(self) -> dict[str, Any]:
-        """As `plan --json` has it."""
-        return asdict(self)
 
     def __str__(self) -> str:
         images = f" with images of {self.images_of}" if self.images_of else ""

@@ -61,7 +61,7 @@ class TimmSteps:
         """One optimiser step."""
         images, samples, labels = self.feed.gather(*self.feed.inputs(0))
         images = self.augmentation(images, samples, self.keys)
-        with self._autocast():
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bfloat16"):
             logits: Tensor = self.network(images)  # B, K
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.optim.label_smoothing)
         loss.backward()
@@ -74,8 +74,3 @@ class TimmSteps:
         self.accumulator.add(loss, (logits.detach().argmax(dim=1) == labels).sum()[None], len(labels))
         self.accumulator.check(self.done, loss, norm[None])
         self.feed.advance()
-
-    def _autocast(self) -> torch.autocast:
-        """The precision of the forward pass."""
-        bfloat16 = self.config.train.precision == "bfloat16"
-        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=bfloat16)
