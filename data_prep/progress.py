@@ -5,6 +5,7 @@ No conversion stops half-way because something cannot be printed.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vitpa.console import PrintableConsole
 
+LOGGER = logging.getLogger(__name__)
 LINE_EVERY_S = 10.0
 
 
@@ -67,6 +69,6 @@ def _lines(what: str, total: int) -> Callable[[int], None]:
             last = now
             eta_s = (now - start) / done * (total - done)
             with suppress(OSError, ValueError, SystemExit):  # nobody reads it any more
-                print(f"{what}: {done:,} of {total:,}, ETA {eta_s / 60:.1f} min", file=sys.stderr, flush=True)
+                LOGGER.info(f"{what}: {done:,} of {total:,}, ETA {eta_s / 60:.1f} min")
 
     return advance

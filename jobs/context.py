@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, reco
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
-from vitpa.terminal import printable
 
+LOGGER = logging.getLogger(__name__)
 FILTERS: dict[str, Callable[[RunState], str]] = {
     "dataset": lambda state: state.run.dataset,
     "attention": lambda state: state.run.attention,
@@ -81,11 +81,11 @@ class Context:
         reader = StateReader(self.root, self.scheduler)
         states = reader.states(runs)
         if reader.scheduler_error:
-            print(f"warning: {printable(reader.scheduler_error)}; states are as far as the files tell", file=sys.stderr)
+            LOGGER.warning(f"{reader.scheduler_error}; states are as far as the files tell")
             self.unanswered.append(reader.scheduler_error)
         for line in status.in_other_clusters(states):
             if line not in self.unanswered:
-                print(f"warning: {printable(line)}", file=sys.stderr)
+                LOGGER.warning(line)
                 self.unanswered.append(line)
         return states
 
@@ -139,7 +139,7 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
         recorded = recorded_sweep(options.sweep, root) if options.verb not in ("plan", "submit") else None
         if recorded is None:
             raise
-        print(f"warning: {error}; this is the sweep as it was submitted last", file=sys.stderr)
+        LOGGER.warning(f"{error}; this is the sweep as it was submitted last")
         return recorded
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +37,7 @@ from vitpa.terminal import printable
 if TYPE_CHECKING:
     from jobs.plan.plan_report import PlanReport
 
+LOGGER = logging.getLogger(__name__)
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 GC_THRESHOLD = 200_000  # new objects; at the usual 700 the million of a large sweep, which stay, are looked at again and again
 MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
@@ -116,7 +117,7 @@ def _look_ahead(
     try:
         return look(context.scheduler)
     except SchedulerError as error:
-        print(f"warning: {printable(str(error))}", file=sys.stderr)
+        LOGGER.warning(str(error))
         context.unanswered.append(str(error))
         return look(None)
 

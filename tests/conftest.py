@@ -22,6 +22,7 @@ from data_prep.prep import Options, prepare
 from slurm.devcluster_processes import SignsOfLife
 from tests.support.cluster import cluster
 from tests.support.waiting import MARK, in_vain, ours, still
+from vitpa.terminal import logged_lines
 
 os.environ[MARK] = str(os.getpid())  # what is started from here is known by it
 if (
@@ -135,7 +136,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def warned(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+def warned(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], str]]:
     """`warned(match)`: a warning that matches has been printed since the last call; what was printed."""
 
     def look(match: str) -> str:
@@ -143,4 +144,5 @@ def warned(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
         assert re.search(rf"^warning: .*{match}", told, re.MULTILINE), told
         return told
 
-    return look
+    with logged_lines():
+        yield look

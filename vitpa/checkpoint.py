@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +26,8 @@ from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive
 from vitpa.metrics_file import EVALUATED
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
-from vitpa.terminal import warn
 
+LOGGER = logging.getLogger(__name__)
 KEEP = 2
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
 
@@ -256,11 +257,11 @@ def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
         with suppress(OSError):
             path.rename(aside)
         where = f", and is {aside.name} now" if not path.exists() else ""
-        warn(f"{path}: {error}; it is passed over{where}")
+        LOGGER.warning(f"{path}: {error}; it is passed over{where}")
         return False
     if not has_checksum:
         what = "is of an earlier version of vitpa and carries no checksum of its own; its archive's CRCs fit, and it is used"
-        warn(f"{path}: {what}")
+        LOGGER.warning(f"{path}: {what}")
     return True
 
 
@@ -272,7 +273,7 @@ def _warn_of_names(run: RunDir) -> None:
     for path in sorted(run.checkpoints.glob("step_*.pt")):
         if step_of(path.name) is None:
             what = "a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over"
-            warn(f"{path}: {what}")
+            LOGGER.warning(f"{path}: {what}")
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

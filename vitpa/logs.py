@@ -8,12 +8,14 @@ trained together share the line.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,9 +31,10 @@ from vitpa.documents import open_regular
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
-from vitpa.terminal import warn
+from vitpa.terminal import LINES
 
 PLAIN_LINE_EVERY_S = 10.0
+LOGGER = logging.getLogger(__name__)
 
 
 class Logs:
@@ -144,7 +147,7 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
     if not found.startswith(rows.encode()):
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         what = f"damaged, cut or edited from line {same + 1} on; its rows up to step {step} are restored from the checkpoint"
-        warn(f"{path}: {what}")
+        LOGGER.warning(f"{path}: {what}")
 
 
 class EventFile:
@@ -211,12 +214,15 @@ class ProgressLine:
             self._live = Progress(*columns, shown, console=PrintableConsole(stderr=True))
             self._task = self._live.add_task(name, total=steps_total, completed=step, metrics="")
             self._live.start()
+            # as they are: print() takes [this] for markup and breaks long paths
+            LINES.print_above = partial(self._live.console.out, highlight=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live is not None:
+            LINES.print_above = None
             self._live.stop()  # leaves its last state on the screen
 
     def metrics(self, metrics: Mapping[str, float]) -> None:
@@ -232,7 +238,7 @@ class ProgressLine:
         elif now_s - self._printed_s >= PLAIN_LINE_EVERY_S:
             self._printed_s = now_s
             left_s = (self._total - step) * (now_s - self._started_s) / max(1, step - self._first_step)
-            print(f"{self._name}: step {step}/{self._total} {self._text()} {left_s:.0f} s left", file=sys.stderr, flush=True)
+            LOGGER.info(f"{self._name}: step {step}/{self._total} {self._text()} {left_s:.0f} s left")
 
     def _text(self) -> str:
         shown = self._shown
@@ -246,10 +252,3 @@ class ProgressLine:
         if "perf/images_per_s_together" in shown:
             parts.append(f"{shown['perf/images_per_s_together']:,.0f} images/s together")
         return "  ".join(parts)
-
-    def say(self, text: str) -> None:
-        """Print a line that stays, above the live one."""
-        if self._live is not None:
-            self._live.console.out(text, highlight=False)  # as it is: print() takes [this] for markup and breaks long paths
-        else:
-            print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes, read_end
-from vitpa.terminal import warn
 
+LOGGER = logging.getLogger(__name__)
 EVALUATED = ("val/top1", "val/top5", "val/loss")
 TAIL_BYTES = 16_384
 METRICS_BYTES = 1 << 30  # some millions of rows
@@ -85,7 +86,7 @@ def _rows(path: Path, text: str) -> list[dict[str, Any]]:
                 rows.append(parse_line(line))
         except (ValueError, RecursionError):
             if not last:
-                warn(f"{path}: line {number} is damaged and left out")
+                LOGGER.warning(f"{path}: line {number} is damaged and left out")
     return rows
 
 

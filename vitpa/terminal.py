@@ -7,11 +7,12 @@ escapes (`\x1b`), so that no log can set a title, clear the screen, or write a l
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -29,9 +30,43 @@ def printable(text: str, *, keep: str = "") -> str:
     return CONTROLS.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 
-def warn(text: str) -> None:
-    """Tell the user what was not as it should be, in a line on stderr; unlike Python's warnings nothing filters it."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+class LineHandler(logging.Handler):
+    """Prints what our packages log, a line each on stderr; a warning begins with `warning: `.
+
+    Attributes:
+        print_above: Prints a line above the live one, where there is one.
+    """
+
+    print_above: Callable[[str], object] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message."""
+        line = ("warning: " if record.levelno >= logging.WARNING else "") + printable(record.getMessage())
+        if self.print_above is not None:
+            self.print_above(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+LINES = LineHandler()
+
+
+@contextmanager
+def logged_lines() -> Iterator[None]:
+    """Have `LINES` print what our packages log, from `INFO` on unless the caller has set another level."""
+    loggers = [logging.getLogger(name) for name in ("vitpa", "jobs", "data_prep")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(LINES)
+        logger.setLevel(logger.level or logging.INFO)
+        logger.propagate = False  # a library may add a handler to the root, which would print the line again
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(LINES)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 OUTPUT_CLOSED = 128 + signal.SIGPIPE  # the exit code of a program that nobody reads any more, as a shell shows it
@@ -118,7 +153,7 @@ def terminal_stream(*, stderr: bool = False) -> TextIO | None:
 
 @contextmanager
 def printable_output() -> Iterator[None]:
-    """For a command: what it prints is printable, in any encoding; one line says so if stdout cannot be written.
+    """For a command: what it prints or logs is printable, in any encoding; one line says so if stdout cannot be written.
 
     When nobody reads it any more the command ends quietly, as by SIGPIPE.
     """
@@ -133,7 +168,8 @@ def printable_output() -> Iterator[None]:
     sys.stdout, sys.stderr = cast("TextIO", PrintableStream(out, vital=True)), cast("TextIO", PrintableStream(err))
     try:
         try:
-            yield
+            with logged_lines():
+                yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

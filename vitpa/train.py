@@ -13,6 +13,7 @@ The loop is `train_epoch`; the arithmetic of a step is in vitpa/step/step.py, th
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,7 @@ from vitpa.step.accumulator import NEVER
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
 
+LOGGER = logging.getLogger(__name__)
 ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear
 
 
@@ -161,7 +163,7 @@ def resume_points(t: Training) -> dict[int, Path | None]:
     for number, replica in enumerate(t.replicas):
         if number not in paths:
             reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
-            print(f"seed {replica.config.seed} is left out: {reason}", file=sys.stderr)
+            LOGGER.info(f"seed {replica.config.seed} is left out: {reason}")
             record_left(replica.run, "apart", reason)
     return paths
 
@@ -252,9 +254,9 @@ def show_positions(t: Training) -> None:
 
 
 def say(t: Training, text: str) -> None:
-    """Print a line that stays, in the main process."""
-    if t.line is not None:
-        t.line.say(text)
+    """Log a line, in the main process."""
+    if t.group.is_main:
+        LOGGER.info(text)
 
 
 def prepare_steps(t: Training) -> None:
@@ -425,7 +427,7 @@ def check_left(t: Training) -> None:
     """
     for replica in t.replicas:
         if replica.left and not replica.failed and t.group.is_main:
-            print(f"seed {replica.config.seed} is not finished: {replica.left}", file=sys.stderr)
+            LOGGER.info(f"seed {replica.config.seed} is not finished: {replica.left}")
     failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
         raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))

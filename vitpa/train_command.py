@@ -7,7 +7,7 @@ itself is vitpa/train.py.
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +28,8 @@ from vitpa.errors import run_command
 from vitpa.records import RunError
 from vitpa.terminal import printable_output
 from vitpa.train import TrainError, train
+
+LOGGER = logging.getLogger(__name__)
 
 
 @printable_output()
@@ -130,7 +132,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
         raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
     run = record_config(config)
     if run.result() is not None:
-        print(f"{run.result_json}: the run is finished already", file=sys.stderr)
+        LOGGER.info(f"{run.result_json}: the run is finished already")
         return False
     if not config.runtime.stage_dir:  # else the node may have a copy
         for split in SPLITS:

@@ -10,13 +10,15 @@ import torch
 
 from vitpa.data.staging import staged
 from vitpa.distributed import Group
+from vitpa.terminal import logged_lines
 
 ALONE = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
 FILES = ("train.beton", "train.json", "val.beton", "val.json")
 
 
 def stage(data: Path, disk: Path) -> Path:
-    return staged(data, "digits", str(disk), ALONE)
+    with logged_lines():
+        return staged(data, "digits", str(disk), ALONE)
 
 
 def copied_by(output: str) -> int:

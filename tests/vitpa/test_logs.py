@@ -24,6 +24,7 @@ from vitpa import CODE, logs
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics_file import last_evaluation, read_metrics
 from vitpa.rundir import RunDir
+from vitpa.terminal import LINES, logged_lines
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_without_tensorboard_nothing_is_written_for_it(run: RunDir) -> None:
 
 def test_plain_lines_come_every_ten_seconds_at_most(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     said_at = []
-    with ProgressLine("digits-content-s0", 1000, 0) as line:
+    with logged_lines(), ProgressLine("digits-content-s0", 1000, 0) as line:
         line.metrics({"train/loss": 2.3456, "val/top1": 0.5, "perf/images_per_s": 12345.6})
         for step in range(1, 601):
             clock.now_s += 0.1
@@ -210,16 +211,17 @@ def test_a_plain_line_says_how_far_how_good_how_fast_and_how_long_yet(
     clock.now_s += 20
     line.metrics({"train/loss": 2.3456})
     line.metrics({"val/top1": 0.5, "perf/images_per_s": 12345.6})
-    line.move(500)
+    with logged_lines():
+        line.move(500)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "digits-content-s0: step 500/1000 loss 2.346  val top-1 50.00 %  12,346 images/s 100 s left\n"
 
 
-def test_what_is_said_stays_and_does_not_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine("digits-content-s0", 1000, 0)
-    line.say("starts [here]")
-    line.say("goes on")
+def test_what_is_logged_stays_and_does_not_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with logged_lines(), ProgressLine("digits-content-s0", 1000, 0):
+        logs.LOGGER.info("starts [here]")
+        logs.LOGGER.info("goes on")
     assert capsys.readouterr().err == "starts [here]\ngoes on\n"
 
 
@@ -236,14 +238,16 @@ def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     said = f"resumed in /data/[old]/:key:/{200 * 'x'}"  # no markup, no emoji, no line break
-    with ProgressLine("digits-content-s0", 1000, 0) as line:
+    with logged_lines(), ProgressLine("digits-content-s0", 1000, 0) as line:
         line.metrics({"train/loss": 2.3456})
         line.move(250)
-        line.say(said)
+        logs.LOGGER.info(said)
+        logs.LOGGER.warning(said)
     shown = terminal.getvalue()
     assert "25%" in shown
     assert "loss 2.346" in shown
-    assert said + "\n" in shown
+    assert f"{said}\n" in shown and f"warning: {said}\n" in shown
+    assert LINES.print_above is None
 
 
 def test_a_pipe_in_the_place_of_the_record_is_an_error_and_no_wait(tmp_path: Path) -> None:
@@ -258,7 +262,11 @@ def test_a_pipe_in_the_place_of_the_record_is_an_error_and_no_wait(tmp_path: Pat
 def test_what_the_user_must_know_does_not_depend_on_filters_of_warnings(run: RunDir, filters: str) -> None:
     """By PYTHONWARNINGS such lines could be switched off, or turned into a traceback."""
     run.metrics_jsonl.write_text('{"step": 1}\n[3]\n{"step": 5}\n')
-    program = "import sys, pathlib, vitpa.metrics_file; print(len(vitpa.metrics_file.read_metrics(pathlib.Path(sys.argv[1]))))"
+    program = (
+        "import sys, pathlib, vitpa.metrics_file, vitpa.terminal\n"
+        "with vitpa.terminal.printable_output():\n"
+        "    print(len(vitpa.metrics_file.read_metrics(pathlib.Path(sys.argv[1]))))"
+    )
     got = subprocess.run(
         [sys.executable, "-c", program, str(run.metrics_jsonl)],
         env={**os.environ, "PYTHONWARNINGS": filters},
@@ -271,7 +279,7 @@ def test_what_the_user_must_know_does_not_depend_on_filters_of_warnings(run: Run
 
 
 def test_nothing_tells_the_user_by_python_warnings() -> None:
-    """They can be filtered, and are shown once only; vitpa.terminal.warn is for the user."""
+    """They can be filtered, and are shown once only; `LOGGER.warning` is for the user."""
     sources = [path for room in ("vitpa", "jobs", "data_prep", "slurm") for path in (CODE / room).rglob("*.py")]
     assert len(sources) > 100
     assert [str(path) for path in sources if re.search(r"warnings\.warn|import warn$", path.read_text())] == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from vitpa.data.stream import StreamedImages
 from vitpa.datasets import SPLITS, facts_of
 from vitpa.distributed import Group
 
+LOGGER = logging.getLogger(__name__)
 RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
 PREVIEW_IMAGES = 64
 
@@ -155,10 +156,9 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
     free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
     fits = needed <= RESIDENT_SHARE * free
     if not fits and group.is_main:
-        print(
+        LOGGER.info(
             f"the images take {needed / 2**30:.2f} GiB, more than {100 * RESIDENT_SHARE:.0f} % of the {free / 2**30:.2f} GiB "
-            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}",
-            file=sys.stderr,
+            f"that are free on {group.device}: they are streamed from {betons['train'].path.parent}"
         )
     return fits
 
@@ -178,7 +178,7 @@ def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cp
     if wanted == "gpu":
         raise ConfigError(f"runtime.decoder=gpu: {reason}; set runtime.decoder=cpu")
     if group.is_main:
-        print(f"images are decoded on the CPU, since the GPU cannot do it: {reason}", file=sys.stderr)
+        LOGGER.info(f"images are decoded on the CPU, since the GPU cannot do it: {reason}")
     return "cpu"
 
 
@@ -197,7 +197,7 @@ def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, 
     for each in feed.images.values():
         if isinstance(each.decoder, GpuDecoder):
             if group.is_main and each.beton.is_jpeg.any():
-                print(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel", file=sys.stderr)
+                LOGGER.info(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel")
             each.decoder.prepare()
     return feed
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -34,6 +34,7 @@ from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
 from vitpa.records import ProcessId, to_json
 
+LOGGER = logging.getLogger(__name__)
 POLL_S = 1.0
 LINE_EVERY_S = 10.0
 COPIERS = 4  # threads; one alone keeps neither a disk nor a network busy
@@ -211,7 +212,7 @@ class _Staging:
                 holder = self._holder(last) if last else None
                 claim = str(last + 1)  # of several that found the last one given up, one can make it
                 if holder is not None:
-                    _say(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
+                    LOGGER.info(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
                     while self._holder(last):
                         self._pause(POLL_S)
                 elif claims.create(claim, ProcessId.mine().model_dump_json()):
@@ -220,7 +221,7 @@ class _Staging:
                     finally:
                         claims.create(_given_up(claim), "")
                     break
-        _say(f"{self.dataset}: is read from its copy in {self.folder} on {socket.gethostname()}")
+        LOGGER.info(f"{self.dataset}: is read from its copy in {self.folder} on {socket.gethostname()}")
 
     def bytes_of(self, splits: Sequence[str]) -> int:
         """What these splits take on the disk."""
@@ -293,9 +294,9 @@ class _Staging:
         if not self._is_there(split, checked=False):
             return False
         path = beton_path(self.folder, self.dataset, split)
-        _say(f"{self.dataset}: checking {path}, which is there already")
+        LOGGER.info(f"{self.dataset}: checking {path}, which is there already")
         if self._content_sha256(path, split) != self.manifests[split].beton_sha256:
-            _say(f"{self.dataset}: {path} is not what its manifest says; it is made again")
+            LOGGER.info(f"{self.dataset}: {path} is not what its manifest says; it is made again")
             return False
         self._stamp(split)
         return True
@@ -306,7 +307,7 @@ class _Staging:
         Beton.open(source, self.dataset, split).close()  # what is damaged itself is not worth the copying
         data, manifest, partial = self.folders.data, self.manifests[split], target.with_name(f"{target.name}.{claim}")
         size, began_s = manifest.file_size_bytes, time.monotonic()
-        _say(f"{self.dataset}: copying {source} ({_gib(size)}) to {target}")
+        LOGGER.info(f"{self.dataset}: copying {source} ({_gib(size)}) to {target}")
         try:
             with source.open("rb") as reader, os.fdopen(data.new_file(partial.name), "wb") as writer:
                 os.posix_fallocate(writer.fileno(), 0, size)  # a disk that is too full says so now, not in the middle
@@ -329,7 +330,7 @@ class _Staging:
         data.write(manifest_path(target).name, to_json(manifest.model_dump(mode="json")))
         self._stamp(split)
         checked_s = time.monotonic() - began_s - copied_s
-        _say(f"{self.dataset}: {target} copied in {copied_s:.1f} s, checked in {checked_s:.1f} s")
+        LOGGER.info(f"{self.dataset}: {target} copied in {copied_s:.1f} s, checked in {checked_s:.1f} s")
 
     def _stamp(self, split: str) -> None:
         """Write down that the content of a split was checked."""
@@ -370,7 +371,7 @@ class _Progress:
             rate = max(1.0, self._done) / (now_s - self._began_s)
             left_s = (self._total - self._done) / rate
             far = f"{self._done / GIB:.1f} of {_gib(self._total)}"
-            _say(f"{self._what}: {far}, {rate / 2**20:,.0f} MiB/s, {left_s:.0f} s left")
+            LOGGER.info(f"{self._what}: {far}, {rate / 2**20:,.0f} MiB/s, {left_s:.0f} s left")
 
 
 def _copy_chunks(source: int, target: int, size: int) -> Generator[int, None, None]:
@@ -397,7 +398,3 @@ def _given_up(claim: str) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
