@@ -14,7 +14,7 @@ DESCRIPTION = f"""Convert a data set to FFCV's .beton format: OUT/DATASET/{{trai
 DATASET is {", ".join(DATASETS)}, or any other name for your own ImageFolder at --source
 (train/ and val/, each with one folder per class). cifar10, cifar100 and svhn are downloaded if there is no --source.
 Photos are turned upright by their EXIF orientation and become RGB (transparent parts white); the default for them is
-short side 256 px, JPEG quality 90. Small images are stored as raw pixels: those of digits, cifar10, cifar100 and svhn,
+short side 256 px, JPEG quality 90. Small images are stored as raw pixels: digits, cifar10, cifar100 and svhn,
 and a folder in which none has a side above 32 px. Images are never enlarged.
 Left out are hidden and system files and folders, and what is no image by its name; the report and the manifest count
 them. Links are followed, but not to a folder that is read anyway. An image whose decoder warns of damage is corrupt, and

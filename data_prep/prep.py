@@ -110,7 +110,7 @@ def _lock(folder: Path, stack: ExitStack) -> OSError | None:
             raise
         return error  # to look at what is there needs no lock
     for leftover in folder.glob(".*.part"):
-        with suppress(PermissionError, IsADirectoryError):  # somebody else's, in a shared folder
+        with suppress(PermissionError, IsADirectoryError):  # another user's, in a shared folder
             leftover.unlink()
     return None
 

@@ -29,7 +29,7 @@ from vitpa.data.manifest import Ints, Pixels
 from vitpa.datasets import DATASETS, SPLITS, facts_of
 
 PHOTO_SETS = ("imagenet",)
-SMALL_PX = 32  # images with no longer side are small, as are those of digits, CIFAR and SVHN
+SMALL_PX = 32  # images with no longer side are small: digits, CIFAR, SVHN
 
 
 @dataclass(frozen=True)

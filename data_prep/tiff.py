@@ -67,7 +67,7 @@ def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
 
 
 def values_without_meaning(image: Image.Image, tags: Mapping[int, Any]) -> str:
-    """Why the values of a sound TIFF are not those of an image; empty if they are."""
+    """Why the values of a sound TIFF make no image; empty if they do."""
     bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
     if tags.get(NEW_SUBFILE_TYPE, 0) & 1:
         return "its first page is a preview of reduced size; save the page of full size alone"

@@ -84,7 +84,7 @@ def _difference(beton: Beton, source: Split, index: int) -> str:
     if stored.shape != wanted.shape:
         return f"{name}: {stored.shape[1]}x{stored.shape[0]} px where the source gives {wanted.shape[1]}x{wanted.shape[0]}"
     if not beton.is_jpeg[index]:
-        return "" if np.array_equal(stored, wanted) else f"{name}: its pixels are not those of the source"
+        return "" if np.array_equal(stored, wanted) else f"{name}: its pixels differ from the source's"
     quality = beton.manifest.images.jpeg_quality
     error_levels = float(np.abs(stored.astype(np.int16) - _through_jpeg(wanted, quality or 0)).mean())
     if error_levels > JPEG_TOLERANCE:

@@ -67,16 +67,16 @@ class Context:
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""
-        return select(self.survey(self.sweep.runs), self.filters)
+        return select(self.states_of(self.sweep.runs), self.filters)
 
     def look_around(self) -> tuple[list[RunState], list[RunState]]:
         """The states of the runs that the filters select: of the sweep's, and of those in progress that have left it."""
-        states = self.survey([*self.sweep.runs, *self.left])
+        states = self.states_of([*self.sweep.runs, *self.left])
         count = len(self.sweep.runs)
         left = [state for state in states[count:] if state.state in LIVE]
         return select(states[:count], self.filters), select(left, self.filters)
 
-    def survey(self, runs: list[Run]) -> list[RunState]:
+    def states_of(self, runs: list[Run]) -> list[RunState]:
         """The states of these runs; a warning on stderr if SLURM had to be asked and did not answer."""
         reader = StateReader(self.root, self.scheduler)
         states = reader.states(runs)

@@ -77,7 +77,7 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
     _cause(
         "killed by a signal",
         r"killed by SIG|Signal \d+ \(SIG\w+\) received|Segmentation fault|Fatal Python error",
-        "by the kernel if memory ran out (ask for more, see the node's log), or by somebody; then retry",
+        "by the kernel if memory ran out (ask for more, see the node's log), or by a person; then retry",
     ),
 )
 ENDED_EARLY = _cause(

@@ -32,7 +32,7 @@ Count = Annotated[int | Literal["auto"], BeforeValidator(_count)]
 
 def _runtime(values: object) -> object:
     if isinstance(values, dict) and "root" in values:
-        raise ValueError(f"runtime.root={values['root']}: the folder of a sweep's runs is said by --root, not in the profile")
+        raise ValueError(f"runtime.root={values['root']}: --root gives the folder of a sweep's runs, not the profile")
     return values
 
 
@@ -95,7 +95,7 @@ class SlurmProfile(Section):
         1,
         ge=0,
         le=1024,
-        description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only; default: those of gres, or 1",
+        description="sbatch --gpus-per-node; one training process per GPU; 0: CPUs only; default: as many as gres says, or 1",
     )
     gres: str | None = Field(
         None, description="sbatch --gres: GPUs in it are asked for instead of gpus_per_node, anything else on top of that"
@@ -144,7 +144,7 @@ class SlurmProfile(Section):
     @model_validator(mode="before")
     @classmethod
     def _in_one_place(cls, document: Any) -> Any:
-        """What is said among additional_parameters and has a key of its own is moved there; gres says how many GPUs."""
+        """Move each of additional_parameters that has a key of its own to that key; gres says how many GPUs."""
         if not isinstance(document, dict):
             return document
         document = dict(document)

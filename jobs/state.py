@@ -2,7 +2,7 @@
 
 done         a valid result.json
 running      started, and its job is alive (or cannot be seen from here, as in another cluster: it counts as alive)
-pending      claimed, and somebody alive is going to start it, or to start it again
+pending      claimed, and a living process or job is going to start it, or to start it again
 failed, interrupted, cancelled    how its last attempt ended; failed, too, where its job ended by itself before starting it
 lost         started, its job is dead and left no exit: killed
 uncertain    claimed, not started, and nobody alive who would start it: its launcher was killed

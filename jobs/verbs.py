@@ -96,7 +96,7 @@ def _look_ahead(
 ) -> tuple[SubmissionPlan, PlanReport]:
     """The plan for `missing` and what lies ahead of it; where SLURM does not answer, as far as that can be said without.
 
-    With a benchmark, a machine without GPUs is looked at as if it had those of a job: to plan is possible anywhere.
+    With a benchmark, a machine without GPUs is taken to have the GPUs of a job, so that a plan is possible anywhere.
     """
     from jobs.plan.plan_report import look_ahead  # noqa: PLC0415 - as above
 
@@ -123,7 +123,7 @@ def _look_ahead(
 
 
 def _submit(context: Context) -> int:
-    left = [state for state in context.survey(context.left) if state.state in LIVE] if context.left else []
+    left = [state for state in context.states_of(context.left) if state.state in LIVE] if context.left else []
     if context.drift.gone and not context.options.update:
         live = f"; {len(left)} of these runs are still in progress and would go on" if left else ""
         raise SweepError(
@@ -213,7 +213,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
             label, *others = [label for label, other in refused.items() if other == reason]
             context.say(f"not submitted: {label}" + (f" and {len(others)} more" if others else "") + f": {reason}")
         late = len(chosen) - len(claimed) - len(refused)
-        faster = f"; {late} were claimed by somebody else first" if late else ""
+        faster = f"; {late} were claimed by another submit first" if late else ""
         where = (
             "to SLURM" if isinstance(profile, SlurmProfile) else "on this machine"
         ) + f" (profile {context.place.profile})"
@@ -225,7 +225,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         states = (
             status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
             if context.options.wait
-            else context.survey(runs)
+            else context.states_of(runs)
         )
     except KeyboardInterrupt:
         context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
@@ -330,7 +330,7 @@ def _logs(context: Context) -> int:
 
 def _cancel(context: Context) -> int:
     """Pending claims first, so that the slots that become free find nothing to start."""
-    states = context.survey([*context.sweep.runs, *context.left])
+    states = context.states_of([*context.sweep.runs, *context.left])
     left = {run.signature for run in context.left}
     live = [state for state in select(states, context.filters) if state.state in LIVE or state.state == "uncertain"]
     if context.options.gone:

@@ -57,7 +57,7 @@ def _path() -> str:
 
 
 class DevCluster:
-    """A cluster in the folder `root`; `sizes` are those of `Settings`, such as `nodes` and `gpus` of each, pretended.
+    """A cluster in the folder `root`; `sizes` are fields of `Settings`, such as `nodes` and `gpus` of each, pretended.
 
     Names of the nodes are loopback addresses. Partitions: `main` (the default) and `low`, whose jobs are requeued when one
     of `main` needs their place.

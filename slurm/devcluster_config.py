@@ -187,7 +187,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def cluster_name(root: Path) -> str:
-    """The ClusterName of the cluster in `root`, by which its jobs are told from those of a cluster in another folder."""
+    """The ClusterName of the cluster in `root`, which tells its jobs from the jobs of a cluster in another folder."""
     return f"devcluster_{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
 
 

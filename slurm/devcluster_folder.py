@@ -1,6 +1,6 @@
 """The folder of a development cluster: ours alone, and locked as long as the cluster lives; whether one does.
 
-It lies where others may write, such as in /tmp, so it is held by descriptors: no link or folder that somebody else puts in its
+It lies where others may write, such as in /tmp, so it is held by descriptors: no link or folder that another user puts in its
 place is followed.
 """
 
@@ -93,7 +93,7 @@ def open_folder(root: Path) -> int | None:
     """A descriptor of a cluster's folder, which is no link; None if there is no folder.
 
     Raises:
-        DevClusterError: it is somebody else's, or others may write to it: they could put links there.
+        DevClusterError: another user owns it, or others may write to it: they could put links there.
     """
     try:
         folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

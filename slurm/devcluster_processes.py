@@ -44,7 +44,7 @@ def bound_to_this_process() -> Callable[[], None]:
 
 
 def descendants(roots: Iterable[int]) -> list[int]:
-    """All living processes below those of `roots`, zombies aside."""
+    """All living descendants of the processes `roots`, zombies aside."""
     children: dict[int, list[int]] = {}
     for pid, state, parent in _processes():
         if state != "Z":
@@ -58,7 +58,7 @@ def descendants(roots: Iterable[int]) -> list[int]:
 
 
 def with_descendants(roots: Iterable[int]) -> list[int]:
-    """Those of `roots` and all living processes below them."""
+    """The processes `roots` that live, and their living descendants."""
     pids = list(roots)
     return [*pids, *descendants(pids)]
 
@@ -203,7 +203,7 @@ def kill(pids: Iterable[int], signal_number: int = signal.SIGKILL) -> None:
 def remains_of(root: Path, slurm_conf: Path) -> list[int]:
     """Processes of a cluster in `root` whose supervisor was killed: daemons and steps, which write logs there, and jobs.
 
-    The environment of slurmstepd says nothing: its title is written over it. A shell in which somebody has exported
+    The environment of slurmstepd says nothing: its title is written over it. A shell in which a user has exported
     SLURM_CONF is not in a job and stays.
     """
     marked = []

@@ -1,7 +1,7 @@
 """How words of the user's are read as paths and numbers: on the command line and in our files alike.
 
-Numbers are those of YAML 1.2's core schema (https://yaml.org/spec/1.2.2/, section 10.3.2), in ASCII digits: 010 is ten, and
-1_000, 1:30 or a digit of another script is no number. Only the standard library, so that every command may use it.
+Numbers are written as in YAML 1.2's core schema (https://yaml.org/spec/1.2.2/, section 10.3.2), in ASCII digits: 010 is ten,
+and 1_000, 1:30 or a digit of another script is no number. Only the standard library, so that every command may use it.
 """
 
 from __future__ import annotations

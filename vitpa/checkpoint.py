@@ -91,7 +91,7 @@ def _tensors(model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> Itera
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own, in the order of the calls; those of one step at a time."""
+    """Writes checkpoints in a thread of its own, in the order of the calls; all checkpoints of a step at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -222,7 +222,7 @@ def load_newest(run: RunDir, layout: Layout | None = None) -> tuple[Path, Checkp
 
 
 def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, Path | None]:
-    """Those of `runs`, by number, that can go on together, each with its checkpoint of one step (None: from the start).
+    """The runs of `runs`, by number, that can go on together, each with its checkpoint of one step (None: from the start).
 
     As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
     """

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        if words[:1] == ["train"]:  # its arguments are those of `python -m vitpa.train`; torch is imported only for it
+        if words[:1] == ["train"]:  # it parses its own arguments; torch is imported only for it
             from vitpa.train_command import main as train
 
             return train(words[1:])

@@ -47,7 +47,7 @@ DATASETS = {facts.name: facts for facts in _TABLE}
 
 
 def facts_of(dataset: str) -> DatasetFacts:
-    """The facts of `dataset`; for a name that is not in the table, those of a user's own ImageFolder."""
+    """The facts of `dataset`; for a name that is not in the table, the facts of a user's own ImageFolder."""
     known = DATASETS.get(dataset)
     if known is not None:
         return known

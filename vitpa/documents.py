@@ -2,7 +2,7 @@
 
 A scalar of YAML means what the core schema of YAML 1.2 says (https://yaml.org/spec/1.2.2/, section 10.3): 010 is ten, `on`
 and 1:30 are strings, and so is a date. PyYAML by itself reads YAML 1.1. Keys are always names, merge keys (`<<`) are merged.
-Null is written out: `~` and nothing at all, which are null, too, are refused, as somebody may have meant something by them.
+Null is written out: `~` and an empty value also mean null in YAML, but are refused: the author may have meant more.
 Whatever a file holds, reading it ends soon, in a document or in one line: size, depth, aliases and numbers are limited.
 """
 

@@ -33,7 +33,7 @@ HINTS = {
 
 def os_error_line(error: OSError) -> str:
     """`/root/runs: Permission denied; choose a place ...`."""
-    if error.errno is None or error.strerror is None:  # not of the system: somebody's own words
+    if error.errno is None or error.strerror is None:  # raised by Python code with its own text, not by the system
         return str(error)
     where = f"{error.filename}: " if error.filename else ""
     hint = f"; {HINTS[error.errno]}" if error.errno in HINTS else ""
@@ -58,7 +58,7 @@ def run_command(name: str, command: Callable[[], int], *, interrupted: str = "in
     Args:
         name: such as "vitpa train".
         command: returns its exit code.
-        interrupted: what is said after Ctrl-C, or a signal that raises KeyboardInterrupt with its number.
+        interrupted: the line printed after Ctrl-C, or a signal that raises KeyboardInterrupt with its number.
     """
     try:
         return command()

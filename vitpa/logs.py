@@ -116,7 +116,7 @@ class Logs:
 
 
 def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those outside of sections, then those of each section as section.key."""
+    """The keys outside of sections, then the keys of each section as section.key."""
     sections = {section: values for section, values in parameters.items() if isinstance(values, Mapping)}
     flat = {name: value for name, value in parameters.items() if name not in sections}
     return flat | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
@@ -124,7 +124,7 @@ def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have the errors of writing name the file, which those of an open file do not."""
+    """Have errors of writing name the file, which an open file's errors do not."""
     try:
         yield
     except OSError as error:

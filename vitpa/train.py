@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=4 -m vitpa.train CONFIG [a.b=c ...]
 
 A run killed at any moment and started again continues from its newest checkpoint; on the CPU it ends with weights
-bit-identical to those of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
+bit-identical to the weights of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
 Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone.
 
@@ -193,7 +193,7 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
         replica.model.load_state_dict(state.model)
         t.steps.load_optimizer(number, state.optimizer)
         replica.progress, replica.rows = state.progress, state.metrics
-        if t.group.is_main:  # the sums are those of all processes
+        if t.group.is_main:  # the sums are over all processes
             t.steps.accumulator.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
     record_environment(t)

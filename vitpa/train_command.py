@@ -92,7 +92,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
-    """Claim those of the runs that are not finished, and train them; the exit code of this process.
+    """Claim the runs that are not finished, and train them; the exit code of this process.
 
     Raises:
         ConfigError, BetonError, RunError, OSError: in the main process, if one of them cannot be had; 1 in the others.

@@ -40,7 +40,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 class Signals:
-    """Whether this process has been told to stop, and by which signals."""
+    """Whether signals have requested a stop of this process, and which ones."""
 
     def __init__(self) -> None:
         self.received: list[str] = []  # names, in order

@@ -2,7 +2,7 @@
 
 It takes the runs of a group by creating their start.json, trains them (attempt.py), and records how each ended. That
 a group of several goes to one worker as a whole is settled before, by the exclusive creation of its taken-N.json. A worker
-never outlives its use: it ends when every claim of its submission has been started by somebody.
+never outlives its use: it ends when each claim of its submission has been started by one of them.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class End:
         if self.bad_node:
             return self.given_up
         if self.state == "interrupted" and self.reason not in WARNINGS:
-            return "it was told to stop"
+            return "a stop was requested"
         if self.last_step <= self.first_step:
             return "no new checkpoint in this attempt"
         return self.given_up

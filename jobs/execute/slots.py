@@ -104,7 +104,7 @@ def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot
     """Wait for a free slot and take it for this process; None once `wanted` says that there is no use for it any more.
 
     A slot of several units is taken in the order of their names, and held while waiting for the rest: with one order for
-    everybody nobody waits for somebody who waits for him.
+    all processes none waits for one that waits for it.
     """
     while wanted():
         for slot in slots:

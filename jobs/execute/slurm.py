@@ -156,7 +156,7 @@ class _Job:
         return self._report_node(attempt, failure_of(code, log)) if code and not killed_for else 0
 
     def _next_attempt(self, run: RunDir) -> Member | None:
-        """The attempt of this execution, started; None if there is nothing to do, or somebody else has the run."""
+        """The attempt of this execution, started; None if there is nothing to do, or another process has the run."""
         try:
             return self._claim_next(run, run.attempts())
         except RunError as error:  # a damaged record: the run's state says so, and the others go on

@@ -64,7 +64,7 @@ class Group:
 
     @property
     def known_s(self) -> list[float]:
-        """Those of the durations that are known."""
+        """The durations that are known."""
         return [seconds for seconds in self.durations_s if seconds is not None]
 
     @property
@@ -176,7 +176,7 @@ def makespan_s(durations_s: Sequence[float], at_a_time: int | None) -> float | N
 
 
 def attempts(run_s: float, time_s: float, signal_delay_s: float) -> int:
-    """Executions of a run that is told to stop `signal_delay_s` before each time limit."""
+    """How often a run is executed if it gets a signal `signal_delay_s` before each time limit and stops."""
     return max(1, math.ceil(run_s / (time_s - signal_delay_s)))
 
 

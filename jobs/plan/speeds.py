@@ -25,7 +25,7 @@ from vitpa.records import read_json
 
 LOADER_LEFT_OUT = "without the loader: the real rate is lower, or the same at best"
 MODEL_ALONE = "without the loader and augmentation: the real rate is lower"
-SYNTHETIC, MODEL = 2, 3  # distances from a whole training, after those of the decoders
+SYNTHETIC, MODEL = 2, 3  # distances from a whole training, after the decoders' distances
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
-from jobs.report.waiting import advice, needs_somebody
+from jobs.report.waiting import advice, needs_action
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run
 from vitpa.documents import read_end
@@ -276,7 +276,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
 def stuck(states: list[RunState]) -> list[str]:
     """A line for each reason for which jobs wait that will not start by themselves."""
     said = [(state.run.label, advice(state.job)) for state in states if state.state == "pending"]
-    return _by_text((label, text) for label, text in said if needs_somebody(text))
+    return _by_text((label, text) for label, text in said if needs_action(text))
 
 
 def in_other_clusters(states: list[RunState]) -> list[str]:
@@ -285,7 +285,7 @@ def in_other_clusters(states: list[RunState]) -> list[str]:
 
 
 def _by_text(said: Iterable[tuple[str, str]]) -> list[str]:
-    """A line for each text, with the first of those of which it is said."""
+    """One line per text, with the first of the nodes or runs that it holds for."""
     labels: dict[str, list[str]] = {}
     for label, text in said:
         labels.setdefault(text, []).append(label)

@@ -67,6 +67,6 @@ def advice(job: SlurmJob | None) -> str:
     return found.format(job=job.id.partition("_")[0])
 
 
-def needs_somebody(text: str) -> bool:
+def needs_action(text: str) -> bool:
     """Whether an advice is about a job that will not start by itself."""
     return bool(text) and not text.startswith(_BY_ITSELF.partition("{")[0])

@@ -73,7 +73,7 @@ def printed(output: Path, identity: str) -> list[Path]:
 def _cause(files: list[Path]) -> str:
     """The line that best says why a job ended, from what went to stderr: the last error, its own before SLURM's.
 
-    A line of `setup` that has failed without ending the job is said as well: it may be why.
+    A line of `setup` that failed without ending the job is reported as well: it may be the cause.
     """
     lines = []
     for path in files:

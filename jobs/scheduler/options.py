@@ -1,6 +1,6 @@
 """Options of sbatch and srun that a profile may add, and those that it may not, because vitpa sets them or relies on them.
 
-The options are those of SLURM 22.05 to 24.11 (man sbatch, man srun). One that is not known here goes to SLURM as it is.
+SLURM 22.05 to 24.11 know these options (man sbatch, man srun). One that is not known here goes to SLURM as it is.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def _sbatch_at_work(submission: SubmissionDir) -> bool:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes()
-        except OSError:  # it has ended, or is somebody else's
+        except OSError:  # it has ended, or belongs to another user
             continue
         if folder in line and b"sbatch\0" in line:
             return True
@@ -229,7 +229,7 @@ def _sbatch_at_work(submission: SubmissionDir) -> bool:
 
 
 def _restore_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> None:
-    """submitit names a job's pickle by the job's id, after sbatch: those of adopted jobs may not have been named yet."""
+    """submitit names a job's pickle by the job's id, after sbatch: the pickle of an adopted job may not have its name yet."""
     from submitit.core.utils import DelayedSubmission, JobPaths  # noqa: PLC0415 - slow, and needed only here
 
     from jobs.execute.slurm import run_task  # noqa: PLC0415

@@ -1,8 +1,8 @@
 """Submission: which runs are taken, and by whom, written down before and after anything is started.
 
 1. intent.json: the runs wanted, each with the number of its next attempt.
-2. Each run is claimed by creating that attempt. If somebody was faster, the claim fails and the run is theirs: the number
-   is the one after the last attempt that was looked at, so it cannot be claimed on the strength of an outdated look.
+2. Each run is claimed by creating that attempt. If another process was faster, the claim fails and that one has the run: the
+   number follows the last attempt that was seen, so that nothing is claimed for what was seen too long ago.
 3. A helper in a session of its own starts the jobs (jobs/submit/launch.py) and writes receipt.json. They need no launcher.
 4. Each job works for its submission: on this machine it takes a slot and works through the claims (jobs/execute/local.py), in
    SLURM it is a task of an array and trains the runs of its index (jobs/execute/slurm.py).
@@ -112,7 +112,7 @@ def prepare(
         root: Folder of runs/ and sweeps/.
         overrides: Runtime settings.
         scheduler: None: SLURM is not asked, its arrays are taken to be as large as they need to be.
-        gpus: Those of this machine, as if it had these.
+        gpus: The GPUs that this machine is taken to have.
 
     Raises:
         SweepError: too few GPUs, contradicting devices, a root that jobs cannot use, or SLURM does not answer.

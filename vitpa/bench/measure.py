@@ -146,7 +146,7 @@ def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> Repli
 
 
 def num_classes_of(config: RunConfig) -> int:
-    """Those of the data set; ten for one of the user's own."""
+    """The classes of the data set; ten for one of the user's own."""
     return facts_of(config.dataset).num_classes or 10
 
 

@@ -27,7 +27,7 @@ class Case(BaseModel):
     attention: Attention | None  # None: no module
     step: Literal["auto", "graph", "compile", "eager"] | None  # runtime.step; None: no module
     augmentation: bool = True  # of the recipe, after the crop
-    images: Literal["synthetic", "JPEG", "raw"] = "synthetic"  # random ones that lie on the device, or those of a .beton
+    images: Literal["synthetic", "JPEG", "raw"] = "synthetic"  # random ones that lie on the device, or a .beton's
     decoder: Decoder | None = None  # of the images of a .beton
     gpus: int = Field(ge=1)  # or processes on the CPU
     batch_size: int = Field(ge=1)  # of one seed, over all GPUs
@@ -35,7 +35,7 @@ class Case(BaseModel):
 
     @classmethod
     def of(cls, config: RunConfig, *, gpus: int = 1, replicas: int = 1, **values: Any) -> Self:
-        """Training by `config`; `values` are those of the other fields."""
+        """Training by `config`; `values`: the other fields."""
         has_model = values.get("model", "vitpa") is not None
         return cls(
             attention=config.model.attention if has_model else None,

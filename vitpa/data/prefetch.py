@@ -65,7 +65,7 @@ def read_ahead(
 def extents(beton: BetonFile, samples: Ints) -> list[tuple[int, int]]:
     """Where the stored bytes of `samples` (n,) lie: (begin, end) in the file's order, each of READ_BYTES at most.
 
-    Images that lie one after another, as those of a shard do, are one extent.
+    Images that lie one after another, as the images of a shard do, are one extent.
     """
     samples = samples[np.argsort(beton.offsets[samples])]
     begins, ends = beton.offsets[samples], beton.offsets[samples] + beton.sizes[samples]

@@ -1,7 +1,7 @@
 """Folders on a disk that others use, too, in which nobody else can have put, or can exchange, anything.
 
 A folder is opened step by step without following links, has to be ours, and is held by its descriptor: all that is done in it
-is done relative to that, so that nothing changes if somebody renames it or puts another in its place meanwhile.
+is done relative to that, so that nothing changes if another user renames or replaces it meanwhile.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PrivateFolder:
         """Open `path`, or make it. Links are followed up to its parent, which may be anybody's; it may not be one itself.
 
         Raises:
-            NotOursError: it is somebody else's, others may write to it, or it is no folder.
+            NotOursError: another user owns it, others may write to it, or it is no folder.
             OSError: it cannot be made.
         """
         parent = os.open(path.parent, FOLDER)

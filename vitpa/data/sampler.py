@@ -54,7 +54,7 @@ class Shards(NamedTuple):
 
 
 def labels_of(labels: npt.NDArray[np.int64], samples: Tensor) -> Tensor:
-    """Of all `labels` (N,) those of `samples` (B,) on the CPU: (B,) int64, -1 for the sample -1."""
+    """The labels (B,) int64 of `samples` (B,), out of all `labels` (N,), on the CPU; -1 for the sample -1."""
     return torch.where(samples < 0, -1, torch.from_numpy(labels[samples.numpy()]))
 
 

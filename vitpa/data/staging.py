@@ -53,15 +53,15 @@ def staged(data_dir: Path, dataset: str, stage_dir: str, group: Group) -> Path:
     Args:
         data_dir: The folder with `<dataset>/train.beton` and so on.
         dataset: The data set's name.
-        stage_dir: A folder on a disk of the node; `~` and variables such as $TMPDIR are those of the node.
+        stage_dir: A folder on a disk of the node; `~` and variables such as $TMPDIR are expanded on the node.
         group: The processes of the run.
 
     Returns:
         a folder to be used like `data_dir`, by `open_copy`.
 
     Raises:
-        ConfigError: `stage_dir` cannot be used, somebody else has been there, or the copy does not fit; in all processes, also
-            if it is so on one node.
+        ConfigError: `stage_dir` cannot be used, another user has written there, or the copy does not fit; in all processes,
+            even if it is so on one node only.
         BetonError: the data are missing or damaged.
     """
     abandoned = threading.Event()
@@ -128,7 +128,7 @@ def open_copy(folder: Path, dataset: str, split: str) -> Beton:
     """Open a split in the folder that `staged` has returned.
 
     Raises:
-        ConfigError: somebody else has been there.
+        ConfigError: another user has written there.
         BetonError: it was changed, or removed, since it was checked.
     """
     try:
@@ -175,7 +175,7 @@ class _Folders:
     @classmethod
     @contextmanager
     def open(cls, folder: Path, dataset: str) -> Iterator[_Folders]:
-        """Open those of the copy in `folder`, or make them; raises as `PrivateFolder.open`."""
+        """Open the files of the copy in `folder`, or make them; raises as `PrivateFolder.open`."""
         with ExitStack() as stack:
             above = stack.enter_context(PrivateFolder.open(folder.parent))
             copy = stack.enter_context(above.folder(folder.name))

@@ -293,7 +293,7 @@ def find_segments(
         words: From `unstuff`.
         bits: From `unstuff`.
         codes: (headers, 2, 2, T) int16: `vitpa.data.decode.jpeg_headers.Header.codes` of each kind of header.
-        entries: (segments,) int64, those of the J images to be filled: first bit, and DC of Y, Cb and Cr in the block before.
+        entries: (segments,) int64, of the J images to be filled: first bit, and DC of Y, Cb and Cr in the block before.
         damaged: (J,) int32, to be filled: 1 where the codes cannot be read, or do not end where they should.
         short_bits: How many bits of a code are looked up first in `codes`.
         segment: MCUs of a segment.
@@ -327,7 +327,7 @@ def read_segments(
         codes: As above.
         factors: (headers, 2, 64) int32: `vitpa.data.decode.jpeg_headers.Header.factors`.
         entries: From `find_segments`, of undamaged images.
-        coefficients: (blocks, 64) int16, of zeros; those of the blocks wanted are put there, dequantised, column by column.
+        coefficients: (blocks, 64) int16, zeros; the coefficients of the wanted blocks are put there, dequantised, by column.
         short_bits: As above.
         segment: As above.
     """

@@ -106,7 +106,7 @@ class StackedViT:
 
         `scales` (depth, 2, R, B) multiply the two branches of each block, image by image: stochastic depth.
         `weights` has the parameters (R, ...) by timm's names, and `copies` the same in bfloat16, in which products are then
-        computed and tokens kept; without `copies` everything is of the type of the weights. Gradients are those of `weights`.
+        computed and tokens kept; without `copies` all is of the type of the weights. Gradients are of `weights`.
         """
         begin, block, end = self.parts or (self._begin, self._block, self._end)
         w, batch, nothing = _Weights(weights, copies), images.shape[1], (None,) * self.depth
@@ -251,7 +251,7 @@ class _Weights:
         return weight.flatten(2), copy.flatten(2)
 
     def blocks(self, depth: int) -> list[_Weights]:
-        """Those of each block by the names they have in it; `following` is the norm after it; the last block has the head."""
+        """Each block's parameters by their names in it; `following` is the norm after it; the last block has the head."""
         return [_Weights(*each) for each in zip(_by_block(self.values, depth), _by_block(self.copies, depth), strict=True)]
 
     def product(self, layer: str, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def check_compiler_cache() -> None:
     One that the user names, by the variable, is the user's choice.
 
     Raises:
-        ConfigError: somebody else could have put something there.
+        ConfigError: another user could have written there.
     """
     if os.environ.get(VARIABLE):
         return

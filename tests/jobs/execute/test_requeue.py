@@ -29,7 +29,7 @@ CRASH = replace(TIME_LIMIT, state="failed", reason="CUDA error")
         (replace(CRASH, last_step=10), "no new checkpoint in this attempt"),
         (replace(CRASH, last_step=9), "no new checkpoint in this attempt"),  # passed over: it was damaged
         (replace(TIME_LIMIT, given_up="given up"), "given up"),
-        (replace(TIME_LIMIT, reason="the file stop"), "it was told to stop"),
+        (replace(TIME_LIMIT, reason="the file stop"), "a stop was requested"),
         (replace(CRASH, told_to_end=True), "SLURM requeues after preemption, nobody after a cancellation"),
         (replace(CRASH, followed=True), "another execution has the run"),
         (replace(CRASH, bad_node=True, last_step=10), ""),  # another node may do

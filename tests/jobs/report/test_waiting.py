@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.report.status import row_of, stuck, table_of
-from jobs.report.waiting import advice, needs_somebody
+from jobs.report.waiting import advice, needs_action
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.state import StateReader
 from tests.jobs.test_state import Queue, slurm_claim
@@ -49,7 +49,7 @@ NEVER = "it will not start like this: cancel it, change "
 def test_somebody_has_to_see_to_it(reason: str, expected: str) -> None:
     said = advice(SlurmJob("7_0", "PENDING", reason))
     assert expected in said
-    assert needs_somebody(said)
+    assert needs_action(said)
     assert not re.search(r"[{}]", said)
 
 
@@ -73,7 +73,7 @@ def test_it_starts_by_itself(reason: str, expected: str) -> None:
     said = advice(SlurmJob("7_0", "PENDING", reason))
     assert said.startswith("it starts by itself when ")
     assert expected in said
-    assert not needs_somebody(said)
+    assert not needs_action(said)
 
 
 def test_states_without_a_reason() -> None:

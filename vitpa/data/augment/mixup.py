@@ -75,7 +75,7 @@ class Mixup:
 
 
 def partners_of(labels: Tensor) -> Tensor:
-    """The labels (B,) of the images with which those of `labels` are mixed."""
+    """The labels (B,) of the images that each image is mixed with."""
     return labels.view(-1, 2).flip(1).flatten()
 
 

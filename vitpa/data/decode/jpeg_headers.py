@@ -182,7 +182,7 @@ def _quantisation(body: bytes) -> dict[int, Ints]:
 
 
 def _huffman(body: bytes) -> dict[int, npt.NDArray[np.int16]]:
-    """Tables by number, 16 more for those of AC coefficients."""
+    """Tables by number, 16 more for a table of AC coefficients."""
     tables = {}
     while len(body) >= 17 and body[0] & 0xEF < 4 and len(body) >= 17 + sum(body[1:17]):
         counts, symbols = body[1:17], body[17 : 17 + sum(body[1:17])]
