@@ -48,16 +48,11 @@ class CorruptImageError(Exception):
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as it is stored, and what of its file is not.
+    """A photo as it is stored, and what of its file is not."""
 
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB, upright.
-        more_frames: Whether there are more frames or pages, of which this is the first.
-        value_range: The least and the largest value of an image of more than 8 bits, and its white.
-    """
-
-    pixels: Pixels
-    more_frames: bool = False
+    pixels: Pixels  # (H, W, 3) uint8 RGB, upright
+    more_frames: bool = False  # whether there are more frames or pages, of which this is the first
+    # the least and the largest value of an image of more than 8 bits, and its white
     value_range: tuple[int, int, int] | None = None
 
 

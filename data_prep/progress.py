@@ -21,13 +21,9 @@ LINE_EVERY_S = 10.0
 
 
 class Report:
-    """Prints lines on stdout; what fails in it is kept for the end.
+    """Prints lines on stdout; what fails in it is kept for the end."""
 
-    Attributes:
-        failure: Why not all lines were printed; None if they were.
-    """
-
-    failure: OSError | SystemExit | None = None
+    failure: OSError | SystemExit | None = None  # why not all lines were printed; None if they were
 
     def __call__(self, line: str) -> None:
         """Print a line; characters that stdout's encoding does not have are escaped."""

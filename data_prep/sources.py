@@ -34,21 +34,13 @@ SMALL_PX = 32  # images with no longer side are small: digits, CIFAR, SVHN
 
 @dataclass(frozen=True)
 class Split(ABC):
-    """The samples of one split, in the order in which they are written.
+    """The samples of one split, in the order in which they are written."""
 
-    Attributes:
-        name: train or val.
-        class_names: K names; label k is class_names[k].
-        labels: (N,) int64.
-        source: Where they come from, for people.
-        source_sha256: Changes when the source does; see the module's first lines.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    labels: Ints
-    source: str
-    source_sha256: str
+    name: str  # train or val
+    class_names: tuple[str, ...]  # K names; label k is class_names[k]
+    labels: Ints  # (N,) int64
+    source: str  # where they come from, for people
+    source_sha256: str  # changes when the source does; see the module's first lines
 
     @abstractmethod
     def photo(self, index: int, white_level: int | None = None) -> Photo:
@@ -111,19 +103,14 @@ class ArraySplit(Split):
 
 @dataclass(frozen=True)
 class FolderSplit(Split):
-    """Photos in class folders: `paths` are relative to `folder`, sorted by class and then by path.
-
-    Attributes:
-        stamps: (N, 2) int64: size in bytes and modification time in ns that the files had; None if they are not checked.
-        listing: What else was found.
-        same: What is to be said of files that are there more than once, in lines.
-    """
+    """Photos in class folders: `paths` are relative to `folder`, sorted by class and then by path."""
 
     folder: Path
     paths: tuple[str, ...]
+    # (N, 2) int64: size in bytes and modification time in ns that the files had; None if they are not checked
     stamps: Ints | None = None
-    listing: Listing = field(default_factory=Listing)
-    same: tuple[str, ...] = ()
+    listing: Listing = field(default_factory=Listing)  # what else was found
+    same: tuple[str, ...] = ()  # what is to be said of files that are there more than once, in lines
 
     def photo(self, index: int, white_level: int | None = None) -> Photo:
         """One photo, upright."""

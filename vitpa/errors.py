@@ -41,15 +41,10 @@ def os_error_line(error: OSError) -> str:
 
 
 class UserError(Exception):
-    """Something that the user has to act on: what, where and how to fix it, in one line.
+    """Something that the user has to act on: what, where and how to fix it, in one line."""
 
-    Attributes:
-        exit_code: of a command that ends with it.
-        keep: control characters that its text may have: a newline, where lists follow on lines of their own.
-    """
-
-    exit_code = 1
-    keep = ""
+    exit_code = 1  # of a command that ends with it
+    keep = ""  # control characters that its text may have: a newline, where lists follow on lines of their own
 
 
 def run_command(name: str, command: Callable[[], int], *, interrupted: str = "interrupted") -> int:

@@ -41,25 +41,15 @@ class BetonFile:
     """The samples of one .beton, checked but without its manifest.
 
     Everything is checked against the size of the file before it is followed. Reading is safe from many threads at once.
-
-    Attributes:
-        path: The file.
-        labels: (N,) int64.
-        heights: (N,) int64, pixels.
-        widths: (N,) int64, pixels.
-        is_jpeg: (N,) bool; False where the pixels are stored as they are.
-        offsets: (N,) int64, where in the file the bytes of each image begin.
-        sizes: (N,) int64, how many they are.
-        status: Of the file when it was opened: size, inode and so on.
     """
 
-    labels: Ints
-    heights: Ints
-    widths: Ints
-    is_jpeg: npt.NDArray[np.bool_]
-    offsets: Ints
-    sizes: Ints
-    status: os.stat_result
+    labels: Ints  # (N,) int64
+    heights: Ints  # (N,) int64, pixels
+    widths: Ints  # (N,) int64, pixels
+    is_jpeg: npt.NDArray[np.bool_]  # (N,) bool; False where the pixels are stored as they are
+    offsets: Ints  # (N,) int64, where in the file the bytes of each image begin
+    sizes: Ints  # (N,) int64, how many they are
+    status: os.stat_result  # of the file when it was opened: size, inode and so on
 
     def __init__(self, path: Path, dir_fd: int | None = None) -> None:
         """Open and check `path`.

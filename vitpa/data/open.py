@@ -34,21 +34,13 @@ PREVIEW_IMAGES = 64
 
 @dataclass(frozen=True)
 class Data:
-    """The open data of the runs that are trained together.
+    """The open data of the runs that are trained together."""
 
-    Attributes:
-        feed: The source of their batches.
-        augmentation: What turns a batch into the network's input.
-        num_samples: Images of each split.
-        beton_sha256: Checksum of each split.
-        num_classes: K, the same for both.
-    """
-
-    feed: Feed
-    augmentation: Augmentation
-    num_samples: dict[str, int]
-    beton_sha256: dict[str, str]
-    num_classes: int
+    feed: Feed  # the source of their batches
+    augmentation: Augmentation  # what turns a batch into the network's input
+    num_samples: dict[str, int]  # images of each split
+    beton_sha256: dict[str, str]  # checksum of each split
+    num_classes: int  # K, the same for both
 
     def preview(self, seed: int) -> Tensor:
         """The first images of the training set as the first epoch of a run with `seed` sees them: (B, 3, H, W) uint8."""

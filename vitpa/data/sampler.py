@@ -18,17 +18,11 @@ BUFFER_BYTES = 2 << 30  # of a shuffle buffer: the page cache holds two of them:
 
 
 class Batch(NamedTuple):
-    """Images of one size with what belongs to them, on the device that trains; not augmented, not normalised.
+    """Images of one size with what belongs to them, on the device that trains; not augmented, not normalised."""
 
-    Attributes:
-        images: (B, 3, H, W) uint8.
-        samples: (B,) int64, their numbers in the data set; -1 for no image, which fills up a batch of an evaluation.
-        labels: (B,) int64; -1 for no image.
-    """
-
-    images: Tensor
-    samples: Tensor
-    labels: Tensor
+    images: Tensor  # (B, 3, H, W) uint8
+    samples: Tensor  # (B,) int64, their numbers in the data set; -1 for no image, which fills up a batch of an evaluation
+    labels: Tensor  # (B,) int64; -1 for no image
 
 
 class Shards(NamedTuple):
@@ -36,14 +30,10 @@ class Shards(NamedTuple):
 
     It follows from the sizes of the images alone: files with the same content are trained on in the same order, though
     FFCV's writers, which share the work as it comes, may have put their pages in another.
-
-    Attributes:
-        size: samples of a shard; the last one may have fewer.
-        num_buffers: shuffle buffers of an epoch; each takes its share of the shards.
     """
 
-    size: int
-    num_buffers: int
+    size: int  # samples of a shard; the last one may have fewer
+    num_buffers: int  # shuffle buffers of an epoch; each takes its share of the shards
 
     @classmethod
     def of(cls, sizes: npt.NDArray[np.int64]) -> Shards:

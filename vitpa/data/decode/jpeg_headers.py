@@ -37,19 +37,14 @@ ZIGZAG = np.array(sorted(range(64), key=lambda at: (s := at // 8 + at % 8, at //
 
 @dataclass(frozen=True)
 class Header:
-    """A kind of header.
+    """A kind of header."""
 
-    Attributes:
-        before: Its bytes up to height and width.
-        after: Its bytes after them, up to the first code.
-        codes: (2, 2, TABLE) int16: of luma and chroma the codes of DC and of AC coefficients, see `code_table`.
-        factors: (2, 64) int32: of luma and chroma what each coefficient is multiplied by, and 2^16 times its place in the
-            block, column by column.
-    """
-
-    before: bytes
-    after: bytes
+    before: bytes  # its bytes up to height and width
+    after: bytes  # its bytes after them, up to the first code
+    # (2, 2, TABLE) int16: of luma and chroma the codes of DC and of AC coefficients, see `code_table`
     codes: npt.NDArray[np.int16]
+    # (2, 64) int32: of luma and chroma what each coefficient is multiplied by, and 2^16 times its place in the block, column
+    # by column
     factors: npt.NDArray[np.int32]
 
     @property
@@ -233,26 +228,18 @@ def code_table(counts: bytes, symbols: bytes) -> npt.NDArray[np.int16]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be decoded of a batch of JPEGs.
+    """What is to be decoded of a batch of JPEGs."""
 
-    Attributes:
-        table: (J, 19) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each)
-            without stuffing; its kind of header; MCUs in a row, and rows of MCUs; of the MCUs that are wanted the first and
-            the end of the rows, then of the columns; the first of its blocks; height and width of the image; top, left,
-            height and width of the crop; the first of its segments in the table of those; where its pixels go.
-        jobs: (n, 2) int32: of each segment that is wanted the image, and which of its segments it is.
-        words: Of all images.
-        blocks: The same.
-        pixel_bytes: The same: (3, height, width) of each crop, in order.
-        most_pixels: Of one crop.
-    """
-
+    # (J, 19) int64. Of each image: where its codes begin, and their bytes; the first of its words (4 bytes each) without
+    # stuffing; its kind of header; MCUs in a row, and rows of MCUs; of the MCUs that are wanted the first and the end of the
+    # rows, then of the columns; the first of its blocks; height and width of the image; top, left, height and width of the
+    # crop; the first of its segments in the table of those; where its pixels go
     table: Ints
-    jobs: npt.NDArray[np.int32]
-    words: int
-    blocks: int
-    pixel_bytes: int
-    most_pixels: int
+    jobs: npt.NDArray[np.int32]  # (n, 2) int32: of each segment that is wanted the image, and which of its segments it is
+    words: int  # of all images
+    blocks: int  # the same
+    pixel_bytes: int  # the same: (3, height, width) of each crop, in order
+    most_pixels: int  # of one crop
 
 
 def plan_of(
