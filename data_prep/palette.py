@@ -13,9 +13,7 @@ TABLE, TABLE_SIZE = 0x80, 7  # flags of a GIF: whether there is a table of colou
 def palette_damage(image: Image.Image, data: bytes) -> str:
     """What is wrong with an image's palette, or with its pixels by it; empty if nothing is found or it has none.
 
-    Args:
-        image: It is decoded for this.
-        data: All of its file.
+    The image is decoded for this; `data` is all of its file.
     """
     colours, damage = _colours(image, data)
     if colours is None or damage:

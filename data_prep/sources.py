@@ -182,12 +182,9 @@ def has_small_images(splits: Sequence[Split]) -> bool:
 
 
 def load_splits(dataset: str, source: Path | None, download_dir: Path) -> tuple[Split, ...]:
-    """The train and val splits of a data set.
+    """The train and val splits of a data set: one of vitpa.datasets, or any other name for an ImageFolder at `source`.
 
-    Args:
-        dataset: A name of vitpa.datasets, or any other for an ImageFolder at `source`.
-        source: The folder with the raw data; None to download it, where that is possible.
-        download_dir: Where downloads go.
+    Without `source`, the folder with the raw data, they are downloaded to `download_dir`, where that is possible.
 
     Raises:
         PrepError: unknown, missing or unusable source.

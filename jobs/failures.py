@@ -97,12 +97,7 @@ _TORCHRUN_FAILED = ("torch/distributed/elastic/", "ChildFailedError")
 
 
 def cause_of(reason: str, log_tail: str) -> Cause:
-    """The cause of a failure.
-
-    Args:
-        reason: What exit.json says.
-        log_tail: The last part of the attempt's log, or of all its logs.
-    """
+    """The cause of a failure, by exit.json's `reason` and the last part of the attempt's log, or of all its logs."""
     log = log_tail.splitlines()
     told = _message(essence(log) or log[-30:])
     texts = [told] if told and is_loss_of_peer(reason) else [reason, told]

@@ -137,8 +137,7 @@ class SweepDir:
     def recorded(self, known: Iterable[Run] = ()) -> list[Run] | None:
         """The runs of the last submission of this sweep; None before the first.
 
-        Args:
-            known: Runs whose configuration has been read already; it is not read again where the record has the same.
+        The configuration of `known` runs is not read again where the record has the same.
 
         Raises:
             SweepError: its record has been cut or edited.

@@ -115,9 +115,7 @@ class Layout:
     def remove(self, folder: int, *, keep_logs: bool) -> None:
         """Remove what the cluster has made, and `root` if nothing else is in it; logs stay with the lock, as its mark.
 
-        Args:
-            folder: The descriptor of `root`: another folder may have got its name meanwhile.
-            keep_logs: Whether the logs stay.
+        `folder` is the descriptor of `root`: another folder may have got its name meanwhile.
         """
         for name in RUN_TIME_FOLDERS if keep_logs else (*RUN_TIME_FOLDERS, LOG):
             self.remove_folder(name, folder)

@@ -48,12 +48,9 @@ class UserError(Exception):
 
 
 def run_command(name: str, command: Callable[[], int], *, interrupted: str = "interrupted") -> int:
-    """Run a command of that name and return its exit code; an error of the user's or the system's becomes one line.
+    """Run a command, such as "vitpa train", and return its exit code; an error of the user's or the system's becomes one line.
 
-    Args:
-        name: such as "vitpa train".
-        command: returns its exit code.
-        interrupted: the line printed after Ctrl-C, or a signal that raises KeyboardInterrupt with its number.
+    `interrupted` is the line printed after Ctrl-C, or a signal that raises KeyboardInterrupt with its number.
     """
     try:
         return command()

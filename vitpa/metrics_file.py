@@ -121,9 +121,7 @@ def _is_damaged(line: str, with_crc: bool) -> bool:
 def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | None:
     """The row of the last evaluation in a metrics.jsonl; None if there is none, or it is damaged.
 
-    Args:
-        path: The file.
-        with_crc: Whether a row without a CRC is damaged, as it is where another row has one.
+    A row without a CRC is damaged `with_crc`, or where another row has one.
 
     Raises:
         OSError: it cannot be read.

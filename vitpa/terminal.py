@@ -21,12 +21,7 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""`text` with every control character as an escape, such as `\x1b` or `\n`: one line, safe to be shown.
-
-    Args:
-        text: Anything.
-        keep: Control characters to be left as they are: newlines and tabs, for a text of several lines.
-    """
+    r"""`text` with every control character but those to `keep` as an escape, such as `\x1b`: one line, safe to be shown."""
     return CONTROLS.sub(lambda match: match[0] if match[0] in keep else ascii(match[0])[1:-1], text)
 
 

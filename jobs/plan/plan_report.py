@@ -65,14 +65,8 @@ def look_ahead(
 ) -> PlanReport:
     """What it would cost to submit `plan` for the sweep of that name, and what stands in the way.
 
-    Args:
-        plan: What would be submitted.
-        states: Of the sweep's runs; those that have finished say how fast they are.
-        root: Folder of runs/ and sweeps/.
-        name: Of the sweep.
-        scheduler: None: SLURM is not asked.
-        benchmark: How fast runs are of which none has finished.
-        gpu_hour_price: In any currency.
+    Runs that have finished, among the `states` of the sweep, say how fast they are, a `benchmark` where none has finished.
+    Without a `scheduler` SLURM is not asked. The price may be in any currency.
 
     Raises:
         SchedulerError: SLURM does not answer.

@@ -71,13 +71,9 @@ class Benchmark(BaseModel):
         return RECIPES[self.name]
 
     def rate(self, config: RunConfig, *, gpus: float, nodes: int, replicas: int) -> Rate | str:
-        """The rate of a job, or why there is none.
+        """The rate of a job that trains `replicas` seeds of `config` together, or why there is none.
 
-        Args:
-            config: Of one of its runs, with the runtime section that they will run with.
-            gpus: Of the job, on all its nodes; a fraction if it shares one.
-            nodes: Of the job.
-            replicas: Seeds that it trains together.
+        `gpus` are those of the job, on all its nodes; a fraction if it shares one.
         """
         unusual = (
             (gpus == 0, "no GPU"),

@@ -166,12 +166,9 @@ MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "c
 
 
 def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) -> StatusTable:
-    """Rows as a table; below it a line for each reason to be as they are.
+    """Rows of `row_of` as a table; below it a line for each reason to be as they are.
 
-    Args:
-        rows: As `row_of` makes them.
-        title: The first line.
-        height: Lines of the screen, if it must fit there: then what matters most now is shown.
+    If it must fit on a screen of `height` lines, what matters most now is shown.
     """
     reasons = _reasons(rows)
     if height is not None:

@@ -24,12 +24,9 @@ _ERROR = re.compile(r"error|exception|not found|no such|cannot|denied|unrecogniz
 
 
 def ended_early(identity: str, last_words: str, output: Path) -> tuple[str, str]:
-    """State and reason of a run whose job is over without having started it.
+    """State and reason of a run whose job `identity` (empty: it got none) is over without having started it.
 
-    Args:
-        identity: Of the job; empty if it got none.
-        last_words: The state in which it ended, if that is known.
-        output: The folder of what jobs print.
+    `last_words` is the state in which the job ended, if that is known; `output` the folder of what jobs print.
     """
     if not identity:
         return "uncertain", f"it got no job {ENDED_EARLY}; see {output}"

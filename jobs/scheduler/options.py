@@ -118,10 +118,7 @@ def sbatch_option(name: str) -> str:
 def check_srun_args(arguments: Sequence[str], gpus: Mapping[str, int], nodes: int) -> None:
     """Refuse arguments of srun that contradict what vitpa sets or relies on.
 
-    Args:
-        arguments: As in the profile.
-        gpus: That a node gives, by their type; to ask for the same again is no contradiction.
-        nodes: Of a run, likewise.
+    To ask again for the `gpus` that a node gives, by their type, or for the `nodes` of a run, is no contradiction.
 
     Raises:
         ValueError: one line that names the argument and the reason.

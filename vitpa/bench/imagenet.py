@@ -74,13 +74,9 @@ def config_of(attention: Attention, batch_size: int, *changes: str | Override) -
 
 
 def cases(options: argparse.Namespace, gpus: int, stored: str = "", decoders: Sequence[Decoder] = ()) -> dict[Case, RunConfig]:
-    """What is measured on so many GPUs, in the order of the table, and the recipe as it is for that.
+    """What is measured on so many GPUs, or processes on the CPU, in the order of the table, and the recipe as it is for that.
 
-    Args:
-        options: Of the command line.
-        gpus: Or processes on the CPU.
-        stored: How the data set's images are: JPEG or raw.
-        decoders: Of these images; none: no data set.
+    The data set's images are `stored` as JPEG or raw, and decoded by `decoders`; none: no data set.
 
     Raises:
         ConfigError: a wrong override.

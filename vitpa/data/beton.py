@@ -52,11 +52,7 @@ class BetonFile:
     status: os.stat_result  # of the file when it was opened: size, inode and so on
 
     def __init__(self, path: Path, dir_fd: int | None = None) -> None:
-        """Open and check `path`.
-
-        Args:
-            path: The file.
-            dir_fd: The folder of `path`, opened: the file is looked for there, by its name, and is no link. None for `path`.
+        """Open and check `path`; `dir_fd` as for `open_regular`.
 
         Raises:
             BetonError: no such file, not a .beton of ours, or damaged; the message says which.
@@ -244,13 +240,7 @@ class Beton(BetonFile):
 
     @classmethod
     def open(cls, path: Path, dataset: str | None = None, split: str | None = None, dir_fd: int | None = None) -> Beton:
-        """Open a finished .beton.
-
-        Args:
-            path: The .beton; its manifest lies beside it.
-            dataset: The data set it has to be of; None for any.
-            split: The split it has to be; None for any.
-            dir_fd: The folder of `path`, opened: both files are looked for there, and are no links. None for `path`.
+        """Open a finished .beton of that data set and split (None: any), with its manifest; `dir_fd` as for `open_regular`.
 
         Raises:
             BetonError: missing, not finished, damaged, of another data set or split, or not what its manifest says.

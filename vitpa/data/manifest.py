@@ -91,7 +91,7 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, path: Path, dir_fd: int | None = None) -> Manifest:
-        """Read a manifest; `dir_fd` as for `Beton.open`.
+        """Read a manifest; `dir_fd` as for `open_regular`.
 
         Raises:
             BetonError: there is none, or it is not a whole manifest.
@@ -110,11 +110,9 @@ class Manifest(_Record):
 
 
 def open_regular(path: Path, dir_fd: int | None = None) -> int:
-    """A descriptor of `path` to read from, which neither waits, as a pipe would have it, nor is one.
+    """A descriptor of `path`, a regular file, to read from; one of a pipe would wait.
 
-    Args:
-        path: A regular file.
-        dir_fd: The folder of `path`, opened: the file is looked for there, by its name, and is no link. None for `path`.
+    With `dir_fd`, the folder of `path`, opened, the file is looked for there, by its name, and is no link.
 
     Raises:
         BetonError: it is no regular file.

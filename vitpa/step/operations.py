@@ -41,11 +41,7 @@ def choose_operations(
 ) -> tuple[Operations, list[str]]:
     """The fastest operations for a network whose tokens are of `dtype`, and what the user should know about the choice.
 
-    Args:
-        model: The network.
-        device: Where it runs.
-        dtype: Of the tokens and products.
-        num_images: R * B, the images of a step.
+    `num_images` is R * B, the images of a step.
     """
     if device.type != "cuda":
         return PLAIN, []
@@ -83,12 +79,7 @@ def kernels_unsupported_reason(capability: tuple[int, int], dtype: torch.dtype) 
 
 
 def candidates(model: ModelConfig, shared_memory: int) -> dict[str, list[Candidate]]:
-    """The kernels for each operation of the network, the fastest first.
-
-    Args:
-        model: The network.
-        shared_memory: Bytes that a multiprocessor of the GPU shares.
-    """
+    """The kernels for each operation of the network, the fastest first; a multiprocessor has `shared_memory` bytes."""
     # Here, as Triton is needed on a GPU only.
     from vitpa.kernels import attention, gelu, mixing, norm, tiled_attention, tiled_mixing  # noqa: PLC0415
 

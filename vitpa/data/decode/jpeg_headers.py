@@ -64,10 +64,7 @@ class Headers:
     def find(self, jpeg: Pixels, height: int, width: int) -> int | None:
         """The number of a JPEG's kind of header in `known`; None if the kernels cannot decode it.
 
-        Args:
-            jpeg: Its bytes.
-            height: That it has to have, pixels.
-            width: The same.
+        It has to have that height and width, pixels.
         """
         head, end = jpeg[:LONGEST].tobytes(), jpeg[-2:].tobytes()
         if len(jpeg) > MAX_BYTES:
