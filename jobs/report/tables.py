@@ -7,10 +7,11 @@ import io
 import json
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.report.collect import CollectedTable, Estimate, data_version, short_versions
+from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
 from vitpa.records import to_json, write_atomic
 from vitpa.terminal import printable
 
@@ -66,37 +67,35 @@ def set_report_aside(folder: Path) -> Path | None:
 
 
 def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for cell in table.cells:
-        rows.append(
-            {
-                "dataset": cell.dataset,
-                "quantity": cell.attention,
-                **_estimate_columns(cell.val_top1, cell.wanted),
-                "mixed": cell.dataset in table.mixed,
-                "reference_val_top1_fraction": cell.reference_val_top1,
-                "reference_source": cell.reference_source,
-                "gpu_hours": round(cell.gpu_hours, 4),
-                "code_version": "; ".join(cell.code_versions),
-                "data_version": "; ".join(cell.data_versions),
-            }
-        )
-    for difference in table.differences:
-        columns = _estimate_columns(difference.val_top1, difference.wanted)
-        row = {"dataset": difference.dataset, "quantity": "content - positional, paired by seed", **columns}
-        rows.append({**row, "mixed": difference.dataset in table.mixed})
-    return rows
+    cells = [
+        {
+            "dataset": cell.dataset,
+            "quantity": cell.attention,
+            **_estimate_columns(table, cell),
+            "reference_val_top1_fraction": cell.reference_val_top1,
+            "reference_source": cell.reference_source,
+            "gpu_hours": round(cell.gpu_hours, 4),
+            "code_version": "; ".join(cell.code_versions),
+            "data_version": "; ".join(cell.data_versions),
+        }
+        for cell in table.cells
+    ]
+    quantity = "content - positional, paired by seed"
+    return cells + [
+        {"dataset": its.dataset, "quantity": quantity, **_estimate_columns(table, its)} for its in table.differences
+    ]
 
 
-def _estimate_columns(estimate: Estimate, wanted: int) -> dict[str, Any]:
+def _estimate_columns(table: CollectedTable, its: Cell | Difference) -> dict[str, Any]:
     return {
-        "n_seeds": estimate.n,
-        "n_seeds_wanted": wanted,
-        "complete": estimate.n == wanted,
-        "val_top1_mean_fraction": estimate.mean,
-        "val_top1_std_fraction": estimate.std,
-        "val_top1_ci95_low_fraction": estimate.ci95_low,
-        "val_top1_ci95_high_fraction": estimate.ci95_high,
+        "n_seeds": its.val_top1.n,
+        "n_seeds_wanted": its.wanted,
+        "complete": its.val_top1.n == its.wanted,
+        "val_top1_mean_fraction": its.val_top1.mean,
+        "val_top1_std_fraction": its.val_top1.std,
+        "val_top1_ci95_low_fraction": its.val_top1.ci95_low,
+        "val_top1_ci95_high_fraction": its.val_top1.ci95_high,
+        "mixed": its.dataset in table.mixed,
     }
 
 
@@ -138,64 +137,31 @@ def _percent(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
-def _mean_std(estimate: Estimate, sign: bool = False) -> str:
-    mean = _percent(estimate.mean, sign)
-    return mean if estimate.std is None else f"{mean} ± {_percent(estimate.std)}"
+def _accuracy(table: CollectedTable, its: Cell | Difference, *, sign: bool = False) -> list[str]:
+    """Mean and standard deviation, the interval of the mean, and how many seeds are in it."""
+    found = its.val_top1
+    mean = _percent(found.mean, sign) + (f" ± {_percent(found.std)}" if found.std is not None else "")
+    interval = "-" if found.ci95_low is None else f"[{_percent(found.ci95_low, sign)}, {_percent(found.ci95_high, sign)}]"
+    seeds = f"{found.n}/{its.wanted}" + ("" if found.n == its.wanted else " incomplete")
+    return [mean + (" (mixed)" if its.dataset in table.mixed else ""), interval, seeds]
 
 
-def _interval(estimate: Estimate, sign: bool = False) -> str:
-    if estimate.ci95_low is None:
-        return "-"
-    return f"[{_percent(estimate.ci95_low, sign)}, {_percent(estimate.ci95_high, sign)}]"
-
-
-def _of_wanted(estimate: Estimate, wanted: int) -> str:
-    return f"{estimate.n}/{wanted}" + ("" if estimate.n == wanted else " incomplete")
-
-
-def _cells_text(table: CollectedTable) -> tuple[list[str], list[list[str]]]:
+def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
+    """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
     header = ["data set", "attention", "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
-    rows = []
-    for cell in table.cells:
-        mark = " (mixed)" if cell.dataset in table.mixed else ""
-        rows.append(
-            [
-                cell.dataset,
-                cell.attention,
-                _mean_std(cell.val_top1) + mark,
-                _interval(cell.val_top1),
-                _of_wanted(cell.val_top1, cell.wanted),
-                _percent(cell.reference_val_top1),
-                f"{cell.gpu_hours:.2f}",
-            ]
-        )
-    return header, rows
-
-
-def _differences_text(table: CollectedTable) -> tuple[list[str], list[list[str]]]:
-    header = ["data set", "content - positional, points", "95 % interval", "seeds in both"]
-    rows = []
-    for difference in table.differences:
-        mark = " (mixed)" if difference.dataset in table.mixed else ""
-        rows.append(
-            [
-                difference.dataset,
-                _mean_std(difference.val_top1, sign=True) + mark,
-                _interval(difference.val_top1, sign=True),
-                _of_wanted(difference.val_top1, difference.wanted),
-            ]
-        )
-    return header, rows
+    yield [header] + [
+        [cell.dataset, cell.attention, *_accuracy(table, cell), _percent(cell.reference_val_top1), f"{cell.gpu_hours:.2f}"]
+        for cell in table.cells
+    ]
+    if table.differences:
+        header = ["data set", "content - positional, points", "95 % interval", "seeds in both"]
+        yield [header] + [[its.dataset, *_accuracy(table, its, sign=True)] for its in table.differences]
 
 
 def markdown(table: CollectedTable) -> str:
     """The tables in Markdown, readable as plain text."""
-    parts = [f"## {table.sweep}: {_one_line(table.description)}" if table.description else f"## {table.sweep}"]
-    parts.append(_markdown_table(*_cells_text(table)))
-    if table.differences:
-        parts.append(_markdown_table(*_differences_text(table)))
-    parts.append("\n".join(_notes(table)))
-    return "\n\n".join(parts)
+    title = f"## {table.sweep}: {_one_line(table.description)}" if table.description else f"## {table.sweep}"
+    return "\n\n".join([title, *map(_markdown_table, _texts(table)), "\n".join(_notes(table))])
 
 
 def _notes(table: CollectedTable) -> list[str]:
@@ -214,7 +180,10 @@ def _notes(table: CollectedTable) -> list[str]:
         notes.append(f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}.")
     if not table.complete:
         notes.append(f"INCOMPLETE: {len(table.absent)} runs are not in these means:")
-        notes += [f"- {entry['run']}: {entry['state']}" + _because(entry["reason"]) for entry in table.absent]
+        notes += [
+            f"- {entry['run']}: {entry['state']}" + (f" ({entry['reason']})" if entry["reason"] else "")
+            for entry in table.absent
+        ]
     if table.damaged:
         notes.append("DAMAGED: the curves of these runs have gaps; their results were compared with the last row, and count:")
         notes += [f"- {entry['run']}: {entry['reason']}" for entry in table.damaged]
@@ -226,13 +195,9 @@ def _one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def _because(reason: str) -> str:
-    return f" ({reason})" if reason else ""
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
+def _markdown_table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
@@ -240,16 +205,12 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def latex(table: CollectedTable) -> str:
     """The tables in LaTeX (package booktabs); the notes as comments."""
-    parts = [f"% {note}" for note in _notes(table)]
-    parts.append(_latex_table(*_cells_text(table)))
-    if table.differences:
-        parts.append(_latex_table(*_differences_text(table)))
-    return "\n".join(parts) + "\n"
+    return "\n".join([*(f"% {note}" for note in _notes(table)), *map(_latex_table, _texts(table))]) + "\n"
 
 
-def _latex_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [" & ".join(_escape(cell) for cell in line) + r" \\" for line in [header, *rows]]
-    columns = "l" * len(header)
+def _latex_table(rows: list[list[str]]) -> str:
+    lines = [" & ".join(map(_escape, row)) + r" \\" for row in rows]
+    columns = "l" * len(rows[0])
     return "\n".join(
         [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
     )
