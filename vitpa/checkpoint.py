@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -100,7 +99,7 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown()  # what is under way is written to its end
 
     def save(self, run: RunDir, checkpoint: Checkpoint) -> None:
@@ -213,12 +212,6 @@ def _misfits(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
 
 def _type(found: tuple[torch.dtype, torch.Size] | None) -> str:
     return "missing" if found is None else f"{str(found[0]).removeprefix('torch.')} {list(found[1])}"
-
-
-def load_newest(run: RunDir, layout: Layout | None = None) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that is believed, with its path; None if there is none. Others are warned about."""
-    path = in_step([run], layout)[0]
-    return None if path is None else (path, load(path, run.signature, layout)[0])
 
 
 def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, Path | None]:

@@ -1,13 +1,15 @@
-"""A checkpoint's fields, small and of every kind."""
+"""A checkpoint's fields, small and of every kind; the newest checkpoint of a run."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitpa.checkpoint import Progress
+from vitpa.checkpoint import Checkpoint, Layout, Progress, in_step, load
+from vitpa.rundir import RunDir
 
 SIGNATURE = "0123456789abcdef"
 EVALUATION = {"val/top1": 0.5, "val/top5": 0.9, "val/loss": 1.0}
@@ -33,3 +35,9 @@ def fields(step: int) -> dict[str, Any]:
         "model": dict(model.state_dict()),
         "metrics": '{"step": 1}\n',
     }
+
+
+def load_newest(run: RunDir, layout: Layout | None = None) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that is believed, with its path; None if there is none."""
+    path = in_step([run], layout)[0]
+    return None if path is None else (path, load(path, run.signature, layout)[0])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.checkpoints import load_newest
 from vitpa import checkpoint
 from vitpa.checkpoint import Checkpoint, Progress, weights_sha256
 from vitpa.rundir import RunDir
@@ -51,13 +52,13 @@ def names(run: RunDir) -> list[str]:
 
 
 def newest_step(run: RunDir) -> int:
-    found = checkpoint.load_newest(run)
+    found = load_newest(run)
     assert found is not None
     return found[1].progress.step
 
 
 def test_without_checkpoints_there_is_no_newest(run: RunDir) -> None:
-    assert checkpoint.load_newest(run) is None
+    assert load_newest(run) is None
 
 
 def test_a_state_comes_back_bit_for_bit(run: RunDir) -> None:
@@ -98,7 +99,7 @@ def test_a_damaged_newest_is_warned_about_and_passed_over(run: RunDir, damage: s
 def test_what_was_saved_last_stays_though_damaged_ones_have_higher_numbers(run: RunDir, warned: Callable[[str], str]) -> None:
     for step in (80, 88):
         checkpoint.save(run, state(step)).write_text("damaged")
-    assert checkpoint.load_newest(run) is None
+    assert load_newest(run) is None
     warned("it is passed over")
     checkpoint.save(run, state(8))  # training starts again
     assert newest_step(run) == 8
@@ -114,7 +115,7 @@ def test_code_in_a_checkpoint_is_not_run(run: RunDir, tmp_path: Path, warned: Ca
 
     run.checkpoints.mkdir(parents=True)
     torch.save({"model": Harm()}, run.checkpoints / "step_000000001.pt")
-    assert checkpoint.load_newest(run) is None
+    assert load_newest(run) is None
     warned(r"step_000000001\.pt: it is no checkpoint")
     assert not (tmp_path / "harm").exists()
 
@@ -180,7 +181,7 @@ def test_the_writer_takes_the_state_as_it_is_at_the_call(run: RunDir) -> None:
             weights["weight"].fill_(-1)
             progress.step = -1
             writer.wait()
-            found = checkpoint.load_newest(run)
+            found = load_newest(run)
             assert found is not None
             assert found[1].progress == Progress(step=step, code_versions=["a"])
             assert torch.equal(found[1].model["weight"], torch.full((1000,), float(step)))

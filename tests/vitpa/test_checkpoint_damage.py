@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.checkpoints import EVALUATION, SIGNATURE, fields
+from tests.support.checkpoints import EVALUATION, SIGNATURE, fields, load_newest
 from vitpa import checkpoint
 from vitpa.checkpoint import Checkpoint, Layout, Progress, weights_sha256
 from vitpa.checkpoint_file import CheckpointError, Footer
@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def newest(run: RunDir) -> int:
-    found = checkpoint.load_newest(run, LAYOUT)
+    found = load_newest(run, LAYOUT)
     assert found is not None
     return found[1].progress.step
 
@@ -325,7 +325,7 @@ def test_killed_while_it_writes_there_is_always_a_good_one(run: RunDir) -> None:
             time.sleep(0.003 * number)
             os.kill(process.pid, signal.SIGKILL)
             last = max([last, *map(int, process.stdout.read().split())])
-        found = checkpoint.load_newest(run)
+        found = load_newest(run)
         assert found is not None
         assert found[1].progress.step in (last, last + 1)
         last = found[1].progress.step

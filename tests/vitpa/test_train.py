@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.support.checkpoints import load_newest
 from tests.support.trainings import (
     EPOCH_STEPS,
     EPOCHS,
@@ -130,7 +131,7 @@ def test_evaluation_equals_a_slow_loop_over_the_images(digits: Path, tmp_path: P
     result, config = trained(words), config_of(words)
     beton, facts = Beton.open(beton_path(digits, "digits", "val")), facts_of("digits")
     model = build_model(**dict(config.model), num_classes=10, seed=0).eval()
-    newest = checkpoint.load_newest(config.run_dir)
+    newest = load_newest(config.run_dir)
     assert newest is not None
     model.load_state_dict(newest[1].model)
     correct = in_top5 = 0
@@ -251,7 +252,7 @@ def test_stop_file_leaves_a_checkpoint_and_no_result(digits: Path, tmp_path: Pat
     assert process.returncode == 0
     process.communicate()
     assert not run.result_json.exists()
-    newest = checkpoint.load_newest(run)
+    newest = load_newest(run)
     assert newest is not None
     assert 5 <= newest[1].progress.step < EPOCHS * EPOCH_STEPS
     exit_record = json.loads(run.attempts()[-1].exit_json.read_text())
@@ -291,7 +292,7 @@ def test_damaged_metrics_are_said_and_restored_from_the_checkpoint(
     expected, path = run.metrics_jsonl.read_bytes(), run.metrics_jsonl
     run.result_json.unlink()
     if damage == "checkpoint without checksum":  # as commit 89b4f68 wrote it
-        newest = checkpoint.load_newest(run)
+        newest = load_newest(run)
         assert newest is not None
         state = newest[1].state()
         del state["metrics"], state["progress"]["wall_time_s"]
@@ -379,7 +380,7 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
     trained(words)
     run = config_of(words).run_dir
     run.result_json.unlink()
-    newest = checkpoint.load_newest(run)
+    newest = load_newest(run)
     assert newest is not None
     path, state = newest
     assert path.name == "step_000000088.pt"

@@ -23,6 +23,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compilers import nop
 from torch.nn import functional as F
 
+from tests.support.checkpoints import load_newest
 from tests.support.trainings import EPOCH_STEPS, EPOCHS, arguments, config_of, metrics, result_of, start
 from tests.support.waiting import finish, run_to_end
 from vitpa import checkpoint
@@ -80,7 +81,7 @@ def exit_of(words: list[str], seed: int) -> dict[str, Any]:
 
 
 def weights_of(run: RunDir) -> dict[str, Tensor]:
-    newest = checkpoint.load_newest(run)
+    newest = load_newest(run)
     assert newest is not None
     weights: dict[str, Tensor] = newest[1].model
     return weights
@@ -369,7 +370,7 @@ def test_one_without_a_common_step_is_left_out_and_goes_on_apart(
 
 def poison(run: RunDir) -> None:
     """Weights of the newest checkpoint become so large that the next loss is not finite."""
-    newest = checkpoint.load_newest(run)
+    newest = load_newest(run)
     assert newest is not None
     newest[1].model["blocks.1.mlp.fc1.weight"].fill_(3e38)
     checkpoint.save(run, newest[1])
