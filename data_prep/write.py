@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from data_prep.sources import Split
@@ -88,7 +87,7 @@ class Writer:
         self._pipes.register(self._process.stderr, selectors.EVENT_READ, "errors")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
         self._pipes.close()
         with contextlib.suppress(BrokenPipeError), self._process:  # part of a job that was not taken

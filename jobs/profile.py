@@ -171,13 +171,6 @@ class SlurmProfile(Section):
             raise ValueError(f"mem={value}: expected a whole number and a unit, such as 64G")
         return value
 
-    @field_validator("gres", mode="before")
-    @classmethod
-    def _of_gres(cls, value: object) -> object:
-        if isinstance(value, str):
-            _resources(value)
-        return value
-
     @field_validator("setup", "srun_args", mode="before")
     @classmethod
     def _list(cls, value: object) -> object:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -61,7 +60,7 @@ class Logs:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         with suppress(OSError) if error is not None else _naming(self._path):  # a full disk has been said
             self._file.close()
         if self._board is not None:
@@ -100,11 +99,11 @@ class Logs:
         Written into the run's own directory, unlike add_hparams.
         """
         if self._board is not None:
-            flat = {
+            plain = {
                 key: value if isinstance(value, bool | int | float | str) else str(value)
                 for key, value in _flat(parameters).items()
             }
-            for each in summary.hparams(flat, dict(metrics)):
+            for each in summary.hparams(plain, dict(metrics)):
                 self._board.add(each)
 
     def flush(self) -> None:
@@ -220,7 +219,7 @@ class ProgressLine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             LINES.print_above = None
             self._live.stop()  # leaves its last state on the screen

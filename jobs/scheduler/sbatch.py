@@ -35,6 +35,10 @@ BEFORE_SETUP = (
     f"trap '{ON_FAILURE}' ERR",
 )
 AFTER_SETUP = f"VITPA_SETUP=; trap - ERR; export {SETUP_FAILED}"
+# keys of a profile that are parameters of submitit's, too
+AS_THEY_ARE = (
+    *("signal_delay_s", "nodes", "mem", "partition", "account", "qos", "constraint", "nodelist", "mail_type", "mail_user"),
+)
 EXPORTED = ("PYTHONPATH", "PYTHONSAFEPATH")  # also where a cluster does not pass on the environment
 
 
@@ -71,21 +75,12 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
         "job_name": job_name(name, token),
         "comment": COMMENT + token,
         "time": minutes(profile.time_s),
-        "signal_delay_s": profile.signal_delay_s,
-        "nodes": profile.nodes,
         "ntasks_per_node": 1,  # it starts torchrun, which starts a process per GPU
         "cpus_per_task": cpus,
         "gpus_per_node": None if profile.gpus_in_gres else profile.gpus_per_node or None,
         "gres": ",".join(map(str, parse_gres(profile.gres or ""))) or None,
-        "mem": profile.mem,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "nodelist": profile.nodelist,
         "exclude": left_out or None,
-        "mail_type": profile.mail_type,
-        "mail_user": profile.mail_user,
+        **{key: getattr(profile, key) for key in AS_THEY_ARE},
     }
     more = {"chdir": str(root), "requeue": True, "nice": profile.nice, "reservation": profile.reservation}
     srun = [
