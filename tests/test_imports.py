@@ -108,6 +108,16 @@ def test_a_login_node_needs_no_torch(package: str) -> None:
     assert not wrong
 
 
+def test_tests_import_their_helpers_from_support_only() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules("tests")
+        for name in imported(path)
+        if within(name, ("tests",)) and not within(name, ("tests.support", "tests.conftest"))
+    ]
+    assert not wrong
+
+
 def test_datasets_is_a_table() -> None:
     assert imported(ROOT / "vitpa/datasets.py") == {"__future__", "dataclasses"}
 

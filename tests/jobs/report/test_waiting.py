@@ -11,7 +11,7 @@ from jobs.report.status import row_of, stuck, table_of
 from jobs.report.waiting import advice, needs_action
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.state import StateReader
-from tests.jobs.test_state import Queue, slurm_claim
+from tests.support.claims import Queue, slurm_claim
 from tests.support.jobs_sweeps import make_sweep
 
 RELEASE = "scontrol release 7"

@@ -17,7 +17,7 @@ from jobs.state import RunState, StateReader, early_ends
 from jobs.submit.submit import _claim
 from jobs.sweep import Run
 from jobs.verbs import _fails_alike
-from tests.jobs.test_state import Queue, slurm_claim
+from tests.support.claims import Queue, slurm_claim
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.records import read_json
 
