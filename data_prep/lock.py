@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from data_prep.errors import PrepError
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json
+from vitpa.records import ProcessId, RunError, create_exclusive, next_claim, read_json
 
 LOCK_NAME = ".prep.lock"
 GUARD_WAIT_S = 2.0  # a takeover takes milliseconds
@@ -58,20 +58,20 @@ def _remove_stale(lock: Path, mine: str) -> None:
 
 
 def _take_guard(lock: Path, mine: str) -> Path:
-    """The lock on taking over: numbered files, of which the last counts. Who finds its holder dead makes the next one."""
+    """The lock on taking over: numbered claims."""
     deadline = time.monotonic() + GUARD_WAIT_S
-    while True:
-        found = [path.name.rpartition(".")[2] for path in lock.parent.glob(f"{lock.name}.takeover.*")]
-        last = max((int(number) for number in found if number.isdecimal()), default=0)
-        guard = lock.with_name(f"{lock.name}.takeover.{last}")
-        holder = _holder(guard) if last else None
-        if last == 0 or (holder is not None and holder.alive() is False):  # gone since we looked: look again
-            guard = lock.with_name(f"{lock.name}.takeover.{last + 1}")
-            if create_exclusive(guard, mine):
-                return guard
-        if time.monotonic() > deadline:
-            raise PrepError(f"{guard}: another process is taking over the lock; if none is running, delete this file")
+    guard = f"{lock}.takeover."
+
+    def held(last: int) -> bool:
+        holder = _holder(Path(f"{guard}{last}"))
+        return holder is None or holder.alive() is not False  # None: gone since we looked: look again
+
+    while time.monotonic() <= deadline:
+        number = next_claim((path.name.rpartition(".")[2] for path in lock.parent.glob(f"{lock.name}.takeover.*")), held)
+        if number and create_exclusive(Path(f"{guard}{number}"), mine):
+            return Path(f"{guard}{number}")
         time.sleep(0.05)
+    raise PrepError(f"{guard}*: another process is taking over the lock; if none is running, delete this file")
 
 
 def _holder(lock: Path) -> ProcessId | None:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,12 @@ def create_exclusive(path: Path, data: bytes | str) -> bool:
         temporary.unlink()
     _fsync_directory(path.parent)
     return True
+
+
+def next_claim(names: Iterable[str], held: Callable[[int], bool]) -> int:
+    """The number of the next of numbered claims, to be created exclusively; 0 while the last one, which counts, is `held`."""
+    last = max((int(name) for name in names if name.isdecimal()), default=0)
+    return 0 if last and held(last) else last + 1
 
 
 def write_json(path: Path, document: Json) -> None:

@@ -4,8 +4,7 @@ A slot is what one run, or group of replicas, occupies: its GPUs (or share of on
 
 A worker takes a slot before its first run and keeps it until it ends; nothing has to be given back, because a slot whose
 holder is dead is free. Every unit of a slot (a GPU, a share of one, a CPU) has a directory
-`<root>/slots/<host>/<unit>/` of numbered records; the last one names the holder. Whoever finds the holder dead creates the
-next number, exclusively: of several exactly one succeeds. Profiles used at the same time on one host should agree.
+`<root>/slots/<host>/<unit>/` of numbered claims. Profiles used at the same time on one host should agree.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 from jobs.profile import LocalProfile
 from jobs.sweep import SweepError
 from vitpa.config import Section
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, next_claim, read_json, to_json, utc_now
 
 POLL_S = 1.0
 
@@ -135,9 +134,6 @@ def _held(record: Path) -> bool:
 def _take_unit(root: Path, unit: str) -> bool:
     directory = root / "slots" / socket.gethostname() / unit
     directory.mkdir(parents=True, exist_ok=True)
-    numbers = sorted(int(path.stem) for path in directory.glob("*.json") if path.stem.isdecimal())
-    last = numbers[-1] if numbers else 0
-    if last and _held(directory / f"{last:06d}.json"):
-        return False
+    number = next_claim((path.stem for path in directory.glob("*.json")), lambda last: _held(directory / f"{last:06d}.json"))
     record = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
-    return create_exclusive(directory / f"{last + 1:06d}.json", to_json(record))
+    return number > 0 and create_exclusive(directory / f"{number:06d}.json", to_json(record))

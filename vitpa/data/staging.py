@@ -1,7 +1,7 @@
 """Copying the .beton files of a data set to a disk of the node itself, once per node, before a training reads them.
 
 A copy lies in a folder that is named by what the manifests say: all runs on those data share it, other data have another.
-Who copies holds a claim there: numbered files, of which the last counts; whoever finds its holder dead makes the next one.
+Who copies holds the last of numbered claims there.
 Only what a copy has left unfinished or damaged is ever deleted here.
 
 Other users of the node can write to its disk, too. So the folders of a copy are ours alone (private_folder.py), and a copy
@@ -32,7 +32,7 @@ from vitpa.data.manifest import BetonError, Manifest, beton_path, manifest_path
 from vitpa.data.private_folder import NotOursError, PrivateFolder, is_private_file
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
-from vitpa.records import ProcessId, to_json
+from vitpa.records import ProcessId, next_claim, to_json
 
 LOGGER = logging.getLogger(__name__)
 POLL_S = 1.0
@@ -208,14 +208,8 @@ class _Staging:
         with _Folders.open(self.folder, self.dataset) as self.folders:
             claims = self.folders.claims
             while self._missing():
-                last = max((int(name) for name in claims.names() if name.isdecimal()), default=0)
-                holder = self._holder(last) if last else None
-                claim = str(last + 1)  # of several that found the last one given up, one can make it
-                if holder is not None:
-                    LOGGER.info(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
-                    while self._holder(last):
-                        self._pause(POLL_S)
-                elif claims.create(claim, ProcessId.mine().model_dump_json()):
+                claim = str(next_claim(claims.names(), self._waited_for))
+                if claim != "0" and claims.create(claim, ProcessId.mine().model_dump_json()):
                     try:
                         self._copy(claim)
                     finally:
@@ -236,6 +230,14 @@ class _Staging:
         """Wait; ends this thread if nobody waits for the copy any more."""
         if self.abandoned.wait(seconds):
             raise CancelledError
+
+    def _waited_for(self, number: int) -> bool:
+        """Whether somebody had a claim, until now."""
+        if holder := self._holder(number):
+            LOGGER.info(f"{self.dataset}: process {holder.pid} copies it to {self.folder}; waiting for it")
+            while self._holder(number):
+                self._pause(POLL_S)
+        return holder is not None
 
     def _holder(self, number: int) -> ProcessId | None:
         """The process that has a claim; None if it has given it up, or is dead."""
