@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.membership import runs_that_left
+from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
 from jobs.state import LIVE, STATES, RunState, StateReader
-from jobs.submit.submission import Place
 from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 from vitpa.config import RunConfig
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
@@ -107,9 +107,3 @@ def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
     except RunError:
         return known
     return found if isinstance(found, int) else known
-
-
-def tasks_of(intent: Mapping[str, Any]) -> list[list[int]]:
-    """The groups of a submission, as indices into its `runs`; each run alone where its intent does not name any."""
-    tasks: list[list[int]] = intent.get("tasks") or [[index] for index in range(len(intent["runs"]))]
-    return tasks

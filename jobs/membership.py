@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from jobs.records import Claim, Exit, Intent, RunsOfSweep, SlurmClaim, Start, WantedRun, read_record
+from jobs.records import Claim, Exit, Intent, RunsOfSweep, SlurmClaim, Start, WantedRun
 from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config
-from vitpa.records import RunError
+from vitpa.records import RunError, read_record
 from vitpa.rundir import RunDir
 
 

@@ -5,31 +5,31 @@ A record that has been cut or edited is one line that names it, whatever is wron
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from vitpa.records import ProcessId, RunError, read_json
-
-RESTORE = "it was edited by hand: restore it, or start the run again with `vitpa sweep retry`"
-
-RecordT = TypeVar("RecordT", bound="Record")
+from vitpa.records import Holder, ProcessId, Record, RunError, read_json, read_record, record_of, utc_now
 
 
-class Record(BaseModel):
-    """What is read of a JSON file; other keys are left alone."""
+class Claim(Holder):
+    """Of `attempts/NNNN/claim.json`: who has the run. By the launcher of a submission, or `vitpa train`."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    model_config = ConfigDict(extra="allow")  # all of it goes into the claim of the next attempt
 
-
-class Claim(Record):
-    """Of `attempts/NNNN/claim.json`: who has the run."""
-
-    process: ProcessId  # that claimed it: the launcher of a submission, or `vitpa train`
     executor: str | None = None  # slurm, local; None: `vitpa train`
     submission: str | None = None  # a path below the root
     sweep: str | None = None
+    token: str | None = None
+    index: int | None = Field(None, ge=0)  # of its task in the submission
+    runtime: dict[str, Any] = Field({})  # of the configuration
+
+    def again(self) -> dict[str, Any]:
+        """The claim of the next attempt, by this process."""
+        return {**self.model_dump(exclude_unset=True), "process": ProcessId.mine().model_dump(), "utc": utc_now()}
 
 
 class SlurmClaim(Claim):
@@ -48,13 +48,13 @@ class Execution(Record):
     id: str
 
 
-class Start(Record):
+class Start(Holder):
     """Of `attempts/NNNN/start.json`: who trains the run, or who has seen to it that nobody does."""
 
-    process: ProcessId
     withdrawn: str | None = None  # the state of an attempt that nobody will start
     job: Execution | None = None
     step: int | None = None  # of the newest checkpoint then
+    code_version: str | None = None
 
 
 class Exit(Record):
@@ -72,14 +72,6 @@ class Exit(Record):
         Not where it was one of a group and left it: the group's job goes on without it.
         """
         return not self.left and (self.requeued or self.state == "interrupted")
-
-
-class Left(Record):
-    """Of `attempts/NNNN/left.json`: the trainer goes on without the run."""
-
-    state: str  # failed, stopped, apart
-    reason: str
-    utc: str | None = None
 
 
 class StartedJob(Record):
@@ -113,17 +105,55 @@ class WantedRun(Record):
     attempt: int | None = None  # in an intent: the one that is claimed
 
 
+class Place(Record):
+    """Where a sweep runs, as the user says it."""
+
+    profile: str = "local"  # a shipped one, or the path of a YAML file
+    data_dir: str | None = None
+
+    @staticmethod
+    def of_last_submission(submissions: Path) -> Place:
+        """Where the sweep with that folder of submissions was sent last; the default before the first time."""
+        for path in sorted(submissions.glob("*"), reverse=True):
+            with suppress(RunError):
+                if (intent := read_record(Intent, path / "intent.json")) and intent.place:
+                    return intent.place
+        return Place()
+
+    def changed(self, profile: str | None, data_dir: str | None) -> Place:
+        """This place, with what is given instead; files by their absolute paths."""
+        if profile is not None and Path(profile).is_file():
+            profile = os.path.realpath(profile)
+        return Place(profile=profile or self.profile, data_dir=os.path.realpath(data_dir) if data_dir else self.data_dir)
+
+
 class Intent(Record):
     """Of `intent.json`: the runs wanted, and those that train together, as indices into them."""
 
     token: str
     runs: list[WantedRun]
-    tasks: list[list[int]] = []
+    tasks: list[list[int]] = Field([])
+    launcher: ProcessId | None = None
+    executor: str | None = None
+    cluster: str | None = None  # SLURM's ClusterName
+    code_version: str | None = None
+    place: Place | None = None
+
+    @classmethod
+    def of(cls, submission: Path) -> Self:
+        """That of a submission of which something has been started."""
+        intent = read_record(cls, submission / "intent.json")
+        assert intent is not None, "nothing is started before the intent is written"
+        return intent
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """Its tasks; each run alone where an earlier version does not name any."""
+        return self.tasks or [[index] for index in range(len(self.runs))]
 
     def signatures(self, task: int) -> list[str]:
         """The runs of a task; none of one that there is not."""
-        tasks = self.tasks or [[index] for index in range(len(self.runs))]
-        indices = tasks[task] if task < len(tasks) else []
+        indices = self.groups[task] if task < len(self.groups) else []
         return [self.runs[index].signature for index in indices if 0 <= index < len(self.runs)]
 
 
@@ -133,25 +163,9 @@ class RunsOfSweep(Record):
     runs: list[WantedRun]
 
 
-def read_record(model: type[RecordT], path: Path) -> RecordT | None:
-    """A record; None if there is no such file.
-
-    Raises:
-        RunError: it has been cut or edited.
-    """
+def read_claim(path: Path) -> Claim | None:
+    """A claim, a SlurmClaim where it is one; as `read_record`."""
     document = read_json(path)
-    return None if document is None else record_of(model, document, path)
-
-
-def record_of(model: type[RecordT], document: dict[str, Any], path: Path) -> RecordT:
-    """A document that was read from `path` as a record.
-
-    Raises:
-        RunError: it has been edited.
-    """
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        *names, last = dict.fromkeys(f"`{each['loc'][0]}`" for each in error.errors())
-        bad = f"{', '.join(names)} and {last}" if names else last
-        raise RunError(f"{path}: no usable {bad} in it; {RESTORE}") from error
+    if document is None:
+        return None
+    return record_of(SlurmClaim if document.get("executor") == "slurm" else Claim, document, path)

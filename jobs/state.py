@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.evidence import SlurmEvidence, WorkerEvidence, in_progress, of_worker, out_of_the_queue
-from jobs.records import RESTORE, Claim, Exit, Intent, Launch, Receipt, SlurmClaim, Start, WantedRun, read_record, record_of
+from jobs.records import Claim, Exit, Intent, Launch, Receipt, SlurmClaim, Start, WantedRun, read_claim
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import ENDED_EARLY, ended_early, worker_ended_early
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
@@ -27,7 +27,7 @@ from jobs.sweep import Run
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config
 from vitpa.documents import YAML_BYTES, DocumentError, read_bytes
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import RESTORE, ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 from vitpa.rundir import AttemptDir, Result, RunDir
 
 STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
@@ -124,15 +124,14 @@ class StateReader:
         return found
 
     def _of_attempt(self, run: Run, attempt: AttemptDir) -> RunState:
-        document = read_json(attempt.claim_json)
-        if document is not None and document.get("executor") == "slurm":
-            return self._of_slurm(run, attempt, record_of(SlurmClaim, document, attempt.claim_json))
+        claim = read_claim(attempt.claim_json)
+        if isinstance(claim, SlurmClaim):
+            return self._of_slurm(run, attempt, claim)
         start = read_record(Start, attempt.start_json)
         worker = self._is_alive(start.process) if start else None  # before its exit.json is read
         ended = read_record(Exit, attempt.exit_json)
-        if start is None and document is None:
+        if start is None and claim is None:
             raise RunError(f"{attempt.claim_json} is missing; it was removed by hand")
-        claim = record_of(Claim, document, attempt.claim_json) if document is not None else None
         starters, log = self._starters(claim) if claim and start is None else ([], "")
         alive = tuple(self._is_alive(process) for process in starters)
         claimer = claim.process if claim else None
@@ -156,11 +155,12 @@ class StateReader:
 
     def _was_started(self, submission: str, run: WantedRun) -> bool:
         """Whether a run has been started for a submission, not withdrawn."""
-        attempt = AttemptDir(RunDir(self._root, run.signature).attempts_dir / f"{run.attempt or 1:04d}")
+        attempt = RunDir(self._root, run.signature).attempt(run.attempt or 1)
         start = read_record(Start, attempt.start_json)
         if start is None or start.withdrawn is not None:
             return False
-        return (read_json(attempt.claim_json) or {}).get("submission") == submission
+        claim = read_record(Claim, attempt.claim_json)
+        return claim is not None and claim.submission == submission
 
     def _starters(self, claim: Claim) -> tuple[list[ProcessId], str]:
         """Who may still start a claimed run, and what to look at if nobody is left."""

@@ -20,6 +20,7 @@ from jobs.failures import without_particulars
 from jobs.membership import jobs_needed_by_others, sweeps_with
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
+from jobs.records import Claim
 from jobs.report import logs, status
 from jobs.report.collect import collect
 from jobs.report.tables import markdown, set_report_aside, write_report
@@ -30,8 +31,9 @@ from jobs.submit.submission import ran_other_code, settle
 from jobs.submit.submit import WRITERS, SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir, SweepError
 from vitpa.arguments import as_argument
+from vitpa.attempt import CANCEL, Stop
 from vitpa.errors import run_command
-from vitpa.records import ProcessId, RunError, read_json, utc_now, write_json
+from vitpa.records import RunError, read_json, read_record, utc_now, write_json
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:
@@ -387,8 +389,8 @@ def _say_shared(context: Context, live: list[RunState]) -> None:
 
 def _ask_to_stop(root: Path, now: bool, state: RunState) -> None:
     assert state.attempt is not None
-    request = {"reason": "cancel", "attempt": state.attempt.number, "now": now, "utc": utc_now()}
-    write_json(state.run.directory(root).stop, request)
+    request = Stop(reason=CANCEL, attempt=state.attempt.number, now=now, utc=utc_now())
+    write_json(state.run.directory(root).stop, request.model_dump())
 
 
 def _withdraw(root: Path, state: RunState) -> bool:
@@ -396,8 +398,8 @@ def _withdraw(root: Path, state: RunState) -> bool:
     assert state.attempt is not None, "what is live has an attempt"
     if not state.attempt.start_json.exists():
         return withdraw(state.attempt, "cancelled", "cancelled before it started")
-    claim = {**(read_json(state.attempt.claim_json) or {}), "process": ProcessId.mine().model_dump(), "utc": utc_now()}
-    following = state.run.directory(root).claim_attempt(state.attempts + 1, claim)  # SLURM would have started it again
+    claim = read_record(Claim, state.attempt.claim_json)  # SLURM would have started it again
+    following = state.run.directory(root).claim_attempt(state.attempts + 1, claim.again()) if claim else None
     return following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on")
 
 
@@ -405,10 +407,10 @@ def _task_of(state: RunState) -> tuple[str, str] | None:
     """The task of a submission that has the run, and so can kill its training; `vitpa train` only stops by itself."""
     assert state.attempt is not None
     try:
-        claim = read_json(state.attempt.claim_json) or {}
+        claim = read_record(Claim, state.attempt.claim_json)
     except RunError:
         return None
-    return (str(claim["submission"]), str(claim.get("index"))) if "submission" in claim else None
+    return (claim.submission, str(claim.index)) if claim and claim.submission else None
 
 
 def _collect(context: Context) -> int:

@@ -5,13 +5,39 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.records import Holder, ProcessId, Record, RunError, create_exclusive, read_record, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
+
+CANCEL = "cancel"  # the reason to stop a run that is no longer wanted
+
+
+class Stop(Record):
+    """Of the file `stop`: a request to stop."""
+
+    reason: str = "the file stop"
+    attempt: int | None = None  # that it is meant for; None: any
+    now: bool = False  # do not wait for a checkpoint
+    utc: str | None = None
+
+    @staticmethod
+    def read(path: Path) -> Stop | None:
+        """The request; None if there is none. A file made by hand (`touch stop`) is one, too."""
+        try:
+            return read_record(Stop, path)
+        except RunError:
+            return Stop()
+
+
+class Left(Record):
+    """Of `attempts/NNNN/left.json`: the trainer goes on without the run."""
+
+    state: str  # failed, stopped, apart
+    reason: str
+    utc: str | None = None
 
 
 @contextmanager
@@ -40,7 +66,7 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     def record(state: str, reason: str) -> None:
         if run.result_json.exists():
             state, reason = "done", ""
-        elif left := read_json(attempt.left_json):  # it was dropped; what has become of the others says nothing about it
+        elif left := read_record(Left, attempt.left_json):  # it was dropped, whatever has become of the others
             state, reason = _state_left(run, left)
         end: dict[str, Any] = {"state": state, "reason": reason, "finished_utc": utc_now()}
         write_json(attempt.exit_json, {**end, "duration_s": time.monotonic() - started_s})
@@ -56,26 +82,22 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
 
 
-def _state_left(run: RunDir, left: dict[str, Any]) -> tuple[str, str]:
+def _state_left(run: RunDir, left: Left) -> tuple[str, str]:
     """State and reason of an attempt whose run has left those it was trained with."""
-    state = left.get("state")
-    if state == "stopped" and was_cancelled(run):
-        state = "cancelled"
-    return (state if state in ("failed", "cancelled") else "interrupted"), str(left.get("reason"))
+    cancelled = left.state == "stopped" and was_cancelled(run)
+    return "cancelled" if cancelled else "failed" if left.state == "failed" else "interrupted", left.reason
 
 
 def record_left(run: RunDir, state: str, reason: str) -> None:
     """Say in the newest attempt of a run that those it was to be trained with go on without it."""
     for attempt in run.attempts()[-1:]:
-        write_json(attempt.left_json, {"state": state, "reason": reason, "utc": utc_now()})
+        write_json(attempt.left_json, Left(state=state, reason=reason, utc=utc_now()).model_dump())
 
 
 def was_cancelled(run: RunDir) -> bool:
     """Whether the file `stop` says that the run is no longer wanted."""
-    try:
-        return (read_json(run.stop) or {}).get("reason") == "cancel"
-    except RunError:
-        return False  # made by hand, with `touch`
+    stop = Stop.read(run.stop)
+    return stop is not None and stop.reason == CANCEL
 
 
 def refuse_if_held(attempt: AttemptDir, *, takeover: bool) -> None:
@@ -85,15 +107,14 @@ def refuse_if_held(attempt: AttemptDir, *, takeover: bool) -> None:
     """
     if attempt.exit_json.exists():
         return
-    holder = read_json(attempt.start_json) or read_json(attempt.claim_json) or {}
-    try:
-        process = ProcessId.model_validate(holder.get("process"))
-    except ValidationError as error:
+    holder = None
+    with suppress(RunError):
+        holder = read_record(Holder, attempt.start_json) or read_record(Holder, attempt.claim_json)
+    if holder is None:
         if takeover:
             return
-        raise RunError(
-            f"{attempt.path}: does not say who holds this run; if nobody does, set runtime.takeover=true"
-        ) from error
+        raise RunError(f"{attempt.path}: does not say who holds this run; if nobody does, set runtime.takeover=true")
+    process = holder.process
     alive, started = process.alive(), attempt.start_json.exists()
     where = f"process {process.pid} on {process.host}"
     if started and alive:

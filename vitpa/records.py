@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.errors import UserError
 
 Json = Mapping[str, Any]
+RESTORE = "it was edited by hand: restore it, or start the run again with `vitpa sweep retry`"
+RecordT = TypeVar("RecordT", bound="Record")
 
 
 class RunError(UserError):
@@ -170,6 +172,42 @@ def _start_ticks(pid: int) -> int | None:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()  # the command name before may hold spaces and brackets
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+class Record(BaseModel):
+    """What is read of a JSON file; other keys are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class Holder(Record):
+    """Of a file that says who has something."""
+
+    process: ProcessId
+
+
+def read_record(model: type[RecordT], path: Path) -> RecordT | None:
+    """A record; None if there is no such file.
+
+    Raises:
+        RunError: it has been cut or edited.
+    """
+    document = read_json(path)
+    return None if document is None else record_of(model, document, path)
+
+
+def record_of(model: type[RecordT], document: Json, path: Path) -> RecordT:
+    """A document that was read from `path` as a record.
+
+    Raises:
+        RunError: it has been edited.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        *names, last = dict.fromkeys(f"`{each['loc'][0]}`" for each in error.errors())
+        bad = f"{', '.join(names)} and {last}" if names else last
+        raise RunError(f"{path}: no usable {bad} in it; {RESTORE}") from error
 
 
 CHECKSUM = "record_sha256"

@@ -138,6 +138,10 @@ class RunDir:
         """One folder for each execution."""
         return self.path / "attempts"
 
+    def attempt(self, number: int) -> AttemptDir:
+        """One of them."""
+        return AttemptDir(self.attempts_dir / f"{number:04d}")
+
     def attempts(self) -> list[AttemptDir]:
         """The attempts so far, oldest first.
 
@@ -174,15 +178,15 @@ class RunDir:
         draft = self.attempts_dir / f".claim-{secrets.token_hex(8)}"
         draft.mkdir()
         write_json(draft / "claim.json", claim)
-        target = self.attempts_dir / f"{number:04d}"
+        target = self.attempt(number)
         try:
-            draft.rename(target)  # refused where the target holds anything, and it always holds a claim
+            draft.rename(target.path)  # refused where the target holds anything, and it always holds a claim
         except OSError:
             shutil.rmtree(draft)
-            if not target.exists():
+            if not target.path.exists():
                 raise
             return None
-        return AttemptDir(target)
+        return target
 
     def result(self) -> Result | None:
         """The run's result; None if it is not finished. It is compared with the other records of the run.

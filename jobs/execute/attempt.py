@@ -1,6 +1,6 @@
 """One attempt of a group of runs: the training process, from start.json to how each ended. Used by every kind of job.
 
-A request to stop is the file `stop` in the run's directory, {reason, attempt, now, utc}: the trainer reads it at a step
+A request to stop is the file `stop` in the run's directory (`Stop`): the trainer reads it at a step
 boundary, writes a checkpoint and exits 0 without a result; if it is for a part of the group only, that part is dropped, and
 the others go on. `attempt` says whom it is meant for. Signals to the job and its time limit become such files, for all. The
 training never outlives the process that supervises it (jobs/execute/die_with_parent.py).
@@ -20,18 +20,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
+from jobs.records import Claim
 from vitpa.arguments import literal_path
+from vitpa.attempt import CANCEL, Left, Stop
 from vitpa.config_file import load_config
 from vitpa.documents import append_regular, open_regular
-from vitpa.records import RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.records import RunError, create_exclusive, read_record, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
-
-Json = Mapping[str, Any]
 
 POLL_S = 0.3
 BOUND = (sys.executable, "-m", "jobs.execute.die_with_parent")
@@ -84,14 +83,14 @@ class Member:
 
     run: RunDir
     attempt: AttemptDir
-    claim: Json
+    claim: Claim
 
-    def stop(self) -> dict[str, Any] | None:
+    def stop(self) -> Stop | None:
         """The request to stop, also if it has been taken; None if there is none."""
-        taken = read_stop(self.attempt.path / "stop.json")
-        if taken is not None and taken.get("attempt", self.attempt.number) != self.attempt.number:  # a left-over
+        taken = Stop.read(self.attempt.path / "stop.json")
+        if taken is not None and taken.attempt not in (None, self.attempt.number):  # a left-over
             taken = None
-        return read_stop(self.run.stop) or taken
+        return Stop.read(self.run.stop) or taken
 
     def take_stop(self) -> None:
         """Move `stop` out of the run's directory; it is read afterwards: a request that comes in between is not lost."""
@@ -150,7 +149,7 @@ class Training:
         first, *others = self.active
         config = load_config(first.run.config_yaml)
         recorded = config.runtime.model_dump(mode="json")
-        changed = {key: value for key, value in first.claim["runtime"].items() if recorded.get(key) != value}
+        changed = {key: value for key, value in first.claim.runtime.items() if recorded.get(key) != value}
         arguments = [f"runtime.{key}={json.dumps(value)}" for key, value in changed.items()]
         if others:
             seeds = [config.seed, *(load_config(member.run.config_yaml).seed for member in others)]
@@ -217,12 +216,11 @@ class Training:
         if request is not None and not request.kill:
             self._asked = self._asked or request.reason
             for member in self.active:
-                if read_stop(member.run.stop) is None:
-                    number = member.attempt.number
-                    document = {"reason": self._asked, "attempt": number, "now": False, "utc": utc_now()}
+                if Stop.read(member.run.stop) is None:
+                    asked = Stop(reason=self._asked, attempt=member.attempt.number, utc=utc_now())
                     with suppress(OSError):  # a full disk: again at the next look
-                        create_exclusive(member.run.stop, to_json(document))
-        if self.active and all((member.stop() or {}).get("now") for member in self.active):
+                        create_exclusive(member.run.stop, to_json(asked.model_dump()))
+        if self.active and all((stop := member.stop()) and stop.now for member in self.active):
             os.killpg(process.pid, signal.SIGKILL)
         elif request is not None and request.kill:
             os.killpg(process.pid, signal.SIGKILL)
@@ -233,14 +231,12 @@ class Training:
         """Record the ends of those that the trainer has dropped, unless all are to stop."""
         for member in list(self.active):
             with suppress(OSError, RunError):  # a full disk: again at the next look
-                left = read_json(member.attempt.left_json)
+                left = read_record(Left, member.attempt.left_json)
                 if left is None:
                     continue
-                if left.get("state") == "failed":
-                    self._leave(member, Outcome("failed", None, str(left.get("reason"))))
-                elif left.get("state") == "apart":
-                    self._leave(member, Outcome("interrupted", None, str(left.get("reason"))))
-                elif (stop := member.stop()) is not None and stop.get("reason") != self._asked:
+                if left.state in ("failed", "apart"):
+                    self._leave(member, Outcome("failed" if left.state == "failed" else "interrupted", None, left.reason))
+                elif (stop := member.stop()) is not None and stop.reason != self._asked:
                     self._leave(member, _stopped(stop, None))
 
     def _leave(self, member: Member, ended: Outcome) -> None:
@@ -261,14 +257,13 @@ class Training:
         stop = member.stop()
         dropped = member.attempt.left_json.exists()  # as it was told, a moment before the others
         for_another = code == 1 and any(ended.state == "failed" for ended in self.left)
-        if stop is not None and (code == 0 or dropped or for_another or stop.get("now")):
+        if stop is not None and (code == 0 or dropped or for_another or stop.now):
             return _stopped(stop, code)
         return Outcome("failed", code, failure_of(code, self.log))
 
 
-def _stopped(stop: Json, code: int | None) -> Outcome:
-    reason = str(stop.get("reason"))
-    return Outcome("cancelled" if reason == "cancel" else "interrupted", code, reason)
+def _stopped(stop: Stop, code: int | None) -> Outcome:
+    return Outcome("cancelled" if stop.reason == CANCEL else "interrupted", code, stop.reason)
 
 
 def _set_broken_result_aside(member: Member) -> None:
@@ -290,14 +285,6 @@ def failure_of(code: int, log: Path) -> str:
 
 def _killed_by(name: str) -> str:
     return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def read_stop(path: Path) -> dict[str, Any] | None:
-    """The request in a file `stop`; None if there is none. Made by hand (`touch stop`) it is a request, too."""
-    try:
-        return read_json(path)
-    except RunError:
-        return {"reason": "the file stop"}
 
 
 def last_error(log: Path) -> str:

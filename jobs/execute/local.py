@@ -10,22 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jobs.execute.attempt import Member, Request, Signals, Training
 from jobs.execute.slots import Slot, take_slot
-from jobs.groups import tasks_of
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
-from vitpa.rundir import AttemptDir, RunDir
+from jobs.records import Claim, Intent, WantedRun
+from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
+from vitpa.rundir import RunDir
+
+
+class LocalIntent(Intent):
+    """Of a submission to this machine."""
+
+    slots: list[Slot]
+    train_command: list[str]
 
 
 def work(root: str, submission: str) -> None:
     """Work through the claims of `submission` (a path below `root`)."""
     signals = Signals()
     signals.listen()
-    intent = read_json(Path(root) / submission / "intent.json")
-    assert intent is not None, "a job is started only after the intent is written"
-    slots = [Slot.model_validate(slot) for slot in intent["slots"]]
+    intent = LocalIntent.of(Path(root) / submission)
 
     def useful() -> bool:
         return not signals.received and any(True for _ in waiting_groups(Path(root), intent))
@@ -33,14 +37,14 @@ def work(root: str, submission: str) -> None:
     def request() -> Request | None:
         return Request(f"signal {signals.received[0]}") if signals.received else None
 
-    slot = take_slot(Path(root), slots, useful)
+    slot = take_slot(Path(root), intent.slots, useful)
     if slot is None:
         return
     for task, group in waiting_groups(Path(root), intent):
         if signals.received:
             return
         taken = Path(root) / submission / f"taken-{task}.json"
-        if len(tasks_of(intent)[task]) > 1 and not create_exclusive(taken, to_json({"utc": utc_now()})):
+        if len(intent.groups[task]) > 1 and not create_exclusive(taken, to_json({"utc": utc_now()})):
             continue
         start = {
             "process": ProcessId.mine().model_dump(),
@@ -52,29 +56,26 @@ def work(root: str, submission: str) -> None:
         ours = [member for member in group if create_exclusive(member.attempt.start_json, to_json(start))]
         if ours:
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
-            training = Training(ours, intent["train_command"], environment)
+            training = Training(ours, intent.train_command, environment)
             for member, ended in training.supervise(request):
                 training.record(member, ended)
 
 
-def waiting_groups(root: Path, intent: dict[str, Any]) -> Iterator[tuple[int, list[Member]]]:
+def waiting_groups(root: Path, intent: Intent) -> Iterator[tuple[int, list[Member]]]:
     """The tasks of a submission with their runs, as far as nobody has started or withdrawn the claims; none is empty."""
-    for task, indices in enumerate(tasks_of(intent)):
-        group = [member for index in indices if (member := _waiting(root, intent, index)) is not None]
+    for task, indices in enumerate(intent.groups):
+        group = [member for index in indices if (member := _waiting(root, intent.runs[index], intent.token)) is not None]
         if group:
             yield task, group
 
 
-def _waiting(root: Path, intent: dict[str, Any], index: int) -> Member | None:
-    entry = intent["runs"][index]
-    run = RunDir(root, entry["signature"])
-    attempt = AttemptDir(run.attempts_dir / f"{entry['attempt']:04d}")
+def _waiting(root: Path, wanted: WantedRun, token: str) -> Member | None:
+    run = RunDir(root, wanted.signature)
+    attempt = run.attempt(wanted.attempt or 1)
     if attempt.start_json.exists():
         return None
     try:
-        claim = read_json(attempt.claim_json)
+        claim = read_record(Claim, attempt.claim_json)
     except RunError:
         return None  # `status` shows it as broken; the others go on
-    if claim is None or claim.get("token") != intent["token"] or not isinstance(claim.get("runtime"), dict):
-        return None
-    return Member(run, attempt, claim)
+    return Member(run, attempt, claim) if claim and claim.token == token and claim.runtime else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.records import Exit, Left, Start, read_record
-from vitpa.records import RunError, read_json, read_with_checksum
+from jobs.records import Claim, Exit, Start
+from vitpa.attempt import Left
+from vitpa.records import RunError, read_record, read_with_checksum
 from vitpa.rundir import AttemptDir, RunDir
 
 TIME_LIMIT = "time limit"
@@ -23,8 +24,8 @@ class History:
     @staticmethod
     def of(run: RunDir, token: str) -> History:
         """Read it from the attempts of a run that the submission with this token has made."""
-        ours = [each for each in run.attempts() if (read_json(each.claim_json) or {}).get("token") == token]
-        started = [each for each in ours if each.start_json.exists()]
+        claims = [(each, read_record(Claim, each.claim_json)) for each in run.attempts()]
+        started = [each for each, claim in claims if claim and claim.token == token and each.start_json.exists()]
         step, idle = run.newest_step(), 0
         for attempt in reversed(started):
             start = read_record(Start, attempt.start_json)

@@ -17,12 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from jobs.profile import LocalProfile
 from jobs.sweep import SweepError
 from vitpa.config import Section
-from vitpa.records import ProcessId, RunError, create_exclusive, next_claim, read_json, to_json, utc_now
+from vitpa.records import Holder, ProcessId, RunError, create_exclusive, next_claim, read_record, to_json, utc_now
 
 POLL_S = 1.0
 
@@ -123,12 +121,10 @@ def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot
 def _held(record: Path) -> bool:
     """Whether the holder may be alive. A record that does not name one, damaged or edited, holds nothing."""
     try:
-        holder = ProcessId.model_validate((read_json(record) or {}).get("process"))
+        holder = read_record(Holder, record)
     except RunError as error:
         return isinstance(error.__cause__, OSError)  # it cannot be read at the moment: not known to be free
-    except ValidationError:
-        return False
-    return holder.alive() is not False
+    return holder is not None and holder.process.alive() is not False
 
 
 def _take_unit(root: Path, unit: str) -> bool:

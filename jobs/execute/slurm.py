@@ -23,19 +23,20 @@ from pathlib import Path
 from typing import Any
 
 from jobs.execute import bad_nodes
-from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of, read_stop
+from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of
 from jobs.execute.node_check import preflight
 from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, LastAttempt, first_step
 from jobs.failures import is_loss_of_peer
-from jobs.groups import tasks_of
-from jobs.records import Exit, Left, Start, read_record
+from jobs.profile import SlurmProfile
+from jobs.records import Claim, Exit, Intent, Start
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import SETUP_FAILED, with_setup
 from jobs.state import withdraw
 from vitpa.arguments import literal_path
+from vitpa.attempt import CANCEL, Left, Stop
 from vitpa.code_version import code_version
 from vitpa.documents import append_regular
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now, write_json
+from vitpa.records import ProcessId, RunError, create_exclusive, read_json, read_record, to_json, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
@@ -80,12 +81,22 @@ class Place:
         return {"id": self.job, "restart": self.restart}
 
 
+class SlurmIntent(Intent):
+    """Of a submission to SLURM."""
+
+    sweep: str
+    profile: SlurmProfile
+    processes_per_node: int
+    cpus_per_node: int | None
+    train_command: list[str]
+    exclude: list[str]
+
+
 def run_task(root: str, submission: str) -> None:
     """Execute the runs of `submission` (a path below `root`) that this job is for."""
     signals = Signals()
     signals.listen()
-    intent = read_json(Path(root) / submission / "intent.json")
-    assert intent is not None, "a job is started only after the intent is written"
+    intent = SlurmIntent.of(Path(root) / submission)
     place = Place.here(os.environ)
     if place.task_on_node:  # a profile asks for one task per node, and refuses what says otherwise
         _say(f"task {place.task_on_node} on {place.node}: the job has several tasks on a node; the first one trains, not this")
@@ -95,14 +106,14 @@ def run_task(root: str, submission: str) -> None:
 
 
 class _Job:
-    def __init__(self, root: Path, submission: Path, intent: dict[str, Any], place: Place, signals: Signals) -> None:
+    def __init__(self, root: Path, submission: Path, intent: SlurmIntent, place: Place, signals: Signals) -> None:
         self.root = root
         self.intent = intent
         self.place = place
         self.signals = signals
         self.scheduler = Scheduler()
-        self.profile: dict[str, Any] = intent["profile"]
-        self.runs = [RunDir(root, intent["runs"][index]["signature"]) for index in tasks_of(intent)[place.index]]
+        self.profile = intent.profile
+        self.runs = [RunDir(root, signature) for signature in intent.signatures(place.index)]
         self.published = submission / "executions" / f"{place.job}-{place.restart}.json"  # what the other nodes wait for
         self._deadline: float | None = None
         self._first_failure_s: float | None = None
@@ -111,7 +122,7 @@ class _Job:
         """Train the runs; 0 if they are done, cancelled or not ours any more."""
         left_s = self.scheduler.time_left_s(self.place.job)
         if left_s is not None:
-            self._deadline = time.monotonic() + left_s - self.profile["signal_delay_s"]
+            self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
@@ -144,8 +155,10 @@ class _Job:
         if published["attempt"] is None:
             return 0
         (run,) = self.runs
-        attempt = AttemptDir(run.attempts_dir / f"{published['attempt']:04d}")
-        member = Member(run, attempt, read_json(attempt.claim_json) or {})
+        attempt = run.attempt(published["attempt"])
+        claim = read_record(Claim, attempt.claim_json)
+        assert claim is not None, "an attempt is made with its claim"
+        member = Member(run, attempt, claim)
         training = Training([member], self._command(published["master_addr"], published["master_port"]), {})
         problem = self._preflight(member)
         if problem is not None:
@@ -164,10 +177,9 @@ class _Job:
             return None
 
     def _claim_next(self, run: RunDir, attempts: list[AttemptDir]) -> Member | None:
-        token = self.intent["token"]
         last = attempts[-1] if attempts else None
-        claim = (read_json(last.claim_json) or {}) if last else {}
-        if last is None or claim.get("token") != token:
+        claim = read_record(Claim, last.claim_json) if last else None
+        if last is None or claim is None or claim.token != self.intent.token:
             _say(f"{run.path}: another submission has this run now; nothing to do")
             return None
         if create_exclusive(last.start_json, to_json(self._start_document(run))):
@@ -175,8 +187,7 @@ class _Job:
         if reason := self._why_nothing_to_do(run, last):
             _say(f"{last.path}: {reason}; nothing to do")
             return None
-        again = {**claim, "process": ProcessId.mine().model_dump(), "utc": utc_now()}
-        following = run.claim_attempt(last.number + 1, again)
+        following = run.claim_attempt(last.number + 1, claim.again())
         if following is None:
             return None
         if self._was_cancelled(run, last):
@@ -185,7 +196,7 @@ class _Job:
             _say(reason)
             withdraw(following, "failed", reason)
         elif create_exclusive(following.start_json, to_json(self._start_document(run))):
-            return Member(run, following, again)
+            return Member(run, following, claim)
         return None
 
     def _why_nothing_to_do(self, run: RunDir, last: AttemptDir) -> str:
@@ -201,13 +212,13 @@ class _Job:
 
     def _was_cancelled(self, run: RunDir, last: AttemptDir) -> bool:
         """Whether the user has cancelled the last attempt when it was over already."""
-        stop = read_stop(run.stop) or {}
-        return stop.get("reason") == "cancel" and stop.get("attempt") == last.number
+        stop = Stop.read(run.stop)
+        return stop is not None and stop.reason == CANCEL and stop.attempt == last.number
 
     def _why_given_up(self, run: RunDir) -> str:
         """Why there is no point in another execution after these; empty if there is one."""
-        limits = {key: self.profile[key] for key in ("max_attempts", "max_idle_attempts")}
-        return History.of(run, self.intent["token"]).why_given_up(**limits)
+        history, of = History.of(run, self.intent.token), self.profile
+        return history.why_given_up(max_attempts=of.max_attempts, max_idle_attempts=of.max_idle_attempts)
 
     def _start_document(self, run: RunDir) -> dict[str, Any]:
         return {
@@ -229,12 +240,12 @@ class _Job:
 
     def _command(self, master_addr: str, port: int) -> list[str]:
         if self.place.num_nodes == 1:
-            return list(self.intent["train_command"])
+            return self.intent.train_command
         return [
             *TORCHRUN,
             f"--nnodes={self.place.num_nodes}",
             f"--node-rank={self.place.node_rank}",
-            f"--nproc-per-node={self.intent['processes_per_node']}",
+            f"--nproc-per-node={self.intent.processes_per_node}",
             "--rdzv-backend=static",
             f"--master-addr={master_addr}",
             f"--master-port={port}",
@@ -244,7 +255,7 @@ class _Job:
         ]
 
     def _report_drift(self) -> None:
-        submitted, now = self.intent["code_version"], code_version()
+        submitted, now = self.intent.code_version, code_version()
         if submitted != now:
             _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
 
@@ -315,7 +326,7 @@ class _Job:
 
     def _preflight(self, member: Member) -> Outcome | None:
         """Check this node; None if it is fit. A node that is not is recorded."""
-        if not self.profile["preflight"]:
+        if not self.profile.preflight:
             return None
         try:
             with append_regular(member.attempt.log) as log:
@@ -332,10 +343,10 @@ class _Job:
         return Outcome("failed", None, reason)
 
     def _preflight_command(self, member: Member) -> list[str]:
-        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim["runtime"].items()]
+        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim.runtime.items()]
         command = [sys.executable, "-m", "vitpa.preflight", literal_path(member.run.config_yaml), *runtime]
-        command += [f"--gpus={self.profile['gpus_per_node']}", f"--min-free-gib={self.profile['min_free_gib']}"]
-        cpus = self.intent["cpus_per_node"]
+        command += [f"--gpus={self.profile.gpus_per_node}", f"--min-free-gib={self.profile.min_free_gib}"]
+        cpus = self.intent.cpus_per_node
         return [*command, f"--cpus={cpus}"] if cpus else command
 
     def _end(self, training: Training, ends: list[tuple[Member, Outcome]], without_node: str) -> None:
@@ -387,7 +398,7 @@ class _Job:
                 return "cancelled"
             try:
                 with _shielded():
-                    job = self.scheduler.job(self.place.job, self.intent["token"])
+                    job = self.scheduler.job(self.place.job, self.intent.token)
                     if job is None:  # started by hand in an allocation that has other uses
                         return f"SLURM does not know job {self.place.job} as one of this submission"
                     self.scheduler.requeue(job)
@@ -403,10 +414,10 @@ class _Job:
         """Have the next execution avoid a node, and those that have failed before."""
         if not without_node:
             return
-        others = [self.profile["exclude"], *bad_nodes.failed(self.root)]  # the list that SLURM has is replaced
+        others = [self.profile.exclude, *bad_nodes.failed(self.root)]  # the list that SLURM has is replaced
         try:
             with _shielded():
-                job = self.scheduler.job(self.place.job, self.intent["token"])
+                job = self.scheduler.job(self.place.job, self.intent.token)
                 if job is not None:
                     self.scheduler.leave_out(job, dict.fromkeys(filter(None, [*others, without_node])))
         except SchedulerError as error:

@@ -129,8 +129,7 @@ class _Followed:
                 self._offset = self._attempt.log.stat().st_size if self._attempt.log.is_file() else 0
         while self._attempt.number < state.attempt.number:
             self.print_new(to_the_end=True)
-            following = self._attempt.number + 1
-            self._attempt, self._offset = AttemptDir(self._directory.attempts_dir / f"{following:04d}"), None
+            self._attempt, self._offset = self._directory.attempt(self._attempt.number + 1), None
         self.print_new(to_the_end=state.state not in LIVE)
         for path in [] if state.state in LIVE else early_output(state):
             _say(f"== {self._label} attempt {self._attempt.number}: {path}", self._console, style="bold")

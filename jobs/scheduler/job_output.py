@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from jobs.records import Claim
 from vitpa.documents import read_end
-from vitpa.records import RunError, read_json
+from vitpa.records import RunError, read_record
 from vitpa.rundir import AttemptDir
 
 ENDED_EARLY = "before it started the run"
@@ -55,10 +56,10 @@ def _what(job: str, last_words: str) -> str:
 def output_of(attempt: AttemptDir, identity: str) -> list[Path]:
     """What the job of an attempt has printed, or what all of its submission have where it is not known: errors first."""
     try:
-        submission = (read_json(attempt.claim_json) or {}).get("submission")
+        claim = read_record(Claim, attempt.claim_json)
     except RunError:
         return []
-    return printed(attempt.path.parents[3] / str(submission) / "submitit", identity or "*")
+    return printed(attempt.path.parents[3] / str(claim and claim.submission) / "submitit", identity or "*")
 
 
 def printed(output: Path, identity: str) -> list[Path]:

@@ -9,21 +9,18 @@ taken-N.json   on this machine: a worker has task N, a group of several runs
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
+from jobs.records import Claim, Intent, Launch, Start
 from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.state import RunState
 from jobs.sweep import SweepError
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, to_json, utc_now
+from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
 
@@ -55,33 +52,6 @@ def check_root(root: Path, executor: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a sweep runs, as the user says it."""
-
-    profile: str = "local"  # a shipped one, or the path of a YAML file
-    data_dir: str | None = None
-
-    @staticmethod
-    def of_last_submission(submissions: Path) -> Place:
-        """Where the sweep with that folder of submissions was sent last; the default before the first time."""
-        for path in sorted(submissions.glob("*"), reverse=True):
-            try:
-                place = (read_json(SubmissionDir(path).intent_json) or {}).get("place")
-            except RunError:
-                continue
-            if isinstance(place, dict) and isinstance(place.get("profile"), str):
-                data_dir = place.get("data_dir")
-                return Place(place["profile"], data_dir if isinstance(data_dir, str) else None)
-        return Place()
-
-    def changed(self, profile: str | None, data_dir: str | None) -> Place:
-        """This place, with what is given instead; files by their absolute paths."""
-        if profile is not None and Path(profile).is_file():
-            profile = os.path.realpath(profile)
-        return Place(profile or self.profile, os.path.realpath(data_dir) if data_dir else self.data_dir)
-
-
 def settle(root: Path, scheduler: Scheduler) -> list[str]:
     """Bring submissions whose launcher was killed to a clear state; a line for each of which jobs were found in SLURM.
 
@@ -96,24 +66,24 @@ def settle(root: Path, scheduler: Scheduler) -> list[str]:
         if submission.receipt_json.exists():
             continue
         try:
-            intent = read_json(submission.intent_json)
+            intent = read_record(Intent, submission.intent_json)
         except RunError as error:
             lines.append(f"{error}; its runs are shown as uncertain, and can be submitted again")
             continue
-        if intent is None or _alive(intent.get("launcher")) is not False:
+        if intent is None or (intent.launcher is not None and intent.launcher.alive() is not False):
             continue
         me = {"abandoned_by": ProcessId.mine().model_dump(), "utc": utc_now()}
         if create_exclusive(submission.launch_json, to_json(me)):
             close(submission, "abandoned")
-        elif not _helper_ends(submission) and intent.get("executor") == "slurm":
-            there = str(intent.get("cluster") or "")
+        elif not _helper_ends(submission) and intent.executor == "slurm":
+            there = intent.cluster
             if there and there != scheduler.cluster():
                 lines.append(
                     f"{path}: its launcher was killed, and whether the SLURM cluster {there} has its jobs cannot be seen from "
                     "here: its runs count as submitted (set SLURM_CONF to that cluster's slurm.conf to have it settled)"
                 )
                 continue
-            count = adopt(root, submission, str(intent.get("token")), scheduler)
+            count = adopt(root, submission, intent.token, scheduler)
             if count:
                 lines.append(f"adopted {count} jobs of {path.name}, whose launcher was killed")
             else:
@@ -160,17 +130,17 @@ def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
     intents: dict[str, str] = {}
     runs: dict[tuple[str, str], list[str]] = {}
     for state in states:
-        try:
-            ran = state.attempt and (read_json(state.attempt.start_json) or {}).get("code_version")
-            if not ran or state.attempt is None:
+        with suppress(RunError):  # its state says what is damaged
+            start = read_record(Start, state.attempt.start_json) if state.attempt else None
+            if state.attempt is None or start is None or not start.code_version:
                 continue
-            folder = str((read_json(state.attempt.claim_json) or {}).get("submission"))
+            claim = read_record(Claim, state.attempt.claim_json)
+            folder = str(claim and claim.submission)
             if folder not in intents:
-                intents[folder] = str((read_json(root / folder / "intent.json") or {}).get("code_version"))
-        except RunError:  # its state says what is damaged
-            continue
-        if ran != intents[folder]:
-            runs.setdefault((intents[folder], ran), []).append(state.run.label)
+                intent = read_record(Intent, root / folder / "intent.json")
+                intents[folder] = str(intent and intent.code_version)
+            if start.code_version != intents[folder]:
+                runs.setdefault((intents[folder], start.code_version), []).append(state.run.label)
     lines = []
     for (submitted, ran), labels in runs.items():
         more = f" and {len(labels) - 1} more" if labels[1:] else ""
@@ -182,20 +152,14 @@ def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
 def _helper_ends(submission: SubmissionDir) -> bool:
     """Wait while the helper of a submission is alive; whether it has written the receipt."""
     try:
-        helper = (read_json(submission.launch_json) or {}).get("process")
+        launch = read_record(Launch, submission.launch_json)
     except RunError:  # damaged: SLURM knows what has become of it
-        helper = None
+        launch = None
+    helper = launch and launch.process
     deadline = time.monotonic() + HELPER_WAIT_S
-    while not submission.receipt_json.exists() and _alive(helper) and time.monotonic() < deadline:
+    while not submission.receipt_json.exists() and helper and helper.alive() and time.monotonic() < deadline:
         time.sleep(0.2)
     return submission.receipt_json.exists()
-
-
-def _alive(process: Any) -> bool | None:
-    try:
-        return ProcessId.model_validate(process).alive()
-    except ValidationError:
-        return False
 
 
 def _wait_for_jobs(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:

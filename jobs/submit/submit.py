@@ -28,7 +28,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,10 +40,11 @@ from jobs.execute.die_with_parent import child_environment
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
 from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_seeds, most_replicas
 from jobs.profile import LocalProfile, Profile, SlurmProfile
+from jobs.records import Place
 from jobs.scheduler.client import Scheduler, scheduler_environment
 from jobs.scheduler.job_output import ENDED_EARLY
 from jobs.state import RunState, withdraw
-from jobs.submit.submission import Place, SubmissionDir, adopt, check_root, close
+from jobs.submit.submission import SubmissionDir, adopt, check_root, close
 from jobs.sweep import Run, SweepDir, SweepError
 from vitpa.arguments import ConfigError, literal_path
 from vitpa.code_version import code_version
@@ -292,7 +293,7 @@ def submit(
     for batch in plan.batches:
         try:
             ours, reasons = _submit_batch(
-                sweep, replace(batch, how={**batch.how, "place": asdict(plan.place)}), root, scheduler, code
+                sweep, replace(batch, how={**batch.how, "place": plan.place.model_dump()}), root, scheduler, code
             )
         except RefusedError as error:  # what needs other resources may be taken
             if len(plan.batches) == 1:

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from jobs.execute.slots import Slot, gpu_memory_gib, take_slot
-from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, tasks_of, unsupported_reason
+from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, unsupported_reason
 from jobs.profile import LocalProfile, SlurmProfile
+from jobs.records import Intent, WantedRun
 from jobs.scheduler.client import Scheduler
 from jobs.state import RunState, StateReader
 from jobs.submit.submit import prepare
@@ -131,8 +132,9 @@ def test_what_cannot_be_stacked_trains_alone() -> None:
 
 
 def test_an_intent_of_an_earlier_version_has_a_task_per_run() -> None:
-    assert tasks_of({"runs": [{}, {}, {}]}) == [[0], [1], [2]]
-    assert tasks_of({"runs": [{}, {}, {}], "tasks": [[0, 2], [1]]}) == [[0, 2], [1]]
+    runs = [WantedRun(signature="0" * 16)] * 3
+    assert Intent(token="t", runs=runs).groups == [[0], [1], [2]]
+    assert Intent(token="t", runs=runs, tasks=[[0, 2], [1]]).groups == [[0, 2], [1]]
 
 
 def order_sizes(root: Path, profile: LocalProfile | SlurmProfile, seeds: int) -> list[int]:

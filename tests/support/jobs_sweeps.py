@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 import jobs.submit.submit
-from jobs.groups import tasks_of
+from jobs.records import Intent
 from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.own_jobs import SlurmJob
@@ -241,14 +241,14 @@ class Field:
         assert not snapshot.error
         for path in self.root.glob("sweeps/*/submissions/*/intent.json"):
             try:
-                intent = read_json(path) or {}
+                intent = Intent.of(path.parent)
             except RunError:  # a test has damaged it
                 continue
-            for task, indices in enumerate(tasks_of(intent)):
+            for task in range(len(intent.groups)):
                 job = snapshot.of(path.parent.name.partition("-")[2], task)
                 if job is not None and job.live:
-                    for index in indices:
-                        found[intent["runs"][index]["signature"]].append(job)
+                    for signature in intent.signatures(task):
+                        found[signature].append(job)
         return found
 
     def live(self) -> int:

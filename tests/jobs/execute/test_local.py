@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
+from jobs.records import Claim
 from jobs.report.logs import tail
 from jobs.state import StateReader
 from jobs.sweep import Run
@@ -33,7 +34,7 @@ def member(root: Path, run: Run) -> Member:
     attempt = directory.claim_attempt(len(directory.attempts()) + 1, claim)
     assert attempt is not None
     write_json(attempt.start_json, me)
-    return Member(directory, attempt, claim)
+    return Member(directory, attempt, Claim.model_validate(claim))
 
 
 def run_out(command: list[str], *members: Member) -> None:

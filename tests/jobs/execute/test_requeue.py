@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.execute.requeue import End, History, LastAttempt, first_step
-from jobs.records import Execution, Exit, Left, Start
+from jobs.records import Execution, Exit, Start
+from vitpa.attempt import Left
 from vitpa.records import ProcessId, with_checksum, write_json
 from vitpa.rundir import RunDir
 

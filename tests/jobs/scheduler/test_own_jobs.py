@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.execute.attempt import Signals
-from jobs.execute.slurm import Place, _Job
+from jobs.execute.slurm import Place, SlurmIntent, _Job
 from jobs.scheduler.client import Scheduler, query_environment, scheduler_environment
 from jobs.scheduler.cluster import ask
 from jobs.scheduler.own_jobs import ACCOUNT_COLUMNS, COLUMN, QUEUE_COLUMNS, RECORD, in_accounting, in_queue
@@ -208,7 +208,7 @@ def test_job_ids_that_began_anew(field: Field, neighbour: Neighbour, started: bo
     assert state.state == ("lost" if started else "uncertain")
     assert state.job is None
     assert Scheduler(field.environment).job(neighbour.id, "00000000") is None
-    intent = read_json(field.files("intent.json")[0]) or {}
+    intent = SlurmIntent.of(field.files("intent.json")[0].parent)
     here = Place(neighbour.id, 0, 0, "node", 0, 1)  # a job script that was started by hand in an allocation of another use
     job = _Job(field.root, field.files("intent.json")[0].parent, intent, here, Signals())
     job.scheduler = Scheduler(field.environment)
