@@ -35,6 +35,7 @@ from tests.support.shared_writer import SharedWriter, _one_writer, writer
 from vitpa.data.beton import FIELD, HEADER, SAMPLE, Beton
 from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.records import ProcessId
+from vitpa.terminal import logged_lines
 
 __all__ = ["_one_writer", "writer"]  # one process writes for all tests of this file
 
@@ -560,7 +561,7 @@ def test_progress_is_rare_lines_without_a_terminal(
 ) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: clock.now)
-    with progress_bar("pets/train", 1000) as advance:
+    with logged_lines(), progress_bar("pets/train", 1000) as advance:
         clock.now += 1000  # until the work begins
         advance(0)
         for _ in range(10):
