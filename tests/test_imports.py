@@ -12,7 +12,7 @@ from tests.support.repository import ROOT
 
 OURS = ("vitpa", "jobs", "data_prep", "slurm")
 COMMAND_LINE = ("vitpa.arguments", "vitpa.errors", "vitpa.terminal", "vitpa.console", "vitpa.documents")
-TORCH = {"torch", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
+TORCH = {"torch", "jaxtyping", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -66,7 +66,7 @@ def test_every_module_imports_only_what_it_may(package: str) -> None:
 
 
 def test_models_need_torch_and_timm_only() -> None:
-    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "vitpa.models")
+    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "jaxtyping", "vitpa.models")
     wrong = [
         (module, name) for module, path in modules("vitpa/models") for name in imported(path) if not within(name, allowed)
     ]
@@ -74,7 +74,7 @@ def test_models_need_torch_and_timm_only() -> None:
 
 
 def test_kernels_need_torch_and_triton_only() -> None:
-    allowed = ("typing", "torch", "triton", "vitpa.kernels")
+    allowed = ("typing", "torch", "triton", "jaxtyping", "vitpa.kernels")
     wrong = [
         (module, name) for module, path in modules("vitpa/kernels") for name in imported(path) if not within(name, allowed)
     ]

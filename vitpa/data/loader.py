@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from vitpa.data.prefetch import read_ahead
@@ -55,8 +56,8 @@ class ResidentFeed:
         """What `gather` needs for the next micro-batch, number `micro` of its step."""
         return self.order, self.next
 
-    def gather(self, order: Tensor, first: Tensor) -> Batch:
-        """The images (R*B, 3, H, W) uint8 from position `first` of the order (R, N) on."""
+    def gather(self, order: Int64[Tensor, "R N"], first: Int64[Tensor, ""]) -> Batch:
+        """The R * B images from position `first` of the order on."""
         images = self.images["train"]
         columns = first + torch.arange(self.batch_size, device=order.device)
         samples = order.index_select(1, columns).flatten()  # R*B
@@ -77,8 +78,8 @@ class ResidentFeed:
         """What `gather_eval` needs for the next batch."""
         return (self.eval_next,)
 
-    def gather_eval(self, first: Tensor) -> Batch:
-        """The val images (E, 3, H, W) uint8 from `first` on, this process's share; the label -1 stands for "no image"."""
+    def gather_eval(self, first: Int64[Tensor, ""]) -> Batch:
+        """The E val images from `first` on, this process's share; the label -1 stands for "no image"."""
         images, stride = self.images["val"], self.group.world_size
         samples = first + stride * torch.arange(self.eval_batch_size, device=first.device)
         real = samples < len(images.labels)  # the others fill up the last batch
@@ -179,7 +180,7 @@ class StreamedFeed:
         return tuple(self._micro(micro))
 
     def gather(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
-        """The images (B, 3, H, W) uint8 as they are."""
+        """The images as they are."""
         return Batch(images, samples, labels)
 
     def advance(self) -> None:
@@ -209,7 +210,7 @@ class StreamedFeed:
         return tuple(self._eval_slot)
 
     def gather_eval(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
-        """The images (E, 3, H, W) uint8 as they are; the label -1 stands for "no image"."""
+        """The images as they are; the label -1 stands for "no image"."""
         return Batch(images, samples, labels)
 
     def advance_eval(self) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError
 
 
-def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:
-    """All images (N, 3, H, W) uint8 and labels (N,) of a .beton, whose whole content is checked against its manifest.
+def decoded(beton: Beton, img_size: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int64[Tensor, " N"]]:
+    """All images and labels of a .beton, whose whole content is checked against its manifest.
 
     Raises:
         BetonError: the content is damaged, or the images are not all of `img_size` pixels.
@@ -30,9 +31,9 @@ def decoded(beton: Beton, img_size: int) -> tuple[Tensor, Tensor]:
 
 
 class ResidentImages:
-    """Images (N, 3, H, W) uint8, all of one size, with their labels (N,) int64, on a device."""
+    """Images, all of one size, with their labels, on a device."""
 
-    def __init__(self, images: Tensor, labels: Tensor, *, device: torch.device):
+    def __init__(self, images: UInt8[Tensor, "N 3 H W"], labels: Int64[Tensor, " N"], *, device: torch.device):
         self.images, self.labels = images.to(device), labels.to(device)
 
     @staticmethod

@@ -12,8 +12,11 @@ import struct
 from enum import IntEnum
 
 import torch
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
+Counters = Int64[Tensor, "*#S"]
+Stream = int | Counters
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX2 = 0x94D049BB133111EB - 2**64
@@ -46,11 +49,8 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical: torch's >> keeps the sign
 
 
-def random_bits(stream: int | Tensor, counters: Tensor) -> Tensor:
-    """64 random bits, as int64, for each of `counters` (int64, any shape), in the stream of that key.
-
-    Counters may be of several streams: then `stream` is an int64 tensor that broadcasts to their shape.
-    """
+def random_bits(stream: Stream, counters: Counters) -> Int64[Tensor, "*S"]:
+    """64 random bits for each of `counters`, in the stream of that key, or each in its own."""
     z = counters * _GOLDEN + stream
     for _ in range(2):  # twice, since streams may differ by small multiples of the increment
         z = (z ^ _shift(z, 30)) * _MIX1
@@ -59,23 +59,23 @@ def random_bits(stream: int | Tensor, counters: Tensor) -> Tensor:
     return z
 
 
-def uniform(stream: int | Tensor, counters: Tensor, draw: int | Tensor = 0) -> Tensor:
-    """float32 numbers in [0, 1) with 24 random bits, one for each of `counters`; `draw` numbers several per counter."""
+def uniform(stream: Stream, counters: Counters, draw: Stream = 0) -> Float32[Tensor, "*S"]:
+    """Numbers in [0, 1) with 24 random bits, one for each of `counters`; `draw` numbers several per counter."""
     bits = random_bits(stream + draw, counters)  # nearby keys are as good as distant ones after the mixing
     return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
-def randint(stream: int | Tensor, counters: Tensor, high: int, draw: int | Tensor = 0) -> Tensor:
-    """int64 numbers in [0, high), one for each of `counters`."""
+def randint(stream: Stream, counters: Counters, high: int, draw: Stream = 0) -> Int64[Tensor, "*S"]:
+    """Numbers in [0, high), one for each of `counters`."""
     return _shift(random_bits(stream + draw, counters), 33) % high  # 31 bits: the bias is below high / 2^31
 
 
-def permutation(stream: int, n: int, device: torch.device | None = None) -> Tensor:
-    """A random order of 0 .. n-1 (int64, n)."""
+def permutation(stream: int, n: int, device: torch.device | None = None) -> Int64[Tensor, " n"]:
+    """A random order of 0 .. n-1."""
     return torch.argsort(random_bits(stream, torch.arange(n, device=device)), stable=True)
 
 
-def materialize(values: Tensor) -> Tensor:
+def materialize(values: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
     """The same values, computed once where they are compiled into kernels that use them many times.
 
     torch.compile would rather compute a random number again for each pixel that asks for it; a view with given strides

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from vitpa.data.rng import Purpose, key, permutation, random_bits
@@ -20,9 +21,9 @@ BUFFER_BYTES = 2 << 30  # of a shuffle buffer: the page cache holds two of them:
 class Batch(NamedTuple):
     """Images of one size with what belongs to them, on the device that trains; not augmented, not normalised."""
 
-    images: Tensor  # (B, 3, H, W) uint8
-    samples: Tensor  # (B,) int64, their numbers in the data set; -1 for no image, which fills up a batch of an evaluation
-    labels: Tensor  # (B,) int64; -1 for no image
+    images: UInt8[Tensor, "B 3 H W"]
+    samples: Int64[Tensor, " B"]  # their numbers in the data set; -1 for no image, which fills up a batch of an evaluation
+    labels: Int64[Tensor, " B"]  # -1 for no image
 
 
 class Shards(NamedTuple):
@@ -43,8 +44,8 @@ class Shards(NamedTuple):
         return cls(SHARD_SAMPLES * parts, -(-total_bytes // BUFFER_BYTES))
 
 
-def labels_of(labels: npt.NDArray[np.int64], samples: Tensor) -> Tensor:
-    """The labels (B,) int64 of `samples` (B,), out of all `labels` (N,), on the CPU; -1 for the sample -1."""
+def labels_of(labels: Int64[np.ndarray, " N"], samples: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
+    """The labels of `samples`, out of all `labels`, on the CPU; -1 for the sample -1."""
     return torch.where(samples < 0, -1, torch.from_numpy(labels[samples.numpy()]))
 
 
@@ -53,8 +54,8 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return num_samples // global_batch_size
 
 
-def shuffle_buffers(seed: int, epoch: int, num_samples: int, shards: Shards) -> Tensor:
-    """In which shuffle buffer of the epoch each sample comes: (num_samples,) int64, the same for all samples of a shard.
+def shuffle_buffers(seed: int, epoch: int, num_samples: int, shards: Shards) -> Int64[Tensor, " num_samples"]:
+    """In which shuffle buffer of the epoch each sample comes: the same for all samples of a shard.
 
     Of each `shards.num_buffers` shards that follow one another every buffer has one, at random: its samples come from all
     parts of the file, hence of all classes, although files are in the order of the classes.
@@ -65,8 +66,8 @@ def shuffle_buffers(seed: int, epoch: int, num_samples: int, shards: Shards) -> 
     return bits.argsort(dim=1, stable=True).flatten().repeat_interleave(shards.size)[:num_samples]
 
 
-def epoch_order(seed: int, epoch: int, num_samples: int, shards: Shards | None = None) -> Tensor:
-    """The samples of an epoch one after another: (num_samples,) int64.
+def epoch_order(seed: int, epoch: int, num_samples: int, shards: Shards | None = None) -> Int64[Tensor, " num_samples"]:
+    """The samples of an epoch one after another.
 
     A random order; with `shards` (`quasi_random`) cut into shuffle buffers, of which each has whole shards in random order
     of their samples. With one buffer it is the random order itself.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from vitpa.kernels.partials import sum_partials
@@ -226,8 +227,8 @@ def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, Tenso
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
-    """Attend within each image: qkv (M, N, 3, H, d) in float32 or bfloat16, q_bias (R, H * d) float32 -> (M, N, H * d).
+def attention(qkv: Float[Tensor, "M N 3 H d"], q_bias: Float32[Tensor, "R H*d"]) -> Float[Tensor, "M N H*d"]:
+    """Attend within each image; qkv in float32 or bfloat16.
 
     The images of each replica follow one another; its bias is added to its queries. Probabilities are rounded to the type of
     qkv where they are multiplied, as are their gradients and the biased queries; sums are float32.

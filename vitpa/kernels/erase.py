@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 TILE = 512  # pixels of a program: 4 a thread, whose numbers are one load of bytes and one store of floats
@@ -133,11 +134,13 @@ def _(images: Tensor, scale: Tensor, shift: Tensor, boxes: Tensor, words: Tensor
     return images.new_empty(images.shape, dtype=torch.float32)
 
 
-def normalize_and_erase(images: Tensor, scale: Tensor, shift: Tensor, boxes: Tensor, words: Tensor, normals: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) -> float32 x * scale - shift, and standard normal numbers in a box of each.
+def normalize_and_erase(
+    images: UInt8[Tensor, "B 3 H W"], scale: Float32[Tensor, "3 1 1"], shift: Float32[Tensor, "3 1 1"],
+    boxes: Int64[Tensor, "B 4"], words: Int64[Tensor, " B"], normals: Float32[Tensor, " 65536"],
+) -> Float32[Tensor, "B 3 H W"]:  # fmt: skip
+    """Images x -> x * scale - shift, and standard normal numbers in a box of each.
 
-    `scale` and `shift` are of 3 float32, a channel each; `boxes` (B, 4) int64: top, left, height and width, of no pixel for
-    none; `words` (B,) int64: what the numbers of an image are drawn from; `normals` (65536,) float32: the numbers.
+    `boxes`: top, left, height and width, of no pixel for none; `words`: what the numbers of an image are drawn from.
     """
     out: Tensor = _normalize_and_erase(images, scale, shift, boxes, words, normals)
     return out
@@ -163,12 +166,13 @@ def _(
 
 
 def normalize_erase_and_mix(
-    images: Tensor, scale: Tensor, shift: Tensor, boxes: Tensor, words: Tensor, normals: Tensor, weights: Tensor, cuts: Tensor
-) -> Tensor:
+    images: UInt8[Tensor, "B 3 H W"], scale: Float32[Tensor, "3 1 1"], shift: Float32[Tensor, "3 1 1"],
+    boxes: Int64[Tensor, "B 4"], words: Int64[Tensor, " B"], normals: Float32[Tensor, " 65536"],
+    weights: Float32[Tensor, " B//2"], cuts: Int64[Tensor, "B//2 4"],
+) -> Float32[Tensor, "B 3 H W"]:  # fmt: skip
     """As `normalize_and_erase`, and then each image is mixed with its neighbour: B is even.
 
-    `weights` (B / 2,) float32: of an image's own pixels in what a pair becomes; `cuts` (B / 2, 4) int64: top, left, height
-    and width of what each of a pair takes from the other.
+    `weights`: of an image's own pixels in what a pair becomes; `cuts`: top, left, height and width of what each takes.
     """
     out: Tensor = _normalize_erase_and_mix(images, scale, shift, boxes, words, normals, weights, cuts)
     return out

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from vitpa.kernels.partials import rows_apart, sum_partials, tokens_a_program
@@ -121,8 +122,8 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU (that of erf, not tanh's) of x + bias: x (R, M, D) in float32 or bfloat16, bias (R, D) float32 -> (R, M, D).
+def bias_gelu(x: Float[Tensor, "R M D"], bias: Float32[Tensor, "R D"]) -> Float[Tensor, "R M D"]:
+    """GELU (that of erf, not tanh's) of x + bias, x in float32 or bfloat16.
 
     Computed in float32, and rounded to the type of x once; the bias's gradient is summed before it would be rounded.
     """

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from vitpa.kernels.partials import sum_partials
@@ -161,8 +162,8 @@ def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def mix(attention: Tensor, v: Tensor) -> Tensor:
-    """Mix the tokens of all images: attention (R, H, N, N) float32, v (R, B, N, H, d) -> (R, B, N, H * d).
+def mix(attention: Float32[Tensor, "R H N N"], v: Float[Tensor, "R B N H d"]) -> Float[Tensor, "R B N H*d"]:
+    """Mix the tokens of all images.
 
     The matrix is rounded to the type of v (float32 or bfloat16) where it is multiplied; sums are float32, and so is the
     matrix's gradient. A bias of v need not be added before: rows that sum to 1 let it through unchanged.

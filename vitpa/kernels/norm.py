@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from vitpa.kernels.partials import PROGRAMS, rows_apart, sum_partials, tokens_a_program
@@ -188,22 +189,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def add_norm(
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Add a branch and its bias to the residual stream, and norm the sum over the last axis.
+    residual: Float[Tensor, "R M D"], branch: Float[Tensor, "R M D"], bias: Float32[Tensor, "R D"],
+    weight: Float32[Tensor, "R D"], norm_bias: Float32[Tensor, "R D"], eps: float, scale: Float32[Tensor, "R B"] | None = None,
+) -> tuple[Float[Tensor, "R M D"], Float[Tensor, "R M D"]]:  # fmt: skip
+    """Add a branch and its bias to the residual stream, and norm the sum over the last axis: the sum and its norm.
 
-    Args:
-        residual: (R, M, D) in float32 or bfloat16.
-        branch: (R, M, D) in the same type, such as the product of a projection without its bias.
-        bias: (R, D) float32.
-        weight: The norm's weight (R, D) float32.
-        norm_bias: The norm's bias (R, D) float32.
-        eps: Added to the variance, as in `torch.nn.LayerNorm`.
-        scale: (R, B) float32, what the branch and bias of each image of M / B tokens are multiplied by; None for 1.
-
-    Returns:
-        residual + scale * (branch + bias), and its layer norm, both (R, M, D) in the residual's type; computed in float32.
-        The scale has no gradient.
+    Both come in the type of residual and branch, float32 or bfloat16, and are computed in float32. `eps` is added to the
+    variance, as in `torch.nn.LayerNorm`. `scale`, which has no gradient, multiplies the branch and bias of each image of
+    M / B tokens; None for 1.
     """
     total, normed, _, _ = _forward(residual, branch, bias, weight, norm_bias, eps, scale)
     return total, normed

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 TILE = 2048  # numbers a program holds at a time: 16 a thread
@@ -19,8 +20,8 @@ def tokens_a_program(tokens: int, programs: int = PROGRAMS) -> int:
     return max(MIN_TOKENS, (tokens + programs - 1) // programs)
 
 
-def rows_apart(vectors: Tensor) -> Tensor:
-    """A vector for each replica (R, D), which may lie apart, as views into a larger buffer do; each contiguous."""
+def rows_apart(vectors: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
+    """A vector for each replica, which may lie apart, as views into a larger buffer do; each contiguous."""
     return vectors if vectors.stride(1) == 1 else vectors.contiguous()
 
 
@@ -37,8 +38,8 @@ def _sum_kernel(parts, total, S, L, share, ROWS: tl.constexpr, COLUMNS: tl.const
     tl.store(total + (group * tl.num_programs(2) + tl.program_id(2)) * L + column, tl.sum(tile, 0), mask=column < L)
 
 
-def sum_partials(parts: Tensor) -> Tensor:
-    """Sum partial results (groups, S, L) float32 over S -> (groups, L)."""
+def sum_partials(parts: Float32[Tensor, "groups S L"]) -> Float32[Tensor, "groups L"]:
+    """Sum partial results over S."""
     groups, S, L = parts.shape
     share = S if S <= ONE_PASS else triton.next_power_of_2(int(S**0.5))
     rows = min(MAX_ROWS, triton.next_power_of_2(share))

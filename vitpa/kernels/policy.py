@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float64, Int32, Int64, UInt8
 from torch import Tensor
 
 # What an operation looks at: nothing, a pixel's value, its three channels, its neighbours, other places; the last three
@@ -209,21 +210,26 @@ def _(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tens
     return torch.empty_like(images, memory_format=torch.contiguous_format)
 
 
-def statistics(images: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-    """Of images (B, 3, H, W) uint8 that need them: histograms (B, 3, V) int32 and sums of brightness (B,) int64; of others 0.
+def statistics(
+    images: UInt8[Tensor, "B 3 H W"], kind: Int32[Tensor, " B"]
+) -> tuple[Int32[Tensor, "B 3 256"], Int64[Tensor, " B"]]:
+    """Of images that need them: histograms and sums of brightness; of others 0.
 
-    `kind` (B,) int32 are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum.
+    `kind` are indices of KINDS: AutoContrast and Equalize need a histogram, Contrast needs the sum.
     """
     found: tuple[Tensor, Tensor] = _statistics(images, kind)
     return found
 
 
-def apply(images: Tensor, kind: Tensor, tables: Tensor, ratios: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
-    """The images (B, 3, H, W) uint8, each after the operation of its kind (B,) int32, as Pillow does it.
+def apply(
+    images: UInt8[Tensor, "B 3 H W"], kind: Int32[Tensor, " B"], tables: UInt8[Tensor, "B 3 256"],
+    ratios: Float64[Tensor, "B 2"], matrix: Int64[Tensor, "B 6"], fill: UInt8[Tensor, " 3"],
+) -> UInt8[Tensor, "B 3 H W"]:  # fmt: skip
+    """The images, each after the operation of its kind, as Pillow does it.
 
-    `tables` (B, 3, V) uint8: what becomes of a pixel value; `ratios` (B, 2) float64: the weights of the image and of what it
-    is blended with; `matrix` (B, 6) int64 in units of 2^-32: [x, y of the source] = matrix.view(2, 3) @ [column, row, 1],
-    where a pixel's centre is at its number plus 1/2; `fill` (3,) uint8: the colour outside.
+    `tables`: what becomes of a pixel value; `ratios`: the weights of the image and of what it is blended with; `matrix` in
+    units of 2^-32: [x, y of the source] = matrix.view(2, 3) @ [column, row, 1], where a pixel's centre is at its number plus
+    1/2; `fill`: the colour outside.
     """
     out: Tensor = _operations(images, kind, tables, ratios, matrix, fill)
     return out

@@ -12,6 +12,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 ROWS = 4  # of the output, a program
@@ -98,16 +99,16 @@ def room(B: int, S: int, taps: int) -> int:
     return B * 2 * (taps + 1) * S
 
 
-def resize(plan: Tensor, weights: Tensor, out: Tensor, *, taps: int) -> None:
+def resize(plan: Int64[Tensor, "B 10"], weights: Int32[Tensor, " n"], out: UInt8[Tensor, "B 3 S S"], *, taps: int) -> None:
     """Fill `out` with a window of each image, resized.
 
     Args:
-        plan: (B, 10) int64 on the device of the images. For each image: the address of the first byte of its region; the
+        plan: On the device of the images. For each image: the address of the first byte of its region; the
             strides of a row, a column and a channel in bytes; height and width of the region; height and width to which
             all of the region is resized; top and left of the window in that. Pixels beyond the region have no influence.
             A region without pixels is black.
-        weights: (n,) int32, n >= `room(B, S, taps)`, for the use of this function.
-        out: (B, 3, S, S) uint8, contiguous: the windows.
+        weights: n >= `room(B, S, taps)`, for the use of this function.
+        out: Contiguous: the windows.
         taps: How many pixels of a region make one along an axis: 1 + 2 * size / (what it is resized to), rounded up, and at
             least 3; the largest of all.
     """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from vitpa.kernels.partials import sum_partials
@@ -185,8 +186,8 @@ def _differentiate(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, Tenso
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def tiled_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
-    """Attend within each image: qkv (M, N, 3, H, d) in float32 or bfloat16, q_bias (R, H * d) float32 -> (M, N, H * d).
+def tiled_attention(qkv: Float[Tensor, "M N 3 H d"], q_bias: Float32[Tensor, "R H*d"]) -> Float[Tensor, "M N H*d"]:
+    """Attend within each image; qkv in float32 or bfloat16.
 
     As `vitpa.kernels.attention.attention`, for any number of tokens up to `MAX_TOKENS`.
     """

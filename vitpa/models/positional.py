@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -29,14 +30,14 @@ class PositionalAttention(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def attention(self, pos_embed: Tensor) -> Tensor:
-        """The attention matrices (H, N, N), rows summing to 1, of the positional encoding (1, N, D)."""
+    def attention(self, pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "H N N"]:
+        """The attention matrices, rows summing to 1, of the positional encoding."""
         _, N, D = pos_embed.shape
         q, k = self.qk(pos_embed).view(N, 2, self.num_heads, D // self.num_heads).permute(1, 2, 0, 3)  # each H, N, d
         return torch.softmax(self.scale * (q @ k.transpose(-2, -1)), dim=-1)
 
-    def forward(self, x: Tensor, pos_embed: Tensor) -> Tensor:
-        """Mix the tokens x (B, N, D) with the attention of `pos_embed` (1, N, D) -> (B, N, D)."""
+    def forward(self, x: Float[Tensor, "B N D"], pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "B N D"]:
+        """Mix the tokens x with the attention of `pos_embed`."""
         B, N, D = x.shape
         v = self.v(x).view(B, N, self.num_heads, D // self.num_heads)
         v = v.permute(2, 1, 0, 3).reshape(self.num_heads, N, -1)  # H, N, B*d: one product per head for the whole batch
@@ -54,13 +55,13 @@ class PositionalVisionTransformer(VisionTransformer):
         for block in self.blocks:
             block.attn = PositionalAttention(embed_dim, num_heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, K)."""
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+        """Images -> logits."""
         logits: Tensor = self.forward_head(self.forward_features(x))
         return logits
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> tokens (B, N, D) after the last norm."""
+    def forward_features(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """Images -> tokens after the last norm."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # P is not added
         x = self.norm_pre(x)
@@ -70,6 +71,6 @@ class PositionalVisionTransformer(VisionTransformer):
         normed: Tensor = self.norm(x)
         return normed
 
-    def attention_maps(self) -> Tensor:
-        """The attention of every layer and head (depth, H, N, N): the same for every image."""
+    def attention_maps(self) -> Float[Tensor, "depth H N N"]:
+        """The attention of every layer and head: the same for every image."""
         return torch.stack([block.attn.attention(self.pos_embed) for block in self.blocks])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,11 +35,8 @@ class Operations(NamedTuple):
     bias_gelu: Callable[[Tensor, Tensor], Tensor]
 
 
-def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
-    """Queries, keys and values (M, N, 3, H, d) of M images and a bias (R, D) of the queries of each replica's M / R images.
-
-    Returns softmax(q k^T / sqrt(d)) v, as (M, N, D).
-    """
+def plain_attention(qkv: Float[Tensor, "M N 3 H d"], q_bias: Float[Tensor, "R H*d"]) -> Float[Tensor, "M N H*d"]:
+    """softmax(q k^T / sqrt(d)) v of M images, with a bias of the queries for each replica's M / R images."""
     M, N, _, H, d = qkv.shape
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each M, H, N, d
     bias = q_bias.repeat_interleave(M // len(q_bias), dim=0).view(M, H, 1, d)
@@ -46,8 +44,8 @@ def plain_attention(qkv: Tensor, q_bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(M, N, H * d)
 
 
-def plain_mix(attention: Tensor, v: Tensor) -> Tensor:
-    """Attention matrices (R, H, N, N) of positions, applied to the values (R, B, N, H, d) of every image -> (R, B, N, D)."""
+def plain_mix(attention: Float[Tensor, "R H N N"], v: Float[Tensor, "R B N H d"]) -> Float[Tensor, "R B N H*d"]:
+    """Attention matrices of positions, applied to the values of every image."""
     R, B, N, H, d = v.shape
     by_head = v.permute(0, 3, 2, 1, 4).reshape(R * H, N, B * d)  # one product per head for the whole batch
     mixed = torch.bmm(attention.to(v.dtype).reshape(R * H, N, N), by_head)
@@ -55,11 +53,12 @@ def plain_mix(attention: Tensor, v: Tensor) -> Tensor:
 
 
 def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
-    residual: Tensor, branch: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor, eps: float, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The sum of residual and branch (R, M, D) and a bias (R, D), and the layer norm of that sum.
+    residual: Float[Tensor, "R M D"], branch: Float[Tensor, "R M D"], bias: Float[Tensor, "R D"], weight: Float[Tensor, "R D"],
+    norm_bias: Float[Tensor, "R D"], eps: float, scale: Float[Tensor, "R B"] | None,
+) -> tuple[Float[Tensor, "R M D"], Float[Tensor, "R M D"]]:  # fmt: skip
+    """The sum of residual, branch and bias, and the layer norm of that sum.
 
-    `scale` (R, B), B images of M / B tokens each, multiplies an image's branch with its bias; None stands for 1.
+    `scale`, B images of M / B tokens each, multiplies an image's branch with its bias; None stands for 1.
     """
     total, added = residual.to(bias.dtype), branch.to(bias.dtype)
     if scale is None:
@@ -70,16 +69,18 @@ def plain_add_norm(  # noqa: PLR0917 - the signature of the kernel
     return total, norm(total, weight, norm_bias, eps)
 
 
-def plain_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU of x (R, M, D) and a bias (R, D), computed in the type of the bias; of x's type."""
+def plain_bias_gelu(x: Float[Tensor, "R M D"], bias: Float[Tensor, "R D"]) -> Float[Tensor, "R M D"]:
+    """GELU of x and a bias, computed in the type of the bias; of x's type."""
     return F.gelu(x.to(bias.dtype) + bias[:, None]).to(x.dtype)
 
 
 PLAIN = Operations(plain_attention, plain_mix, plain_add_norm, plain_bias_gelu)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of x (R, M, D) with a weight and bias (R, D) per replica, computed in their type; of x's type."""
+def norm(
+    x: Float[Tensor, "R M D"], weight: Float[Tensor, "R D"], bias: Float[Tensor, "R D"], eps: float
+) -> Float[Tensor, "R M D"]:
+    """Layer norm of x with a weight and bias per replica, computed in their type; of x's type."""
     normed = F.layer_norm(x.to(weight.dtype), x.shape[-1:], eps=eps)
     return (normed * weight[:, None] + bias[:, None]).to(x.dtype)
 
@@ -99,12 +100,12 @@ class StackedViT:
         self,
         weights: Mapping[str, Tensor],
         copies: Mapping[str, Tensor],
-        images: Tensor,
-        scales: Tensor | None = None,
-    ) -> Tensor:
-        """Images (R, B, 3, H, W) -> logits (R, B, K).
+        images: Float[Tensor, "R B 3 H W"],
+        scales: Float[Tensor, "depth 2 R B"] | None = None,
+    ) -> Float[Tensor, "R B K"]:
+        """Images -> logits.
 
-        `scales` (depth, 2, R, B) multiply the two branches of each block, image by image: stochastic depth.
+        `scales` multiply the two branches of each block, image by image: stochastic depth.
         `weights` has the parameters (R, ...) by timm's names, and `copies` the same in bfloat16, in which products are then
         computed and tokens kept; without `copies` all is of the type of the weights. Gradients are of `weights`.
         """
@@ -306,7 +307,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return gradient.transpose(1, 2).contiguous() if wide else gradient
 
 
-def product(x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
-    """x (R, M, in) times the transposed weight (R, out, in) of a linear layer -> (R, M, out), in the type of x and `copy`."""
+def product(
+    x: Float[Tensor, "R M inp"], weight: Float[Tensor, "R out inp"], copy: Float[Tensor, "R out inp"]
+) -> Float[Tensor, "R M out"]:
+    """x times the transposed weight of a linear layer, in the type of x and `copy`."""
     result: Tensor = _Product.apply(x, weight, copy)
     return result

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 NEVER = 2**62  # as a step: it has not happened
@@ -22,14 +23,14 @@ class MetricAccumulator:
         self.grad_norm = torch.zeros(replicas, device=device)  # of the newest step, before clipping
         self.first_nonfinite_step = torch.full((replicas,), NEVER, device=device)  # by its loss or its gradient
 
-    def add(self, losses: Tensor, correct: Tensor, images: int) -> None:
-        """Count a batch of `images` per run: mean losses (R,), numbers of correct predictions (R,)."""
+    def add(self, losses: Float[Tensor, " R"], correct: Int64[Tensor, " R"], images: int) -> None:
+        """Count a batch of `images` per run: mean losses, numbers of correct predictions."""
         self.sums[:, 0] += losses.double() * images
         self.sums[:, 1] += correct
         self.sums[:, 2] += images
 
-    def check(self, step: Tensor | int, losses: Tensor, grad_norm: Tensor) -> None:
-        """Note the gradients' norms (R,), and `step` for the runs of which it is the first that is not finite."""
+    def check(self, step: Int64[Tensor, ""] | int, losses: Float[Tensor, " R"], grad_norm: Float[Tensor, " R"]) -> None:
+        """Note the gradients' norms, and `step` for the runs of which it is the first that is not finite."""
         finite = losses.isfinite() & grad_norm.isfinite()
         self.grad_norm.copy_(grad_norm)
         first = self.first_nonfinite_step

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from vitpa.optim import load_moments
@@ -58,16 +59,16 @@ class ReplicaAdamW:
         self._gradients_by_replica = [view for r in range(self.R) for view in self.of_replica(self.gradients, r).values()]
         self._show_state(0)
 
-    def of_replica(self, buffer: Tensor, replica: int) -> dict[str, Tensor]:
-        """What `buffer` (R, P) holds of each parameter of one model, by name."""
+    def of_replica(self, buffer: Float[Tensor, "R P"], replica: int) -> dict[str, Tensor]:
+        """What `buffer` holds of each parameter of one model, by name."""
         return {name: view[replica] for name, view in self.by_name(buffer).items()}
 
-    def by_name(self, buffer: Tensor) -> dict[str, Tensor]:
-        """What `buffer` (R, P) holds of each parameter, by name: views (R, ...)."""
+    def by_name(self, buffer: Float[Tensor, "R P"]) -> dict[str, Tensor]:
+        """What `buffer` holds of each parameter, by name: views (R, ...)."""
         return {name: buffer[:, at : at + shape.numel()].unflatten(1, shape) for name, (at, shape) in self.spans.items()}
 
-    def take_gradients(self, gradients: Iterable[Tensor], *, add: bool = False) -> None:
-        """Copy the gradients (R, ...) of all parameters, in the order of `spans`, into the buffer, or add them to it."""
+    def take_gradients(self, gradients: Iterable[Float[Tensor, "R ..."]], *, add: bool = False) -> None:
+        """Copy the gradients of all parameters, in the order of `spans`, into the buffer, or add them to it."""
         by_parameter = list(gradients)
         by_replica = [gradient[replica] for replica in range(self.R) for gradient in by_parameter]
         if add:
@@ -80,8 +81,8 @@ class ReplicaAdamW:
         if self.copies is not None:
             self.copies.copy_(self.values)
 
-    def factors(self, learning_rates: Tensor) -> Tensor:
-        """What an update needs of its step: for `learning_rates` (steps,) float64 of the whole run a table (steps, 3).
+    def factors(self, learning_rates: Float64[Tensor, " steps"]) -> Float[Tensor, "steps 3"]:
+        """What an update needs of its step, from the learning rates of the whole run.
 
         Columns: the factor of decayed parameters, the learning rate by the bias correction of the first moment, the root of
         that of the second (Kingma & Ba 2015, section 3; Loshchilov & Hutter 2019, algorithm 2).
@@ -90,10 +91,10 @@ class ReplicaAdamW:
         decay = 1 - learning_rates * self.options["weight_decay"]
         return torch.stack([decay, learning_rates / (1 - beta1**numbers), (1 - beta2**numbers).sqrt()], dim=1).to(self.values)
 
-    def update(self, losses: Tensor, factors: Tensor) -> Tensor:
+    def update(self, losses: Float[Tensor, " R"], factors: Float[Tensor, " 3"]) -> Float[Tensor, " R"]:
         """Clip and apply the gradients, with the row of `factors` that belongs to the step.
 
-        Replicas whose loss (R,) or gradient is not finite are frozen. Returns the gradients' norms (R,), before clipping.
+        Replicas whose loss or gradient is not finite are frozen. Returns the gradients' norms, before clipping.
         """
         (beta1, beta2), eps, (decay, rate, root) = self.options["betas"], self.options["eps"], factors.unbind()
         norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)

@@ -8,6 +8,7 @@ number of processes.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from vitpa.data.rng import materialize, uniform
@@ -15,18 +16,17 @@ from vitpa.data.rng import materialize, uniform
 BRANCHES = 2  # of a block: attention and MLP
 
 
-def keep_probabilities(drop_path_rate: float, depth: int) -> Tensor:
-    """The probability that a branch stays, per block (depth,); that of the last block is 1 - drop_path_rate."""
+def keep_probabilities(drop_path_rate: float, depth: int) -> Float[Tensor, " depth"]:
+    """The probability that a branch stays, per block; that of the last block is 1 - drop_path_rate."""
     return 1 - torch.linspace(0, drop_path_rate, depth)
 
 
-def branch_scales(samples: Tensor, stream: int | Tensor, keep: Tensor) -> Tensor:
-    """What each branch of each image is multiplied by: (depth, BRANCHES, B) float32, 0 or 1 / keep.
+def branch_scales(
+    samples: Int64[Tensor, " B"], stream: int | Int64[Tensor, " B"], keep: Float[Tensor, " depth"]
+) -> Float32[Tensor, "depth 2 B"]:
+    """What each branch of each image is multiplied by: 0 or 1 / `keep`, the probability that it stays.
 
-    Args:
-        samples: (B,) int64, indices of the images in the data set.
-        stream: The key of the random numbers, or (B,) keys: an image's own.
-        keep: (depth,), the probability that a branch stays.
+    `samples` are indices of the images in the data set, `stream` the key of the random numbers, or each image's own.
     """
     depth = len(keep)
     streams = stream[:, None] if isinstance(stream, Tensor) else stream

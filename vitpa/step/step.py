@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Float64, Int64
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -38,11 +39,11 @@ WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorith
 
 
 class Targets(NamedTuple):
-    """What images show, each (R, B): a label, and where images are mixed another one, and the share of the first."""
+    """What images show: a label, and where images are mixed another one, and the share of the first."""
 
-    labels: Tensor
-    partners: Tensor | None = None
-    share: Tensor | None = None
+    labels: Int64[Tensor, "R B"]
+    partners: Int64[Tensor, "R B"] | None = None
+    share: Float[Tensor, "R B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class ReplicaSteps:
         optimizers: Sequence[torch.optim.AdamW],
         feed: Feed,
         augmentation: Augmentation,
-        learning_rates: Tensor,
+        learning_rates: Float64[Tensor, " steps"],
     ) -> None:
-        """`learning_rates` (steps of the whole run,) float64: that of each step."""
+        """`learning_rates` are those of each step of the whole run."""
         self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
         self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
         dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
@@ -216,8 +217,8 @@ class ReplicaSteps:
         """Leave the weights and optimiser state of a replica as they are from now on."""
         self.adamw.frozen[replica] = True
 
-    def evaluate(self) -> Tensor:
-        """Sums over this process's share of the val split: cross-entropy, top-1, top-5, images; float64 (R, 4).
+    def evaluate(self) -> Float64[Tensor, "R 4"]:
+        """Sums over this process's share of the val split: cross-entropy, top-1, top-5, images.
 
         Raises:
             BetonError: an image cannot be decoded.
@@ -258,8 +259,8 @@ class ReplicaSteps:
         self.done += 1
         self.accumulator.check(self.done, self.losses, norms)
 
-    def _count_batch(self, losses: Tensor, correct: Tensor) -> None:
-        """Note the mean losses (R,) and the numbers of correct predictions (R,) of a micro-batch."""
+    def _count_batch(self, losses: Float[Tensor, " R"], correct: Int64[Tensor, " R"]) -> None:
+        """Note the mean losses and the numbers of correct predictions of a micro-batch."""
         self.losses += losses
         self.accumulator.add(losses, correct, self.B)
 
@@ -279,8 +280,10 @@ class ReplicaSteps:
             scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
         return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
 
-    def _compute_loss(self, logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Of logits (R, B, K) the mean loss (R,), and the number of predictions (R,) of what an image shows most of."""
+    def _compute_loss(
+        self, logits: Float[Tensor, "R B K"], targets: Targets
+    ) -> tuple[Float[Tensor, " R"], Int64[Tensor, " R"]]:
+        """The mean loss, and the number of predictions of what an image shows most of."""
         logits = logits.float()
         labels, partners, share = targets
         losses = self._cross_entropy(logits, labels)
@@ -289,8 +292,8 @@ class ReplicaSteps:
             labels = torch.where(share < 0.5, partners, labels)
         return losses.mean(1), (logits.detach().argmax(2) == labels).sum(1)
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits (R, B, K) and labels (R, B) -> the loss of each image (R, B), with smoothed labels."""
+    def _cross_entropy(self, logits: Float[Tensor, "R B K"], labels: Int64[Tensor, "R B"]) -> Float[Tensor, "R B"]:
+        """The loss of each image, with smoothed labels."""
         smoothing = self.config.optim.label_smoothing
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
         return losses.view(labels.shape)
@@ -308,8 +311,8 @@ class ReplicaSteps:
         images, _, labels = self.feed.gather_eval(*inputs)
         return self.augmentation.normalize(images), labels
 
-    def _compute_scores(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sums over images with logits (R, E, K) and labels (E,): cross-entropy, top-1, top-5, images; float64 (R, 4)."""
+    def _compute_scores(self, logits: Float[Tensor, "R E K"], labels: Int64[Tensor, " E"]) -> Float64[Tensor, "R 4"]:
+        """Sums over images: cross-entropy, top-1, top-5, images."""
         logits = logits.float()
         real = labels >= 0  # the others fill up the last batch
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), ignore_index=-1, reduction="none")

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float64, Int32, Int64, Num, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
@@ -88,11 +89,8 @@ class Policy:
         self.prob = torch.tensor([[prob for _, prob, _ in row] for row in rows]).to(device)  # rows, num_ops
         self.operations = Operations(list(found), height=img_size, width=img_size, device=device)
 
-    def choices(self, samples: Tensor, stream: Tensor) -> list[Tensor]:
-        """For each of num_ops places the operation (B,), an index of `operations`, of each of `samples` (B,).
-
-        `stream` (B or 1,) are the keys of the samples.
-        """
+    def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
+        """For each of num_ops places the operation, an index of `operations`, of each sample, whose key is in `stream`."""
         found = []
         for place in range(self.num_ops):
             row = randint(stream, samples, self.num_rows, draw=0 if self.one_row else 3 * place)
@@ -101,8 +99,8 @@ class Policy:
             found.append(materialize(self.signed[row, place, negated] * applied))
         return found
 
-    def __call__(self, images: Tensor, samples: Tensor, stream: Tensor) -> Tensor:
-        """The images (B, 3, H, W) uint8 of `samples` (B,) after their operations."""
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], samples: Tensor, stream: Tensor) -> UInt8[Tensor, "B 3 H W"]:
+        """The images of `samples` after their operations."""
         for choice in self.choices(samples, stream):
             images = self.operations(images, choice)
         return images
@@ -126,8 +124,8 @@ class Operations:
         self.num_pixels = height * width
         self.divisor = torch.tensor(height * width, dtype=torch.float64).to(device)
 
-    def __call__(self, images: Tensor, choice: Tensor) -> Tensor:
-        """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], choice: Int64[Tensor, " B"]) -> UInt8[Tensor, "B 3 H W"]:
+        """The images, each after the operation of its index in `choice`."""
         B, C, H, W = images.shape
         # Crops are channels_last, and torch 2.11's compiler, on a GPU, sharpened such images wrongly at 28, 31, 33 and 63 px.
         images = materialize(images.contiguous())
@@ -215,8 +213,8 @@ def _values(operation: Operation) -> Tensor:
     return values.flatten()
 
 
-def blend(image: Tensor, other: Tensor, ratios: Tensor) -> Tensor:
-    """ratio * image + (1 - ratio) * other, cut to uint8, with the two weights `ratios` (B, 2) of each image.
+def blend(image: Num[Tensor, " ..."], other: Num[Tensor, " ..."], ratios: Float64[Tensor, "B 2"]) -> UInt8[Tensor, " ..."]:
+    """ratio * image + (1 - ratio) * other, cut, with the two weights `ratios` of each image.
 
     As torchvision does in float32. The products are taken in float64, where they are exact, and rounded to float32: so
     no compiler can fuse them into the sum with another rounding.
@@ -231,8 +229,8 @@ def _grey(pixels: Tensor) -> Tensor:
     return (red + green + blue).int()[:, None]
 
 
-def blurred(images: Tensor) -> Tensor:
-    """int32 images (B, C, H, W) smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13 and rounded; the border as it is."""
+def blurred(images: Int32[Tensor, "B C H W"]) -> Int32[Tensor, "B C H W"]:
+    """Images smoothed by [[1, 1, 1], [1, 5, 1], [1, 1, 1]] / 13 and rounded; the border as it is."""
     H, W = images.shape[-2:]
     total = 4 * images[..., 1:-1, 1:-1]
     for row in range(3):

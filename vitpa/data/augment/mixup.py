@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from vitpa.config import AugmentConfig
@@ -28,11 +29,17 @@ class Mixup:
         self.cutmix_prob = options.mixup_switch_prob if mixup and cutmix else float(cutmix > 0)
         self.quantiles = torch.stack([_quantiles(alpha or 1.0) for alpha in (mixup, cutmix)]).to(device)  # 2, LEVELS
 
-    def __call__(self, images: Tensor, labels: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixed images (B, 3, H, W), the labels (B,) of the partners and the weights lam (B,) float32 of the own labels.
+    def __call__(
+        self,
+        images: Float[Tensor, "B C H W"],
+        labels: Int64[Tensor, " B"],
+        samples: Int64[Tensor, " B"],
+        keys: Int64[Tensor, "#B P"],
+    ) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, " B"], Float32[Tensor, " B"]]:
+        """Mixed images, the labels of the partners and the weights lam of the own labels.
 
-        The loss is lam * loss(labels) + (1 - lam) * loss(partners' labels). `images` are normalised floats, `samples` (B,)
-        their indices in the data set and `keys` (B or 1, P) the rows of `epoch_keys` that belong to their seeds.
+        The loss is lam * loss(labels) + (1 - lam) * loss(partners' labels). `images` are normalised, `samples`
+        their indices in the data set and `keys` the rows of `epoch_keys` that belong to their seeds.
 
         Raises:
             ValueError: B is odd.
@@ -47,12 +54,13 @@ class Mixup:
         mixed = torch.where(cut, partners, weight * pairs + (1 - weight) * partners).to(images.dtype)
         return mixed.view(B, C, H, W), partners_of(labels), lam.repeat_interleave(2)
 
-    def draws(self, samples: Tensor, keys: Tensor, *, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the pairs in `samples` (B,) of size (H, W), with the rows `keys` (B or 1, P), what each image of a pair becomes.
+    def draws(
+        self, samples: Int64[Tensor, " B"], keys: Int64[Tensor, "#B P"], *, size: tuple[int, int]
+    ) -> tuple[Float32[Tensor, " B//2"], Float32[Tensor, " B//2"], Int64[Tensor, "B//2 4"]]:
+        """Of the pairs in `samples` of size (H, W), with the rows `keys`, what each image of a pair becomes.
 
-        lam (B / 2,) float32: its own share; weight (B / 2,) float32: the weight of its pixels, 1 in cutmix; box (B / 2, 4)
-        int64: top, left, height and width of what it takes from its partner, of no pixel in mixup. The box is that of timm's
-        `rand_bbox`.
+        lam: its own share; weight: that of its pixels, 1 in cutmix; box: top, left, height and width of what it takes from
+        its partner, of no pixel in mixup. The box is that of timm's `rand_bbox`.
 
         Raises:
             ValueError: B is odd.
@@ -74,8 +82,8 @@ class Mixup:
         return materialize(lam.float()), materialize(torch.where(cutmix, 1.0, share).float()), materialize(box)
 
 
-def partners_of(labels: Tensor) -> Tensor:
-    """The labels (B,) of the images that each image is mixed with."""
+def partners_of(labels: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
+    """The labels of the images that each image is mixed with."""
     return labels.view(-1, 2).flip(1).flatten()
 
 

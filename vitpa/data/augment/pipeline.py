@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,19 +26,21 @@ from vitpa.datasets import DatasetFacts
 _ERASE_TRIES = 10
 _NORMALS = 2**16  # equally likely values in place of the normal distribution's
 
+Images = UInt8[Tensor, "B C H W"]
+Normalized = Float32[Tensor, "B C H W"]
+Samples = Int64[Tensor, " B"]  # indices of images in the data set
+Keys = Int64[Tensor, "#B P"]  # the rows of `epoch_keys` that belong to their seeds: a batch may hold samples of several
+Stream = int | Int64[Tensor, " #B"]  # one key, or a sample's own
 
-def epoch_keys(seeds: Sequence[int], epoch: int) -> Tensor:
-    """The keys of an epoch: (len(seeds), P) int64 on the CPU, column p for Purpose(p); column 0 is unused."""
+
+def epoch_keys(seeds: Sequence[int], epoch: int) -> Int64[Tensor, "R P"]:
+    """The keys of an epoch on the CPU: a row for each seed, column p for Purpose(p); column 0 is unused."""
     purposes = sorted(Purpose)
     return torch.tensor([[0, *(key(seed, purpose, epoch) for purpose in purposes)] for seed in seeds])
 
 
 class Augmentation:
-    """What `options` do to training images (B, 3, H, W) of one size.
-
-    `samples` (B,) int64 are the indices of the images in the data set and `keys` (B or 1, P) the rows of `epoch_keys`
-    that belong to their seeds: a batch may hold samples of several.
-    """
+    """What `options` do to training images of one size."""
 
     def __init__(self, options: AugmentConfig, facts: DatasetFacts, *, img_size: int, device: torch.device):
         self.options = options
@@ -67,8 +70,8 @@ class Augmentation:
                 device=device,
             )
 
-    def __call__(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
-        """uint8 images -> float32 of the same shape as the model takes them: augmented and normalised.
+    def __call__(self, images: Images, samples: Samples, keys: Keys) -> Normalized:
+        """Images as the model takes them: augmented and normalised.
 
         Erased pixels are 0, the mean colour of the data set, or noise.
         """
@@ -83,8 +86,10 @@ class Augmentation:
             out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
         return out
 
-    def mixed(self, images: Tensor, labels: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As above, and then mixed: images, the partners' labels (B,) and the weights (B,) of the own ones (see Mixup).
+    def mixed(
+        self, images: Images, labels: Int64[Tensor, " B"], samples: Samples, keys: Keys
+    ) -> tuple[Float32[Tensor, "B C H W"], Int64[Tensor, " B"], Float32[Tensor, " B"]]:
+        """As above, and then mixed: images, the partners' labels and the weights of the own ones (see Mixup).
 
         Raises:
             ValueError: B is odd.
@@ -99,7 +104,7 @@ class Augmentation:
         out = normalize_erase_and_mix(images, self.scale, self.shift, *erasing, weights, cuts)
         return out, partners_of(labels), lam.repeat_interleave(2)
 
-    def uint8(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
+    def uint8(self, images: Images, samples: Samples, keys: Keys) -> Images:
         """The part before normalisation. random_resized crops are taken where images are decoded: their sizes differ."""
         options = self.options
         if options.crop == "padded":
@@ -110,8 +115,8 @@ class Augmentation:
             images = self.policy(images, samples, keys[:, Purpose.POLICY])
         return images
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images -> float32, per channel (x / 255 - mean) / std."""
+    def normalize(self, images: Images) -> Normalized:
+        """Per channel (x / 255 - mean) / std."""
         return images.to(torch.float32) * self.scale - self.shift
 
     def _normalize_and_erase(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
@@ -130,11 +135,10 @@ class Augmentation:
         return torch.stack(boxes, 1), materialize(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
 
 
-def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | Tensor) -> Tensor:
-    """Pad images (B, C, H, W) with `padding` zero pixels on each side and crop back to H x W at a random place.
+def padded_crop(images: Images, samples: Samples, *, padding: int, stream: Stream) -> Images:
+    """Pad images with `padding` zero pixels on each side and crop back to H x W at a random place.
 
-    The place is drawn in `stream`, one key or (B,), by `samples` (B,). The usual augmentation of CIFAR (He et al. 2015,
-    section 4.2).
+    The usual augmentation of CIFAR (He et al. 2015, section 4.2).
     """
     B, _, H, W = images.shape
     top, left = (materialize(randint(stream, samples, 2 * padding + 1, draw=draw)) for draw in (0, 1))
@@ -145,26 +149,26 @@ def padded_crop(images: Tensor, samples: Tensor, *, padding: int, stream: int | 
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # B, C, H, W
 
 
-def horizontal_flip(images: Tensor, samples: Tensor, *, stream: int | Tensor) -> Tensor:
-    """Mirror images (B, C, H, W) left to right with probability 1/2, drawn in `stream`, one key or (B,), by `samples` (B,)."""
+def horizontal_flip(images: Images, samples: Samples, *, stream: Stream) -> Images:
+    """Mirror images left to right with probability 1/2."""
     flip = materialize(random_bits(stream, samples) < 0)
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
-def random_erase(images: Tensor, samples: Tensor, options: AugmentConfig, *, stream: int | Tensor) -> Tensor:
-    """Set a random rectangle of each of the images (B, C, H, W) to 0, with probability erase_prob.
+def random_erase(images: Normalized, samples: Samples, options: AugmentConfig, *, stream: Stream) -> Normalized:
+    """Set a random rectangle of each image to 0, with probability erase_prob.
 
     By the rule of torchvision's RandomErasing (Zhong et al. 2017, arXiv 1708.04896, algorithm 1), in whose order the
-    numbers of each try are drawn in `stream`, one key or (B,), by `samples` (B,).
+    numbers of each try are drawn.
     """
     top, left, height, width = erased_boxes(samples, options, size=(images.shape[2], images.shape[3]), stream=stream)
     return _blank(images, top, left, height, width)
 
 
 def erased_boxes(
-    samples: Tensor, options: AugmentConfig, *, size: tuple[int, int], stream: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Top, left, height and width (B,) of what is erased of images of `size` (H, W); 0 x 0 for nothing."""
+    samples: Samples, options: AugmentConfig, *, size: tuple[int, int], stream: Stream
+) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"], Int64[Tensor, " B"], Int64[Tensor, " B"]]:
+    """Top, left, height and width of what is erased of images of `size` (H, W); 0 x 0 for nothing."""
     H, W = size
     (scale_low, scale_high), (ratio_low, ratio_high) = options.erase_scale, options.erase_ratio
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
@@ -184,11 +188,10 @@ def erased_boxes(
     return top, left, height, width
 
 
-def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) -> Tensor:
-    """Set a square of `side` pixels of each of the images (B, C, H, W) to 0, as far as it lies in the image.
+def cutout(images: Normalized, samples: Samples, *, side: int, stream: Stream) -> Normalized:
+    """Set a square of `side` pixels of each image to 0, as far as it lies in the image.
 
-    Its centre is a random pixel, drawn in `stream`, one key or (B,), by `samples` (B,) (DeVries & Taylor 2017, arXiv
-    1708.04552).
+    Its centre is a random pixel (DeVries & Taylor 2017, arXiv 1708.04552).
     """
     top, left = (
         materialize(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:])
@@ -197,11 +200,8 @@ def cutout(images: Tensor, samples: Tensor, *, side: int, stream: int | Tensor) 
     return _blank(images, top, left, length, length)
 
 
-def noise(words: Tensor, normals: Tensor, shape: Sequence[int]) -> Tensor:
-    """Numbers of `shape` (B, 3, H, W), each one of `normals` (65536,): 16 bits of a hash of the image's word and the pixel.
-
-    `words` (B,) are int64; a pixel's three channels share its hash.
-    """
+def noise(words: Int64[Tensor, " B"], normals: Float32[Tensor, " 65536"], shape: Sequence[int]) -> Normalized:
+    """Numbers of `shape`, each one of `normals`: 16 bits of a hash, which a pixel's channels share, of its image's word."""
     _, C, H, W = shape
     pixels = materialize(torch.arange(H * W, device=words.device))  # else the compiler multiplies it by a constant beforehand
     bits = materialize(random_bits(words[:, None], pixels))[:, None]  # B, 1, P

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from vitpa.data.augment.auto_augment import IDENTITY, Operation, blend, blurred
@@ -74,11 +75,8 @@ class RandAugment:
         self.num_ops = num_ops
         self.operations = PillowOperations(list(found), fill=fill, height=img_size, width=img_size, device=device)
 
-    def choices(self, samples: Tensor, stream: Tensor) -> list[Tensor]:
-        """For each of num_ops places the operation (B,), an index of `operations`, of each of `samples` (B,).
-
-        `stream` (B or 1,) are the keys of the samples.
-        """
+    def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
+        """For each of num_ops places the operation, an index of `operations`, of each sample, whose key is in `stream`."""
         found = []
         for place in range(self.num_ops):
             name = randint(stream, samples, len(NAMES), draw=4 * place)
@@ -87,8 +85,8 @@ class RandAugment:
             found.append(materialize(self.index[name, negated, level] * applied))
         return found
 
-    def __call__(self, images: Tensor, samples: Tensor, stream: Tensor) -> Tensor:
-        """The images (B, 3, H, W) uint8 of `samples` (B,) after their operations."""
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], samples: Tensor, stream: Tensor) -> UInt8[Tensor, "B 3 H W"]:
+        """The images of `samples` after their operations."""
         for choice in self.choices(samples, stream):
             images = self.operations(images, choice)
         return images
@@ -115,8 +113,8 @@ class PillowOperations:
         self.stretch = torch.tensor(stretch, dtype=torch.float64).to(device)  # range of values, V
         self.fill = torch.tensor(fill, dtype=torch.uint8).to(device)
 
-    def __call__(self, images: Tensor, choice: Tensor) -> Tensor:
-        """The images (B, 3, H, W) uint8, each after the operation of its index in `choice` (B,) int64."""
+    def __call__(self, images: UInt8[Tensor, "B 3 H W"], choice: Int64[Tensor, " B"]) -> UInt8[Tensor, "B 3 H W"]:
+        """The images, each after the operation of its index in `choice`."""
         if images.is_cuda:
             return self.by_kernel(images, choice)
         kind, ratios, pixels = self.kind[choice], self.ratios[choice], images.flatten(2)
@@ -132,7 +130,7 @@ class PillowOperations:
             looked_up = torch.where((kind == KINDS.index(name))[:, None, None, None], other, looked_up)
         return looked_up
 
-    def by_kernel(self, images: Tensor, choice: Tensor) -> Tensor:
+    def by_kernel(self, images: UInt8[Tensor, "B 3 H W"], choice: Int64[Tensor, " B"]) -> UInt8[Tensor, "B 3 H W"]:
         """The same by kernels, each image's operation alone."""
         from vitpa.kernels import policy  # noqa: PLC0415 - Triton is needed on a GPU only
 
@@ -166,8 +164,8 @@ class PillowOperations:
         return torch.where(kind == KINDS.index("Contrast"), contrasted, tables)
 
 
-def extremes(histogram: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest pixel value of each `histogram` (B, C, V): (B, C, 1) int32 each, alike if it is empty."""
+def extremes(histogram: Int32[Tensor, "B C V"]) -> tuple[Int32[Tensor, "B C 1"], Int32[Tensor, "B C 1"]]:
+    """The lowest and the highest pixel value of each `histogram`, alike if it is empty."""
     value = torch.arange(256, dtype=torch.int32, device=histogram.device)
     high = torch.where(histogram > 0, value, 0).amax(2, keepdim=True)
     return torch.minimum(torch.where(histogram > 0, value, 255).amin(2, keepdim=True), high), high
