@@ -25,7 +25,6 @@ class Claim(Holder):
     sweep: str | None = None
     token: str | None = None
     index: int | None = Field(None, ge=0)  # of its task in the submission
-    runtime: dict[str, Any] = Field({})  # of the configuration
 
     def again(self) -> dict[str, Any]:
         """The claim of the next attempt, by this process."""

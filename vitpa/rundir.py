@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import is_plausible, step_of
 from vitpa.metrics_file import last_evaluation
-from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_json
+from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_atomic, write_json
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
@@ -61,6 +61,11 @@ class AttemptDir:
     def claim_json(self) -> Path:
         """Who may run it; there from the first moment."""
         return self.path / "claim.json"
+
+    @property
+    def config_yaml(self) -> Path:
+        """The run's configuration with the `runtime` that a sweep trains it with."""
+        return self.path / "config.yaml"
 
     @property
     def start_json(self) -> Path:
@@ -168,8 +173,8 @@ class RunDir:
         """Steps done at the newest checkpoint; 0 without one."""
         return max(self.checkpoint_steps(), default=0)
 
-    def claim_attempt(self, number: int, claim: Json) -> AttemptDir | None:
-        """Make attempt `number` mine, with `claim` as its claim.json; None if another process was faster.
+    def claim_attempt(self, number: int, claim: Json, config: bytes | str = "") -> AttemptDir | None:
+        """Make attempt `number` mine, with `claim`, and `config` if given, as its files; None if another process was faster.
 
         A claim is made for the number after the last attempt that the caller has looked at, so that whatever happened
         since then makes it fail: of several processes that saw the same state exactly one gets the run.
@@ -178,6 +183,8 @@ class RunDir:
         draft = self.attempts_dir / f".claim-{secrets.token_hex(8)}"
         draft.mkdir()
         write_json(draft / "claim.json", claim)
+        if config:
+            write_atomic(draft / "config.yaml", config)
         target = self.attempt(number)
         try:
             draft.rename(target.path)  # refused where the target holds anything, and it always holds a claim

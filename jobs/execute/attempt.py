@@ -8,7 +8,6 @@ training never outlives the process that supervises it (jobs/execute/die_with_pa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -24,7 +23,6 @@ from types import FrameType
 from jobs.execute.die_with_parent import PARENT, child_environment
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
-from jobs.records import Claim
 from vitpa.arguments import literal_path
 from vitpa.attempt import CANCEL, Left, Stop
 from vitpa.config_file import load_config
@@ -71,7 +69,7 @@ class Outcome:
 
 
 def training_command(processes: int) -> list[str]:
-    """How a run is trained by that many processes of one node; its config.yaml and overrides are appended."""
+    """How a run is trained by that many processes of one node; its config.yaml is appended."""
     if processes <= 1:
         return list(TRAIN)
     return [*TORCHRUN, "--standalone", f"--nproc-per-node={processes}", "--no-python", *BOUND, *TRAIN]
@@ -83,7 +81,6 @@ class Member:
 
     run: RunDir
     attempt: AttemptDir
-    claim: Claim
 
     def stop(self) -> Stop | None:
         """The request to stop, also if it has been taken; None if there is none."""
@@ -147,13 +144,9 @@ class Training:
     def start(self, log: Path) -> subprocess.Popen[bytes]:
         """Start the training; what it prints goes to `log`."""
         first, *others = self.active
-        config = load_config(first.run.config_yaml)
-        recorded = config.runtime.model_dump(mode="json")
-        changed = {key: value for key, value in first.claim.runtime.items() if recorded.get(key) != value}
-        arguments = [f"runtime.{key}={json.dumps(value)}" for key, value in changed.items()]
+        arguments = [literal_path(first.attempt.config_yaml)]
         if others:
-            seeds = [config.seed, *(load_config(member.run.config_yaml).seed for member in others)]
-            arguments += ["--seeds", ",".join(map(str, seeds))]
+            arguments += ["--seeds", ",".join(str(load_config(member.attempt.config_yaml).seed) for member in self.active)]
         for member in self.active:
             if member.attempt.log != self.log:
                 with suppress(FileExistsError):
@@ -168,7 +161,7 @@ class Training:
         }
         with append_regular(log) as file:
             return subprocess.Popen(
-                [*BOUND, *self.command, literal_path(first.run.config_yaml), *arguments],
+                [*BOUND, *self.command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -201,7 +194,10 @@ class Training:
                 refused.append((member, Outcome("cancelled", None, "cancelled before it started")))
                 continue
             try:
-                load_config(member.run.config_yaml)
+                if load_config(member.attempt.config_yaml).signature != member.run.signature:
+                    raise RunError(
+                        f"{member.attempt.config_yaml}: was edited by hand, it is another experiment: `vitpa sweep retry`"
+                    )
                 _set_broken_result_aside(member)
             except (OSError, RunError, ValueError) as error:
                 refused.append((member, Outcome("failed", None, str(error))))

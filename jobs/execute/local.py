@@ -78,4 +78,4 @@ def _waiting(root: Path, wanted: WantedRun, token: str) -> Member | None:
         claim = read_record(Claim, attempt.claim_json)
     except RunError:
         return None  # `status` shows it as broken; the others go on
-    return Member(run, attempt, claim) if claim and claim.token == token and claim.runtime else None
+    return Member(run, attempt) if claim and claim.token == token else None

@@ -9,7 +9,6 @@ follow: they join the training that node 0 has published; a group on several nod
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -156,9 +155,7 @@ class _Job:
             return 0
         (run,) = self.runs
         attempt = run.attempt(published["attempt"])
-        claim = read_record(Claim, attempt.claim_json)
-        assert claim is not None, "an attempt is made with its claim"
-        member = Member(run, attempt, claim)
+        member = Member(run, attempt)
         training = Training([member], self._command(published["master_addr"], published["master_port"]), {})
         problem = self._preflight(member)
         if problem is not None:
@@ -183,11 +180,12 @@ class _Job:
             _say(f"{run.path}: another submission has this run now; nothing to do")
             return None
         if create_exclusive(last.start_json, to_json(self._start_document(run))):
-            return Member(run, last, claim)
+            return Member(run, last)
         if reason := self._why_nothing_to_do(run, last):
             _say(f"{last.path}: {reason}; nothing to do")
             return None
-        following = run.claim_attempt(last.number + 1, claim.again())
+        config = last.config_yaml.read_bytes() if last.config_yaml.is_file() else b""
+        following = run.claim_attempt(last.number + 1, claim.again(), config)
         if following is None:
             return None
         if self._was_cancelled(run, last):
@@ -196,7 +194,7 @@ class _Job:
             _say(reason)
             withdraw(following, "failed", reason)
         elif create_exclusive(following.start_json, to_json(self._start_document(run))):
-            return Member(run, following, claim)
+            return Member(run, following)
         return None
 
     def _why_nothing_to_do(self, run: RunDir, last: AttemptDir) -> str:
@@ -343,8 +341,7 @@ class _Job:
         return Outcome("failed", None, reason)
 
     def _preflight_command(self, member: Member) -> list[str]:
-        runtime = [f"runtime.{key}={json.dumps(value)}" for key, value in member.claim.runtime.items()]
-        command = [sys.executable, "-m", "vitpa.preflight", literal_path(member.run.config_yaml), *runtime]
+        command = [sys.executable, "-m", "vitpa.preflight", literal_path(member.attempt.config_yaml)]
         command += [f"--gpus={self.profile.gpus_per_node}", f"--min-free-gib={self.profile.min_free_gib}"]
         cpus = self.intent.cpus_per_node
         return [*command, f"--cpus={cpus}"] if cpus else command

@@ -51,7 +51,7 @@ from vitpa.code_version import code_version
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, parse_config, record_config
 from vitpa.datasets import DATASETS
-from vitpa.documents import append_regular, open_regular
+from vitpa.documents import append_regular, open_regular, to_yaml
 from vitpa.records import ProcessId, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
@@ -327,8 +327,8 @@ def _submit_batch(
     task_of = {index: task for task, indices in enumerate(batch.tasks) for index in indices}
 
     def claim(index: int) -> AttemptDir | None:
-        runtime = batch.configs[index].model_dump(mode="json")["runtime"]
-        return _claim(batch.chosen[index], directories[index], {**common, "index": task_of[index], "runtime": runtime})
+        config = to_yaml(batch.configs[index].model_dump(mode="json"))
+        return _claim(batch.chosen[index], directories[index], {**common, "index": task_of[index]}, config)
 
     with ThreadPoolExecutor(WRITERS) as pool:
         attempts = list(pool.map(claim, range(len(directories))))
@@ -385,14 +385,14 @@ def _intent(sweep: str, batch: Batch, token: str) -> dict[str, Any]:
     }
 
 
-def _claim(state: RunState, directory: RunDir, claim: dict[str, Any]) -> AttemptDir | None:
+def _claim(state: RunState, directory: RunDir, claim: dict[str, Any], config: str) -> AttemptDir | None:
     last = state.attempt
     if last is not None and not last.start_json.exists():
         how = state.state if state.state == "failed" else "interrupted"
         withdrawn = withdraw(last, how, state.reason if ENDED_EARLY in state.reason else NEVER_STARTED)
         if not withdrawn:
             return None  # started after all
-    return directory.claim_attempt(state.attempts + 1, claim)
+    return directory.claim_attempt(state.attempts + 1, claim, config)
 
 
 def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: Path | None) -> int:

@@ -92,7 +92,7 @@ class Run:
 
 
 def main() -> int:
-    first = Path(sys.argv[1].replace("$$", "$")).parent  # as the trainer reads it
+    first = Path(sys.argv[1].replace("$$", "$")).parents[2]  # as the trainer reads it
     seeds = sys.argv[sys.argv.index("--seeds") + 1].split(",") if "--seeds" in sys.argv else []
     runs = [Run(path) for path in ([first, *siblings(first, seeds[1:])])]
     assert Path(os.environ["VITPA_ATTEMPT"]) == runs[0].attempt

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from jobs.execute.attempt import TORCHRUN, Member, Request, Training, last_error
-from jobs.records import Claim
 from jobs.report.logs import tail
 from jobs.state import StateReader
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import STAND_IN, environment_document, evaluation_line, make_sweep, result_document
 from vitpa.config_file import parse_config, record_config
+from vitpa.documents import to_yaml
 from vitpa.records import ProcessId, read_json, write_json
 from vitpa.rundir import RunDir
 
@@ -30,11 +30,10 @@ def member(root: Path, run: Run) -> Member:
     config = parse_config(run.config.model_dump(mode="json"), "test", [f"runtime.root={root}"])
     directory = record_config(config)
     me = {"process": ProcessId.mine().model_dump()}
-    claim = {**me, "runtime": config.runtime.model_dump(mode="json")}
-    attempt = directory.claim_attempt(len(directory.attempts()) + 1, claim)
+    attempt = directory.claim_attempt(len(directory.attempts()) + 1, me, to_yaml(config.model_dump(mode="json")))
     assert attempt is not None
     write_json(attempt.start_json, me)
-    return Member(directory, attempt, Claim.model_validate(claim))
+    return Member(directory, attempt)
 
 
 def run_out(command: list[str], *members: Member) -> None:
@@ -67,7 +66,7 @@ def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
 
 
 def test_a_stop_file_made_by_hand(tmp_path: Path, run: Run) -> None:
-    program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parent / 'stop').touch(); time.sleep(0.7)"
+    program = "import pathlib, sys, time; (pathlib.Path(sys.argv[1]).parents[2] / 'stop').touch(); time.sleep(0.7)"
     run_out([sys.executable, "-S", "-c", program], member(tmp_path, run))
     state = StateReader(tmp_path).state(run)
     assert (state.state, state.reason) == ("interrupted", "the file stop")
@@ -116,13 +115,22 @@ def test_a_program_that_cannot_be_started_fails_the_run(tmp_path: Path, run: Run
 
 
 def test_the_training_is_told_its_attempt_and_sees_no_gpu(tmp_path: Path, run: Run) -> None:
-    program = "import os; print(os.environ['VITPA_ATTEMPT'], repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    program = "import os, sys; print(os.environ['VITPA_ATTEMPT'], repr(os.environ['CUDA_VISIBLE_DEVICES']), *sys.argv[1:])"
     one = member(tmp_path, run)
     run_out([sys.executable, "-S", "-c", program], one)
-    assert one.attempt.log.read_text() == f"{one.attempt.path} ''\n"
+    assert one.attempt.log.read_text() == f"{one.attempt.path} '' {one.attempt.path}/config.yaml\n"
     ended = read_json(one.attempt.exit_json)
     assert ended is not None
     assert ended["exit_code"] == 0
+
+
+def test_an_attempt_with_another_experiment_is_not_trained(tmp_path: Path, run: Run) -> None:
+    one = member(tmp_path, run)
+    one.attempt.config_yaml.write_text(one.attempt.config_yaml.read_text().replace("seed: 0", "seed: 7"))
+    run_out(STAND_IN, one)
+    state = StateReader(tmp_path).state(run)
+    reason = f"{one.attempt.config_yaml}: was edited by hand, it is another experiment: `vitpa sweep retry`"
+    assert (state.state, state.reason) == ("failed", reason)
 
 
 def test_last_error_of_a_distributed_training(tmp_path: Path) -> None:

@@ -128,4 +128,4 @@ def test_it_is_not_tried_without_end(tmp_path: Path, run: Run, last_words: str, 
         found = look(tmp_path, run, last_words)
         assert (found.state, found.attempts, early_ends(found, tmp_path)) == (state, number, number)
         assert _fails_alike(found, tmp_path) == (number == 3)
-        _claim(found, run.directory(tmp_path), claim)
+        _claim(found, run.directory(tmp_path), claim, "")
