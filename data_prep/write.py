@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from data_prep.sources import Split
-from vitpa import CODE
+from vitpa.child_process import child_environment
 from vitpa.data.manifest import ImageSettings
 
 STALL_S = 900.0  # without a sign of life; a slow network file system may take minutes for a few photos
@@ -70,14 +70,13 @@ class Writer:
         self._errors = b""
 
     def __enter__(self) -> Self:
-        path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "data_prep.writer_process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             # FFCV compiles a part of its decoder whenever it is imported, for seconds; writing needs none of it
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"},
+            env={**child_environment(), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1"},
             start_new_session=True,  # Ctrl-C in the terminal is for this process, which ends the writer
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr

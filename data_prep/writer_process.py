@@ -6,7 +6,6 @@ has been made the death of this process.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import multiprocessing
@@ -24,9 +23,9 @@ import numpy as np
 
 from data_prep.images import CorruptImageError, shrink
 from data_prep.write import Job
+from vitpa.child_process import die_with_parent
 from vitpa.data.manifest import Pixels
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
 MAX_REASON = 600  # characters; a line, 6 bytes a character at worst, is below PIPE_BUF (4096) and so written at once
 MAX_SIDE_PX = 65_500  # of a JPEG
 CHUNK_SAMPLES = 16  # handed to a worker at a time; also the grain of the progress
@@ -67,7 +66,7 @@ class Samples:
 
 def main(parent_pid: int) -> None:
     """Do the jobs on stdin until it ends; the first failure ends everything."""
-    _die_with(parent_pid)
+    die_with_parent(parent_pid)
     pipe = os.dup(1)  # to the parent, for this process and its workers
     os.dup2(2, 1)  # what a library prints is no report
 
@@ -75,7 +74,7 @@ def main(parent_pid: int) -> None:
         os.write(pipe, json.dumps({kind: content}).encode() + b"\n")  # as one line written at once
 
     this = os.getpid()
-    os.register_at_fork(after_in_child=lambda: _die_with(this))
+    os.register_at_fork(after_in_child=lambda: die_with_parent(this))
     multiprocessing.set_start_method("fork")  # FFCV hands its workers what cannot be pickled
     try:
         tools = _import_ffcv(send)
@@ -189,12 +188,6 @@ def _one_line(error: BaseException) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:MAX_REASON]
-
-
-def _die_with(parent_pid: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from jobs.execute.die_with_parent import PARENT, child_environment
+from jobs.execute.die_with_parent import PARENT
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
 from vitpa.arguments import literal_path
 from vitpa.attempt import CANCEL, Left, Stop
+from vitpa.child_process import child_environment
 from vitpa.config_file import load_config
 from vitpa.documents import append_regular, open_regular
 from vitpa.records import RunError, create_exclusive, read_record, to_json, utc_now, write_json

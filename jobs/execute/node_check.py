@@ -7,7 +7,8 @@ import subprocess
 from typing import Any
 
 from jobs.execute.attempt import BOUND
-from jobs.execute.die_with_parent import PARENT, child_environment
+from jobs.execute.die_with_parent import PARENT
+from vitpa.child_process import child_environment
 from vitpa.documents import parse_json
 
 PREFLIGHT_LIMIT_S = 180.0

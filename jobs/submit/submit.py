@@ -36,7 +36,6 @@ from typing import Any
 
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import training_command
-from jobs.execute.die_with_parent import child_environment
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
 from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_seeds, most_replicas
 from jobs.profile import LocalProfile, Profile, SlurmProfile
@@ -47,6 +46,7 @@ from jobs.state import RunState, withdraw
 from jobs.submit.submission import SubmissionDir, adopt, check_root, close
 from jobs.sweep import Run, SweepDir, SweepError
 from vitpa.arguments import ConfigError, literal_path
+from vitpa.child_process import child_environment
 from vitpa.code_version import code_version
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, parse_config, record_config

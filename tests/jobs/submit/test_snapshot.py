@@ -22,7 +22,7 @@ from tests.support.trainings import arguments, result_of
 from vitpa.code_version import code_version
 
 CHILD = (
-    "import sys, subprocess; from jobs.execute.die_with_parent import child_environment as e; "
+    "import sys, subprocess; from vitpa.child_process import child_environment as e; "
     "exit(subprocess.call(sys.argv[1:], env=e()))"
 )
 MAKE = (

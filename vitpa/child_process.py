@@ -1,0 +1,32 @@
+"""Child processes: their environment, and their end with that of their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sysconfig
+from pathlib import Path
+
+from vitpa import CODE
+
+PR_SET_PDEATHSIG = 1  # prctl(2); kept across exec
+
+
+def child_environment(code: Path | None = None) -> dict[str, str]:
+    """This process's environment, in which children import the code that runs here and nothing from their current folder.
+
+    With `code`, a folder that holds our packages, they import from there.
+    """
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    here = str(code or CODE)
+    if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # a checkout
+        paths = [here, *(path for path in paths if path != here)]
+    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as `parent`, its parent, is dead."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
