@@ -50,98 +50,48 @@ class Result(BaseModel):
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
 
 
+class Below:
+    """A path below that of its owner, made when asked for: a sweep of thousands of runs looks at two or three of each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: AttemptDir | RunDir, kind: object) -> Path:
+        """The path."""
+        return owner.path / self._name
+
+
 class AttemptDir:
     """`attempts/0001`: one execution of a run. It belongs to the process that claimed it."""
+
+    claim_json = Below("claim.json")  # who may run it; there from the first moment
+    config_yaml = Below("config.yaml")  # the run's, with the `runtime` that a sweep trains it with
+    start_json = Below("start.json")  # written by the process that runs it
+    env_json = Below("env.json")  # versions and hardware it ran with
+    exit_json = Below("exit.json")  # how it ended; missing if it was killed
+    left_json = Below("left.json")  # by the trainer: the run was dropped, those trained with it go on
+    log = Below("log.txt")  # everything the training processes print
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.number = int(path.name)
 
-    @property
-    def claim_json(self) -> Path:
-        """Who may run it; there from the first moment."""
-        return self.path / "claim.json"
-
-    @property
-    def config_yaml(self) -> Path:
-        """The run's configuration with the `runtime` that a sweep trains it with."""
-        return self.path / "config.yaml"
-
-    @property
-    def start_json(self) -> Path:
-        """Written by the process that runs it."""
-        return self.path / "start.json"
-
-    @property
-    def env_json(self) -> Path:
-        """Versions and hardware it ran with."""
-        return self.path / "env.json"
-
-    @property
-    def exit_json(self) -> Path:
-        """How it ended; missing if it was killed."""
-        return self.path / "exit.json"
-
-    @property
-    def left_json(self) -> Path:
-        """By the trainer: the run was dropped, those trained with it go on. {state: failed or stopped, reason, utc}."""
-        return self.path / "left.json"
-
-    @property
-    def log(self) -> Path:
-        """Everything the training processes print."""
-        return self.path / "log.txt"
-
 
 class RunDir:
-    """All paths of a run. Nothing is created until something is written.
+    """All paths of a run. Nothing is created until something is written."""
 
-    The paths are made when asked for: a sweep of thousands of runs looks at two or three of each.
-    """
+    config_yaml = Below("config.yaml")  # the resolved configuration
+    env_json = Below("env.json")  # what the run was made with: code, versions, hardware, data
+    metrics_jsonl = Below("metrics.jsonl")  # the record of the training, a row per line
+    tensorboard = Below("tb")  # a view of the record for TensorBoard
+    checkpoints = Below("checkpoints")  # where the training goes on from
+    result_json = Below("result.json")  # there if and only if the run is finished
+    stop = Below("stop")  # a request to stop
+    attempts_dir = Below("attempts")  # one folder for each execution
 
     def __init__(self, root: Path, signature: str) -> None:
         self.signature = signature
         self.path = root.joinpath("runs", signature)
-
-    @property
-    def config_yaml(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def env_json(self) -> Path:
-        """What the run was made with: code, versions, hardware, data."""
-        return self.path / "env.json"
-
-    @property
-    def metrics_jsonl(self) -> Path:
-        """The record of the training, a row per line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """A view of the record for TensorBoard."""
-        return self.path / "tb"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the training goes on from."""
-        return self.path / "checkpoints"
-
-    @property
-    def result_json(self) -> Path:
-        """There if and only if the run is finished."""
-        return self.path / "result.json"
-
-    @property
-    def stop(self) -> Path:
-        """A request to stop."""
-        return self.path / "stop"
-
-    @property
-    def attempts_dir(self) -> Path:
-        """One folder for each execution."""
-        return self.path / "attempts"
 
     def attempt(self, number: int) -> AttemptDir:
         """One of them."""
