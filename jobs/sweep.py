@@ -257,7 +257,7 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
         if times > 1:
             raise SweepError(f"{path}: {name}: {value} is given {times} times; once is enough")
     overrides = [Override(key, value, f"{path}: overrides") for key, value in config.overrides.items()]
-    documents = {recipe: _recipe_document(recipe) for recipe in config.recipes}
+    documents = {recipe: read_yaml(shipped_configs().get(recipe, Path(recipe))) for recipe in config.recipes}
     cells = []
     for recipe, document in documents.items():
         for attention in config.attentions:
@@ -284,10 +284,6 @@ def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> Non
             if attention not in config.attentions:
                 known = ", ".join(config.attentions)
                 raise SweepError(f"{path}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
-
-
-def _recipe_document(recipe: str) -> dict[str, Any]:
-    return read_yaml(shipped_configs().get(recipe, Path(recipe)))
 
 
 def _run(document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = ()) -> Run:

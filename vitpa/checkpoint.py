@@ -220,8 +220,8 @@ def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, P
     As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
     """
     found = [_by_step(run) for run in runs]
-    for run in runs:
-        _warn_of_names(run)
+    for path in (path for run in runs for path in sorted(run.checkpoints.glob("step_*.pt")) if step_of(path.name) is None):
+        LOGGER.warning(f"{path}: a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over")
 
     @functools.cache
     def believed(number: int, step: int) -> bool:
@@ -260,13 +260,6 @@ def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
 
 def _by_step(run: RunDir) -> dict[int, Path]:
     return {step: path for path in run.checkpoints.glob("step_*.pt") if (step := step_of(path.name)) is not None}
-
-
-def _warn_of_names(run: RunDir) -> None:
-    for path in sorted(run.checkpoints.glob("step_*.pt")):
-        if step_of(path.name) is None:
-            what = "a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over"
-            LOGGER.warning(f"{path}: {what}")
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

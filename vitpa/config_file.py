@@ -158,9 +158,12 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Overr
             that the command line gives twice.
     """
     result: dict[str, Any] = _copy(document)
-    parsed = _parsed(overrides)
-    _check_once([override for override in parsed if override.origin == COMMAND_LINE])
-    for override in parsed:
+    typed: dict[str, Override] = {}
+    for override in _parsed(overrides):
+        if override.origin == COMMAND_LINE and (first := typed.setdefault(override.key, override)) is not override:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {first.text} and {override.text}: {override.key} is given twice; say one of them"
+            )
         shown = f"override {override.key!r}" if override.origin == COMMAND_LINE else f"{override.origin}: {override.key}"
         *parents, last = override.key.split(".")
         section = result
@@ -173,15 +176,6 @@ def apply_overrides(document: Mapping[str, Any], overrides: Sequence[str | Overr
             raise ConfigError(f"{shown}: {override.key} is a section; {hint}")
         section[last] = _copy(override.value)
     return result
-
-
-def _check_once(typed: Sequence[Override]) -> None:
-    given: dict[str, Override] = {}
-    for override in typed:
-        if (first := given.setdefault(override.key, override)) is not override:
-            raise ConfigError(
-                f"{COMMAND_LINE}: {first.text} and {override.text}: {override.key} is given twice; say one of them"
-            )
 
 
 def _parsed(overrides: Sequence[str | Override]) -> list[Override]:

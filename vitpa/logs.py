@@ -47,7 +47,7 @@ class Logs:
         `restored_rows` are those up to that step, None for those in the file.
         """
         if restored_rows is None:
-            restored_rows = _rows_up_to(run, restored_step)
+            restored_rows = "".join(to_line(row) for row in read_metrics(run.metrics_jsonl) if row["step"] <= restored_step)
         else:
             _warn_if_others(run, restored_step, restored_rows)
         self._lines = [restored_rows]
@@ -128,10 +128,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _rows_up_to(run: RunDir, step: int) -> str:
-    return "".join(to_line(row) for row in read_metrics(run.metrics_jsonl) if row["step"] <= step)
 
 
 def _warn_if_others(run: RunDir, step: int, rows: str) -> None:

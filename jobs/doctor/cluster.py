@@ -132,14 +132,11 @@ def _memory(configuration: Mapping[str, str]) -> Check:
 
 def of_profile(profile: SlurmProfile, cluster: Cluster) -> list[Check]:
     """The limits that the profile would hit, whatever the sweep."""
-    findings = [*limits_of_runs(profile, Group((), 0), cluster)[0], *cluster.unknown]
-    return [_as_check(finding) for finding in findings]
-
-
-def _as_check(finding: Finding) -> Check:
     levels: dict[str, Level] = {"info": "ok", "unknown": "warning", "warning": "warning", "problem": "problem"}
-    hint = "change the profile" if finding.level == "problem" else ""
-    return Check(finding.about, levels[finding.level], finding.text, hint)
+    return [
+        Check(finding.about, levels[finding.level], finding.text, "change the profile" if finding.level == "problem" else "")
+        for finding in (*limits_of_runs(profile, Group((), 0), cluster)[0], *cluster.unknown)
+    ]
 
 
 def accepted(profile: SlurmProfile, cluster: Cluster, answer: Finding) -> Check:

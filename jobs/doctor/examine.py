@@ -21,7 +21,6 @@ from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.cluster import ask
 from vitpa.config import RuntimeConfig
-from vitpa.documents import DocumentError, parse_json
 
 LOCAL_LIMIT_S = 600
 
@@ -45,19 +44,12 @@ def examine_machine(profile: LocalProfile, root: Path, data_dir: str | None) -> 
         if answer.returncode:
             yield Check("probe", "problem", (answer.stderr.strip().splitlines() or ["no message"])[-1], "see the message")
             return
-        yield from checks_of(_report(answer.stdout), gpus_are_optional=True)
+        yield from checks_of(answer.stdout, gpus_are_optional=True)
         yield from _of_no_data(data_dir)
     except subprocess.TimeoutExpired:
         yield Check("probe", "problem", f"no answer in {LOCAL_LIMIT_S} s", "see whether a disk or a GPU hangs")
     finally:
         remove(root / "doctor" / "none", root_was_there)
-
-
-def _report(printed: str) -> object:
-    try:
-        return parse_json(printed)
-    except DocumentError as error:
-        return str(error)  # no report
 
 
 def examine_cluster(

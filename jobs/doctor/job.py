@@ -209,9 +209,9 @@ class _Report(BaseModel):
 
 
 def checks_of(document: object, prefix: str = "", *, gpus_are_optional: bool = False) -> Iterator[Check]:
-    """A report of the probe, check by check."""
+    """A report of the probe, as JSON or read from it, check by check."""
     try:
-        report = _Report.model_validate(document)
+        report = _Report.model_validate_json(document) if isinstance(document, str) else _Report.model_validate(document)
     except ValidationError:
         yield Check("report", "problem", f"{prefix}what the probe reports is damaged: {str(document)[:200]}", _WAIT)
         return

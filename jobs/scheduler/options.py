@@ -154,7 +154,8 @@ def srun_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         if word.startswith("--"):
             text, equals, value = word.partition("=")
             name = long_name(text, SRUN, SRUN_LETTERS)
-            takes_next = not equals and (SRUN[name] == "=" if name in SRUN else _is_value(words))
+            is_value = bool(words) and not words[0].startswith("-")  # what comes next, for an option that is not known
+            takes_next = not equals and (SRUN[name] == "=" if name in SRUN else is_value)
             yield name, _next(word, words) if takes_next else value
             continue
         letters = word[1:]
@@ -164,10 +165,6 @@ def srun_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             value = (letters or _next(word, words)) if kind == "=" else letters if kind == "?" else ""
             letters = "" if kind else letters
             yield name, value.strip().removeprefix("=")
-
-
-def _is_value(words: Sequence[str]) -> bool:
-    return bool(words) and not words[0].startswith("-")
 
 
 def _next(word: str, words: list[str]) -> str:
