@@ -6,7 +6,6 @@ import errno
 import functools
 import io
 import os
-import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from data_prep import integrity, tiff
 from data_prep.palette import palette_damage
 from data_prep.tiff import DEEP_WHITE, NEARLY_BLACK
 from vitpa.data.manifest import ImageSettings, Pixels
+from vitpa.documents import open_regular
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "AVIF")  # of Pillow's many; that of EPS starts a program
 MAX_FILE_BYTES = 1 << 30  # of an image
@@ -169,19 +169,15 @@ def stamp_of(status: os.stat_result) -> tuple[int, int]:
 def _open(path: Path) -> BinaryIO:
     """Open a regular file; a pipe in its place would be waited for."""
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        return open_regular(path)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CorruptImageError("a symbolic link that leads to itself") from None
         if error.errno == errno.ENOENT and path.is_symlink():
             raise CorruptImageError(f"a symbolic link to {path.readlink()}, where there is nothing") from None
-        if error.errno != errno.ENXIO:  # a socket, a device
-            raise
-        raise CorruptImageError("not a regular file") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise CorruptImageError("not a regular file")
-    return file
+        if error.errno in (errno.EINVAL, errno.EISDIR):
+            raise CorruptImageError("not a regular file") from None
+        raise
 
 
 @contextmanager

@@ -147,10 +147,10 @@ class DevCluster:
         self._supervisor.returncode = 0  # nobody waits for it
         self._supervisor = None
 
-    def stop(self, *, keep_logs: bool = False) -> None:
+    def stop(self) -> None:
         """Cancel the jobs, end everything, remove the folder. Nothing happens if it is stopped already."""
         if self._supervisor is not None:
-            stop_cluster(self.root, keep_logs=keep_logs)
+            stop_cluster(self.root)
             self._leave()
 
     def _leave(self) -> None:

@@ -54,14 +54,12 @@ def claim(root: Path) -> Claim:
             if folder is None:  # removed since: by the cluster that ended in it
                 root.mkdir(mode=0o700, exist_ok=True)
                 continue
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, folder)
                 lock = _claim_lock(root, folder)
-            except BaseException:
-                os.close(folder)
-                raise
-            if lock is not None:
-                return Claim(folder, lock)
-            os.close(folder)
+                if lock is not None:
+                    stack.pop_all()
+                    return Claim(folder, lock)
     except OSError as error:
         raise DevClusterError(f"{error.filename or root}: {error.strerror}; choose another folder with --dir") from None
 
@@ -76,16 +74,14 @@ def _claim_lock(root: Path, folder: int) -> int | None:
         lock = open_lock(root, folder, os.O_CREAT)
     except FileNotFoundError:
         return None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock)
         if not _lock(lock):
             raise AlreadyRunningError(f"a cluster runs in {root}")
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), os.stat(name, dir_fd=folder, follow_symlinks=False)):
+                stack.pop_all()
                 return lock
-    except BaseException:
-        os.close(lock)
-        raise
-    os.close(lock)
     return None
 
 
