@@ -336,7 +336,7 @@ def test_verify_finds_a_flipped_byte(digits_dir: Path, tmp_path: Path, capsys: p
     assert prep("digits", "--out", tmp_path / "out", "--verify") == 1
     out = capsys.readouterr().out
     assert "digits/train: NOT VERIFIED: the content hash is not the manifest's" in out
-    assert "digits/train: NOT VERIFIED: train sample 0: its pixels are not those of the source" in out
+    assert "digits/train: NOT VERIFIED: train sample 0: its pixels differ from the source's" in out
     assert "digits/val: verified" in out
 
 
