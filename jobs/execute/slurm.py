@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
 REQUEUE_TRIES = 12
 REQUEUE_WAIT_S = 5.0
 POLL_S = 0.3
+
+_say = partial(print, flush=True)  # into the job's output
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ class _Job:
         if problem is not None:
             return [(member, problem) for member in training.active], self.place.node if problem.state == "interrupted" else ""
         ends = training.supervise(lambda: self._request(training))
-        if self._told_to_end():  # a training may have got the signal before it was deaf to it, or was too slow
+        if self._end_requested():  # a training may have got the signal before it was deaf to it, or was too slow
             last = self.signals.received[-1]
             return [
                 (member, Outcome("interrupted", ended.exit_code, f"signal {last}: {ended.reason}"))
@@ -376,7 +379,7 @@ class _Job:
         return End(
             state=ended.state,
             reason=ended.reason,
-            told_to_end=self._told_to_end(),
+            told_to_end=self._end_requested(),
             followed=_following(member.attempt).exists(),
             bad_node=bool(without_node),
             first_step=first_step(member.attempt),
@@ -384,14 +387,14 @@ class _Job:
             given_up=self._why_given_up(member.run),
         ).why_not_requeued
 
-    def _told_to_end(self) -> bool:
+    def _end_requested(self) -> bool:
         return not {"SIGTERM", "SIGINT"}.isdisjoint(self.signals.received)
 
     def _requeue(self) -> str:
         """Have SLURM start this job again; why that cannot be, empty if it will."""
         refusal = ""
         for _ in range(REQUEUE_TRIES):
-            if self._told_to_end():  # also while the controller did not answer
+            if self._end_requested():  # also while the controller did not answer
                 return "cancelled"
             try:
                 with _shielded():
@@ -423,7 +426,7 @@ class _Job:
     def _wait_for_the_end(self) -> None:
         """SLURM ends a job that it requeues, in its own time."""
         deadline = time.monotonic() + 300
-        while not self._told_to_end() and time.monotonic() < deadline:
+        while not self._end_requested() and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
 
@@ -446,7 +449,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
