@@ -46,7 +46,6 @@ FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
 REQUEUE_TRIES = 12
 REQUEUE_WAIT_S = 5.0
 POLL_S = 0.3
-
 _say = partial(print, flush=True)  # into the job's output
 
 
