@@ -44,7 +44,7 @@ def may_import(module: str) -> tuple[str, ...]:
     """What of ours a module may import."""
     if module == "vitpa.cli":
         return OURS
-    for closed in ("vitpa.models", "vitpa.kernels"):
+    for closed in ("vitpa.models", "vitpa.kernels", "vitpa.theory"):
         if within(module, (closed,)):
             return (closed,)
     if within(module, ("vitpa",)):
@@ -65,10 +65,11 @@ def test_every_module_imports_only_what_it_may(package: str) -> None:
     assert not wrong
 
 
-def test_models_need_torch_and_timm_only() -> None:
-    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "jaxtyping", "vitpa.models")
+@pytest.mark.parametrize("room", ["models", "theory"])
+def test_models_and_theory_need_torch_and_timm_only(room: str) -> None:
+    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "jaxtyping", f"vitpa.{room}")
     wrong = [
-        (module, name) for module, path in modules("vitpa/models") for name in imported(path) if not within(name, allowed)
+        (module, name) for module, path in modules(f"vitpa/{room}") for name in imported(path) if not within(name, allowed)
     ]
     assert not wrong
 
