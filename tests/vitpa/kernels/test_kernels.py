@@ -33,7 +33,7 @@ from vitpa.kernels.tiled_mixing import tiled_mix
 Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64), (1, 2, 197, 3, 64), (2, 5, 70, 1, 32)]
+INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64), (1, 1, 197, 2, 64), (2, 5, 70, 1, 32)]
 EPS = 1e-6
 RESULTS = {  # how many outputs and gradients
     "attention": 3,
@@ -214,7 +214,7 @@ def main() -> None:
     launches = vitpa.kernels.norm.BACKWARD
     for launch in launches.values():  # however many tokens there are
         vitpa.kernels.norm.BACKWARD = {(0, 2048): launch}
-        for name, kernel, reference, inputs in cases("cpu", torch.float32, (2, 5, 70, 1, 32)):
+        for name, kernel, reference, inputs in cases("cpu", torch.float32, (2, 3, 17, 2, 16)):
             if name == "add_norm, scaled":
                 report[f"launch {launch}"] = errors(kernel, reference, inputs)
     vitpa.kernels.norm.BACKWARD = launches
