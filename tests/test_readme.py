@@ -241,10 +241,9 @@ def test_the_map_names_every_room() -> None:
     [
         ("requeues", "jobs/execute/slurm.py"),
         ("learning rate", "vitpa/optim.py"),
-        ("detecting damaged", "vitpa/checkpoint.py"),
-        ("checksum", "vitpa/checkpoint_file.py"),
+        ("where damage is detected", "vitpa/checkpoint_file.py"),
         ("each cell in Markdown, LaTeX", "jobs/report/tables.py"),
-        ("where each image is cropped", "vitpa/data/augment/crop_boxes.py"),
+        ("random resized crops", "vitpa/data/augment/crop_boxes.py"),
     ],
 )
 def test_the_map_leads_to(what: str, where: str) -> None:
