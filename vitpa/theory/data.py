@@ -52,17 +52,13 @@ class Signal:
         q = math.log(self.dim) / self.patches if self.q is None else self.q
         return q / {"q/4": 4, "q/2": 2}[self.delta]
 
-    def signal(self, generator: torch.Generator) -> Tensor:
-        """w: (d,), of length 1, uniform on the sphere."""
-        return unit_vector(self.dim, generator)
-
     def sample(self, count: int, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` samples with the signal `w` (d,): X (N, D, d) and the labels y (N,), which are -1 or 1."""
         y = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
         carries = torch.randint(0, self.sets, (count,), generator=generator)
         u = torch.rand(count, self.patches, generator=generator, dtype=torch.float64)
         delta = (u < self.probability).double() - (u >= 1 - self.probability).double()
-        in_set = carries[:, None] == torch.arange(self.patches) // self.set_size
+        in_set = carries[:, None] == self.partition()
         size = torch.where(in_set, y[:, None].double(), delta)
         X = torch.randn(count, self.patches, self.dim, dtype=torch.float64, generator=generator).mul_(self.sigma)
         if self.project_noise:
@@ -97,15 +93,6 @@ class Gaussian:
         """D."""
         return self.side**2
 
-    @property
-    def set_size(self) -> int:
-        """C."""
-        return self.block**2
-
-    def signal(self, generator: torch.Generator) -> Tensor:
-        """w: (d,), of length 1."""
-        return unit_vector(self.dim, generator)
-
     def sample(self, count: int, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` samples labelled by `w` (d,): X (N, D, d) and the labels y (N,), which are -1 or 1."""
         X = torch.randn(count, self.patches, self.dim, dtype=torch.float64, generator=generator)
@@ -120,7 +107,7 @@ class Gaussian:
 
 
 def unit_vector(dim: int, generator: torch.Generator) -> Tensor:
-    """(dim,), uniform on the sphere."""
+    """A signal w: (dim,), uniform on the sphere."""
     return F.normalize(torch.randn(dim, dtype=torch.float64, generator=generator), dim=0)
 
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from vitpa.theory.data import Delta, Gaussian, Signal, linear_error
+from vitpa.theory.data import Delta, Gaussian, Signal, linear_error, unit_vector
 
 SAMPLES = 40_000
 
@@ -31,7 +31,7 @@ def test_the_error_of_a_linear_model_is_the_exact_one(delta: Delta, per_cent: fl
 @pytest.mark.parametrize("delta", ["q/4", "q/2"])
 def test_one_set_carries_the_label_and_the_others_noise(delta: Delta) -> None:
     problem, random = Signal(delta=delta, sigma=1e-6), generator()
-    w = problem.signal(random)
+    w = unit_vector(problem.dim, random)
     X, y = problem.sample(SAMPLES, w, random)
     z = (X @ w).round()  # (N, D), the noise is gone
     in_sets = z.view(SAMPLES, problem.sets, problem.set_size)
@@ -48,7 +48,7 @@ def test_one_set_carries_the_label_and_the_others_noise(delta: Delta) -> None:
 def test_the_noise_is_of_the_given_size_and_orthogonal_to_the_signal_if_asked_for() -> None:
     for project in (False, True):
         problem, random = Signal(project_noise=project), generator()
-        w = problem.signal(random)
+        w = unit_vector(problem.dim, random)
         X, _ = problem.sample(2_000, w, random)
         across = X - (X @ w)[..., None] * w
         assert across.pow(2).sum(2).mean().item() == pytest.approx(0.1**2 * 99, rel=0.02)
@@ -58,14 +58,14 @@ def test_the_noise_is_of_the_given_size_and_orthogonal_to_the_signal_if_asked_fo
 
 def test_a_seed_gives_the_same_data() -> None:
     for problem in (Signal(), Gaussian()):
-        first, second = (problem.sample(10, problem.signal(random), random) for random in (generator(), generator()))
+        first, second = (problem.sample(10, unit_vector(problem.dim, random), random) for random in (generator(), generator()))
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
 
 
 def test_the_gaussian_labels_are_a_cubic_convolutions() -> None:
     problem, random = Gaussian(), generator()
-    w = problem.signal(random)
+    w = unit_vector(problem.dim, random)
     X, y = problem.sample(500, w, random)
     for image, label in zip(X.view(500, 4, 4, -1), y, strict=True):
         windows = [image[row : row + 2, column : column + 2] for row in (0, 2) for column in (0, 2)]
