@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from slurm.devcluster_config import Layout, free_ports
 from slurm.devcluster_folder import AlreadyRunningError, DevClusterError, is_running
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
+from slurm.devcluster_supervisor import CLIENT_TIMEOUT_S
 from tests.support.cluster import require_slurm, short_folder
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
@@ -485,7 +487,9 @@ def test_a_link_that_leads_elsewhere_when_it_ends_loses_nothing(capsys: pytest.C
     other.rename(real)
     supervisor = int((moved / "devcluster.lock").read_text())
     os.kill(supervisor, signal.SIGTERM)
+    begin_s = time.monotonic()
     wait_for(lambda: not is_running(moved))
+    assert time.monotonic() - begin_s < 2 * CLIENT_TIMEOUT_S  # no client of SLURM's waits for what is not there: four would
     wait_for(lambda: [path.name for path in moved.iterdir()] == ["notes"])
     assert [(real / file.relative_to(other)).read_text() for file in files] == ["years of it"] * len(files)
     shutil.rmtree(base)
