@@ -90,6 +90,12 @@ class AugmentConfig(Section):
     mixup_alpha: Float = Field(0.0, ge=0, le=1e3, description="mixup of pairs, with weights of Beta(alpha, alpha); 0 for none")
     cutmix_alpha: Float = Field(0.0, ge=0, le=1e3, description="cutmix of pairs, shares of Beta(alpha, alpha); 0 for none")
     mixup_switch_prob: Float = Field(0.5, ge=0, le=1, description="share of the pairs for cutmix where mixup is on, too")
+    permute_block_px: int = Field(
+        0,
+        ge=0,
+        le=MAX_PX,
+        description="side of blocks that stand in one random order in every image, train and val; 0: as is",
+    )
     eval_crop_pct: Float = Field(1.0, ge=0.1, le=1, description="img_size / short side before the centre crop at evaluation")
 
     @model_validator(mode="after")
@@ -231,6 +237,9 @@ class RunConfig(Section):
             )
         if self.augment.cutout_px > self.model.img_size:
             raise ValueError(f"augment.cutout_px={self.augment.cutout_px} is more than model.img_size={self.model.img_size}")
+        if self.augment.permute_block_px and self.model.img_size % self.augment.permute_block_px:
+            block_px = self.augment.permute_block_px
+            raise ValueError(f"augment.permute_block_px={block_px} does not divide model.img_size={self.model.img_size}")
         for name, used in {"crop": self.augment.crop == "random_resized", "erase": self.augment.erase_prob > 0}.items():
             low, high = getattr(self.augment, f"{name}_scale")
             if used and high * self.model.img_size**2 < 1:
@@ -252,8 +261,11 @@ class RunConfig(Section):
     def experiment(self) -> dict[str, Any]:
         """Everything that may change the numbers: the whole resolved document without `runtime`."""
         document = self.model_dump(mode="json", exclude={"runtime"})
+        # these keys are younger than many runs, which were all so
         if self.train.order == "random":
-            del document["train"]["order"]  # the key is younger than many runs, and they were all in random order
+            del document["train"]["order"]
+        if not self.augment.permute_block_px:
+            del document["augment"]["permute_block_px"]
         return document
 
     def network(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "augment.mixup_alpha": "0.8",
     "augment.cutmix_alpha": "1",
     "augment.mixup_switch_prob": "0.4",
+    "augment.permute_block_px": "8",
     "augment.eval_crop_pct": "0.9",
     "optim.lr": "2e-4",
     "optim.min_lr": "0",
@@ -326,6 +327,8 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
         ("augment.erase_scale=[0.5,0.2]", r"augment\.erase_scale=\[0\.5, 0\.2\] is not a range of positive numbers"),
         ("augment.erase_scale=[0.5,1.5]", r"augment\.erase_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
         ("augment.erase_ratio=[0,1]", r"augment\.erase_ratio=\[0\.0, 1\.0\] is not a range"),
+        ("augment.permute_block_px=5", r"augment\.permute_block_px=5 does not divide model\.img_size=32"),
+        ("augment.permute_block_px=64", r"augment\.permute_block_px=64 does not divide model\.img_size=32"),
         ("augment.cutout_px=33", r"augment\.cutout_px=33 is more than model\.img_size=32"),
         ("optim.min_lr=1e-2", r"optim\.min_lr=0\.01 is above optim\.lr=0\.0003"),
         ("optim.betas=[0.9,1.0]", r"optim\.betas=\[0\.9, 1\.0\]: each must be in \[0, 1\)"),
@@ -456,10 +459,11 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
     assert config().signature == SMALL_SIGNATURE
 
 
-def test_an_order_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path) -> None:
-    assert config("train.order=random").signature == SMALL_SIGNATURE
-    run = record_config(config("train.order=random", f"runtime.root={tmp_path}"))
-    assert load_config(run.config_yaml).train.order == "random"  # the record has it
+@pytest.mark.parametrize("as_it_was", ["train.order=random", "augment.permute_block_px=0"])
+def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
+    assert config(as_it_was).signature == SMALL_SIGNATURE
+    run = record_config(config(as_it_was, f"runtime.root={tmp_path}"))
+    assert as_it_was.partition(".")[2].replace("=", ": ") in run.config_yaml.read_text()  # the record has it
     record_config(config(f"runtime.root={tmp_path}"))
 
 

@@ -29,6 +29,7 @@ from tests.support.trainings import (
 )
 from tests.support.waiting import finish, wait_for
 from vitpa import checkpoint
+from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
@@ -126,8 +127,9 @@ def test_result_and_records_are_complete(undisturbed: Result, digits: Path) -> N
     assert 0.1 < undisturbed.val_top1 <= undisturbed.val_top5 <= 1
 
 
-def test_evaluation_equals_a_slow_loop_over_the_images(digits: Path, tmp_path: Path) -> None:
-    words = arguments(digits, tmp_path)
+@pytest.mark.parametrize("block_px", [0, 2])
+def test_evaluation_equals_a_slow_loop_over_the_images(digits: Path, tmp_path: Path, block_px: int) -> None:
+    words = arguments(digits, tmp_path, f"augment.permute_block_px={block_px}")
     result, config = trained(words), config_of(words)
     beton, facts = Beton.open(beton_path(digits, "digits", "val")), facts_of("digits")
     model = build_model(**dict(config.model), num_classes=10, seed=0).eval()
@@ -138,6 +140,8 @@ def test_evaluation_equals_a_slow_loop_over_the_images(digits: Path, tmp_path: P
     loss = 0.0
     for index, label in enumerate(beton.labels.tolist()):
         pixels = torch.from_numpy(beton.read_image(index)).permute(2, 0, 1)[None].float() / 255
+        if block_px:
+            pixels = permute_blocks(pixels, block_order(8 // block_px), block_px)
         with torch.no_grad():
             probabilities = model((pixels - facts.mean[0]) / facts.std[0]).double().softmax(dim=1)[0]
         correct += int(probabilities.argmax()) == label
@@ -154,6 +158,7 @@ def test_resident_and_streamed_images_train_the_same_weights(digits: Path, tmp_p
         "augment.hflip=true",
         f"augment.crop={crop}",
         "augment.crop_padding_px=1",
+        "augment.permute_block_px=4",
         "runtime.cpu_threads=1",
     ]
     resident = trained(arguments(digits, tmp_path / "resident", *options, "runtime.loader=resident"))

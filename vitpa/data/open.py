@@ -49,10 +49,11 @@ class Data:
         keys = epoch_keys([seed], 0).to(device)
         if isinstance(self.feed, ResidentFeed):
             samples = samples.to(device)
-            return self.augmentation.uint8(self.feed.images["train"].images[samples], samples, keys)
+            images = self.feed.images["train"].images[samples]
+            return self.augmentation.permuted(self.augmentation.uint8(images, samples, keys))
         with closing(self.feed.images["train"].train_batches([samples], epoch=0)) as batches:
             batch = next(batches)
-            return self.augmentation.uint8(batch.images.clone(), batch.samples, keys)
+            return self.augmentation.permuted(self.augmentation.uint8(batch.images.clone(), batch.samples, keys))
 
 
 def open_data(configs: Sequence[RunConfig], group: Group) -> Data:

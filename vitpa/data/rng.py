@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     MIX = 9
     ERASE_NOISE = 10
     SHUFFLE_BUFFER = 11
+    BLOCKS = 12
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

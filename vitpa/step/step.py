@@ -307,9 +307,9 @@ class ReplicaSteps:
             self.feed.advance_eval()
 
     def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The next val images (E, 3, H, W), normalised, and their labels (E,)."""
+        """The next val images (E, 3, H, W) as the network takes them, and their labels (E,)."""
         images, _, labels = self.feed.gather_eval(*inputs)
-        return self.augmentation.normalize(images), labels
+        return self.augmentation.evaluated(images), labels
 
     def _compute_scores(self, logits: Float[Tensor, "R E K"], labels: Int64[Tensor, " E"]) -> Float64[Tensor, "R 4"]:
         """Sums over images: cross-entropy, top-1, top-5, images."""

@@ -1,7 +1,8 @@
 """Augmentation on the device: batched, per sample, every parameter drawn from (seed, epoch, sample).
 
-In torchvision's usual order: padded crop, flip, policy, all on uint8; normalisation; random erasing and cutout. No shape
-depends on the data, nothing is copied from the host and nothing waits for the device, so that a CUDA graph can hold it.
+In torchvision's usual order: padded crop, flip, policy, all on uint8; normalisation; random erasing and cutout; mixing. Last
+of all, and at evaluation, too, blocks are permuted. No shape depends on the data, nothing is copied from the host and nothing
+waits for the device, so that a CUDA graph can hold it.
 
 Axes: B batch, C channels, H W pixels, P purposes of random numbers.
 """
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from vitpa.config import AugmentConfig
 from vitpa.data.augment.auto_augment import Policy
 from vitpa.data.augment.mixup import Mixup, partners_of
+from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.augment.rand_augment import RandAugment
 from vitpa.data.rng import Purpose, key, materialize, randint, random_bits, uniform
 from vitpa.datasets import DatasetFacts
@@ -51,6 +53,9 @@ class Augmentation:
         if options.erase_mode == "const":  # for the kernel that erases and mixes
             self.normals.zero_()
         self.mixup = Mixup(options, device=device) if options.mixes else None
+        self.block_order: Tensor | None = None
+        if options.permute_block_px:
+            self.block_order = block_order(img_size // options.permute_block_px).to(device)
         self.policy: Policy | RandAugment | None = None
         if options.policy == "randaugment_timm":
             self.policy = RandAugment(
@@ -71,10 +76,23 @@ class Augmentation:
             )
 
     def __call__(self, images: Images, samples: Samples, keys: Keys) -> Normalized:
-        """Images as the model takes them: augmented and normalised.
+        """Images as the model takes them: augmented, normalised, permuted.
 
         Erased pixels are 0, the mean colour of the data set, or noise.
         """
+        return self.permuted(self._unpermuted(images, samples, keys))
+
+    def evaluated(self, images: Images) -> Normalized:
+        """Images as the model takes them at evaluation: normalised, permuted."""
+        return self.permuted(self.normalize(images))
+
+    def permuted(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of any type with their blocks in the order of all images, if they are permuted."""
+        if self.block_order is None:
+            return images
+        return permute_blocks(images, self.block_order, self.options.permute_block_px)
+
+    def _unpermuted(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
         images, options = self.uint8(images, samples, keys), self.options
         if options.erase_prob and options.erase_mode == "pixel":
             out = self._normalize_and_erase(images, samples, keys)
@@ -89,20 +107,21 @@ class Augmentation:
     def mixed(
         self, images: Images, labels: Int64[Tensor, " B"], samples: Samples, keys: Keys
     ) -> tuple[Float32[Tensor, "B C H W"], Int64[Tensor, " B"], Float32[Tensor, " B"]]:
-        """As above, and then mixed: images, the partners' labels and the weights of the own ones (see Mixup).
+        """The same, mixed before they are permuted: images, the partners' labels, the weights of the own ones (see Mixup).
 
         Raises:
             ValueError: B is odd.
         """
         assert self.mixup is not None
         if not images.is_cuda or self.options.cutout_px:
-            return self.mixup(self(images, samples, keys), labels, samples, keys)
+            out, partners, lam = self.mixup(self._unpermuted(images, samples, keys), labels, samples, keys)
+            return self.permuted(out), partners, lam
         from vitpa.kernels.erase import normalize_erase_and_mix  # noqa: PLC0415 - Triton is needed on a GPU only
 
         lam, weights, cuts = self.mixup.draws(samples, keys, size=(images.shape[2], images.shape[3]))
         images, erasing = self.uint8(images, samples, keys), self._erasing(images, samples, keys)
         out = normalize_erase_and_mix(images, self.scale, self.shift, *erasing, weights, cuts)
-        return out, partners_of(labels), lam.repeat_interleave(2)
+        return self.permuted(out), partners_of(labels), lam.repeat_interleave(2)
 
     def uint8(self, images: Images, samples: Samples, keys: Keys) -> Images:
         """The part before normalisation. random_resized crops are taken where images are decoded: their sizes differ."""

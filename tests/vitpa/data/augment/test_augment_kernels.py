@@ -137,7 +137,9 @@ def test_operations_on_a_gpu_are_those_of_the_cpu(size: int, layout: torch.memor
 def test_a_gpu_augments_large_images_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None:
     images, samples = random_images(48, 96).contiguous(memory_format=torch.channels_last), torch.arange(48)
     keys = epoch_keys([5, 6], 1).repeat_interleave(24, 0)
-    config = AugmentConfig.model_validate({**ERASING, "hflip": True, "policy": policy, "erase_mode": "pixel"})
+    config = AugmentConfig.model_validate(
+        {**ERASING, "hflip": True, "policy": policy, "erase_mode": "pixel", "permute_block_px": 8}
+    )
     on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=96, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
     for function in (on_gpu, torch.compile(on_gpu, fullgraph=True, dynamic=False)):

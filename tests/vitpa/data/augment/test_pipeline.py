@@ -38,7 +38,7 @@ def test_no_purpose_takes_the_number_of_another() -> None:
     # the streams of runs that are done already depend on these
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8, "MIX": 9,
-        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11,
+        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11, "BLOCKS": 12,
     }  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def test_noise_is_standard_normal_and_independent() -> None:
     "options",
     [
         {**EVERYTHING, "policy": "none"},
-        {**EVERYTHING, "policy": "none", "erase_mode": "pixel"},
+        {**EVERYTHING, "policy": "none", "erase_mode": "pixel", "permute_block_px": 4},
         {"policy": "autoaugment_svhn"},
     ],
 )
@@ -278,7 +278,7 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
 def test_a_gpu_augments_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None:
     images, samples = random_images(640), torch.arange(640)
     keys = epoch_keys([5, 6], 1).repeat_interleave(320, 0)
-    config = AugmentConfig.model_validate({**EVERYTHING, "policy": policy})
+    config = AugmentConfig.model_validate({**EVERYTHING, "policy": policy, "permute_block_px": 4})
     on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=32, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
     compiled = torch.compile(on_gpu, fullgraph=True, dynamic=False)
