@@ -1,6 +1,6 @@
 """A real SLURM on this machine, in one private folder, for rehearsals and tests; nothing of it is left afterwards.
 
-`DevCluster` starts and stops one and gives it orders; with `with` its life is bound to this process's. The daemons belong to
+`DevCluster` starts and stops one; with `with` its life is bound to this process's. The daemons belong to
 `slurm.devcluster_supervisor`, the folder is held as `slurm.devcluster_folder` says.
 """
 
@@ -36,7 +36,7 @@ CLIENT_VARIABLES = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|SINFO|SQUEUE|SA
 
 
 class DaemonError(DevClusterError):
-    """A daemon has ended, or refuses an order."""
+    """A daemon has ended, or an order cannot be carried out."""
 
 
 def default_root() -> Path:
@@ -62,6 +62,8 @@ class DevCluster:
     of `main` needs their place.
     """
 
+    supervisor = "slurm.devcluster_supervisor"  # the module that is started to own the daemons
+
     def __init__(self, root: Path, **sizes: int) -> None:
         self.root = resolved(root)  # once: a link may lead elsewhere when the cluster ends
         self.layout = Layout(self.root)
@@ -78,12 +80,6 @@ class DevCluster:
     def node_names(self) -> list[str]:
         """127.0.0.1, 127.0.0.2, ..."""
         return self.settings.node_names
-
-    @property
-    def guardian_pid(self) -> int:
-        """The process whose descendants are the whole cluster."""
-        assert self._supervisor, "the cluster is not started"
-        return self._supervisor.pid
 
     def __enter__(self) -> Self:
         self.start()
@@ -118,7 +114,7 @@ class DevCluster:
             with self.layout.output("supervisor").open("wb") as output:
                 self._supervisor = subprocess.Popen(
                     [
-                        *(sys.executable, "-m", "slurm.devcluster_supervisor"),
+                        *(sys.executable, "-m", self.supervisor),
                         *(str(self.root), self.settings.to_json(), *map(str, descriptors)),
                     ],
                     env={**self.environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"},
@@ -160,30 +156,8 @@ class DevCluster:
             pass  # its pipes are closed and its end is waited for
         self._supervisor = None
 
-    def kill_node(self, name: str) -> None:
-        """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
-        self._order("kill_node", name=name)
-
-    def start_node(self, name: str) -> None:
-        """Bring a node back and wait until it is in service."""
-        self._order("start_node", name=name)
-
-    def restart_controller(self) -> None:
-        """Restart slurmctld and wait until it answers; jobs run on."""
-        self._order("restart_controller")
-
-    def stop_accounting(self) -> None:
-        """End slurmdbd: sacct fails until `start_accounting`."""
-        self._order("stop_accounting")
-
-    def start_accounting(self) -> None:
-        """Start slurmdbd again."""
-        self._order("start_accounting")
-
     def _order(self, what: str, **arguments: str) -> None:
         assert self._supervisor and self._supervisor.stdin, "the cluster is not started"
-        if arguments.get("name", self.node_names[0]) not in self.node_names:
-            raise DevClusterError(f"no node {arguments['name']!r}; there are {', '.join(self.node_names)}")
         with contextlib.suppress(BrokenPipeError):
             self._supervisor.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._supervisor.stdin.flush()
@@ -271,7 +245,7 @@ def _end_supervisor(layout: Layout) -> None:
     """Ask it to stop and wait for it; if it cannot, end everything below it."""
     pid = layout.recorded_pid()
     command = _command_line(pid)
-    ours = str(layout.root) in command and "slurm.devcluster_supervisor" in command
+    ours = str(layout.root) in command and any(word.endswith(".devcluster_supervisor") for word in command)
     if ours:
         processes.kill([pid], signal.SIGTERM)
     life = processes.SignsOfLife(lambda: processes.with_descendants([pid]))

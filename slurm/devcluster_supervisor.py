@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -201,37 +200,6 @@ class Supervisor:
         """Live on when whoever gives orders ends."""
         self.bound = False
 
-    def kill_node(self, name: str) -> None:
-        """End slurmd of a node and its steps, by SIGKILL, as if the node had lost power."""
-        below, log = processes.descendants([os.getpid()]), self.layout.log(f"slurmd.{name}")
-        steps = [pid for pid in below if processes.writes_below(pid, log)]  # slurmd and every slurmstepd do
-        self._end(f"slurmd.{name}", signal.SIGKILL)
-        processes.kill([*steps, *processes.descendants(steps)])
-
-    def start_node(self, name: str) -> None:
-        """Start slurmd of a node again and wait until slurmctld has heard of it."""
-        if self.daemons[f"slurmd.{name}"].returncode is None:
-            raise FailedError(f"slurmd.{name} runs")
-        begin = int(time.time())
-        self._spawn(f"slurmd.{name}", "-D", "-N", name)
-        self._wait(f"node {name}'s return", lambda: self._in_service(name, begin), daemon=f"slurmd.{name}")
-
-    def _in_service(self, name: str, since: int) -> bool:
-        facts = dict(word.split("=", 1) for word in self._ask("scontrol", "-o", "show", "node", name).split() if "=" in word)
-        started = facts.get("SlurmdStartTime", "None")
-        if started == "None" or datetime.fromisoformat(started).timestamp() < since:
-            return False
-        return facts["State"].partition("+")[0] in ("IDLE", "MIXED", "ALLOCATED")
-
-    def restart_controller(self) -> None:
-        """End slurmctld as one does, start it and wait until it answers."""
-        self._end("slurmctld", signal.SIGTERM)
-        self._start_controller()
-
-    def stop_accounting(self) -> None:
-        """End slurmdbd: sacct fails from here on."""
-        self._end("slurmdbd", signal.SIGTERM)
-
     def start_accounting(self) -> None:
         """Start slurmdbd and wait until it says so."""
         log = self.layout.log("slurmdbd")
@@ -266,11 +234,6 @@ class Supervisor:
                 self._ask("scancel", *options, *sorted(set(jobs)))
             while self._ask("squeue", "-h", "-o", "%A").strip() and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-
-    def _end(self, name: str, signal_number: int) -> None:
-        if name not in self.daemons or self.daemons[name].returncode is not None:
-            raise FailedError(f"{name} does not run")
-        self._end_all([name], signal_number)
 
     def _end_all(self, names: list[str], signal_number: int) -> None:
         """End daemons side by side: by a signal, after a grace by SIGKILL."""

@@ -26,7 +26,7 @@ import yaml
 
 from jobs.execute.attempt import last_error
 from jobs.sweep import Run
-from slurm.devcluster import DevCluster
+from tests.support.cluster import FaultyCluster
 from tests.support.digits_sweeps import DIGITS, TERM, TRAIN, assert_ended
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import MODEL, RUNTIME, Cell, make_cell, processes_left, started, trainers
@@ -248,7 +248,7 @@ def part_seeds_trained_together(lives: Lives) -> None:
 
 
 @pytest.fixture(scope="session")
-def lives(cluster: DevCluster, digits: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
+def lives(cluster: FaultyCluster, digits: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
     """All the disturbances at once."""
     base = tmp_path_factory.mktemp("lives")
     data = base / "data"

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from jobs.sweep import Run
-from slurm.devcluster import DevCluster
+from tests.support.cluster import FaultyCluster
 from tests.support.digits_sweeps import DIGITS, TERM, assert_ended
 from tests.support.repository import ROOT
 from tests.support.slurm_sweeps import RUNTIME, Cell, make_cell, processes_left, started, trainers, variable
@@ -88,7 +88,7 @@ def undisturbed(cell: Cell, processes: int) -> Result:
 
 
 @pytest.fixture(scope="session")
-def nodes(cluster: DevCluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
+def nodes(cluster: FaultyCluster, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Lives:
     base = tmp_path_factory.mktemp("nodes")
     recipes = {"digits": digits_recipe(epochs=12)}
 
@@ -167,7 +167,7 @@ def test_no_process_is_left(nodes: Lives) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_node_that_fails_its_preflight_is_left_out(cluster: DevCluster, digits: Path, tmp_path: Path, count: int) -> None:
+def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, digits: Path, tmp_path: Path, count: int) -> None:
     """The last of the nodes that the job gets has too few CPUs; it goes on elsewhere by itself, and so does the next sweep."""
     bad = f"127.0.0.{count}"
     (tmp_path / "bad").mkdir()

@@ -26,7 +26,7 @@ from slurm.devcluster_folder import AlreadyRunningError, DevClusterError, is_run
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
 from slurm.devcluster_supervisor import CLIENT_TIMEOUT_S
-from tests.support.cluster import require_slurm, short_folder
+from tests.support.cluster import FaultyCluster, guardian_pid, require_slurm, short_folder
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 
@@ -35,7 +35,7 @@ SLEEP = "sleep 98.7654"  # found again in the list of processes
 
 
 @pytest.fixture
-def jobs(cluster: DevCluster) -> Iterator[DevCluster]:
+def jobs(cluster: FaultyCluster) -> Iterator[FaultyCluster]:
     """The session's cluster, with an empty queue before and after."""
     yield cluster
     ask(cluster, "scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
@@ -137,7 +137,7 @@ def test_an_array_index_beyond_the_limit_is_refused(jobs: DevCluster) -> None:
 # --- faults
 
 
-def test_a_job_outlives_a_restart_of_the_controller_and_of_accounting(jobs: DevCluster) -> None:
+def test_a_job_outlives_a_restart_of_the_controller_and_of_accounting(jobs: FaultyCluster) -> None:
     job = submit(jobs, "sleep 4; echo done")
     wait_for(lambda: runs(jobs, job))
     jobs.stop_accounting()
@@ -150,7 +150,7 @@ def test_a_job_outlives_a_restart_of_the_controller_and_of_accounting(jobs: DevC
     wait_for(lambda: "COMPLETED" in ask(jobs, "sacct", "-n", "-X", "-j", job))
 
 
-def test_a_killed_node_loses_its_processes_only_and_comes_back(jobs: DevCluster) -> None:
+def test_a_killed_node_loses_its_processes_only_and_comes_back(jobs: FaultyCluster) -> None:
     lost, other = jobs.node_names[2:]
     job = submit(jobs, "echo here; sleep 600 & sleep 600", f"--nodelist={lost}")
     neighbour = submit(jobs, "echo here; sleep 600", f"--nodelist={other}")
@@ -165,8 +165,6 @@ def test_a_killed_node_loses_its_processes_only_and_comes_back(jobs: DevCluster)
     jobs.start_node(lost)
     after = submit(jobs, "echo back", f"--nodelist={lost}")
     wait_for(lambda: state(jobs, after) == "COMPLETED")
-    with pytest.raises(DevClusterError, match=r"no node 'node9'; there are 127\.0\.0\.1, "):
-        jobs.kill_node("node9")
 
 
 # --- nobody else hears or sees it
@@ -194,7 +192,7 @@ def listening(pids: list[int]) -> dict[str, set[str]]:
 def test_it_listens_on_loopback_only(jobs: DevCluster) -> None:
     job = submit(jobs, "srun sh -c 'echo here; sleep 60'", "--nodes=2")
     wait_for(lambda: printed(jobs, job).count("here") == 2)
-    addresses = listening(descendants([jobs.guardian_pid]))
+    addresses = listening(descendants([guardian_pid(jobs)]))
     assert sum(len(ports) for ports in addresses.values()) >= 6  # slurmctld, slurmdbd, four slurmd; srun has its own
     assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
     assert jobs.root.stat().st_mode & 0o777 == 0o700
@@ -218,7 +216,7 @@ import sys, time
 from pathlib import Path
 from slurm.devcluster import DevCluster
 with DevCluster(Path(sys.argv[1]), nodes=1, gpus=1) as cluster:
-    print(cluster.guardian_pid, flush=True)
+    print(cluster.layout.recorded_pid(), flush=True)
     time.sleep(100)
 """
 
@@ -283,8 +281,8 @@ def test_start_works_on_the_remains_of_a_killed_one() -> None:
     require_slurm()
     with DevCluster(short_folder(), nodes=1, gpus=1) as cluster:
         submit(cluster, SLEEP)
-        below = descendants([cluster.guardian_pid])
-        for pid in [cluster.guardian_pid, *(pid for pid in below if b"devcluster_supervisor" in command_of(pid))]:
+        below = descendants([guardian_pid(cluster)])
+        for pid in [guardian_pid(cluster), *(pid for pid in below if b"devcluster_supervisor" in command_of(pid))]:
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_running(cluster.root))
         with DevCluster(cluster.root, nodes=1, gpus=1) as second:

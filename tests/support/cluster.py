@@ -30,9 +30,40 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="vitpa-", dir="/tmp"))
 
 
+class FaultyCluster(DevCluster):
+    """A cluster of which parts can be killed and started again."""
+
+    supervisor = "tests.support.devcluster_supervisor"
+
+    def kill_node(self, name: str) -> None:
+        """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
+        self._order("kill_node", name=name)
+
+    def start_node(self, name: str) -> None:
+        """Bring a node back and wait until it is in service."""
+        self._order("start_node", name=name)
+
+    def restart_controller(self) -> None:
+        """Restart slurmctld and wait until it answers; jobs run on."""
+        self._order("restart_controller")
+
+    def stop_accounting(self) -> None:
+        """End slurmdbd: sacct fails until `start_accounting`."""
+        self._order("stop_accounting")
+
+    def start_accounting(self) -> None:
+        """Start slurmdbd again."""
+        self._order("start_accounting")
+
+
+def guardian_pid(cluster: DevCluster) -> int:
+    """The process whose descendants are the whole cluster."""
+    return cluster.layout.recorded_pid()
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[DevCluster]:
+def cluster() -> Iterator[FaultyCluster]:
     """4 nodes with 2 pretended GPUs each; `cluster.environment` is for the clients."""
     require_slurm()
-    with DevCluster(short_folder(), nodes=4, gpus=2) as running:
+    with FaultyCluster(short_folder(), nodes=4, gpus=2) as running:
         yield running

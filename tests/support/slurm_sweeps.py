@@ -21,7 +21,7 @@ from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
 from jobs.state import RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
-from slurm.devcluster import DevCluster
+from tests.support.cluster import FaultyCluster
 from tests.support.jobs_sweeps import STAND_IN
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
@@ -39,7 +39,7 @@ class Cell:
     """A sweep below `root` on a cluster, with what a test does to it."""
 
     root: Path
-    cluster: DevCluster
+    cluster: FaultyCluster
     sweep: Sweep
     profile: dict[str, Any] = field(default_factory=dict)
     stand_in: bool = False
@@ -124,7 +124,7 @@ class Cell:
 
 def make_cell(
     root: Path,
-    cluster: DevCluster,
+    cluster: FaultyCluster,
     recipes: dict[str, dict[str, Any]],
     *,
     seeds: int = 1,

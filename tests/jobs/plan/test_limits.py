@@ -16,8 +16,7 @@ from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.cluster import Nodes, mem_mib
 from jobs.scheduler.gres import parse_gres
-from slurm.devcluster import DevCluster
-from tests.support.cluster import require_slurm, short_folder
+from tests.support.cluster import FaultyCluster, require_slurm, short_folder
 from tests.support.jobs_sweeps import make_sweep, write_result
 from tests.support.waiting import wait_for
 from vitpa.cli import main
@@ -360,10 +359,10 @@ def test_what_only_waits_is_a_warning(plan: Shell, answers: dict[str, str], valu
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[DevCluster]:
+def strict() -> Iterator[FaultyCluster]:
     """2 nodes; MaxTime=2 h; QOS `small`: 5 jobs in the queue, 3 at a time, 2 GPUs in all, 1 h."""
     require_slurm()
-    with DevCluster(short_folder(), nodes=2, gpus=2) as cluster:
+    with FaultyCluster(short_folder(), nodes=2, gpus=2) as cluster:
         conf = cluster.layout.slurm_conf
         enforce = "AccountingStorageEnforce=limits,qos\nAccountingStorageTRES=gres/gpu\n"
         conf.write_text(conf.read_text().replace("YES MaxTime=INFINITE", "YES MaxTime=2:00:00") + enforce)
@@ -376,7 +375,7 @@ def strict() -> Iterator[DevCluster]:
 
 
 @pytest.mark.slurm
-def test_limits_of_a_real_cluster(strict: DevCluster, plan: Shell) -> None:
+def test_limits_of_a_real_cluster(strict: FaultyCluster, plan: Shell) -> None:
     scheduler = Scheduler(strict.environment)
 
     def accepted() -> bool:  # the nodes come back some time after the restart
@@ -399,7 +398,7 @@ def test_limits_of_a_real_cluster(strict: DevCluster, plan: Shell) -> None:
 
 
 @pytest.mark.slurm
-def test_plan_on_the_development_cluster(cluster: DevCluster, plan: Shell) -> None:
+def test_plan_on_the_development_cluster(cluster: FaultyCluster, plan: Shell) -> None:
     scheduler = Scheduler(cluster.environment)
     code, found = plan(scheduler, gpus_per_node=1, partition="main")
     assert (code, found["problem"]) == (0, "")
