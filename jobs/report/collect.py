@@ -20,33 +20,7 @@ from jobs.sweep import Attention, Sweep, SweepError
 from vitpa.metrics_file import damaged_lines
 from vitpa.records import utc_now
 from vitpa.rundir import Result
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over n seeds. `std` and the interval exist from two seeds on."""
-
-    n: int
-    mean: float | None
-    std: float | None
-    ci95_low: float | None
-    ci95_high: float | None
-
-    @staticmethod
-    def of(values: Sequence[float]) -> Estimate:
-        """Mean, standard deviation (ddof = 1) and the 95 % t interval of the mean."""
-        n = len(values)
-        if n == 0:
-            return Estimate(0, None, None, None, None)
-        mean = math.fsum(values) / n
-        if n == 1:
-            return Estimate(1, mean, None, None, None)
-        from scipy.special import stdtrit  # noqa: PLC0415 - a quarter of a second that only this needs
-
-        std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        quantile = float(stdtrit(n - 1, 0.975))  # 97.5 % of Student's t, n - 1 degrees of freedom
-        half = quantile * std / math.sqrt(n)
-        return Estimate(n, mean, std, mean - half, mean + half)
+from vitpa.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report.collect import Cell, CollectedTable, Estimate
+from jobs.report.collect import Cell, CollectedTable
 from jobs.report.status import table_of
 from jobs.report.tables import latex, markdown
 from vitpa.cli import main
 from vitpa.console import PrintableConsole
 from vitpa.records import create_exclusive, write_atomic
+from vitpa.statistics import Estimate
 from vitpa.terminal import OUTPUT_CLOSED, PrintableStream, printable, printable_output
 
 EVIL = "\x1b]0;T\x07\x1b[2J\x9b31m\x7f\u202e\u2028[bold]x[/bold]:smile:"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report.collect import CollectedTable, Estimate, collect
+from jobs.report.collect import CollectedTable, collect
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
 from jobs.sweep import Reference, Sweep, SweepError
@@ -19,6 +19,7 @@ from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
 from vitpa.metrics_file import to_line
 from vitpa.records import with_checksum, write_json
+from vitpa.statistics import Estimate
 
 CONTENT = [0.90, 0.92, 0.94]
 POSITIONAL = [0.88, 0.91, 0.89]
