@@ -24,10 +24,10 @@ from data_prep.progress import progress_bar
 from data_prep.sources import SMALL_PX, Split, has_small_images, is_photo_set, load_splits
 from data_prep.verify import verify
 from data_prep.write import Job, Seen, Writer, WriterError, Written
-from vitpa import __version__ as VITPA_VERSION
 from vitpa.data.beton import Beton, BetonFile
 from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.datasets import SPLITS, facts_of
+from vitpa.installation import VERSION as VITPA_VERSION
 from vitpa.records import utc_now, write_json
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9_\-]*"  # RunConfig.dataset accepts the same

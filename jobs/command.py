@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vitpa import CODE
 from vitpa.arguments import name_or_path, number, whole_number
+from vitpa.installation import CODE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

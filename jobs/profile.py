@@ -12,10 +12,10 @@ from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_va
 from jobs.scheduler.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
 from jobs.scheduler.options import check_srun_args, parse_time_s, sbatch_option
 from jobs.sweep import SweepError
-from vitpa import CODE
 from vitpa.arguments import ConfigError
 from vitpa.config import MAX_CPUS, Float, Section
 from vitpa.config_file import load_model, parse_model, read_yaml
+from vitpa.installation import CODE
 
 SHIPPED = CODE / "slurm"
 MAX_AT_A_TIME = 1024  # runs of a machine, seeds of a step

@@ -16,12 +16,12 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from vitpa import CODE
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
 from vitpa.errors import UserError
+from vitpa.installation import CODE
 from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
 

@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from vitpa import snapshot
 from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
 from vitpa.metrics_file import EVALUATED
 from vitpa.records import write_atomic
@@ -105,6 +106,10 @@ class Writer:
     def save(self, run: RunDir, checkpoint: Checkpoint) -> None:
         """As the function `save`, but return at once. The tensors may change afterwards: they are copied."""
         self._under_way.append(self._pool.submit(_write, run, checkpoint.progress.step, _on_host(checkpoint.state())))
+
+    def keep(self, run: RunDir, step: int, model: dict[str, Tensor]) -> None:
+        """Write a snapshot of the weights after `step` steps, likewise."""
+        self._under_way.append(self._pool.submit(snapshot.write, run, step, _on_host(model)))
 
     def wait(self) -> None:
         """Wait until all of them are written.

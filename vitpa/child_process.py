@@ -8,7 +8,7 @@ import signal
 import sysconfig
 from pathlib import Path
 
-from vitpa import CODE
+from vitpa.installation import CODE
 
 PR_SET_PDEATHSIG = 1  # prctl(2); kept across exec
 

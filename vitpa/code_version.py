@@ -10,8 +10,8 @@ import hashlib
 import subprocess
 from typing import Any
 
-from vitpa import CODE
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
+from vitpa.installation import CODE
 
 PACKAGE = CODE / "vitpa"
 CODE_VERSION_JSON = "CODE_VERSION.json"  # in the package's folder of a snapshot

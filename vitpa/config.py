@@ -186,6 +186,9 @@ class RuntimeConfig(Section):
     checkpoint_every_steps: int | None = Field(
         None, ge=1, le=MAX_STEPS, description="optimiser steps between checkpoints, besides"
     )
+    keep_epochs: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = Field(
+        (), description="epochs after which the weights are kept for `vitpa analyze`, such as [1, 10, 100]"
+    )
     poll_every_steps: int = Field(
         10, ge=1, le=MAX_STEPS, description="steps between looks at the clock and at the file `stop`"
     )
@@ -230,6 +233,8 @@ class RunConfig(Section):
     def _check(self) -> Self:
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} is longer than train.epochs={self.train.epochs}")
+        if late := [epoch for epoch in self.runtime.keep_epochs if epoch > self.train.epochs]:
+            raise ValueError(f"runtime.keep_epochs has {late[0]}, which is beyond train.epochs={self.train.epochs}")
         if self.train.order == "quasi_random" and self.runtime.loader == "resident":
             raise ValueError(
                 "train.order=quasi_random is for images that are streamed; leave out runtime.loader=resident, or set "

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from vitpa import CODE
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_yaml, parse_yaml_value, read_bytes, to_yaml
+from vitpa.installation import CODE
 from vitpa.records import create_exclusive
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable

@@ -85,6 +85,7 @@ class RunDir:
     metrics_jsonl = Below("metrics.jsonl")  # the record of the training, a row per line
     tensorboard = Below("tb")  # a view of the record for TensorBoard
     checkpoints = Below("checkpoints")  # where the training goes on from
+    snapshots = Below("snapshots")  # weights after the epochs of runtime.keep_epochs, for `vitpa analyze`
     result_json = Below("result.json")  # there if and only if the run is finished
     stop = Below("stop")  # a request to stop
     attempts_dir = Below("attempts")  # one folder for each execution

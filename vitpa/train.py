@@ -289,6 +289,8 @@ def train_epoch(t: Training, epoch: int) -> bool:
             t.line.move(t.step)
         if t.step < last_step and not save_or_stop(t):
             return False
+    if epoch + 1 in runtime.keep_epochs:
+        keep(t)
     last_epoch = epoch + 1 == t.config.train.epochs
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
         t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
@@ -394,6 +396,14 @@ def save(t: Training) -> None:
             assert t.checkpoints is not None
             t.checkpoints.save(replica.run, state)
     t.saved_s = time.monotonic()
+
+
+def keep(t: Training) -> None:
+    """Begin to write snapshots of the weights, which no training goes on from."""
+    if t.checkpoints is not None:
+        t.checkpoints.wait()
+        for _, replica in t.active:
+            t.checkpoints.keep(replica.run, t.step, dict(replica.model.state_dict()))
 
 
 def count_time(t: Training) -> None:

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 
 from jobs.sweep import SweepError
-from vitpa import CODE
 from vitpa.code_version import CODE_VERSION_JSON, RECORDED, code_record
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
+from vitpa.installation import CODE
 from vitpa.records import to_json, write_atomic
 
 PACKAGES = ("vitpa", "jobs")

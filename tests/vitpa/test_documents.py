@@ -14,10 +14,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitpa import CODE
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config, read_yaml
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, parse_yaml, read_bytes, to_yaml
+from vitpa.installation import CODE
 from vitpa.records import RunError, read_json
 
 

@@ -20,7 +20,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from vitpa import CODE, logs
+from vitpa import logs
+from vitpa.installation import CODE
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics_file import last_evaluation, read_metrics
 from vitpa.rundir import RunDir

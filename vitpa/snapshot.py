@@ -1,0 +1,56 @@
+"""Snapshots: the weights alone after the epochs of `runtime.keep_epochs`, for `vitpa analyze`; no training goes on from one.
+
+The bytes of the file are vitpa/checkpoint_file.py's, its name says the step.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
+from vitpa.records import write_atomic
+from vitpa.rundir import RunDir
+
+SLACK_BYTES = 2**24  # of a file, beside its tensors
+
+
+def write(run: RunDir, step: int, model: dict[str, Tensor]) -> Path:
+    """Write the weights after `step` steps, a model's state_dict() on the CPU."""
+    run.snapshots.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    archive = buffer.getvalue()
+    path = run.snapshots / name_of(step)
+    write_atomic(path, archive + Footer.of(archive, run.signature, step).line())
+    return path
+
+
+def steps(run: RunDir) -> dict[int, Path]:
+    """The snapshots of a run by their steps, in order."""
+    found = {step: path for path in run.snapshots.glob("step_*.pt") if (step := step_of(path.name)) is not None}
+    return dict(sorted(found.items()))
+
+
+def read(path: Path, signature: str, like: dict[str, Tensor]) -> dict[str, Any]:
+    """The weights in a snapshot of the run `signature`, whose model has the tensors `like`.
+
+    Raises:
+        CheckpointError: the file is damaged, of another run or step, or does not fit.
+    """
+    most = SLACK_BYTES + 2 * sum(tensor.element_size() * tensor.numel() for tensor in like.values())
+    archive, has_checksum = read_archive(path, signature, most)
+    if not has_checksum:
+        raise CheckpointError("its checksum is missing: it was cut or changed")
+    try:
+        model = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types
+        raise CheckpointError(f"it holds no weights ({type(error).__name__})") from error
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in like.items()}
+    if not isinstance(model, dict) or {name: (each.dtype, each.shape) for name, each in model.items()} != shapes:
+        raise CheckpointError("its tensors are not those of the run's model")
+    return model

@@ -1,0 +1,263 @@
+"""Runs and sweeps as a notebook wants them: configuration, weights, result, and metrics as a pandas DataFrame.
+
+    run = vitpa.load_run("outputs/runs/0123456789abcdef")
+    run.config.model.attention, run.result.val_top1, run.metrics["train/loss"], run.model()
+
+Nothing is trained and nothing is written; a GPU is not needed. What is read is checked as the trainer checks it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import Field
+from torch import Tensor, nn
+
+from vitpa import checkpoint, snapshot
+from vitpa.checkpoint_file import CheckpointError, step_of
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config
+from vitpa.data.rng import Purpose, key
+from vitpa.metrics_file import read_metrics
+from vitpa.models import build_model
+from vitpa.records import Record, RunError, read_json, read_record
+from vitpa.rundir import Result, RunDir
+
+COLUMNS = ("val_top1", "val_top5", "val_loss", "epochs", "steps", "train_time_s", "gpu_hours", "images_per_s")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run, finished or not.
+
+    Attributes:
+        directory: Where its files are.
+        config: Its resolved configuration.
+        result: What its result.json says; None if it is not finished. Accuracies are fractions.
+    """
+
+    directory: RunDir
+    config: RunConfig
+    result: Result | None
+
+    @property
+    def name(self) -> str:
+        """Such as cifar10-positional-s3."""
+        return f"{self.config.dataset}-{self.config.model.attention}-s{self.config.seed}"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.directory.path
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """The rows of metrics.jsonl, a column per metric: step, epoch, train/loss, val/top1, ...; NaN where a row has none."""
+        return pd.DataFrame(read_metrics(self.directory.metrics_jsonl))
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        path = self.directory.env_json
+        document = read_json(path)
+        if document is None:
+            raise RunError(f"{path}: missing: the run has not been started; train it first")
+        if not all(type(document.get(name)) is int and document[name] > 0 for name in ("steps_per_epoch", "steps_total")):
+            raise RunError(f"{path}: says no steps_per_epoch or steps_total; restore it, or train the run again")
+        return document
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch.
+
+        Raises:
+            RunError: the run has not been started.
+        """
+        return int(self._environment["steps_per_epoch"])
+
+    def epochs(self) -> list[float]:
+        """The epochs after which there are weights: 0 (initialisation), the snapshots, and the newest checkpoint.
+
+        Raises:
+            RunError: the run has no checkpoint.
+        """
+        found = {step / self.steps_per_epoch for step in snapshot.steps(self.directory)}
+        return sorted({0.0, *found, self._newest_step / self.steps_per_epoch})
+
+    def model(self, epoch: float | None = None) -> nn.Module:
+        """The model with the weights after `epoch` epochs, on the CPU, ready to evaluate; None: the newest there are.
+
+        Epoch 0 is the initialisation, made again from the seed.
+
+        Raises:
+            RunError: there are none of that epoch, or they are damaged.
+        """
+        model: nn.Module = copy.deepcopy(self._initial)
+        step = self._newest_step if epoch is None else round(epoch * self.steps_per_epoch)
+        if step:
+            model.load_state_dict(self._weights(step))
+        return model.eval()
+
+    @cached_property
+    def _newest_step(self) -> int:
+        """Of the newest checkpoint; of a finished run its last."""
+        if self.result is not None:
+            return self.result.steps
+        steps = [step for path in self.directory.checkpoints.glob("step_*.pt") if (step := step_of(path.name)) is not None]
+        if not steps:
+            raise RunError(f"{self.path}: there is no checkpoint: the run has not been trained, or its checkpoints are gone")
+        return max(steps)
+
+    @cached_property
+    def _initial(self) -> nn.Module:
+        config = self.config
+        model: nn.Module = build_model(
+            **dict(config.model), num_classes=self._num_classes, seed=key(config.seed, Purpose.INIT)
+        )
+        return model
+
+    @cached_property
+    def _newest(self) -> dict[str, Tensor]:
+        """The weights of the newest checkpoint; of a finished run those whose checksum is in its result."""
+        path = self.directory.checkpoints / f"step_{self._newest_step:09d}.pt"
+        try:
+            state, _ = checkpoint.load(path, self.directory.signature)
+        except CheckpointError as error:
+            raise RunError(f"{path}: {error}; restore it, or train the run again") from error
+        if self.result is not None and checkpoint.weights_sha256(state.model) != self.result.weights_sha256:
+            raise RunError(f"{path}: its weights are not those that {self.directory.result_json.name} is about; restore it")
+        return state.model
+
+    @property
+    def _num_classes(self) -> int:
+        for name in ("head.weight", "fc.weight"):  # of timm's ViTs; of its ResNets
+            if name in self._newest:
+                return len(self._newest[name])
+        raise RunError(f"{self.path}: its newest checkpoint has no classifier; train the run again")
+
+    def _weights(self, step: int) -> dict[str, Any]:
+        if step == self._newest_step:
+            return self._newest
+        path = snapshot.steps(self.directory).get(step)
+        if path is None:
+            there = ", ".join(f"{epoch:g}" for epoch in self.epochs())
+            raise RunError(
+                f"{self.path}: no weights of epoch {step / self.steps_per_epoch:g} were kept, only of {there}; "
+                "runtime.keep_epochs says which are"
+            )
+        try:
+            return snapshot.read(path, self.directory.signature, dict(self._initial.state_dict()))
+        except CheckpointError as error:
+            raise RunError(f"{path}: {error}; remove it") from error
+
+
+class _Listed(Record):
+    """A run in a sweep's runs.json."""
+
+    signature: str = Field(pattern=r"^[0-9a-f]{16}$")
+    label: str
+
+
+class _List(Record):
+    """Of a sweep's runs.json: its runs in order."""
+
+    runs: list[_Listed]
+
+
+@dataclass(frozen=True)
+class TrainedSweep:
+    """The runs of a sweep that have been started, in the sweep's order.
+
+    Attributes:
+        path: The sweep's folder.
+        runs: Those that have a configuration; finished or not.
+        missing: The names of the others.
+    """
+
+    path: Path
+    runs: list[TrainedRun]
+    missing: list[str]
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.path.name
+
+    def __iter__(self) -> Iterator[TrainedRun]:
+        return iter(self.runs)
+
+    def frame(self) -> pd.DataFrame:
+        """A row per run, indexed by its signature: what it is, whether it is finished, and its result (NaN before that).
+
+        Other settings that differ between the runs have a column each, such as train.epochs. Accuracies are fractions.
+        """
+        rows = []
+        for run, settings in zip(self.runs, differing_settings(self.runs), strict=True):
+            its = {"dataset": run.config.dataset, "attention": run.config.model.attention, "seed": run.config.seed}
+            found = {name: getattr(run.result, name) if run.result else float("nan") for name in COLUMNS}
+            signature = run.directory.signature
+            rows.append({"signature": signature, **its, **settings, "finished": run.result is not None, **found})
+        return pd.DataFrame(rows, columns=None if rows else ["signature"]).set_index("signature")
+
+
+def differing_settings(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:
+    """For each run what differs between the runs besides data set, attention and seed: dotted keys with values."""
+    documents = [
+        {
+            f"{section}.{name}": value
+            for section, values in run.config.experiment().items()
+            if isinstance(values, dict)
+            for name, value in values.items()
+            if (section, name) != ("model", "attention")
+        }
+        for run in runs
+    ]
+    names = list(dict.fromkeys(name for document in documents for name in document))
+    differ = [name for name in names if any(document.get(name) != documents[0].get(name) for document in documents)]
+    return [{name: document.get(name) for name in differ} for document in documents]
+
+
+def load_run(path: str | os.PathLike[str]) -> TrainedRun:
+    """The run in a folder, such as `outputs/runs/<signature>` or a link to it below a sweep's `by-name`.
+
+    Raises:
+        RunError: the folder holds no run, or one that cannot be used.
+        ConfigError: its configuration has been edited.
+    """
+    folder = Path(path).expanduser().resolve()
+    directory = RunDir(folder.parent.parent, folder.name)
+    if directory.path != folder or not directory.config_yaml.is_file():
+        raise RunError(
+            f"{path}: holds no run; name a folder such as outputs/runs/<signature> or outputs/sweeps/<name>/by-name/..."
+        )
+    config = load_config(directory.config_yaml)
+    if config.signature != folder.name:
+        raise RunError(f"{directory.config_yaml}: is the configuration of run {config.signature}; restore it")
+    return TrainedRun(directory, config, directory.result())
+
+
+def load_sweep(path: str | os.PathLike[str]) -> TrainedSweep:
+    """The sweep in a folder, such as `outputs/sweeps/<name>`.
+
+    Raises:
+        RunError: the folder holds no sweep, or its record, or one of its runs, cannot be used.
+        ConfigError: a run's configuration has been edited.
+    """
+    folder = Path(path).expanduser().resolve()
+    listed = read_record(_List, folder / "runs.json")
+    if listed is None:
+        raise RunError(f"{path}: holds no sweep; name a folder such as outputs/sweeps/<name>")
+    runs, missing = [], []
+    for each in listed.runs:
+        directory = RunDir(folder.parent.parent, each.signature)
+        if directory.config_yaml.is_file():
+            runs.append(load_run(directory.path))
+        else:
+            missing.append(each.label)
+    return TrainedSweep(folder, runs, missing)
