@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import vitpa.analysis.command
 import vitpa.bench.command
 import vitpa.cli
 from jobs.profile import load_profile
@@ -71,7 +72,7 @@ def those(pattern: str) -> list[str]:
 def test_there_are_commands_of_every_kind() -> None:
     assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard", "export"}
     kinds = {command.split()[1] for command in those("vitpa ")}
-    assert kinds == {"prep", "train", "bench", "sweep", "doctor", "devcluster"}
+    assert kinds == {"prep", "train", "analyze", "bench", "sweep", "doctor", "devcluster"}
 
 
 @pytest.mark.parametrize("command", those("make "))
@@ -98,6 +99,12 @@ def test_training_commands_load(command: str) -> None:
 def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
     options = vitpa.bench.command.parse(shlex.split(command)[2:])
     assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
+
+
+@pytest.mark.parametrize("command", those("vitpa analyze "))
+def test_analyses_parse(command: str) -> None:
+    options = vitpa.analysis.command.command_parser().parse_args(shlex.split(command)[2:])
+    assert load_sweep(str(options.target), ROOT).config
 
 
 @pytest.mark.parametrize("command", those("vitpa (prep|sweep|doctor|devcluster)"))
@@ -160,6 +167,7 @@ def parsers(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iter
 OPTIONS = {
     **dict(parsers(vitpa.cli.parser())),
     **dict(parsers(command_parser(), ("train",))),
+    **dict(parsers(vitpa.analysis.command.command_parser(), ("analyze",))),
     **dict(parsers(vitpa.bench.command.command_parser(), ("bench",))),
 }
 

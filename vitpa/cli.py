@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     data_prep.command.add_parser(commands)
     commands.add_parser("train", help="train one run, or several seeds of it together", add_help=False)
     commands.add_parser("bench", help="how fast the pieces are on this machine", add_help=False)
+    commands.add_parser("analyze", help="what runs have learnt of the spatial structure", add_help=False)
     jobs.command.add_parser(commands)
     jobs.doctor.command.add_parser(commands)
     slurm.command.add_parser(commands)
@@ -46,6 +47,10 @@ def _run(words: list[str]) -> int:
             from vitpa.bench.command import main as bench
 
             return bench(words[1:])
+        if words[:1] == ["analyze"]:  # likewise
+            from vitpa.analysis.command import main as analyze
+
+            return analyze(words[1:])
         options = parser().parse_args(words)
         return int(options.run(options))
     except KeyboardInterrupt:

@@ -1,0 +1,205 @@
+"""`vitpa analyze` and the Python API over real, small trainings of the digits: numbers, files, and clear ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+import vitpa
+from tests.support.repository import ROOT
+from tests.support.trainings import arguments, config_of
+from vitpa.analysis.attention import attention_matrices, patch_attention
+from vitpa.analysis.command import main as analyze
+from vitpa.analysis.structure import structure
+from vitpa.models import build_model
+from vitpa.records import RunError, write_json
+from vitpa.train_command import main as train
+
+EPOCHS = 3
+KEPT = f"runtime.keep_epochs=[1,{EPOCHS}]"
+
+
+@pytest.fixture(scope="module")
+def sweep(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a sweep of both attentions and two seeds, all finished, with snapshots."""
+    root = tmp_path_factory.mktemp("analysis")
+    runs = []
+    for attention in ("content", "positional"):
+        words = arguments(digits, root, f"train.epochs={EPOCHS}", KEPT, f"model.attention={attention}", "model.patch_size=2")
+        assert train([*words, "--seeds", "0,1"]) == 0
+        configs = [config_of([*words, f"seed={seed}"]) for seed in (0, 1)]
+        runs += [{"signature": each.signature, "label": f"digits-{attention}-s{each.seed}"} for each in configs]
+    folder = root / "sweeps" / "demo"
+    folder.mkdir(parents=True)
+    write_json(folder / "runs.json", {"name": "demo", "runs": runs})
+    return folder
+
+
+def signature(sweep: Path, number: int) -> str:
+    return str(json.loads((sweep / "runs.json").read_text())["runs"][number]["signature"])
+
+
+def run_folder(sweep: Path, number: int) -> Path:
+    return sweep.parent.parent / "runs" / signature(sweep, number)
+
+
+@pytest.mark.slow
+def test_a_run_is_loaded_with_configuration_weights_result_and_metrics(sweep: Path) -> None:
+    run = vitpa.load_run(run_folder(sweep, 0))
+    assert (run.name, run.config.model.attention, run.config.seed) == ("digits-content-s0", "content", 0)
+    assert run.result is not None
+    assert run.metrics["val/top1"].dropna().iloc[-1] == run.result.val_top1
+    assert run.epochs() == [0, 1, EPOCHS]
+    logits = run.model()(torch.zeros(2, 3, 8, 8))
+    assert logits.shape == (2, 10)
+    # the weights are those that the result is about; those of the last snapshot are the same
+    for name, tensor in run.model(EPOCHS).state_dict().items():
+        assert torch.equal(tensor, run.model().state_dict()[name])
+
+
+@pytest.mark.slow
+def test_epoch_0_is_the_initialisation_of_the_training(sweep: Path, digits: Path, tmp_path: Path) -> None:
+    from vitpa import train as training
+
+    run = vitpa.load_run(run_folder(sweep, 2))
+    words = arguments(digits, tmp_path, f"train.epochs={EPOCHS}", KEPT, "model.attention=positional", "model.patch_size=2")
+    config = config_of([*words, "seed=0"])
+    assert config.signature == run.directory.signature
+    from vitpa.distributed import Group
+
+    set_up = training.set_up([config], Group(0, 1, 0, 1, torch.device("cpu")))
+    for name, tensor in set_up.replicas[0].model.state_dict().items():
+        assert torch.equal(tensor, run.model(0).state_dict()[name])
+    set_up.steps.close()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_analysed_over_seeds_and_in_pairs(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyze([str(sweep), "--images", "20", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads((sweep / "analysis" / "structure.json").read_text())
+    cells = {(row["attention"], row["measure"], row["layer"], row["head"], row["epoch"]): row for row in document["cells"]}
+    singles = [structure(run, images=20).value("attention_distance") for run in vitpa.load_sweep(sweep)]
+    mean = cells["content", "attention_distance", None, None, EPOCHS]
+    assert (mean["n"], mean["mean"]) == (2, pytest.approx(sum(singles[:2]) / 2))
+    difference = next(
+        row
+        for row in document["differences_content_minus_positional"]
+        if (row["measure"], row["layer"], row["epoch"]) == ("attention_distance", None, EPOCHS)
+    )
+    assert difference["mean"] == pytest.approx((singles[0] - singles[2] + singles[1] - singles[3]) / 2)
+    for folder, names in (
+        (sweep, ["structure.csv", "differences.csv", "training.svg", "training.png", "layers.svg"]),
+        (run_folder(sweep, 0), ["structure.csv", "similarity.svg", "attention.png", "layers.svg", "training.png", "tb"]),
+    ):
+        assert not [name for name in names if not (folder / "analysis" / name).exists()]
+    table = pd.read_csv(run_folder(sweep, 0) / "analysis" / "structure.csv")
+    assert sorted(table["epoch"].unique()) == [0, 1, EPOCHS]
+
+
+@pytest.mark.slow
+def test_a_table_for_people(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = ["--root", str(sweep.parent.parent)]
+    assert analyze(["demo", "--images", "10", *root]) == 0
+    printed = capsys.readouterr().out
+    assert "digits content - positional" in printed
+    assert "(2 seeds)" in printed
+    assert analyze([signature(sweep, 2), *root]) == 0
+    printed = capsys.readouterr().out
+    assert "digits-positional-s0" in printed
+    assert "chance [95 %]" in printed
+
+
+@pytest.mark.slow
+def test_the_readmes_notebook_runs(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len([line for line in script.splitlines() if line]) <= 10
+    (tmp_path / "outputs").symlink_to(sweep.parent.parent)
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    printed = capsys.readouterr().out
+    assert re.search(r"^content( +[0-9.]+){6}$", printed, re.MULTILINE)
+    assert re.search(r"^positional( +[0-9.]+){6}$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_missing_makes_it_partial(sweep: Path, tmp_path: Path, warned: Callable[[str], str]) -> None:
+    listed = json.loads((sweep / "runs.json").read_text())["runs"]
+    folder = sweep.parent / "partial"
+    folder.mkdir()
+    write_json(folder / "runs.json", {"runs": [listed[2], {"signature": "0" * 16, "label": "digits-content-s7"}]})
+    assert analyze([str(folder)]) == 4
+    assert warned("digits-content-s7 is left out: not started")
+
+
+@pytest.mark.slow
+def test_a_damaged_snapshot_is_one_line(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = sorted((run_folder(sweep, 3) / "snapshots").iterdir())[0]
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    try:
+        assert analyze([str(run_folder(sweep, 3))]) == 1
+        assert f"{path}: its checksum does not fit" in capsys.readouterr().err
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.slow
+def test_weights_that_the_result_is_not_about_are_refused(sweep: Path) -> None:
+    folder = run_folder(sweep, 3)
+    checkpoint = sorted((folder / "checkpoints").iterdir())[-1]
+    checkpoint.rename(checkpoint.with_suffix(".away"))
+    try:
+        with pytest.raises(RunError, match="cannot be read"):
+            vitpa.load_run(folder).model()
+    finally:
+        checkpoint.with_suffix(".away").rename(checkpoint)
+
+
+def test_what_is_no_run_is_refused_with_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analyze(["nothing", "--root", str(tmp_path)]) == 1
+    assert "neither a run's folder nor a sweep's" in capsys.readouterr().err
+    with pytest.raises(RunError, match="holds no run"):
+        vitpa.load_run(tmp_path)
+    with pytest.raises(RunError, match="holds no sweep"):
+        vitpa.load_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["content", "positional"])
+def test_attention_is_what_the_model_mixes_with(attention: str) -> None:
+    """Against the output of timm's own attention: the matrices times the values, projected."""
+    model = build_model(
+        attention=attention,  # type: ignore[arg-type]
+        num_classes=3, img_size=8, patch_size=2, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1.0, drop_path_rate=0.0,
+        pos_embed_std=1.0, seed=0,
+    ).eval()  # fmt: skip
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = patch_attention(model, [images[:2], images[2:]])
+    assert found is not None
+    matrices, entropies = found
+    assert matrices.shape == (2, 2, 16, 16)
+    torch.testing.assert_close(matrices.sum(-1), torch.ones(2, 2, 16, dtype=torch.float64))
+    assert (entropies <= math.log(16) + 1e-9).all()
+    if attention == "positional":
+        return
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    attn = model.blocks[1].attn
+    attn.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    with torch.no_grad(), attention_matrices(model) as layers:
+        model(images)
+        x, output = seen[0]
+        v = attn.qkv(x)[..., 16:].view(3, 17, 2, 4).transpose(1, 2)
+        mixed = attn.proj((layers[1] @ v).transpose(1, 2).reshape(3, 17, 8))
+    torch.testing.assert_close(mixed, output)
+    assert patch_attention(model, []) is None

@@ -1,0 +1,42 @@
+"""Images of the val split as an evaluation shows them to the network, for the attention that depends on content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from vitpa.arguments import expand_path
+from vitpa.config import RunConfig
+from vitpa.data.augment.pipeline import Augmentation
+from vitpa.data.beton import Beton
+from vitpa.data.manifest import beton_path
+from vitpa.data.stream import StreamedImages
+from vitpa.datasets import facts_of
+
+BATCH_SIZE = 32
+
+
+def val_images(config: RunConfig, count: int, data_dir: str | None = None) -> Iterator[Float32[Tensor, "B 3 S S"]]:
+    """Batches of `count` images, spread evenly over the split (of all of them if it has fewer), on the CPU.
+
+    Args:
+        config: Of the run that was evaluated on them.
+        count: How many.
+        data_dir: The folder with <dataset>/val.beton; None: where the run says.
+
+    Raises:
+        BetonError: the file is missing, or an image cannot be decoded.
+    """
+    folder = config.runtime.data_path if data_dir is None else expand_path(data_dir, "--data-dir")
+    cpu = torch.device("cpu")
+    augmentation = Augmentation(config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=cpu)
+    with closing(Beton.open(beton_path(folder, config.dataset, "val"), config.dataset, "val")) as beton:
+        count = min(count, len(beton))
+        samples = torch.arange(count) * len(beton) // count
+        images = StreamedImages(beton, config.augment, img_size=config.model.img_size, seed=0, device=cpu, workers=2)
+        for batch in images.eval_batches(samples.split(BATCH_SIZE)):
+            yield augmentation.evaluated(batch.images)
