@@ -82,6 +82,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "train.order": "quasi_random",
 }
 OTHER_RUNTIME = {
+    "runtime.keep_epochs": "[1]",
     "runtime.root": "elsewhere",
     "runtime.data_dir": "elsewhere",
     "runtime.stage_dir": "/tmp",
@@ -605,3 +606,10 @@ def test_a_dotted_key_in_a_file_says_how_to_write_it(tmp_path: Path) -> None:
 def test_an_experiment_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, to_yaml(SMALL))
     assert re.search(r"experiment_version=2: .*less than or equal to 1", refused(path, "experiment_version=2"))
+
+
+def test_an_epoch_beyond_the_last_cannot_be_kept() -> None:
+    epochs = config().train.epochs
+    assert config(f"runtime.keep_epochs=[1,{epochs}]").runtime.keep_epochs == (1, epochs)
+    with pytest.raises(ConfigError, match=f"runtime.keep_epochs has {epochs + 1}, which is beyond train.epochs={epochs}"):
+        config(f"runtime.keep_epochs=[1,{epochs + 1}]")
