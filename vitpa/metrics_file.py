@@ -38,17 +38,19 @@ def has_crc(line: str) -> bool:
     return _CRC.search(line) is not None
 
 
-def parse_line(line: str) -> dict[str, Any]:
+def parse_line(line: str, *, with_crc: bool = False) -> dict[str, Any]:
     """The row in a line, without its line break and its CRC.
 
     Raises:
-        ValueError: the line is damaged.
+        ValueError: the line is damaged; `with_crc` one without a CRC is, too.
     """
     match = _CRC.search(line)
     if match is not None:
         line = line[: match.start()] + "}"
         if f"{zlib.crc32(line.encode(errors='replace')):08x}" != match[1]:
             raise ValueError("its CRC does not fit")
+    elif with_crc:
+        raise ValueError("it has no CRC")
     row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         raise ValueError("it is no row")
@@ -63,7 +65,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return _rows(path, _read(path).decode(errors="replace"))
+    lines = _read(path).decode(errors="replace").split("\n")
+    with_crc = any(map(has_crc, lines))  # then all lines had one: a run that goes on writes all of them
+    rows = []
+    # the last line has no line break: it is whole only if its CRC says so
+    for number, line in enumerate(lines if with_crc else lines[:-1], start=1):
+        try:
+            rows.append(parse_line(line, with_crc=with_crc))
+        except ValueError:
+            if number < len(lines):
+                LOGGER.warning(f"{path}: line {number} is damaged and left out")
+    return rows
 
 
 def _read(path: Path) -> bytes:
@@ -71,23 +83,6 @@ def _read(path: Path) -> bytes:
         return read_bytes(path, METRICS_BYTES)
     except DocumentError as error:
         raise OSError(errno.EFBIG, str(error), str(path)) from error
-
-
-def _rows(path: Path, text: str) -> list[dict[str, Any]]:
-    lines = text.split("\n")
-    with_crc = any(map(has_crc, lines))  # then all lines had one: a run that goes on writes all of them
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        last = number == len(lines)
-        try:
-            if with_crc and not has_crc(line):
-                raise ValueError("it has no CRC")
-            if not last or with_crc:  # the last line has no line break: it is whole only if its CRC says so
-                rows.append(parse_line(line))
-        except (ValueError, RecursionError):
-            if not last:
-                LOGGER.warning(f"{path}: line {number} is damaged and left out")
-    return rows
 
 
 def damaged_lines(path: Path) -> list[int]:
@@ -112,10 +107,10 @@ def _crcs_fit(lines: Sequence[bytes]) -> bool:
 
 def _is_damaged(line: str, with_crc: bool) -> bool:
     try:
-        parse_line(line)
-    except (ValueError, RecursionError):
+        parse_line(line, with_crc=with_crc)
+    except ValueError:
         return True
-    return with_crc and not has_crc(line)
+    return False
 
 
 def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | None:
@@ -135,8 +130,8 @@ def last_evaluation(path: Path, *, with_crc: bool = False) -> dict[str, Any] | N
         if found >= 0 and (begin > 0 or whole):  # otherwise it was cut
             line = data[begin:].partition(b"\n")[0].decode(errors="replace")
             try:
-                return parse_line(line) if has_crc(line) or not with_crc else None
-            except (ValueError, RecursionError):
+                return parse_line(line, with_crc=with_crc)
+            except ValueError:
                 return None  # the last one, and damaged
         if whole:
             break

@@ -75,7 +75,7 @@ def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
             continue
         try:
             row = parse_line(line.decode(errors="replace"))
-        except (ValueError, RecursionError):
+        except ValueError:
             damaged = damaged or 0 < number < len(lines) - 1
             continue
         found |= {name: row[name] for name in wanted if isinstance(row.get(name), int | float)}
