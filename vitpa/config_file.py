@@ -6,7 +6,9 @@ An error names the file or the override, the key, and the nearest known one.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
+import operator
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from vitpa.rundir import RunDir
 from vitpa.terminal import printable
 
 COMMAND_LINE = "command line"
+NOTHING = object()
 LONGEST_SHOWN = 200  # characters of a value in an error message
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes of a path, as Python reads them
 NO_TEXT = "bytes that are not UTF-8, which no configuration can hold; give that file or folder another name"
@@ -242,25 +245,27 @@ def _problem(
         if not named:
             return where, message
         others = [name for name in re.findall(r"(?<![\w.])([a-z][a-z_.]*)=", message) if name not in origins]
-        told = [f"{name} is {'from ' + where if _has(document, name) else 'the default'}" for name in dict.fromkeys(others)]
+        told = [
+            f"{name} is {'from ' + where if _value_at(document, name.split('.')) is not NOTHING else 'the default'}"
+            for name in dict.fromkeys(others)
+        ]
         return origins[named[0]], message + (f" ({', '.join(told)})" if told else "")
     given = (name for name in origins if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}."))
     origin = origins.get(next(given, ""), where)
     return origin, _explain(problem, key, model, document, typed=origin == COMMAND_LINE)
 
 
-def _has(document: Mapping[str, Any], key: str) -> bool:
-    value: Any = document
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return False
-        value = value[part]
-    return True
+def _value_at(document: object, key: Sequence[str | int]) -> Any:
+    """The value at a key of a document; NOTHING if there is none."""
+    try:
+        return functools.reduce(operator.getitem, key, document)  # type: ignore[arg-type]
+    except (LookupError, TypeError):
+        return NOTHING
 
 
 def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: Mapping[str, Any], *, typed: bool) -> str:
     if problem["type"] == "extra_forbidden":
-        known = list(dotted_keys(model))
+        known = [key for key, _ in fields_of(model)]
         if key in known:  # with a dot, in a file
             section, _, name = key.rpartition(".")
             return f"unknown key {key}; write it as a section: `{section}:`, and below it, indented, `{name}: ...`"
@@ -272,7 +277,7 @@ def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: 
         return f"unknown key {key[:LONGEST_SHOWN]}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
-    value = _written(problem, document)
+    value = getattr(_value_at(document, problem["loc"]), "written", "") or problem["input"]  # a number as the user wrote it
     shown = value if isinstance(value, str) else json.dumps(value)
     shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
     message = str(problem["msg"])
@@ -282,31 +287,15 @@ def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: 
     return f"{key}={shown}: {message}"
 
 
-def _written(problem: ErrorDetails, document: Mapping[str, Any]) -> Any:
-    """The value that a problem is about, a number as the user wrote it."""
-    value: Any = document
-    try:
-        for part in problem["loc"]:
-            value = value[part]
-    except (LookupError, TypeError):
-        return problem["input"]
-    return getattr(value, "written", "") or problem["input"]
-
-
 def keys_help() -> str:
     """Every key of a run's configuration with its default and its meaning, a line each, for `--help`."""
-
-    def lines(section: type[BaseModel], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
-            if isinstance(field.default, BaseModel):
-                yield from lines(type(field.default), f"{prefix}{name}.")
-            else:
-                default = "required" if field.is_required() else json.dumps(field.default)
-                literal = typing.get_origin(field.annotation) is typing.Literal
-                choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else _bounds(field)
-                yield f"  {prefix + name:<32} {default:<16} {field.description}{choices}"
-
-    return "\n".join(lines(RunConfig, ""))
+    lines = []
+    for key, field in fields_of(RunConfig):
+        default = "required" if field.is_required() else json.dumps(field.default)
+        literal = typing.get_origin(field.annotation) is typing.Literal
+        choices = f" ({', '.join(typing.get_args(field.annotation))})" if literal else _bounds(field)
+        lines.append(f"  {key:<32} {default:<16} {field.description}{choices}")
+    return "\n".join(lines)
 
 
 def _bounds(field: FieldInfo) -> str:
@@ -315,10 +304,10 @@ def _bounds(field: FieldInfo) -> str:
     return f" ({low:,} to {high:,})" if isinstance(low, int) and isinstance(high, int) else ""
 
 
-def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration in dotted form, in order: dataset, seed, model.attention, ..."""
+def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a configuration in dotted form, in order (dataset, seed, model.attention, ...), with its field."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from dotted_keys(field.annotation, f"{prefix}{name}.")
+            yield from fields_of(field.annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", field

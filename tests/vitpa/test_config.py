@@ -17,7 +17,7 @@ from tests.support.at_once import at_once
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import (
-    dotted_keys,
+    fields_of,
     keys_help,
     load_config,
     parse_config,
@@ -155,7 +155,7 @@ def test_a_key_that_the_command_line_gives_twice_is_refused(tmp_path: Path, over
 def integers() -> list[str]:
     """Every key that takes whole numbers."""
     keys = []
-    for key in dotted_keys(RunConfig):
+    for key, _ in fields_of(RunConfig):
         model: Any = RunConfig
         *sections, name = key.split(".")
         for section in sections:
@@ -469,7 +469,7 @@ def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(t
 
 
 def test_the_table_of_other_values_has_every_key() -> None:
-    keys = {key for key in dotted_keys(RunConfig) if not key.startswith("runtime.")}
+    keys = {key for key, _ in fields_of(RunConfig) if not key.startswith("runtime.")}
     assert set(OTHER) == keys - {"experiment_version"}  # there is only one so far
 
 
@@ -497,7 +497,7 @@ def test_all_these_signatures_differ() -> None:
     assert len({config(f"{key}={value}").signature for key, value in OTHER.items()}) == len(OTHER)
 
 
-@pytest.mark.parametrize("key", [key for key in dotted_keys(RunConfig) if key.startswith("runtime.")])
+@pytest.mark.parametrize("key", [key for key, _ in fields_of(RunConfig) if key.startswith("runtime.")])
 def test_the_runtime_does_not_change_the_signature(key: str) -> None:
     other = config(f"{key}={OTHER_RUNTIME.get(key, '3')}" if key != "runtime.accum_steps" else f"{key}=4")
     assert other.runtime != config().runtime
