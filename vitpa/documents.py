@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NoReturn
 
@@ -300,36 +300,23 @@ class _Loader(yaml.SafeLoader):
         """The mapping; its keys are the texts of their scalars, whatever those mean as values."""
         if not isinstance(node, yaml.MappingNode):
             self.refuse_tag(node)
-        own = [(self._name(key), value) for key, value in node.value if not _is_merge(key)]
-        lines: dict[str, int] = {}
-        for (key, _), (key_node, _) in zip(own, (pair for pair in node.value if not _is_merge(pair[0])), strict=True):
-            if key in lines:
-                line = key_node.start_mark.line + 1
-                times = sum(name == key for name, _ in own)
-                raise DocumentError(f"line {line}: the key {_short(key)} is given {times} times")
-            lines[key] = key_node.start_mark.line + 1
-        mapping: dict[Hashable, Any] = {}
-        for other in self._merged(node):
-            for name, merged in self.construct_mapping(other, deep=True).items():
-                mapping.setdefault(name, merged)  # of several, the first one counts
-        for key, value in own:
-            mapping[key] = self.construct_object(value, deep=True)
-        return mapping
-
-    @staticmethod
-    def _name(key: yaml.Node) -> str:
-        if not isinstance(key, yaml.ScalarNode):
-            raise DocumentError(f"line {key.start_mark.line + 1}: a key must be a name, not a list or a section")
-        return str(key.value)
-
-    @staticmethod
-    def _merged(node: yaml.MappingNode) -> Iterator[yaml.MappingNode]:
+        own: dict[Hashable, yaml.Node] = {}
+        merged: dict[Hashable, Any] = {}
         for key, value in node.value:
-            if _is_merge(key):
-                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if not isinstance(each, yaml.MappingNode):
-                        raise DocumentError(f"line {key.start_mark.line + 1}: << merges sections only")
-                    yield each
+            where = f"line {key.start_mark.line + 1}"
+            if isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None:
+                for section in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if not isinstance(section, yaml.MappingNode):
+                        raise DocumentError(f"{where}: << merges sections only")
+                    merged = self.construct_mapping(section, deep=True) | merged  # of several, the first one counts
+            elif not isinstance(key, yaml.ScalarNode):
+                raise DocumentError(f"{where}: a key must be a name, not a list or a section")
+            elif key.value in own:
+                times = sum(other.value == key.value for other, _ in node.value)
+                raise DocumentError(f"{where}: the key {_short(key.value)} is given {times} times")
+            else:
+                own[str(key.value)] = value
+        return merged | {key: self.construct_object(value, deep=True) for key, value in own.items()}
 
     def construct_document(self, node: yaml.Node) -> Any:
         """The value of the root; nothing is left for later, so that values are whole when they are looked at."""
@@ -367,10 +354,6 @@ class _Loader(yaml.SafeLoader):
         found = WrittenFloat(number)
         found.written = text
         return found
-
-
-def _is_merge(key: yaml.Node) -> bool:
-    return isinstance(key, yaml.ScalarNode) and key.value == "<<" and key.style is None
 
 
 def _constructed_text(loader: _Loader, node: yaml.Node) -> str:
