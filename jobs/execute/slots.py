@@ -80,21 +80,22 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return answer.stdout.split() if answer.returncode == 0 else []
+    return _ask_nvidia_smi("index")
 
 
 def gpu_memory_gib() -> float | None:
     """The memory of the smallest GPU of this machine; None if nvidia-smi does not say."""
+    sizes = [int(number) for number in _ask_nvidia_smi("memory.total") if number.isdecimal()]  # MiB
+    return min(sizes) / 1024 if sizes else None
+
+
+def _ask_nvidia_smi(what: str) -> list[str]:
+    """A fact of each GPU; none where nvidia-smi is not there, or fails."""
     if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+        return []
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    sizes = [int(line) for line in answer.stdout.split() if line.isdecimal()]
-    return min(sizes) / 1024 if answer.returncode == 0 and sizes else None
+    return answer.stdout.split() if answer.returncode == 0 else []
 
 
 def take_slot(root: Path, slots: list[Slot], wanted: Callable[[], bool]) -> Slot | None:
