@@ -32,14 +32,13 @@ def ended_early(identity: str, last_words: str, output: Path) -> tuple[str, str]
     if not identity:
         return "uncertain", f"it got no job {ENDED_EARLY}; see {output}"
     state = "failed" if last_words in ITS_OWN_FAULT else "uncertain"
-    what = _what(f"its job {identity}", last_words)
-    files = printed(output, identity)
-    if cause := _cause(files):
-        return state, f"{_what('its job', last_words)}: {cause}; see {output}"  # alike for all jobs that end like this
+    what = f"ended ({last_words or 'unknown to SLURM'}) {ENDED_EARLY}"
+    if cause := _cause(printed(output, identity)):
+        return state, f"its job {what}: {cause}; see {output}"  # alike for all jobs that end like this
     if last_words == "FAILED" and not any(output.glob(f"{identity}_*_log.err")):
         said = "its node could not write there (full, gone, read-only?), or could not start it"
-        return state, f"{_what('its job', last_words)}: {said}; see {output}"
-    return state, f"{what}; see {output}"
+        return state, f"its job {what}: {said}; see {output}"
+    return state, f"its job {identity} {what}; see {output}"
 
 
 def worker_ended_early(output: Path) -> tuple[str, str]:
@@ -47,10 +46,6 @@ def worker_ended_early(output: Path) -> tuple[str, str]:
     cause = _cause(printed(output, "*"))
     reason = f"its worker ended {ENDED_EARLY}" + (f": {cause}" if cause else "")
     return "failed" if _ERROR.search(cause) else "uncertain", f"{reason}; see {output}"
-
-
-def _what(job: str, last_words: str) -> str:
-    return f"{job} ended ({last_words or 'unknown to SLURM'}) {ENDED_EARLY}"
 
 
 def output_of(attempt: AttemptDir, identity: str) -> list[Path]:
