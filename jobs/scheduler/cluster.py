@@ -19,7 +19,7 @@ from jobs.scheduler.gres import Gres, parse_gres
 Level = Literal["problem", "warning", "unknown", "info"]  # problem: refused, or never started
 
 UNUSABLE = ("down", "drain", "fail", "maint", "unk", "error", "boot", "power", "reboot")
-NODE_FORMAT = "%R|%D|%G|%c|%m|%T|%f"  # of sinfo
+NODE_FORMAT = "%R|%D|%G|%c|%m|%T"  # of sinfo
 QOS = (
     "Name,GrpJobs,GrpSubmit,GrpTRES,MaxTRES,MaxTRESPerNode,MaxWall,"
     "MaxTRESPU,MaxJobsPU,MaxSubmitPU,MaxTRESPA,MaxJobsPA,MaxSubmitPA"
@@ -45,7 +45,6 @@ class Nodes:
     cpus: int
     mem_mib: int
     state: str
-    features: frozenset[str]
 
     def has(self, name: str, of_type: str) -> int:
         """How many of a resource each has, of any type if that is empty."""
@@ -102,12 +101,12 @@ def ask(scheduler: Scheduler) -> Cluster:
 
 
 def _nodes_of(columns: Sequence[str]) -> Nodes:
-    count, gres, cpus, mem, state, features = columns
+    count, gres, cpus, mem, state = columns
     try:
         resources = parse_gres(gres)
     except ValueError:  # of a SLURM that writes them otherwise
         resources = ()
-    return Nodes(int(count), resources, int(cpus.rstrip("+")), int(mem.rstrip("+")), state, frozenset(features.split(",")))
+    return Nodes(int(count), resources, int(cpus.rstrip("+")), int(mem.rstrip("+")), state)
 
 
 def _ask_for_the_load(scheduler: Scheduler, cluster: Cluster) -> None:

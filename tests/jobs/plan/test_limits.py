@@ -34,7 +34,7 @@ class Words(Scheduler):
             "scontrol show config": "MaxArraySize = 4\nMaxJobCount = 10000\nAccountingStorageEnforce = none\n",
             "scontrol show partition": PARTITION.format("main", "YES") + "\n" + PARTITION.format("fat", "NO") + "\n",
             "sinfo": (
-                "main|10|gpu:h100:4(S:0-1)|64|512000|idle|x\nmain|2|gpu:h100:4|64|512000|down*|x\nfat|1|(null)|8|1000|mixed|x\n"
+                "main|10|gpu:h100:4(S:0-1)|64|512000|idle\nmain|2|gpu:h100:4|64|512000|down*\nfat|1|(null)|8|1000|mixed\n"
             ),
             "squeue": "",
             "sdiag": "Jobs pending:   5\nJobs running:   2\n",
@@ -270,7 +270,7 @@ def test_a_thousand_runs_take_a_handful_of_questions(plan: Shell) -> None:
 
 
 def test_shares_of_a_node() -> None:
-    nodes = Nodes(1, parse_gres("gpu:a100:4(S:0,1),gpu:h100:2,lscratch:100"), 48, 512_000, "idle", frozenset())
+    nodes = Nodes(1, parse_gres("gpu:a100:4(S:0,1),gpu:h100:2,lscratch:100"), 48, 512_000, "idle")
     base = {"executor": "slurm", "time": "60"}
     assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2})).fits(nodes) == 3
     assert Need.of(SlurmProfile.model_validate({**base, "gpus_per_node": 2, "gres": "gpu:h100:2"})).fits(nodes) == 1
@@ -285,8 +285,8 @@ def test_shares_of_a_node() -> None:
 
 
 UNAVAILABLE = "error: allocation failure: Requested node configuration is not available"
-ALL_DRAINED = "main|12|gpu:h100:4(S:0-1)|64|512000|drained|x\nfat|1|(null)|8|1000|mixed|x\n"
-HALF_DRAINED = "main|6|gpu:h100:4|64|512000|drained|x\nmain|6|gpu:h100:4|64|512000|idle|x\n"
+ALL_DRAINED = "main|12|gpu:h100:4(S:0-1)|64|512000|drained\nfat|1|(null)|8|1000|mixed\n"
+HALF_DRAINED = "main|6|gpu:h100:4|64|512000|drained\nmain|6|gpu:h100:4|64|512000|idle\n"
 
 
 def partition(**values: str) -> str:
