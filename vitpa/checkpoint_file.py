@@ -12,14 +12,13 @@ import hashlib
 import io
 import json
 import re
-import stat
 import zipfile
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitpa.documents import read_end
+from vitpa.documents import DocumentError, read_bytes, read_end
 
 MAX_LINE = 512
 _END_OF_ARCHIVE = b"PK\x05\x06"
@@ -99,12 +98,9 @@ def read_archive(path: Path, signature: str, max_bytes: int) -> tuple[bytes, boo
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError("it is not a regular file")
-        if status.st_size > max_bytes:
-            raise CheckpointError(f"it has {status.st_size:,} bytes, a checkpoint of this run has at most {max_bytes:,}")
-        return path.read_bytes()
+        return read_bytes(path, max_bytes)
+    except DocumentError as error:
+        raise CheckpointError(f"it is {error}, the most that a checkpoint of this run has") from error
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error.strerror})") from error
 

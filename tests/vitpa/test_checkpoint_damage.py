@@ -145,13 +145,13 @@ def sparse(path: Path) -> None:
         ("step_-00000020.pt", Path.touch, "a checkpoint's name is"),
         ("step_000000000.pt", Path.touch, "a checkpoint's name is"),
         ("step_٠٠٠٠٠٠٠٢٠.pt", Path.touch, "a checkpoint's name is"),
-        ("step_000000020.pt", Path.mkdir, "not a regular file"),
-        ("step_000000020.pt", os.mkfifo, "not a regular file"),
+        ("step_000000020.pt", Path.mkdir, "cannot be read .Is a directory"),
+        ("step_000000020.pt", os.mkfifo, "cannot be read .not a regular file"),
         ("step_000000020.pt", lambda path: path.symlink_to("nowhere"), "cannot be read"),
         ("step_000000020.pt", lambda path: path.symlink_to("step_000000010.pt"), "is a checkpoint of step 10"),
         ("step_000000020.pt", lambda path: path.symlink_to(path.name), "cannot be read"),
         ("step_000000020.pt", Path.touch, "is empty"),
-        ("step_000000020.pt", sparse, "has 1,099,511,627,776 bytes"),
+        ("step_000000020.pt", sparse, "it is larger than .*, the most that a checkpoint of this run has"),
     ],
 )
 def test_odd_files_are_passed_over(
