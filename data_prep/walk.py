@@ -72,7 +72,6 @@ def walk_source(root: Path, splits: Sequence[str]) -> Mapping[str, Listing]:
     for split in splits:
         walk.enter_split(split)
     walk.follow_links()
-    walk.check_dangling()
     for listing in walk.listings.values():
         for images in listing.images.values():
             images.sort(key=lambda image: image.path.split("/"))
@@ -121,13 +120,10 @@ class _Walk:
                     self.links.append(place)
 
     def follow_links(self) -> None:
-        """List what is behind links to folders, after all folders that are really there."""
+        """List what is behind links to folders, after all folders that are really there; refuse those to nothing."""
         while self.links:
             self._walk(self.links.pop(0))
-
-    def check_dangling(self) -> None:
-        """Refuse links to nothing that may stand for a folder."""
-        if self.dangling:
+        if self.dangling:  # they may stand for a folder
             link = self.dangling[0]
             first = f"{shown(link)}: a link to {shown(str(Path(link).readlink()))}, where there is nothing"
             more = f" (and {len(self.dangling) - 1} more such links)" if len(self.dangling) > 1 else ""
