@@ -13,7 +13,7 @@ import json
 import os
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -291,23 +291,25 @@ def _image_folder(root: Path) -> tuple[Split, ...]:
 def _check_class_names(folder: Path, names: tuple[str, ...]) -> None:
     if not names:
         raise PrepError(f"{folder}: no class folders in it; the images must lie in one folder per class")
-    first: dict[str, str] = {}
-    for name in names:
-        twin = first.setdefault(unicodedata.normalize("NFC", shown(name)), name)
-        if twin is not name:
-            raise PrepError(
-                f"{folder}: the class folders {_distinct(twin)} and {_distinct(name)} are one name, written in two ways; "
-                "put their images into one of them"
-            )
+    if twins := _twins(names, lambda name: unicodedata.normalize("NFC", name)):
+        raise PrepError(
+            f"{folder}: the class folders {twins} are one name, written in two ways; put their images into one of them"
+        )
 
 
 def _lookalikes(names: Sequence[str]) -> str:
     """What to say if some class names differ only in how they are written; empty if none do."""
+    twins = _twins(names, lambda name: unicodedata.normalize("NFKC", name).casefold().strip())
+    return f"the class names {twins} differ only in case, spaces or Unicode form" if twins else ""
+
+
+def _twins(names: Sequence[str], plain: Callable[[str], str]) -> str:
+    """The first two names that are the same when they are `plain`; empty if there are none."""
     first: dict[str, str] = {}
     for name in names:
-        twin = first.setdefault(unicodedata.normalize("NFKC", shown(name)).casefold().strip(), name)
+        twin = first.setdefault(plain(shown(name)), name)
         if twin is not name:
-            return f"the class names {_distinct(twin)} and {_distinct(name)} differ only in case, spaces or Unicode form"
+            return f"{_distinct(twin)} and {_distinct(name)}"
     return ""
 
 
