@@ -41,8 +41,11 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network, in timm's names. Changes the numbers."""
+    """The network, in timm's names; of `kind` resnet18 nothing but img_size counts. Changes the numbers."""
 
+    kind: Literal["vit", "resnet18"] = Field(
+        "vit", description="resnet18: timm's with a 3x3 stem, a baseline that relies on neighbouring pixels"
+    )
     attention: Literal["content", "positional"] = Field("content", description="what the attention matrix depends on")
     img_size: int = Field(32, ge=1, le=MAX_PX, description="height and width of the input, pixels")
     patch_size: int = Field(4, ge=1, le=MAX_PX, description="height and width of a patch, pixels")
@@ -55,6 +58,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.kind != "vit":
+            if self.attention != "content":
+                raise ValueError(
+                    f"model.attention={self.attention} is for model.kind=vit; model.kind={self.kind} has no attention"
+                )
+            return self
         if self.embed_dim % self.num_heads:
             raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}")
         if self.img_size % self.patch_size:
@@ -251,6 +260,15 @@ class RunConfig(Section):
                 raise ValueError(
                     f"augment.{name}_scale=[{low}, {high}] is less than a pixel of model.img_size={self.model.img_size}"
                 )
+        if self.model.kind != "vit" and self.train.global_batch_size == 1:
+            raise ValueError(
+                f"train.global_batch_size=1: the batch norm of model.kind={self.model.kind} takes 2 images at least"
+            )
+        if self.model.kind != "vit" and self.runtime.accum_steps > 1:
+            raise ValueError(
+                f"runtime.accum_steps={self.runtime.accum_steps}: the batch norm of model.kind={self.model.kind} takes the "
+                "statistics of a whole batch; it must be 1"
+            )
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
@@ -271,11 +289,20 @@ class RunConfig(Section):
             del document["train"]["order"]
         if not self.augment.permute_block_px:
             del document["augment"]["permute_block_px"]
+        if self.model.kind == "vit":
+            del document["model"]["kind"]
+        else:  # the other keys are those of a ViT
+            document["model"] = {key: document["model"][key] for key in ("kind", "attention", "img_size")}
         return document
 
     def network(self) -> dict[str, Any]:
         """What a benchmark's figures hold for: the section `model` without the attention, and the precision."""
         return {**self.model.model_dump(mode="json", exclude={"attention"}), "precision": self.train.precision}
+
+    @property
+    def network_name(self) -> str:
+        """The data set and the network, for people: such as cifar100-positional or cifar100-resnet18."""
+        return f"{self.dataset}-{self.model.attention if self.model.kind == 'vit' else self.model.kind}"
 
     @property
     def signature(self) -> str:

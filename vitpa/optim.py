@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitpa.arguments import ConfigError
@@ -26,7 +27,8 @@ def adamw(
     fused: bool,
 ) -> torch.optim.AdamW:
     """AdamW that decays weight matrices only: not biases, norms, nor what the model's no_weight_decay() names."""
-    spared: Collection[str] = model.no_weight_decay()  # type: ignore[operator]  # timm's: pos_embed, cls_token, ...
+    # timm's ViTs have it: pos_embed, cls_token, ...
+    spared: Collection[str] = model.no_weight_decay() if isinstance(model, VisionTransformer) else ()
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

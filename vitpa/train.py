@@ -148,7 +148,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
 
 def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
     """The optimiser of a configuration."""
-    optim, fused = config.optim, model.pos_embed.device.type == "cuda"
+    optim, fused = config.optim, next(model.parameters()).device.type == "cuda"
     return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
@@ -221,7 +221,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         return
     config, step = t.config, t.step
     seeds = ",".join(str(replica.config.seed) for replica in t.replicas)
-    name = f"{config.dataset}-{config.model.attention}-s{seeds}"
+    name = f"{config.network_name}-s{seeds}"
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
     images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
@@ -246,9 +246,9 @@ def open_logs(t: Training, stack: ExitStack) -> None:
 
 
 def show_positions(t: Training) -> None:
-    """Draw the positional-similarity maps in TensorBoard."""
+    """Draw the positional-similarity maps of ViTs in TensorBoard."""
     for _, replica in t.active:
-        if replica.logs is not None:
+        if replica.logs is not None and t.config.model.kind == "vit":
             similarity = positional_similarity(replica.model.pos_embed.detach())
             replica.logs.image("positional_similarity", similarity_grid(similarity), t.step)
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return train_unfinished(configs, group)
         except torch.OutOfMemoryError as error:
-            raise TrainError(out_of_memory_line(error, num_seeds=len(configs))) from error
+            raise TrainError(out_of_memory_line(error, configs)) from error
         finally:
             distributed.destroy_process_group()
 
@@ -141,9 +141,10 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     return True
 
 
-def out_of_memory_line(error: torch.OutOfMemoryError, *, num_seeds: int) -> str:
+def out_of_memory_line(error: torch.OutOfMemoryError, configs: Sequence[RunConfig]) -> str:
     """What to do about a GPU whose memory is too small, in a line."""
-    first = str(error).partition(". ")[0]
+    first, num_seeds = str(error).partition(". ")[0], len(configs)
     if num_seeds > 1:
         return f"the GPU's memory is too small for {num_seeds} seeds together; train fewer (in a sweep: replicas) ({first})"
-    return f"the GPU's memory is too small; raise runtime.accum_steps ({first})"
+    advice = "raise runtime.accum_steps" if configs[0].model.kind == "vit" else "lower train.global_batch_size"
+    return f"the GPU's memory is too small; {advice} ({first})"

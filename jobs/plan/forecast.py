@@ -26,8 +26,8 @@ from jobs.state import RunState
 from jobs.submit.submit import Batch
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
-from vitpa.config import RunConfig
-from vitpa.config_file import read_yaml
+from vitpa.config import ModelConfig, RunConfig
+from vitpa.config_file import parse_model, read_yaml
 from vitpa.records import RunError, read_json, read_with_checksum
 from vitpa.rundir import Result, RunDir
 
@@ -271,11 +271,16 @@ def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> di
                 continue
             looked_at[kind] += 1
             result = RunDir(root, path.parent.name).result()
-            if result is not None and read_yaml(path.with_name("config.yaml")).get("model") == models[kind]:
+            if result is not None and _model_of(path.with_name("config.yaml")) == models[kind]:
                 found.setdefault(kind, []).append(result)
         except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
             continue
     return found
+
+
+def _model_of(path: Path) -> dict[str, Any]:
+    """The section `model` of a recorded configuration; what it does not say was the default when it was written, too."""
+    return parse_model(ModelConfig, read_yaml(path).get("model") or {}, str(path)).model_dump(mode="json")
 
 
 def _speed_of(results: list[Result], root: Path) -> Speed | None:

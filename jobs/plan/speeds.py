@@ -184,6 +184,8 @@ def _check_lines(lines: object, path: Path) -> None:
 
 def how_to_measure(config: RunConfig, *, gpus: int, replicas: int) -> str:
     """The benchmark that gives a line for a job of such runs: its command, or that there is none."""
+    if config.model.kind != "vit":
+        return "no benchmark measures that"
     batch_size = config.train.global_batch_size
     small = load_config(shipped_configs()[RECIPES["small"]])
     if gpus == 1 and config.model.img_size == small.model.img_size and streaming_setting(config) is None:

@@ -124,6 +124,9 @@ def test_what_cannot_be_stacked_trains_alone() -> None:
     imagenet = load_config(shipped_configs()["imagenet"])
     assert unsupported_reason(imagenet)
     assert most(imagenet, 5) == 1
+    resnet = load_config(shipped_configs()["cifar10"], ["model.kind=resnet18"])
+    assert "model.kind=resnet18" in (unsupported_reason(resnet) or "")
+    assert (most(resnet), most(resnet, 5)) == (1, 1)
     own = RunConfig(dataset="pets")
     assert "pets: its images may not stay on the device" in (unsupported_reason(own) or "")
     resident = own.model_copy(update={"runtime": own.runtime.model_copy(update={"loader": "resident"})})

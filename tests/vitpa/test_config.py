@@ -40,6 +40,7 @@ SMALL_SIGNATURE = "b45ea57bf99f4a85"  # what was computed under it is found by i
 OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "dataset": "cifar100",
     "seed": "8",
+    "model.kind": "resnet18",
     "model.attention": "positional",
     "model.img_size": "64",
     "model.patch_size": "8",
@@ -234,7 +235,7 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, l
         ("trian.epochs", r"unknown key trian\.epochs; did you mean train\.epochs\?"),
         ("Seed", r"unknown key Seed; did you mean seed\?"),
         ("runtime.num_workers", r"unknown key runtime\.num_workers; did you mean runtime\.workers\?"),
-        ("zzz", r"unknown key zzz; known keys: dataset, seed, model\.attention, .*experiment_version$"),
+        ("zzz", r"unknown key zzz; known keys: dataset, seed, model\.kind, model\.attention, .*experiment_version$"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, key: str, message: str) -> None:
@@ -328,6 +329,15 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
         ("augment.erase_scale=[0.5,0.2]", r"augment\.erase_scale=\[0\.5, 0\.2\] is not a range of positive numbers"),
         ("augment.erase_scale=[0.5,1.5]", r"augment\.erase_scale=\[0\.5, 1\.5\] goes beyond the whole image"),
         ("augment.erase_ratio=[0,1]", r"augment\.erase_ratio=\[0\.0, 1\.0\] is not a range"),
+        (
+            "model.kind=resnet18 model.attention=positional",
+            r"model\.attention=positional is for model\.kind=vit; model\.kind=resnet18 has no attention",
+        ),
+        ("model.kind=resnet18 runtime.accum_steps=2", r"runtime\.accum_steps=2: the batch norm of .*; it must be 1"),
+        (
+            "model.kind=resnet18 train.global_batch_size=1",
+            r"global_batch_size=1: the batch norm of .* takes 2 images at least",
+        ),
         ("augment.permute_block_px=5", r"augment\.permute_block_px=5 does not divide model\.img_size=32"),
         ("augment.permute_block_px=64", r"augment\.permute_block_px=64 does not divide model\.img_size=32"),
         ("augment.cutout_px=33", r"augment\.cutout_px=33 is more than model\.img_size=32"),
@@ -460,12 +470,22 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
     assert config().signature == SMALL_SIGNATURE
 
 
-@pytest.mark.parametrize("as_it_was", ["train.order=random", "augment.permute_block_px=0"])
+@pytest.mark.parametrize("as_it_was", ["train.order=random", "augment.permute_block_px=0", "model.kind=vit"])
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
     assert config(as_it_was).signature == SMALL_SIGNATURE
     run = record_config(config(as_it_was, f"runtime.root={tmp_path}"))
     assert as_it_was.partition(".")[2].replace("=", ": ") in run.config_yaml.read_text()  # the record has it
     record_config(config(f"runtime.root={tmp_path}"))
+
+
+def test_of_a_resnet_only_what_counts_for_it_makes_another_run() -> None:
+    resnet = config("model.kind=resnet18")
+    assert resnet.network_name == "cifar10-resnet18"
+    assert config().network_name == "cifar10-content"
+    assert resnet.experiment()["model"] == {"kind": "resnet18", "attention": "content", "img_size": 32}
+    for override in ("model.patch_size=5", "model.depth=3", "model.drop_path_rate=0.1", "model.num_heads=7"):
+        assert config("model.kind=resnet18", override).signature == resnet.signature
+    assert config("model.kind=resnet18", "model.img_size=30").signature != resnet.signature
 
 
 def test_the_table_of_other_values_has_every_key() -> None:

@@ -7,6 +7,7 @@ import pytest
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_config
 from vitpa.models import build_model
+from vitpa.models.resnet import resnet18
 from vitpa.optim import MAX_STEPS, adamw, learning_rate, learning_rates
 
 
@@ -44,3 +45,13 @@ def test_only_weight_matrices_decay() -> None:
     assert len(decay["params"]) + len(no_decay["params"]) == len(names)
     assert {"patch_embed.proj.weight", "head.weight", "blocks.0.attn.qk.weight"} <= decayed
     assert not any(name.endswith("bias") or "norm" in name or name in ("pos_embed", "cls_token") for name in decayed)
+
+
+def test_of_a_resnet_convolutions_and_the_classifier_decay() -> None:
+    model = resnet18(10)
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = ({names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups)
+    convolutions = {name for name in names.values() if "conv" in name or name.endswith("downsample.0.weight")}
+    assert decayed == {*convolutions, "fc.weight"}
+    assert len(others) == 2 * 20 + 1  # weights and biases of batch norms; the classifier's bias

@@ -40,6 +40,7 @@ LEAVE_OUT = "this benchmark does without; leave it out"
 REFUSED = {  # keys of the recipe that an option says, or that have no meaning here
     "dataset": "say it by --dataset",
     "model.attention": "say it by --attention",
+    "model.kind": "benchmarks measure ViTs; leave it out",
     "train.global_batch_size": "say it by --batch-size",
     **{f"runtime.{key}": LEAVE_OUT for key in ("accum_steps", "device", "stage_dir", "cpu_threads")},
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 
 Attention = Literal["content", "positional"]
@@ -35,7 +36,13 @@ class Case(BaseModel):
 
     @classmethod
     def of(cls, config: RunConfig, *, gpus: int = 1, replicas: int = 1, **values: Any) -> Self:
-        """Training by `config`; `values`: the other fields."""
+        """Training by `config`; `values`: the other fields.
+
+        Raises:
+            ConfigError: its network is no ViT.
+        """
+        if config.model.kind != "vit":
+            raise ConfigError(f"model.kind={config.model.kind}: benchmarks measure ViTs; leave it out")
         has_model = values.get("model", "vitpa") is not None
         return cls(
             attention=config.model.attention if has_model else None,

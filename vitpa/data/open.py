@@ -72,8 +72,8 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
             f"train.global_batch_size={config.train.global_batch_size} is more than the {num_samples['train']} training images"
         )
     resident = images_are_resident(config, betons, group)
-    if not resident and len(configs) > 1:
-        reason = replicas_unsupported_reason(config) or "their images do not stay on the device"
+    reason = replicas_unsupported_reason(config) or (None if resident else "their images do not stay on the device")
+    if reason is not None and len(configs) > 1:
         raise ConfigError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
     if resident:
         feed: Feed = open_resident(configs, betons, group, batch_size=batch_size)
@@ -96,6 +96,11 @@ def local_batch_size(config: RunConfig, group: Group) -> int:
     Raises:
         ConfigError: the batch cannot be divided among the processes and accumulation steps.
     """
+    if config.model.kind != "vit" and group.world_size > 1:
+        raise ConfigError(
+            f"model.kind={config.model.kind}: its batch norm takes the statistics of a whole batch, and {group.world_size} "
+            "processes have a part of it each; train it in one process, without torchrun"
+        )
     batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
     if batch_size % (group.world_size * accum_steps):
         raise ConfigError(

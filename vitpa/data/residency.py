@@ -1,6 +1,6 @@
 """May a run's images stay on the device, whole and as they are stored? From the configuration alone; torch-free.
 
-Where they may not, they are streamed: decoded when a step needs them. Replicas train on images that stay on the device only.
+Where they may not, they are streamed: decoded when a step needs them. Replicas are ViTs on images that stay on the device.
 """
 
 from __future__ import annotations
@@ -33,5 +33,7 @@ def streaming_setting(config: RunConfig, image_sizes_px: Iterable[tuple[int, int
 
 def replicas_unsupported_reason(config: RunConfig) -> str | None:
     """Why seeds of this configuration cannot train in one step; None if they can."""
+    if config.model.kind != "vit":
+        return f"model.kind={config.model.kind}: replicas are ViTs"
     setting = streaming_setting(config)
     return None if setting is None else f"{setting}: replicas take whole images that stay on the device"

@@ -1,18 +1,21 @@
-"""The two networks of the paper: timm's ViT and the same ViT with positional attention."""
+"""The two networks of the paper, timm's ViT and the same ViT with positional attention, and a ResNet as a baseline."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitpa.models.positional import PositionalVisionTransformer
+from vitpa.models.resnet import resnet18
 
 
 def build_model(
     *,
+    kind: Literal["vit", "resnet18"] = "vit",
     attention: Literal["content", "positional"],
     num_classes: int,
     img_size: int,
@@ -24,12 +27,17 @@ def build_model(
     drop_path_rate: float,
     pos_embed_std: float,
     seed: int,
-) -> VisionTransformer:
-    """A ViT on the CPU, initialised from `seed` alone; images (B, 3, img_size, img_size) -> logits (B, num_classes).
+) -> VisionTransformer | ResNet:
+    """A network on the CPU, initialised from `seed` alone; images (B, 3, img_size, img_size) -> logits (B, num_classes).
 
     `attention="content"` is timm's VisionTransformer itself, so that timm's weights load and give timm's logits.
-    Initialisation is timm's (weights truncated normal with std 0.02, biases 0), but for `pos_embed_std`.
+    Initialisation is timm's (weights truncated normal with std 0.02, biases 0), but for `pos_embed_std`. All of that is for
+    `kind="vit"`; a ResNet has one form.
     """
+    if kind == "resnet18":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return resnet18(num_classes)
     network = VisionTransformer if attention == "content" else PositionalVisionTransformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
@@ -29,11 +28,10 @@ from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.loader import Feed
 from vitpa.data.rng import Purpose
 from vitpa.distributed import Group
-from vitpa.models.stacked import StackedViT
 from vitpa.step.accumulator import MetricAccumulator
 from vitpa.step.adamw import ReplicaAdamW
 from vitpa.step.drop_path import branch_scales, keep_probabilities
-from vitpa.step.operations import choose_operations
+from vitpa.step.networks import Network, Networks
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
 
@@ -51,7 +49,8 @@ class StepFunctions:
     """What a step and an evaluation are made of: functions of tensors, as they are written or compiled."""
 
     make_batch: Callable[..., tuple[Tensor, Targets, Tensor | None]]
-    network: StackedViT
+    network: Network
+    eval_network: Network
     loss: Callable[..., tuple[Tensor, Tensor]]
     count: Callable[..., None]
     optimizer_step: Callable[..., None]
@@ -61,8 +60,11 @@ class StepFunctions:
     def compiled(self) -> StepFunctions:
         """The same, each of which is compiled when it is first called."""
         compiler = partial(torch.compile, dynamic=False, fullgraph=True)
-        others = {field.name: compiler(getattr(self, field.name)) for field in fields(self) if field.name != "network"}
-        return StepFunctions(network=self.network.compiled(compiler), **others)
+        networks = ("network", "eval_network")
+        others = {field.name: compiler(getattr(self, field.name)) for field in fields(self) if field.name not in networks}
+        network = self.network.compiled(compiler)
+        same = self.eval_network is self.network
+        return StepFunctions(network=network, eval_network=network if same else self.eval_network.compiled(compiler), **others)
 
 
 class ReplicaSteps:
@@ -74,7 +76,7 @@ class ReplicaSteps:
         group: Group,
         *,
         seeds: Sequence[int],
-        models: Sequence[VisionTransformer],
+        models: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.AdamW],
         feed: Feed,
         augmentation: Augmentation,
@@ -83,14 +85,14 @@ class ReplicaSteps:
         """`learning_rates` are those of each step of the whole run."""
         self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
         self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
-        dtype = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-        operations, self.notes = choose_operations(config.model, device=self.device, dtype=dtype, num_images=self.R * self.B)
-        self.adamw = ReplicaAdamW(models, optimizers, dtype, config.optim.grad_clip_norm)
+        networks = Networks.of(config, models, device=self.device, num_images=self.R * self.B)
+        self.notes, self.buffers = networks.notes, networks.buffers
+        self.adamw = ReplicaAdamW(models, optimizers, networks.copies_dtype, config.optim.grad_clip_norm)
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
         self.keep = None
-        if config.model.drop_path_rate:
+        if config.model.kind == "vit" and config.model.drop_path_rate:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
 
         self.accum_steps = config.runtime.accum_steps
@@ -106,9 +108,8 @@ class ReplicaSteps:
 
         self._functions = StepFunctions(
             make_batch=self._make_batch,
-            network=StackedViT(
-                config.model.attention, config.model.patch_size, config.model.depth, config.model.num_heads, operations
-            ),
+            network=networks.train,
+            eval_network=networks.evaluate,
             loss=self._compute_loss,
             count=self._count_batch,
             optimizer_step=self._optimizer_step,
@@ -302,7 +303,7 @@ class ReplicaSteps:
         functions = self._functions
         with torch.no_grad():
             images, labels = functions.make_eval_batch(self.feed.eval_inputs())
-            logits = functions.network(self.weights, self.copies, images.expand(self.R, *images.shape))
+            logits = functions.eval_network(self.weights, self.copies, images.expand(self.R, *images.shape))
             self.eval_sums += functions.score(logits, labels)
             self.feed.advance_eval()
 
@@ -323,7 +324,7 @@ class ReplicaSteps:
 
     def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
-        changed = [*self.adamw.state_tensors(), *self.feed.positions(), self.done, self.eval_sums]
+        changed = [*self.adamw.state_tensors(), *self.buffers, *self.feed.positions(), self.done, self.eval_sums]
         changed += [self.accumulator.sums, self.accumulator.grad_norm, self.accumulator.first_nonfinite_step]
         before = [tensor.clone() for tensor in changed]
         try:

@@ -289,7 +289,7 @@ def test_the_shipped_figures_are_read(plan: Shell) -> None:
         ({"results": [{**line(), "images_per_s": "fast"}]}, "results.0: images_per_s=fast: Input should be a valid number"),
         ({"results": [{**line(), "images_per_s": 0}]}, "results.0: images_per_s=0: Input should be greater than 0"),
         ({"results": [line(), *[line(images_per_s=-1.0)] * 9]}, "greater than 0; and 8 more lines with a problem; expected a"),
-        ({"network": {"depth": 12, "dept": 6}}, "unknown key network.dept; known keys: img_size, patch_size, "),
+        ({"network": {"depth": 12, "dept": 6}}, "unknown key network.dept; known keys: kind, img_size, patch_size, "),
         ({"results": [line(gpus=0)]}, "results.0: case.gpus=0: Input should be greater than or equal to 1; expected a file"),
         (
             {"results": [{**line(), "case": JPEG}]},
@@ -411,6 +411,8 @@ def test_what_it_says_to_measure_is_of_the_network_and_batch_of_the_job(
 def test_what_no_benchmark_measures() -> None:
     config = load_config(shipped_configs()["cifar10"], ["model.img_size=64"])
     assert how_to_measure(config, gpus=1, replicas=5) == "no benchmark measures that"
+    config = load_config(shipped_configs()["cifar10"], ["model.kind=resnet18"])
+    assert how_to_measure(config, gpus=1, replicas=1) == "no benchmark measures that"
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,7 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
             ["runtime.accum_steps=2", "--batch-size", "4"],
             r"runtime\.accum_steps=2: this benchmark does without; leave it out$",
         ),
+        (["model.kind=resnet18", "--batch-size", "4"], r"model\.kind=resnet18: benchmarks measure ViTs; leave it out$"),
         (["--parts", "loader"], r"--parts loader: say with --dataset what is to be loaded$"),
         (["modle.depth=3", "--batch-size", "4"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
     ],

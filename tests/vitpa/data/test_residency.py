@@ -53,6 +53,7 @@ def test_seeds_of_the_small_recipes_train_together(name: str) -> None:
         ("augment.eval_crop_pct=0.875", "augment.eval_crop_pct=0.875"),
         ("train.order=quasi_random", "train.order=quasi_random"),
         ("runtime.loader=stream", "runtime.loader=stream"),
+        ("model.kind=resnet18", "model.kind=resnet18"),
     ],
 )
 def test_the_reason_why_seeds_do_not_is_named(override: str, key: str) -> None:
