@@ -24,7 +24,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.data.beton import Beton, BetonFile
@@ -32,6 +32,7 @@ from vitpa.data.manifest import BetonError, Manifest, beton_path, manifest_path
 from vitpa.data.private_folder import NotOursError, PrivateFolder, is_private_file
 from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
+from vitpa.documents import DocumentError, parse_json
 from vitpa.records import ProcessId, next_claim, to_json
 
 LOGGER = logging.getLogger(__name__)
@@ -142,26 +143,11 @@ def open_copy(folder: Path, dataset: str, split: str) -> Beton:
     return beton
 
 
-class _Stamp(BaseModel):
+def _stamp_of(status: os.stat_result, manifest: Manifest) -> dict[str, str | int]:
     """Which file was checked, against which hash. Without its times it could be another one of the same size."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    beton_sha256: str
-    inode: int
-    size_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @classmethod
-    def of(cls, status: os.stat_result, manifest: Manifest) -> _Stamp:
-        return cls(
-            beton_sha256=manifest.beton_sha256,
-            inode=status.st_ino,
-            size_bytes=status.st_size,
-            mtime_ns=status.st_mtime_ns,
-            ctime_ns=status.st_ctime_ns,
-        )
+    file = {"inode": status.st_ino, "size_bytes": status.st_size}
+    times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    return {"beton_sha256": manifest.beton_sha256, **file, **times}
 
 
 @dataclass(frozen=True)
@@ -184,10 +170,10 @@ class _Folders:
     def was_checked(self, split: str, status: os.stat_result, manifest: Manifest) -> bool:
         """Whether the content of this file, of ours, was compared with the hash in its manifest."""
         try:
-            stamp = _Stamp.model_validate_json(self.stamps.read(f"{split}.json") or b"")
-        except (ValidationError, NotOursError):
+            stamp = parse_json(self.stamps.read(f"{split}.json") or b"")
+        except (DocumentError, NotOursError):
             return False
-        return is_private_file(status) and stamp == _Stamp.of(status, manifest)
+        return is_private_file(status) and bool(stamp == _stamp_of(status, manifest))
 
 
 @dataclass
@@ -338,7 +324,7 @@ class _Staging:
         """Write down that the content of a split was checked."""
         status = self.folders.data.status(f"{split}.beton")
         assert status is not None
-        self.folders.stamps.write(f"{split}.json", to_json(_Stamp.of(status, self.manifests[split]).model_dump()))
+        self.folders.stamps.write(f"{split}.json", to_json(_stamp_of(status, self.manifests[split])))
 
     def _content_sha256(self, path: Path, split: str) -> str:
         """The hash of the samples in a copy, or why there is none."""

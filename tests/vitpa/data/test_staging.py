@@ -183,7 +183,7 @@ def test_pixels_of_a_copy_that_were_damaged_later_are_not_put_down_to_the_data(
         file.write(bytes(int(beton.sizes[5])))
         file.flush()
         stamp = copy / staging.STAMPS / "train.json"  # as if the disk had lost them, which changes no times
-        stamp.write_text(staging._Stamp.of(os.fstat(file.fileno()), beton.manifest).model_dump_json())
+        stamp.write_text(json.dumps(staging._stamp_of(os.fstat(file.fileno()), beton.manifest)))
     assert main(words) == 1
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.endswith(f"the JPEG of sample 5 cannot be decoded; delete {copy}, a copy on this node: it is made again")
