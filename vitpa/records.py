@@ -219,17 +219,16 @@ def with_checksum(document: Json) -> dict[str, Any]:
     return {**document, CHECKSUM: hashlib.sha256(_CANONICAL.encode(document).encode()).hexdigest()}
 
 
-def read_with_checksum(path: Path) -> dict[str, Any] | None:
-    """A document that was written with a checksum, without it; None if there is no such file. Older ones have none.
-
-    Raises:
-        RunError: as for `read_json`, or it was changed.
-    """
-    return read_checked(path)[0]
+def made_with(env_json: Path) -> dict[str, Any]:
+    """What a run or an attempt was made with, by its env.json; empty if that is not there, or was changed."""
+    try:
+        return read_checked(env_json)[0] or {}
+    except RunError:
+        return {}
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any] | None, bool]:
-    """As `read_with_checksum`, and whether the document had a checksum.
+    """A document without its checksum, None if there is no such file; and whether it had one, which older ones have not.
 
     Raises:
         RunError: as for `read_json`, or it was changed.

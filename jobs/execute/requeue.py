@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jobs.records import Claim, Exit, Start
 from vitpa.attempt import Left
-from vitpa.records import RunError, read_record, read_with_checksum
+from vitpa.records import made_with, read_record
 from vitpa.rundir import AttemptDir, RunDir
 
 TIME_LIMIT = "time limit"
@@ -96,10 +96,7 @@ class LastAttempt:
 
 def first_step(attempt: AttemptDir) -> int:
     """The step from which an attempt went on: as the training says, which passes damaged checkpoints over, if it got there."""
-    try:
-        step = (read_with_checksum(attempt.env_json) or {}).get("resumed_at_step")
-    except RunError:
-        step = None
+    step = made_with(attempt.env_json).get("resumed_at_step")
     if isinstance(step, int):
         return step
     start = read_record(Start, attempt.start_json)

@@ -28,7 +28,7 @@ from jobs.sweep import Run
 from vitpa.arguments import ConfigError
 from vitpa.config import ModelConfig, RunConfig
 from vitpa.config_file import parse_model, read_yaml
-from vitpa.records import RunError, read_json, read_with_checksum
+from vitpa.records import RunError, made_with, read_json
 from vitpa.rundir import Result, RunDir
 
 Kind = tuple[str, str]  # data set, attention
@@ -288,16 +288,10 @@ def _speed_of(results: list[Result], root: Path) -> Speed | None:
     if not valid:
         return None
     gpus = math.fsum(result.gpu_hours * 3600 / result.train_time_s for result in valid) / len(valid)
+    env = made_with(RunDir(root, valid[-1].signature).env_json)
+    hardware = str(env.get("gpu") or ("CPU" if env.get("device") == "cpu" else ""))
     speed = math.fsum(result.images_per_s for result in valid) / len(valid)
-    return Speed(speed, len(valid), _hardware(RunDir(root, valid[-1].signature)), gpus)
-
-
-def _hardware(run: RunDir) -> str:
-    try:
-        made_with = read_with_checksum(run.env_json) or {}
-    except RunError:
-        return ""
-    return str(made_with.get("gpu") or ("CPU" if made_with.get("device") == "cpu" else ""))
+    return Speed(speed, len(valid), hardware, gpus)
 
 
 def job_kinds(batches: Iterable[Batch]) -> dict[JobKind, tuple[Batch, RunConfig]]:
