@@ -27,7 +27,7 @@ from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withdraw
 from jobs.submit.snapshot import make_snapshot
-from jobs.submit.submission import ran_other_code, settle
+from jobs.submit.submission import settle
 from jobs.submit.submit import WRITERS, SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir, SweepError
 from vitpa.arguments import as_argument
@@ -80,7 +80,7 @@ def _plan(context: Context) -> int:
         context.say_json({**document, "changed": context.drift.describe(), **report.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-    for line in filter(None, [context.drift.describe(), *ran_other_code(context.root, states), *report.lines()]):
+    for line in filter(None, [context.drift.describe(), *status.ran_other_code(context.root, states), *report.lines()]):
         context.say(line)
     _say_left(context, left)
     if context.options.gpu_hour_price and not report.forecast.cost:
@@ -211,9 +211,8 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         code = make_snapshot(context.root) if context.options.code == "snapshot" else None
         plan = replace(plan, place=context.place)
         claimed, refused = submit(context.sweep.name, plan, context.root, context.scheduler, code)
-        for reason in dict.fromkeys(refused.values()):
-            label, *others = [label for label, other in refused.items() if other == reason]
-            context.say(f"not submitted: {label}" + (f" and {len(others)} more" if others else "") + f": {reason}")
+        for line in status.by_text(refused.items()):
+            context.say(f"not submitted: {line}")
         late = len(chosen) - len(claimed) - len(refused)
         faster = f"; {late} were claimed by another submit first" if late else ""
         where = (
@@ -281,9 +280,8 @@ def _say_next(context: Context) -> None:
 def _say_left(context: Context, left: list[RunState]) -> None:
     if left:
         some = [f"{state.run.label} ({state.state}{f' in job {state.job_id}' if state.job_id else ''})" for state in left]
-        shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if some[3:] else "")
         context.say(
-            f"{len(left)} no longer in the sweep, still in progress: {shown}; they go on, "
+            f"{len(left)} no longer in the sweep, still in progress: {status.first_of(some, 3)}; they go on, "
             f"`vitpa sweep cancel {context.suffix} --gone` ends them"
         )
 
@@ -305,7 +303,7 @@ def _status(context: Context) -> int:
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
         if context.drift.describe():
             context.say(context.drift.describe())
-        for line in ran_other_code(context.root, states):
+        for line in status.ran_other_code(context.root, states):
             context.say(line)
         if left:
             rows = [status.row_of(state, context.root) for state in left]
@@ -380,9 +378,8 @@ def _say_shared(context: Context, live: list[RunState]) -> None:
     verb = "would be" if context.options.dry_run else "is"
     for name, shared in sweeps_with(context.root, label_of, besides=context.sweep.name).items():
         labels = [label_of[signature] for signature in label_of if signature in shared]
-        more = f" and {len(labels) - 3} more" if labels[3:] else ""
         context.say(
-            f"sweep {name} has {len(labels)} of these runs, too ({', '.join(labels[:3])}{more}): what is cancelled here "
+            f"sweep {name} has {len(labels)} of these runs, too ({status.first_of(labels, 3)}): what is cancelled here "
             f"{verb} cancelled for it as well; `vitpa sweep retry {context.suffix_of(name)}` starts it again"
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.text import Text
 
+from jobs.records import Claim, Intent, Start
 from jobs.report.waiting import advice, needs_action
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run
 from vitpa.documents import read_end
 from vitpa.metrics_file import parse_line
-from vitpa.records import RunError, read_json, read_with_checksum
+from vitpa.records import RunError, made_with, read_json, read_record
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable
 
@@ -55,7 +56,8 @@ def progress_of(state: RunState, root: Path) -> Progress:
         return Progress()
     directory = state.run.directory(root)
     last, damaged = _last_values(directory)
-    total = _steps_total(directory)
+    total = made_with(directory.env_json).get("steps_total")
+    total = total if isinstance(total, int) else None
     return Progress(last.get("step"), total, last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s"), damaged)
 
 
@@ -83,14 +85,6 @@ def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
         if not wanted:
             break
     return found, damaged
-
-
-def _steps_total(directory: RunDir) -> int | None:
-    try:
-        total = (read_with_checksum(directory.env_json) or {}).get("steps_total")
-    except RunError:
-        return None
-    return total if isinstance(total, int) else None
 
 
 def row_of(state: RunState, root: Path) -> dict[str, Any]:
@@ -188,9 +182,10 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
         if row["reason"]:
             text = f"{row['reason']}; {row['advice']}" if row.get("advice") else row["reason"]
             runs.setdefault((row["state"], text), []).append(row["run"])
-    ordered = sorted(runs, key=lambda key: MATTERS.index(key[0]))
-    more = {key: f" and {len(runs[key]) - 1} more" if len(runs[key]) > 1 else "" for key in ordered}
-    return [f"{runs[key][0]}{more[key]} {key[0]}: {printable(key[1])}" for key in ordered]
+    return [
+        f"{first_of(runs[state, text])} {state}: {printable(text)}"
+        for state, text in sorted(runs, key=lambda key: MATTERS.index(key[0]))
+    ]
 
 
 @dataclass(frozen=True)
@@ -273,20 +268,45 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
 def stuck(states: list[RunState]) -> list[str]:
     """A line for each reason for which jobs wait that will not start by themselves."""
     said = [(state.run.label, advice(state.job)) for state in states if state.state == "pending"]
-    return _by_text((label, text) for label, text in said if needs_action(text))
+    return by_text((label, text) for label, text in said if needs_action(text))
 
 
 def in_other_clusters(states: list[RunState]) -> list[str]:
     """A line for each SLURM cluster that has jobs of these runs and cannot be asked from here."""
-    return _by_text((state.run.label, state.reason) for state in states if state.cluster)
+    return by_text((state.run.label, state.reason) for state in states if state.cluster)
 
 
-def _by_text(said: Iterable[tuple[str, str]]) -> list[str]:
+def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
+    """A line for each change of the code between a submission and the last executions of its runs."""
+    intents: dict[str, str] = {}
+    said = []
+    for state in states:
+        with suppress(RunError):  # its state says what is damaged
+            start = read_record(Start, state.attempt.start_json) if state.attempt else None
+            if state.attempt is None or start is None or not start.code_version:
+                continue
+            claim = read_record(Claim, state.attempt.claim_json)
+            folder = str(claim and claim.submission)
+            if folder not in intents:
+                intent = read_record(Intent, root / folder / "intent.json")
+                intents[folder] = str(intent and intent.code_version)
+            if start.code_version != intents[folder]:
+                change = f"{intents[folder]} then, {start.code_version} when started; `submit --code snapshot` prevents that"
+                said.append((state.run.label, f"ran other code than was submitted: {change}"))
+    return by_text(said)
+
+
+def by_text(said: Iterable[tuple[str, str]]) -> list[str]:
     """One line per text, with the first of the nodes or runs that it holds for."""
     labels: dict[str, list[str]] = {}
     for label, text in said:
         labels.setdefault(text, []).append(label)
-    return [f"{its[0]}{f' and {len(its) - 1} more' if its[1:] else ''}: {text}" for text, its in labels.items()]
+    return [f"{first_of(its)}: {text}" for text, its in labels.items()]
+
+
+def first_of(labels: Sequence[str], most: int = 1) -> str:
+    """The first of some runs, and how many more there are."""
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if labels[most:] else "")
 
 
 def pause_s(reader: StateReader) -> float:

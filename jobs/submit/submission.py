@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.records import Claim, Intent, Launch, Start
+from jobs.records import Intent, Launch
 from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import RunState
 from jobs.sweep import SweepError
 from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 
@@ -123,30 +121,6 @@ def as_started(jobs: Sequence[SlurmJob]) -> list[dict[str, object]]:
 def close(submission: SubmissionDir, how: str, jobs: Sequence[Mapping[str, object]] = ()) -> None:
     """Write the receipt of a submission of which nothing more will come than `jobs`."""
     create_exclusive(submission.receipt_json, to_json({"jobs": list(jobs), how: True, "utc": utc_now()}))
-
-
-def ran_other_code(root: Path, states: Iterable[RunState]) -> list[str]:
-    """A line for each change of the code between a submission and the last executions of its runs."""
-    intents: dict[str, str] = {}
-    runs: dict[tuple[str, str], list[str]] = {}
-    for state in states:
-        with suppress(RunError):  # its state says what is damaged
-            start = read_record(Start, state.attempt.start_json) if state.attempt else None
-            if state.attempt is None or start is None or not start.code_version:
-                continue
-            claim = read_record(Claim, state.attempt.claim_json)
-            folder = str(claim and claim.submission)
-            if folder not in intents:
-                intent = read_record(Intent, root / folder / "intent.json")
-                intents[folder] = str(intent and intent.code_version)
-            if start.code_version != intents[folder]:
-                runs.setdefault((intents[folder], start.code_version), []).append(state.run.label)
-    lines = []
-    for (submitted, ran), labels in runs.items():
-        more = f" and {len(labels) - 1} more" if labels[1:] else ""
-        change = f"{submitted} then, {ran} when started; `submit --code snapshot` prevents that"
-        lines.append(f"{labels[0]}{more} ran other code than was submitted: {change}")
-    return lines
 
 
 def _helper_ends(submission: SubmissionDir) -> bool:

@@ -161,7 +161,7 @@ def test_other_code_than_was_submitted(field: Field) -> None:
     intent.write_text(text.replace('"code_version": "', '"code_version": "old-'))
     field.release()
     wait_for(lambda: of(field, run).state == "done", poll_s=0.2)
-    line = "digits-content-s0 ran other code than was submitted: old-"
+    line = "digits-content-s0: ran other code than was submitted: old-"
     assert line in field.vitpa("status").stdout
     assert line in field.vitpa("plan").stdout
 
