@@ -54,11 +54,6 @@ class _Scans:
     low_bits: dict[int, list[int | None]] = field(default_factory=dict)
     revision_at: int | None = None  # where in the file JFIF's revision is
 
-    def are_complete(self) -> bool:
-        """Whether they bring all bits of all coefficients."""
-        known = self.frame in SEQUENTIAL | PROGRESSIVE
-        return not known or all(bit == 0 for bits in self.low_bits.values() for bit in bits)
-
     def add(self, body: bytes) -> None:
         """Take in a scan, by what follows its marker and length."""
         count = body[0] if body else 0
@@ -93,7 +88,8 @@ def jpeg_damage(data: bytes) -> str:
         if library.tjDecompress2(decoder, data, len(data), pixels.ctypes.data, *size, STOP_ON_WARNING | LIMIT_SCANS):
             reason: bytes = library.tjGetErrorStr2(decoder)
             return reason.decode(errors="replace")
-    return "" if scans.are_complete() else "cut between two of its scans"
+    complete = all(bit == 0 for bits in scans.low_bits.values() for bit in bits)  # all bits of all coefficients have come
+    return "" if complete or scans.frame not in SEQUENTIAL | PROGRESSIVE else "cut between two of its scans"
 
 
 def _read_scans(data: bytes) -> _Scans:

@@ -155,7 +155,7 @@ class _Walk:
 
     def _sort(self, entry: os.DirEntry[str], listing: Listing) -> str:
         """`file`, `folder`, `link` to a folder, `dangling` link, or nothing, as it is counted among what is left out."""
-        if is_hidden(entry.name):
+        if entry.name.startswith(".") or entry.name.casefold() in SYSTEM_NAMES:
             folder = entry.is_dir(follow_symlinks=False)
             listing.leave_out(HIDDEN_FOLDERS if folder else HIDDEN_FILES, entry.name if folder else "")
             return ""
@@ -197,11 +197,6 @@ class _Walk:
 def is_image_name(name: str) -> bool:
     """Whether a file is an image by its name."""
     return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that a system or a program has made for itself."""
-    return name.startswith(".") or name.casefold() in SYSTEM_NAMES
 
 
 def same_files(listings: Mapping[str, Listing]) -> list[list[str]]:

@@ -298,11 +298,6 @@ def minutes(seconds: float) -> int:
     return math.ceil(seconds / 60)
 
 
-def shipped_profiles() -> dict[str, Path]:
-    """The profiles that come with vitpa, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-
-
 def load_profile(spec: str) -> Profile:
     """The profile that `spec` names: a path, or a shipped profile such as `local`.
 
@@ -310,7 +305,7 @@ def load_profile(spec: str) -> Profile:
         SweepError: there is none.
         ConfigError: its file is not valid.
     """
-    shipped = shipped_profiles()
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
     path = Path(spec) if Path(spec).is_file() else shipped.get(spec)
     if path is None:
         raise SweepError(f"profile {spec!r}: no such file, and none of the shipped ones ({', '.join(shipped)})")

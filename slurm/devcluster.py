@@ -236,8 +236,10 @@ def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
         if keep_logs:
             layout.keep_logs.touch()
         _end_supervisor(layout)
-    if not keep_logs and layout.lock.exists():
-        remove_remains(root)
+    if not keep_logs and layout.lock.exists():  # of a cluster whose supervisor is dead
+        with claim(root) as claimed:
+            _end_remains(layout)
+            layout.remove(claimed.folder, keep_logs=False)
     return found
 
 
@@ -260,13 +262,6 @@ def _command_line(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return []
-
-
-def remove_remains(root: Path) -> None:
-    """End the processes and remove the files of a cluster whose supervisor is dead."""
-    with claim(root) as claimed:
-        _end_remains(Layout(root))
-        Layout(root).remove(claimed.folder, keep_logs=False)
 
 
 def _end_remains(layout: Layout) -> None:

@@ -84,7 +84,8 @@ def requeue(folder: Path, nodes: int) -> None:
 
 def look(specification: dict[str, Any]) -> dict[str, Any]:
     """What there is: Python, packages, GPUs, and what the pre-flight says for each data set."""
-    gpus = graphics_cards()
+    shown, error = words_of(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
+    gpus = [] if error else shown.splitlines()
     wanted = len(gpus) if specification["gpus"] is None else specification["gpus"]
     with ThreadPoolExecutor() as pool:
         imports = {name: pool.submit(try_import, names) for name, names in IMPORTS.items()}
@@ -97,12 +98,6 @@ def look(specification: dict[str, Any]) -> dict[str, Any]:
         "imports": {name: found.result() for name, found in imports.items()},
         "checks": checks.result(),
     }
-
-
-def graphics_cards() -> list[str]:
-    """Names and memory of the GPUs that nvidia-smi shows."""
-    output, error = words_of(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
-    return [] if error else output.splitlines()
 
 
 def try_import(names: str) -> dict[str, Any]:
