@@ -10,11 +10,11 @@ import contextlib
 import fcntl
 import os
 import pwd
-import stat
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from slurm.devcluster_config import LOG, RUN_TIME_FOLDERS, Layout, resolved
+from vitpa.documents import regular_descriptor
 from vitpa.errors import UserError
 
 
@@ -116,17 +116,12 @@ def open_lock(root: Path, folder: int, flags: int = 0) -> int:
         FileNotFoundError: there is none, and `flags` do not make one.
     """
     path = Layout(root).lock
-    flags |= os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        lock = os.open(path.name, flags, 0o600, dir_fd=folder)
+        return regular_descriptor(path, flags | os.O_RDWR, folder)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise DevClusterError(f"{path}: {error.strerror}; it is not the lock of a cluster; remove it") from None
-    if not stat.S_ISREG(os.fstat(lock).st_mode):
-        os.close(lock)
-        raise DevClusterError(f"{path} is not the lock of a cluster; remove it")
-    return lock
 
 
 def _name_of(uid: int) -> str:

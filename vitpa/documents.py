@@ -36,13 +36,15 @@ class DocumentError(ValueError):
     """A text that is not the JSON or YAML it should be: what is wrong, and where in the text; one line."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, folder: int | None = None) -> BinaryIO:
     """A regular file, opened for reading; a pipe in its place is not waited at.
+
+    With `folder`, the descriptor of its folder, it is looked for there, by its name, and is no link.
 
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
-    return os.fdopen(_opened(path, os.O_RDONLY), "rb")
+    return os.fdopen(regular_descriptor(path, os.O_RDONLY, folder), "rb")
 
 
 def append_regular(path: Path) -> BinaryIO:
@@ -51,17 +53,22 @@ def append_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is no regular file.
     """
-    return os.fdopen(_opened(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+    return os.fdopen(regular_descriptor(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
-def _opened(path: Path, flags: int) -> int:
+def regular_descriptor(path: Path, flags: int, folder: int | None = None) -> int:
+    """A descriptor of a regular file, opened with `flags`; `folder` and errors as for `open_regular`."""
     irregular = OSError(errno.EINVAL, "not a regular file", str(path))
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if folder is None:
+            handle = os.open(path, flags, 0o666)
+        else:
+            handle = os.open(path.name, flags | os.O_NOFOLLOW, 0o600, dir_fd=folder)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a pipe that nobody reads, a socket
+        if error.errno == errno.ENXIO or (error.errno == errno.ELOOP and folder is not None):  # a pipe, a socket; a link
             raise irregular from None
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         kind = os.fstat(handle).st_mode
         if stat.S_ISDIR(kind):

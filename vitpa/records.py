@@ -7,8 +7,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,29 +32,35 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` so that `path` holds either its old content or all of `data`, also after a crash."""
-    temporary = _write_temporary(path, data)
-    try:
-        temporary.replace(path)
-    except OSError as error:  # a folder is in the way: it is the one to be named, not the temporary file
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    _fsync_directory(path.parent)
+def write_atomic(path: Path, data: bytes | str, folder: int | None = None) -> None:
+    """Write `data` so that `path` holds either its old content or all of `data`, also after a crash.
+
+    `folder` is the descriptor of its folder, where that is found by it and not by its name; other users get no rights then.
+    """
+    with _folder_of(path, folder) as descriptor:
+        temporary = _write_temporary(path, data, descriptor, 0o666 if folder is None else 0o600)
+        try:
+            os.replace(temporary, path.name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+        except OSError:  # a folder is in the way
+            os.unlink(temporary, dir_fd=descriptor)
+            raise
+        os.fsync(descriptor)
 
 
-def create_exclusive(path: Path, data: bytes | str) -> bool:
-    """Create `path` with all of `data`; False if it exists already. Exactly one of several callers gets True."""
-    temporary = _write_temporary(path, data)
-    try:
-        os.link(temporary, path)  # atomic and exclusive, on NFS too
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink()
-    _fsync_directory(path.parent)
+def create_exclusive(path: Path, data: bytes | str, folder: int | None = None) -> bool:
+    """Create `path` with all of `data`; False if it exists already. Exactly one of several callers gets True.
+
+    `folder` as for `write_atomic`.
+    """
+    with _folder_of(path, folder) as descriptor:
+        temporary = _write_temporary(path, data, descriptor, 0o666 if folder is None else 0o600)
+        try:  # atomic and exclusive, on NFS too
+            os.link(temporary, path.name, src_dir_fd=descriptor, dst_dir_fd=descriptor, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary, dir_fd=descriptor)
+        os.fsync(descriptor)
     return True
 
 
@@ -101,29 +107,37 @@ def check_writable(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise RunError(f"{path}: not a regular file; name a file")
-    _write_temporary(path, b"").unlink()
+    with _folder_of(path, None) as folder:
+        os.unlink(_write_temporary(path, b"", folder, 0o666), dir_fd=folder)
 
 
-def _write_temporary(path: Path, data: bytes | str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+@contextmanager
+def _folder_of(path: Path, folder: int | None) -> Iterator[int]:
+    """The descriptor of the folder of `path`; errors in the body name `path`, not a temporary file."""
+    opened = None
     try:
-        with temporary.open("wb") as file:
+        opened = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if folder is None else None
+        yield folder if opened is None else opened  # type: ignore[misc]
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+def _write_temporary(path: Path, data: bytes | str, folder: int, mode: int) -> str:
+    temporary = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with os.fdopen(os.open(temporary, flags, mode, dir_fd=folder), "wb") as file:
             file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
-            temporary.unlink()  # a full disk leaves nothing half-written behind
-        raise OSError(error.errno, error.strerror, str(path)) from error
+            os.unlink(temporary, dir_fd=folder)  # a full disk leaves nothing half-written behind
+        raise
     return temporary
-
-
-def _fsync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class ProcessId(BaseModel):

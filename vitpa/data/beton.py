@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitpa.data.decode.cpu import decode_jpeg, jpeg_size
-from vitpa.data.manifest import BetonError, Ints, Manifest, Pixels, manifest_path, open_regular, prep_hint
+from vitpa.data.manifest import BetonError, Ints, Manifest, Pixels, manifest_path, open_file, prep_hint
 
 VERSION = 2  # of the format; ffcv.types.CURRENT_VERSION
 HEADER = np.dtype(
@@ -51,7 +51,7 @@ class BetonFile:
     status: os.stat_result  # of the file when it was opened: size, inode and so on
 
     def __init__(self, path: Path, dir_fd: int | None = None) -> None:
-        """Open and check `path`; `dir_fd` as for `open_regular`.
+        """Open and check `path`; `dir_fd` as for `open_file`.
 
         Raises:
             BetonError: no such file, not a .beton of ours, or damaged; the message says which.
@@ -239,7 +239,7 @@ class Beton(BetonFile):
 
     @classmethod
     def open(cls, path: Path, dataset: str | None = None, split: str | None = None, dir_fd: int | None = None) -> Beton:
-        """Open a finished .beton of that data set and split (None: any), with its manifest; `dir_fd` as for `open_regular`.
+        """Open a finished .beton of that data set and split (None: any), with its manifest; `dir_fd` as for `open_file`.
 
         Raises:
             BetonError: missing, not finished, damaged, of another data set or split, or not what its manifest says.
@@ -263,13 +263,11 @@ class Beton(BetonFile):
 
 def _map(path: Path, dir_fd: int | None) -> tuple[npt.NDArray[np.uint8], os.stat_result]:
     try:
-        descriptor = open_regular(path, dir_fd)
+        file = open_file(path, dir_fd)
     except FileNotFoundError:
         raise BetonError(f"{path}: no such file; {prep_hint(path)}") from None
-    try:
-        status = os.fstat(descriptor)
+    with file:
+        status = os.fstat(file.fileno())
         if status.st_size < HEADER.itemsize:
             raise BetonError(f"{path}: too short for a .beton file; {prep_hint(path, '--force')}")
-        return np.frombuffer(mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ), np.uint8), status
-    finally:
-        os.close(descriptor)
+        return np.frombuffer(mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_READ), np.uint8), status

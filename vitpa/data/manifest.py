@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import stat
 from pathlib import Path
-from typing import Literal, Self
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vitpa.datasets import DATASETS
+from vitpa.documents import open_regular
 from vitpa.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -91,13 +91,13 @@ class Manifest(_Record):
 
     @classmethod
     def read(cls, path: Path, dir_fd: int | None = None) -> Manifest:
-        """Read a manifest; `dir_fd` as for `open_regular`.
+        """Read a manifest; `dir_fd` as for `open_file`.
 
         Raises:
             BetonError: there is none, or it is not a whole manifest.
         """
         try:
-            with os.fdopen(open_regular(path, dir_fd), "rb") as file:
+            with open_file(path, dir_fd) as file:
                 if os.fstat(file.fileno()).st_size > MAX_MANIFEST_BYTES:
                     raise BetonError(f"{path}: not a manifest: larger than {MAX_MANIFEST_BYTES >> 20} MiB; {prep_hint(path)}")
                 return cls.model_validate_json(file.read(MAX_MANIFEST_BYTES))
@@ -109,26 +109,19 @@ class Manifest(_Record):
             raise BetonError(f"{path}: not a manifest: {where}: {first['msg']}; {prep_hint(path, '--force')}") from error
 
 
-def open_regular(path: Path, dir_fd: int | None = None) -> int:
-    """A descriptor of `path`, a regular file, to read from; one of a pipe would wait.
-
-    With `dir_fd`, the folder of `path`, opened, the file is looked for there, by its name, and is no link.
+def open_file(path: Path, folder: int | None = None) -> BinaryIO:
+    """A .beton or its manifest, opened; `folder` as for `open_regular`.
 
     Raises:
         BetonError: it is no regular file.
         OSError: it cannot be opened.
     """
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags) if dir_fd is None else os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
+        return open_regular(path, folder)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, a socket
+        if error.errno in (errno.EINVAL, errno.EISDIR, errno.ELOOP):
             raise BetonError(f"{path}: not a regular file; {prep_hint(path)}") from None
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BetonError(f"{path}: not a regular file; {prep_hint(path)}")
-    return descriptor
+        raise
 
 
 def prep_hint(path: Path, option: str = "") -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
+
+from vitpa.documents import open_regular
+from vitpa.records import create_exclusive, write_atomic
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -75,14 +77,13 @@ class PrivateFolder:
         Raises:
             NotOursError: it is no file of ours.
         """
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would wait for a writer
         try:
-            descriptor = os.open(name, flags, dir_fd=self.descriptor)
+            file = open_regular(self.path / name, self.descriptor)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise NotOursError(f"{self.path / name} cannot be read ({error.strerror})") from error
-        with os.fdopen(descriptor, "rb") as file:
+        with file:
             if not is_private_file(os.fstat(file.fileno())):
                 raise NotOursError(f"{self.path / name} is not a file of your own")
             return file.read(MAX_BYTES)
@@ -93,21 +94,11 @@ class PrivateFolder:
 
     def write(self, name: str, data: str) -> None:
         """Write a file so that it holds all of `data`, or what it held before."""
-        temporary = self._temporary(name, data)
-        os.replace(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-        os.fsync(self.descriptor)
+        write_atomic(self.path / name, data, self.descriptor)
 
     def create(self, name: str, data: str) -> bool:
         """Make a file with all of `data`; False if there is one. Exactly one of several callers gets True."""
-        temporary = self._temporary(name, data)
-        try:
-            os.link(temporary, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor, follow_symlinks=False)
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary, dir_fd=self.descriptor)
-        os.fsync(self.descriptor)
-        return True
+        return create_exclusive(self.path / name, data, self.descriptor)
 
     def rename(self, name: str, to: str) -> None:
         """Rename a file; one that is there gives way."""
@@ -124,19 +115,6 @@ class PrivateFolder:
                 os.unlink(name, dir_fd=self.descriptor)
         except IsADirectoryError as error:
             raise NotOursError(f"{self.path / name} is a folder where a file should be; remove it") from error
-
-    def _temporary(self, name: str, data: str) -> str:
-        temporary = f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
-        try:
-            with os.fdopen(self.new_file(temporary), "w") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            with suppress(OSError):
-                os.unlink(temporary, dir_fd=self.descriptor)  # a full disk leaves nothing half-written behind
-            raise
-        return temporary
 
 
 def is_private_file(status: os.stat_result) -> bool:
