@@ -15,32 +15,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from vitpa.child_process import die_with_parent
+
 PR_SET_CHILD_SUBREAPER = 36
 SAMPLE_S = 1.0  # between two looks at the processes
 LONGEST_S = 30.0  # that counts of what is between two looks: longer ones mean that this machine, or process, stood still
 MOVED_S = 0.03  # of a CPU since the last sign of life: less says nothing
 BUSY_SHARE = 0.03  # of a CPU: what only looks whether it may go on takes less
 RUNNABLE_SHARE = 0.5  # of the time: what computes has a CPU or waits for one, however many want it
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends, so that none can escape: slurmstepd does otherwise."""
-    _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def bind_to_parent(parent: int, signal_number: int) -> None:
-    """Have the kernel send this process a signal when `parent`, its parent, ends."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before
-        os.kill(os.getpid(), signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def bound_to_this_process() -> Callable[[], None]:
     """A `preexec_fn`: the program that is started dies with this process."""
     parent = os.getpid()
-    return lambda: bind_to_parent(parent, signal.SIGKILL)
+    return lambda: die_with_parent(parent)
 
 
 def descendants(roots: Iterable[int]) -> list[int]:

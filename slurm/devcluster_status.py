@@ -12,6 +12,7 @@ from typing import Any
 from slurm.devcluster import client_environment
 from slurm.devcluster_config import Layout, Settings, resolved
 from slurm.devcluster_folder import DevClusterError, is_running
+from vitpa.child_process import run_program
 from vitpa.documents import DocumentError
 
 CLIENT_TIMEOUT_S = 20
@@ -56,15 +57,7 @@ def _node(line: str, settings: Settings) -> dict[str, Any]:
 
 def _ask(root: Path, program: str, *options: str) -> list[str]:
     try:
-        answer = subprocess.run(
-            [program, "-h", *options],
-            env=client_environment(root),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=CLIENT_TIMEOUT_S,
-            check=False,
-        )
+        answer = run_program([program, "-h", *options], env=client_environment(root), timeout_s=CLIENT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise DevClusterError(f"{program} does not answer within {CLIENT_TIMEOUT_S} s; see {root}/log/slurmctld.log") from None
     if answer.returncode != 0:

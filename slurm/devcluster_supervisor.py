@@ -23,6 +23,7 @@ from typing import Any
 
 from slurm import devcluster_processes as processes
 from slurm.devcluster_config import Layout, Settings, user_name, write_configuration
+from vitpa.child_process import die_with_parent, run_program
 
 STILL_S = 60.0  # without a sign of life of the daemons, after which something is not waited for any more
 CLIENT_TIMEOUT_S = 60
@@ -180,16 +181,7 @@ class Supervisor:
     def _ask(self, *command: str) -> str:
         """What a client prints, nothing if it fails."""
         try:
-            answer = subprocess.run(
-                command,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=CLIENT_TIMEOUT_S,
-                check=False,
-            )
+            answer = run_program(command, env=self.environment, timeout_s=CLIENT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return ""
         return answer.stdout if answer.returncode == 0 else ""
@@ -286,7 +278,7 @@ def main(arguments: list[str]) -> None:
     guardian = os.getpid()
     supervisor = os.fork()
     if supervisor == 0:
-        processes.bind_to_parent(guardian, signal.SIGTERM)
+        die_with_parent(guardian, signal.SIGTERM)
         processes.adopt_orphans()
         failed = supervise(layout, folder, settings)
         if os.getppid() != guardian:

@@ -11,7 +11,7 @@ import pytest
 from tests.support.repository import ROOT
 
 OURS = ("vitpa", "jobs", "data_prep", "slurm")
-COMMAND_LINE = ("vitpa.arguments", "vitpa.errors", "vitpa.terminal", "vitpa.console", "vitpa.documents")
+COMMAND_LINE = ("vitpa.arguments", "vitpa.errors", "vitpa.terminal", "vitpa.console", "vitpa.documents", "vitpa.child_process")
 TORCH = {"torch", "jaxtyping", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
 
 

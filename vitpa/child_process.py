@@ -1,11 +1,13 @@
-"""Child processes: their environment, and their end with that of their parent."""
+"""Child processes: their environment, what they print, and their end with that of their parent."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import subprocess
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitpa.installation import CODE
@@ -25,8 +27,30 @@ def child_environment(code: Path | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process as soon as `parent`, its parent, is dead."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def run_program(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that gets nothing to read; what it has printed, whatever bytes that were, and its exit code.
+
+    Raises:
+        OSError, subprocess.TimeoutExpired: as `subprocess.run`.
+    """
+    none, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.run(
+        command,
+        env=env,
+        stdin=none,
+        stdout=pipe,
+        stderr=pipe,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal as soon as `parent`, its parent, is dead."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)

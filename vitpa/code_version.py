@@ -10,6 +10,7 @@ import hashlib
 import subprocess
 from typing import Any
 
+from vitpa.child_process import run_program
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.installation import CODE
 
@@ -74,9 +75,7 @@ def _sources_sha256() -> str:
 def _git(*arguments: str) -> str | None:
     """git's answer about the package's folder; None without git or outside a checkout."""
     try:
-        answer = subprocess.run(
-            ["git", *arguments], cwd=PACKAGE, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True
-        )
+        answer = run_program(["git", "-C", str(PACKAGE), *arguments], timeout_s=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip()
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -20,6 +20,7 @@ from jobs.plan.sbatch_test import is_silence, only_for_now, test_script
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.cluster import ask
+from vitpa.child_process import run_program
 from vitpa.config import RuntimeConfig
 
 LOCAL_LIMIT_S = 600
@@ -38,9 +39,7 @@ def examine_machine(profile: LocalProfile, root: Path, data_dir: str | None) -> 
     root_was_there = root.exists()
     command = [sys.executable, "-P", str(PROBE), json.dumps(_specification(profile, root, data_dir))]
     try:
-        answer = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=LOCAL_LIMIT_S, check=False
-        )
+        answer = run_program(command, timeout_s=LOCAL_LIMIT_S)
         if answer.returncode:
             yield Check("probe", "problem", (answer.stderr.strip().splitlines() or ["no message"])[-1], "see the message")
             return

@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from jobs.profile import LocalProfile
 from jobs.sweep import SweepError
+from vitpa.child_process import run_program
 from vitpa.config import Section
 from vitpa.records import Holder, ProcessId, RunError, create_exclusive, next_claim, read_record, to_json, utc_now
 
@@ -94,7 +94,7 @@ def _ask_nvidia_smi(what: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    answer = run_program(query)
     return answer.stdout.split() if answer.returncode == 0 else []
 
 

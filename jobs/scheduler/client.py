@@ -18,6 +18,7 @@ from jobs.scheduler import own_jobs
 from jobs.scheduler.options import seconds_of
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import SweepError
+from vitpa.child_process import run_program
 
 TIMEOUT_S = 60
 IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
@@ -136,16 +137,8 @@ class Scheduler:
         if conf and not Path(conf).is_file():  # its programs would try for a minute
             raise SchedulerError(f"{program}: SLURM_CONF={conf}: no such file; is the cluster up, and visible from here?")
         try:
-            answer = subprocess.run(
-                [program, *arguments],
-                env=scheduler_environment(self.environment) if program == "sbatch" else query_environment(self.environment),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",  # a name or comment of a job may hold any bytes
-                timeout=TIMEOUT_S,
-                check=False,
-            )
+            which = scheduler_environment if program == "sbatch" else query_environment
+            answer = run_program([program, *arguments], env=which(self.environment), timeout_s=TIMEOUT_S)
         except FileNotFoundError:
             raise SchedulerError(f"{program}: not found; is this a login node of the cluster, and SLURM in PATH?") from None
         except subprocess.TimeoutExpired:
