@@ -20,7 +20,7 @@ import torch
 
 from vitpa.arguments import ConfigError, whole_number, whole_numbers
 from vitpa.bench.measure import Bench, measure, synthetic_feed
-from vitpa.bench.report import Report, reporting
+from vitpa.bench.report import Report
 from vitpa.bench.schema import RECIPES, Attention, Case, Decoder, Line
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, load_config, preset, shipped_configs
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
         return work(options)
     options.gpus = list(dict.fromkeys(options.gpus))  # each once
     check(options)
-    with reporting(options, config_of("content", options.batch_size, *options.overrides)) as report:
+    with Report(options, config_of("content", options.batch_size, *options.overrides)) as report:
         for gpus in options.gpus:
             measure_with(gpus, options, report)
         if not report.lines:

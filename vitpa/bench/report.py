@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from vitpa.bench.schema import Line
 from vitpa.config import RunConfig
@@ -14,7 +13,10 @@ from vitpa.records import write_json
 
 
 class Report:
-    """The lines of a benchmark so far; with `--json` the file has them, too."""
+    """The lines of a benchmark so far; with `--json` the file has them, too.
+
+    With `with` the table of what was measured is printed at the end, however that comes.
+    """
 
     def __init__(self, options: argparse.Namespace, config: RunConfig) -> None:
         """`config` is what is measured, the differences between the cases aside."""
@@ -25,6 +27,14 @@ class Report:
             "augment": config.augment.model_dump(mode="json"),
             "dataset": options.dataset,
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.write(complete=kind is None)
+        if self.lines:
+            print(table(with_ratios(self.lines)))
 
     def add(self, line: Line) -> None:
         """One more line; the file is written again, so that an end before the last line loses none."""
@@ -38,19 +48,6 @@ class Report:
         if self.file and self.lines:
             results = [line.model_dump(mode="json") for line in with_ratios(self.lines)]
             write_json(self.file, {**self.facts, "complete": complete, "results": results})
-
-
-@contextmanager
-def reporting(options: argparse.Namespace, config: RunConfig) -> Iterator[Report]:
-    """A report to add lines to; however that ends, the table of what was measured is printed."""
-    report, complete = Report(options, config), False
-    try:
-        yield report
-        complete = True
-    finally:
-        report.write(complete=complete)
-        if report.lines:
-            print(table(with_ratios(report.lines)))
 
 
 def with_ratios(lines: Sequence[Line]) -> list[Line]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vitpa.arguments import whole_numbers
 from vitpa.bench.measure import Bench, measure, synthetic_feed
-from vitpa.bench.report import reporting
+from vitpa.bench.report import Report
 from vitpa.bench.schema import RECIPES, Case
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, load_config, preset, shipped_configs
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
     wanted = cases(options)
     bench = Bench.start(options.window_s)
-    with reporting(options, next(iter(wanted.values()))) as report:
+    with Report(options, next(iter(wanted.values()))) as report:
         report.facts |= bench.facts()
         for case, config in wanted.items():
             report.add(measure(case, config, bench, synthetic_feed(case, config, bench.group, NUM_IMAGES)))

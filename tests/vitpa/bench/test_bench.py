@@ -22,7 +22,7 @@ from vitpa.arguments import ConfigError
 from vitpa.bench import imagenet, measure, small
 from vitpa.bench.command import main, parse
 from vitpa.bench.measure import step_runner
-from vitpa.bench.report import COLUMNS, reporting, table, with_ratios
+from vitpa.bench.report import COLUMNS, Report, table, with_ratios
 from vitpa.bench.schema import ATTENTIONS, Case, Line
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
@@ -141,7 +141,7 @@ def test_ratios_are_to_timm_to_one_gpu_and_to_images_on_the_device() -> None:
 def test_each_line_is_in_the_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = parse(["imagenet", "--json", str(tmp_path / "figures.json")])
     config = load_config(shipped_configs()["imagenet"])
-    with pytest.raises(SystemExit), reporting(options, config) as report:
+    with pytest.raises(SystemExit), Report(options, config) as report:
         assert not options.json.exists()
         for count in (1, 2):
             report.add(line(100, "timm", step="compile"))
