@@ -6,7 +6,6 @@ has been made the death of this process.
 
 from __future__ import annotations
 
-import errno
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from data_prep.images import CorruptImageError, shrink
 from data_prep.write import Job
 from vitpa.child_process import die_with_parent
 from vitpa.data.manifest import Pixels
+from vitpa.errors import os_error_line
 
 MAX_REASON = 600  # characters; a line, 6 bytes a character at worst, is below PIPE_BUF (4096) and so written at once
 MAX_SIDE_PX = 65_500  # of a JPEG
@@ -181,12 +181,7 @@ def _cause_of_death(code: int) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f": {error.filename}" if error.filename else ""
-        hint = "; free some space and start again" if error.errno == errno.ENOSPC else ""
-        text = f"{error.strerror}{where}{hint}"
-    else:
-        text = f"{type(error).__name__}: {error}"
+    text = os_error_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:MAX_REASON]
 
 
