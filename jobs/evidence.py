@@ -93,7 +93,9 @@ def in_progress(found: SlurmEvidence) -> Verdict | None:  # noqa: PLR0911 - rule
     if found.error:
         return Verdict(alive, f"as far as is known: {found.error}", unseen=True)
     if job is not None and job.live:
-        return Verdict("running") if found.started and not job.waiting else Verdict("pending", _waits_for(job))
+        if found.started and not job.waiting:
+            return Verdict("running")
+        return Verdict("pending", f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else ""))
     if not found.identity and not found.submitted:
         if all(each is False for each in found.launchers):
             return nobody_left(found.log)
@@ -133,10 +135,6 @@ def nobody_left(log: str) -> Verdict:
 def not_seen(process: ProcessId) -> str:
     """Where a process is whose host is another one."""
     return f"on {process.host}, which cannot be seen from here"
-
-
-def _waits_for(job: SlurmJob) -> str:
-    return f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "")
 
 
 def _in_another_cluster(claim: SlurmClaim, here: str) -> str:

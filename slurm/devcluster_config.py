@@ -184,11 +184,6 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def cluster_name(root: Path) -> str:
-    """The ClusterName of the cluster in `root`, which tells its jobs from the jobs of a cluster in another folder."""
-    return f"devcluster_{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
-
-
 SAME_EVERYWHERE = """# processes: no cgroups, so that it runs in a container and without root
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -222,7 +217,7 @@ def _slurm_conf(layout: Layout, settings: Settings, user: str, ports: list[int])
         for name, port in zip(settings.node_names, node_ports, strict=True)
     )
     return f"""# A cluster for rehearsals, all on this machine.
-ClusterName={cluster_name(layout.root)}
+ClusterName=devcluster_{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser={user}

@@ -134,7 +134,9 @@ class _Job:
         for member in members:
             step = member.run.newest_step()
             _say(f"{member.run.path} attempt {member.attempt.number} on {self.place.node}, from step {step}")
-        self._report_drift()
+        submitted, now = self.intent.code_version, code_version()
+        if submitted != now:
+            _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
         ends, without_node = self._train(training)
         ends = [(member, self._with_setup(ended)) for member, ended in ends]
         self._end(training, ends, without_node)
@@ -164,7 +166,10 @@ class _Job:
             return self._report_node(attempt, problem.reason)
         log = attempt.path / f"log.node{self.place.node_rank}.txt"
         process = training.start(log)
-        code, killed_for = training.wait(process, lambda: self._followers_request(attempt))
+        ended = Request("node 0 has ended", kill=True)
+        code, killed_for = training.wait(
+            process, lambda: ended if attempt.exit_json.exists() or _following(attempt).exists() else None
+        )
         return self._report_node(attempt, failure_of(code, log)) if code and not killed_for else 0
 
     def _next_attempt(self, run: RunDir) -> Member | None:
@@ -190,7 +195,8 @@ class _Job:
         following = run.claim_attempt(last.number + 1, claim.again(), config)
         if following is None:
             return None
-        if self._was_cancelled(run, last):
+        stop = Stop.read(run.stop)
+        if stop is not None and stop.reason == CANCEL and stop.attempt == last.number:  # by the user, when it was over already
             withdraw(following, "cancelled", "cancelled between two executions")
         elif reason := self._why_given_up(run):
             _say(reason)
@@ -209,11 +215,6 @@ class _Job:
             end = {"state": "failed", "exit_code": None, "reason": left.reason, "left": True}
             create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.utc, "duration_s": None}))
         return reason
-
-    def _was_cancelled(self, run: RunDir, last: AttemptDir) -> bool:
-        """Whether the user has cancelled the last attempt when it was over already."""
-        stop = Stop.read(run.stop)
-        return stop is not None and stop.reason == CANCEL and stop.attempt == last.number
 
     def _why_given_up(self, run: RunDir) -> str:
         """Why there is no point in another execution after these; empty if there is one."""
@@ -254,11 +255,6 @@ class _Job:
             *TRAIN,
         ]
 
-    def _report_drift(self) -> None:
-        submitted, now = self.intent.code_version, code_version()
-        if submitted != now:
-            _say(f"WARNING: the code has changed since the submission: {submitted} then, {now} now (see --code snapshot)")
-
     def _train(self, training: Training) -> tuple[list[tuple[Member, Outcome]], str]:
         """How the attempts ended that are not recorded yet, and a node that is to blame for it and to be avoided."""
         problem = self._preflight(training.active[0])
@@ -293,11 +289,6 @@ class _Job:
             return Request(TIME_LIMIT)
         told = [name for name in self.signals.received if name != "SIGUSR2" or not left_s < EARLY_S]
         return Request(f"signal {told[0]}") if told else None
-
-    def _followers_request(self, attempt: AttemptDir) -> Request | None:
-        if attempt.exit_json.exists() or _following(attempt).exists():
-            return Request("node 0 has ended", kill=True)
-        return None
 
     def _failed_nodes(self, attempt: AttemptDir) -> list[tuple[str, str]]:
         """Other nodes whose part of the training has failed, with the reason."""

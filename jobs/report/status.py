@@ -254,7 +254,8 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
         while True:
             reader = StateReader(root)
             states = reader.states(runs)
-            title = f"{name}: {summary(states)}{_warning(reader)}"
+            warning = f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
+            title = f"{name}: {summary(states)}{warning}"
             if live is not None:
                 live.update(table_of([row_of(state, root) for state in states], title, console.height - 1), refresh=True)
             elif (text := "\n".join([title, *stuck(states)])) != shown:
@@ -312,10 +313,6 @@ def first_of(labels: Sequence[str], most: int = 1) -> str:
 def pause_s(reader: StateReader) -> float:
     """How long to wait before the next look."""
     return REFRESH_SLURM_S if reader.asked_slurm else REFRESH_S
-
-
-def _warning(reader: StateReader) -> str:
-    return f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
 
 
 def nothing_live(states: list[RunState]) -> bool:

@@ -178,7 +178,10 @@ class BetonFile:
             raise self._damaged("it was cut or changed within its header")
         if num_fields != len(FIELDS):
             raise self._damaged(f"not a .beton of images and labels: {num_fields} fields instead of {len(FIELDS)}")
-        self._check_fields(data[HEADER.itemsize : fields_end].view(FIELD))
+        fields = data[HEADER.itemsize : fields_end].view(FIELD)
+        found = tuple((int(field["type_id"]), field["name"].tobytes().rstrip(b"\0").decode("latin-1")) for field in fields)
+        if found != FIELDS:
+            raise self._damaged("not a .beton of images and labels, in this order")
 
         samples_end = fields_end + num_samples * SAMPLE.itemsize
         data_start = -(-samples_end // page_bytes) * page_bytes
@@ -214,11 +217,6 @@ class BetonFile:
             at = int(strange.argmax())
             claim = f"{self.widths[at]} x {self.heights[at]} pixels in {self.sizes[at]} bytes"
             raise self._damaged(f"sample {at} of its table is impossible ({claim})")
-
-    def _check_fields(self, fields: npt.NDArray[np.void]) -> None:
-        found = tuple((int(field["type_id"]), field["name"].tobytes().rstrip(b"\0")) for field in fields)
-        if found != tuple((type_id, name.encode()) for type_id, name in FIELDS):
-            raise self._damaged("not a .beton of images and labels, in this order")
 
     def _allocations(self, table: npt.NDArray[np.void], pointers: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:
         """Offset and size of each sample's bytes, from a table that is in the order in which the writers finished."""

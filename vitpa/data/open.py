@@ -76,7 +76,10 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
     if reason is not None and len(configs) > 1:
         raise ConfigError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
     if resident:
-        feed: Feed = open_resident(configs, betons, group, batch_size=batch_size)
+        size, accum_steps = config.model.img_size, config.runtime.accum_steps
+        images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
+        seeds = [each.seed for each in configs]
+        feed: Feed = ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps)
     else:
         feed = open_streamed(config, betons, group, batch_size=batch_size)
     return Data(
@@ -178,14 +181,6 @@ def choose_decoder(config: RunConfig, beton: Beton, group: Group) -> Literal["cp
     if group.is_main:
         LOGGER.info(f"images are decoded on the CPU, since the GPU cannot do it: {reason}")
     return "cpu"
-
-
-def open_resident(configs: Sequence[RunConfig], betons: dict[str, Beton], group: Group, *, batch_size: int) -> ResidentFeed:
-    """The source of the batches of images that stay on the device, where they are brought now."""
-    size = configs[0].model.img_size
-    images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
-    seeds, accum_steps = [config.seed for config in configs], configs[0].runtime.accum_steps
-    return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=accum_steps)
 
 
 def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, batch_size: int) -> StreamedFeed:
