@@ -96,8 +96,6 @@ def _damage(image: Image.Image, data: bytes) -> str:
         case "TIFF":
             tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
             return tiff.tiff_damage(data, tags) or tiff.values_without_meaning(image, tags)
-        case "BMP":
-            return integrity.bmp_damage(data)
         case "PPM":
             return _ppm_damage(image, data)
     return ""

@@ -209,11 +209,5 @@ def _may_say_orientation(kind: bytes, body: bytes) -> bool:
     return not decompressor.unconsumed_tail
 
 
-def bmp_damage(data: bytes) -> str:
-    """What is wrong with a BMP, which has no checksum; empty if nothing is found."""
-    begin, header_end = (int.from_bytes(data[at : at + 4], "little") for at in (10, 14))
-    return "its pixels begin within its header" if 0 < begin < 14 + header_end else ""
-
-
 def _printable(kind: bytes) -> str:
     return kind.decode("ascii", "backslashreplace") if kind.isalpha() else kind.hex()

@@ -44,6 +44,8 @@ def _colours(image: Image.Image, data: bytes) -> tuple[int | None, str]:
 
 def _bmp_colours(image: Image.Image, data: bytes) -> tuple[int | None, str]:
     begin, header = (int.from_bytes(data[at : at + 4], "little") for at in (10, 14))
+    if 0 < begin < FILE_HEADER_BYTES + header:
+        return None, "its pixels begin within its header"
     if header == OS2_HEADER_BYTES:
         bits, packed, colours, entry = data[24], False, 0, 3
     else:
