@@ -16,76 +16,72 @@ class Cause:
     """A kind of failure."""
 
     name: str
-    pattern: re.Pattern[str]
+    pattern: str  # of a line
     advice: str  # one line: how to fix it
 
 
-def _cause(name: str, pattern: str, advice: str) -> Cause:
-    return Cause(name, re.compile(pattern, re.MULTILINE), advice)
-
-
 CAUSES = (  # the first that matches; what follows from other failures comes last
-    _cause(
+    Cause(
         "cuda out of memory",
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED",
         "do a batch in several parts, which does not change the numbers: retry with runtime.accum_steps=2; "
         "or fewer runs_per_gpu or replicas in the profile",
     ),
-    _cause(
+    Cause(
         "host out of memory",
         r"\b(_Array)?MemoryError\b|std::bad_alloc|[Cc]an(no|')t allocate memory|\[Errno 12\]|OUT_OF_MEMORY|host out of memory",
         "ask for more memory (`mem` in a SLURM profile), or retry with a smaller runtime.workers",
     ),
-    _cause(
+    Cause(
         "staging",
         r"runtime\.stage_dir=",
         "read from the shared disk: retry with runtime.stage_dir=null; or name a larger folder of the nodes in the profile",
     ),
-    _cause(
+    Cause(
         "disk full",
         r"No space left on device|\[Errno 28\]|Disk quota exceeded|PytorchStreamWriter failed writing",
         "free space or quota where --root is, then retry: the run goes on from its newest checkpoint",
     ),
-    _cause(
+    Cause(
         "not finite",
         r"became non-finite",
         "lower optim.lr, lengthen optim.warmup_epochs or set train.precision=float32, in the recipe: it is another run then",
     ),
-    _cause(
+    Cause(
         "missing data",
         r"`vitpa prep \w|\.beton: no such file|No such file or directory: .*\.beton",
         "make it with `vitpa prep` where every node can read it, or say where it is with --data-dir",
     ),
-    _cause(
+    Cause(
         "import error",
         r"(ModuleNotFoundError|ImportError): |No module named |cannot open shared object file",
         "install what is missing into the environment that submits, where every node can read it",
     ),
-    _cause(
+    Cause(
         "node",
         r"CUDA error: (uncorrectable|hardware|.*ECC)|[Uu]ncorrectable (ECC|NVLink)|ECC error|no CUDA-capable device"
         r"|No CUDA GPUs are available|Found no NVIDIA driver|busy or unavailable|fallen off the bus"
         r"|CUDA driver initialization failed|system not yet initialized|pre-flight",
         "the node is at fault, not the run: retry; if it comes back, leave the node out (`exclude`) and tell its keepers",
     ),
-    _cause(
+    Cause(
         "nccl",
         r"NCCL error|\bnccl[A-Z]\w+Error|Watchdog caught|gloo/transport|DistBackendError|DistNetworkError|DistStoreError"
         r"|RendezvousTimeoutError|RendezvousConnectionError|[Cc]onnection (closed|reset|refused)",
         "processes lost each other: look for an earlier failure in every node's log; if there is none, the network: retry",
     ),
-    _cause(
+    Cause(
         "killed by a signal",
         r"killed by SIG|Signal \d+ \(SIG\w+\) received|Segmentation fault|Fatal Python error",
         "by the kernel if memory ran out (ask for more, see the node's log), or by a person; then retry",
     ),
 )
-ENDED_EARLY = _cause(
+ENDED_EARLY = Cause(
     "job ended early",
     r"ended (\([\w ]+\) )?before it started the run",
     "fix what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
 )
-OTHER = _cause("other", "", "fix what the traceback says, then retry")
+OTHER = Cause("other", "", "fix what the traceback says, then retry")
 LOST_A_PEER = CAUSES[-2].pattern
 
 _PREFIX = re.compile(r"^\[(?:rank|default)\d+\]: ?")  # of torch and of torchrun --tee
@@ -101,12 +97,12 @@ def cause_of(reason: str, log_tail: str) -> Cause:
     log = log_tail.splitlines()
     told = _message(essence(log) or log[-30:])
     texts = [told] if told and is_loss_of_peer(reason) else [reason, told]
-    return next((cause for cause in (*CAUSES, ENDED_EARLY) for text in texts if cause.pattern.search(text)), OTHER)
+    return next((cause for cause in (*CAUSES, ENDED_EARLY) for text in texts if re.search(cause.pattern, text)), OTHER)
 
 
 def is_loss_of_peer(reason: str) -> bool:
     """Whether a process that ended for this reason has just noticed the end of another one."""
-    return LOST_A_PEER.search(reason) is not None
+    return re.search(LOST_A_PEER, reason) is not None
 
 
 def without_particulars(text: str) -> str:
