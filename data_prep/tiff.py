@@ -58,7 +58,9 @@ def tiff_damage(data: bytes, tags: Mapping[int, Any]) -> str:
             return f"{piece.name} is not within the file"
         strip = data[piece.offset :] if piece.size is None else data[piece.offset : piece.offset + piece.size]
         if compression == JPEG:
-            damage = _jpeg_damage(strip, tags.get(JPEG_TABLES, b""))
+            tables = tags.get(JPEG_TABLES, b"")  # they end with EOI, the strip begins with SOI
+            damage = jpeg_damage(tables[:-2] + strip[2:] if tables else strip)
+            damage = damage if damage.startswith(WARNINGS) else ""  # the rest are of colours, which are TIFF's to say
         else:
             damage = _damage(strip.translate(REVERSED) if tags.get(FILL_ORDER) == LOW_BIT_FIRST else strip, compression, piece)
         if damage:
@@ -132,11 +134,6 @@ def _damage(strip: bytes, compression: int, piece: _Piece) -> str:
     else:
         return ""
     return damage or wrong_size(size, piece.needed, piece.full)
-
-
-def _jpeg_damage(strip: bytes, tables: bytes) -> str:
-    damage = jpeg_damage(tables[:-2] + strip[2:] if tables else strip)  # the tables end with EOI, the strip begins with SOI
-    return damage if damage.startswith(WARNINGS) else ""  # the rest are of colours, which are TIFF's to say
 
 
 def _unpacked_size(strip: bytes) -> int:

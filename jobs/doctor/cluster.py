@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,12 +29,6 @@ class Check:
     def line(self) -> str:
         """For people."""
         return f"{self.level:8} {self.name:16} {self.found}" + (f" -> {self.hint}" if self.hint else "")
-
-
-def missing_programs(scheduler: Scheduler) -> list[str]:
-    """SLURM's programs that are not in PATH."""
-    path = scheduler.environment.get("PATH", "")
-    return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
 
 
 def accounting(scheduler: Scheduler) -> Check:

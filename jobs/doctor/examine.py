@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.doctor.cluster import Check, accepted, accounting, configured, missing_programs, of_profile
+from jobs.doctor.cluster import PROGRAMS, Check, accepted, accounting, configured, of_profile
 from jobs.doctor.job import PROBE, ProbeJob, checks_of, remove, script_of
 from jobs.plan.sbatch_test import is_silence, only_for_now, test_script
 from jobs.profile import LocalProfile, SlurmProfile
@@ -65,7 +66,8 @@ def examine_cluster(
     Raises:
         UnreachableError: SLURM's programs are missing, or do not answer.
     """
-    if missing := missing_programs(scheduler):
+    path = scheduler.environment.get("PATH", "")
+    if missing := [program for program in PROGRAMS if shutil.which(program, path=path) is None]:
         raise UnreachableError(
             Check("SLURM", "problem", f"not in PATH: {', '.join(missing)}", "log in to the cluster, or load its module")
         )

@@ -76,11 +76,6 @@ class Place:
             task_on_node=int(environment.get("SLURM_LOCALID", "0")),
         )
 
-    @property
-    def execution(self) -> dict[str, Any]:
-        """This execution of the job, as start.json names it."""
-        return {"id": self.job, "restart": self.restart}
-
 
 class SlurmIntent(Intent):
     """Of a submission to SLURM."""
@@ -226,7 +221,7 @@ class _Job:
             "process": ProcessId.mine().model_dump(),
             "host": socket.gethostname(),
             "nodes": os.environ.get("SLURM_JOB_NODELIST", self.place.node),
-            "job": self.place.execution,
+            "job": {"id": self.place.job, "restart": self.place.restart},
             "step": run.newest_step(),
             "code_version": code_version(),
             "started_utc": utc_now(),

@@ -53,7 +53,6 @@ class Group:
 
     durations_s: tuple[float | None, ...]  # of each job; None: its kind has not been measured
     gpus: float  # of one job
-    arrays: int = 1
     at_a_time: int | None = None  # jobs, as far as is known; None: as many as SLURM gives
     replicas: float = 1  # runs of a job, on the average
 
@@ -238,7 +237,7 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapp
             runs = [run_s(batch.chosen[index].run, speeds, images[run.dataset][0]) for index in task]
             durations.append(job_s(runs, speeds.get((run.dataset, run.attention)), gpus))
     replicas = sum(len(batch.chosen) for batch in batches) / len(durations)
-    return Group(tuple(durations), gpus, len(batches), at_a_time, replicas)
+    return Group(tuple(durations), gpus, at_a_time, replicas)
 
 
 # --- what has been measured

@@ -35,11 +35,6 @@ _ACCOUNT_RECORD = re.compile(rf"^(?=\d[^\n{COLUMN}]*{COLUMN})", re.MULTILINE)  #
 _ID = re.compile(r"(\d+)(?:_(\d+)|_\[([\d,:-]+)(?:%\d+)?\])?")
 
 
-def job_name(name: str, token: str) -> str:
-    """The name of a job of ours."""
-    return f"{name}-{token}"
-
-
 @dataclass(frozen=True)
 class SlurmJob:
     """A job of ours, or a task of an array, as SLURM sees it."""

@@ -15,7 +15,7 @@ from jobs.profile import SlurmProfile, minutes
 from jobs.scheduler.client import ranges
 from jobs.scheduler.gres import parse_gres
 from jobs.scheduler.job_output import FAILED_LINE, SETUP_FAILED
-from jobs.scheduler.own_jobs import COMMENT, job_name
+from jobs.scheduler.own_jobs import COMMENT
 
 # SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
 PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
@@ -72,7 +72,7 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
     left_out = ",".join(filter(None, [profile.exclude or "", *exclude]))
     cpus = profile.cpus_per_node
     parameters = {
-        "job_name": job_name(name, token),
+        "job_name": f"{name}-{token}",
         "comment": COMMENT + token,
         "time": minutes(profile.time_s),
         "ntasks_per_node": 1,  # it starts torchrun, which starts a process per GPU

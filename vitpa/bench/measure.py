@@ -6,7 +6,8 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,7 @@ LEARNING_RATE = 1e-4
 MAX_STEPS = 1_000_000  # of one benchmark
 LOG_EVERY_STEPS = 50
 
-Runner = Callable[[int], None]  # does so many steps
+Runner = Callable[[int], object]  # does so many steps
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def measure(case: Case, config: RunConfig, bench: Bench, feed: Feed) -> Line:
     with ExitStack() as stack:
         if isinstance(feed, StreamedFeed) and case.model is None:
             batches = stack.enter_context(closing(loader_batches(feed)))
-            run, least = partial(take, batches), MIN_LOADER_BATCHES
+            run, least = lambda count: deque(itertools.islice(batches, count), maxlen=0), MIN_LOADER_BATCHES
         else:
             steps = stack.enter_context(closing(make_steps(case, config, group, feed)))
             notes = steps.prepare(0)
@@ -148,12 +149,6 @@ def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> Repli
 def num_classes_of(config: RunConfig) -> int:
     """The classes of the data set; ten for one of the user's own."""
     return facts_of(config.dataset).num_classes or 10
-
-
-def take(batches: Iterator[Batch], count: int) -> None:
-    """Take so many batches, as fast as they come."""
-    for _ in itertools.islice(batches, count):
-        pass
 
 
 def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Runner:

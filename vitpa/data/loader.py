@@ -209,9 +209,7 @@ class StreamedFeed:
         """What `gather_eval` needs for the next batch."""
         return tuple(self._eval_slot)
 
-    def gather_eval(self, images: Tensor, samples: Tensor, labels: Tensor) -> Batch:
-        """The images as they are; the label -1 stands for "no image"."""
-        return Batch(images, samples, labels)
+    gather_eval = gather  # the label -1 stands for "no image"
 
     def advance_eval(self) -> None:
         """Go on to the next batch: `load_eval` does."""
