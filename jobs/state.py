@@ -13,6 +13,7 @@ missing      none of these
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -74,9 +75,9 @@ class StateReader:
         self._snapshot: Snapshot | None = None
         self._cluster: str | None = None  # that answers
         self._accounts: dict[tuple[str, int], SlurmJob] | None = None
-        self._alive: dict[ProcessId, bool | None] = {}
+        self._is_alive = functools.cache(ProcessId.alive)
         self._receipts: dict[str, Receipt | None] = {}
-        self._in_vain: dict[str, bool] = {}  # submissions of workers: whether these have not started a run
+        self._has_started_none = functools.cache(self._started_none)
         self._looked_after: set[str] = set()  # submissions that had their jobs when SLURM was asked
 
     @property
@@ -143,15 +144,12 @@ class StateReader:
             state, reason = worker_ended_early(self._root / str(submission) / "submitit")
         return RunState(run, state, reason, attempt, unseen=verdict.unseen)
 
-    def _has_started_none(self, submission: str) -> bool:
+    def _started_none(self, submission: str) -> bool:
         """Whether the workers of a submission, which are over, have not started any run of it."""
-        if submission not in self._in_vain:
-            self._in_vain[submission] = False
-            with contextlib.suppress(RunError):  # where a record is damaged, nobody knows
-                intent = read_record(Intent, self._root / submission / "intent.json")
-                runs = intent.runs if intent else []
-                self._in_vain[submission] = not any(self._was_started(submission, run) for run in runs)
-        return self._in_vain[submission]
+        with contextlib.suppress(RunError):  # where a record is damaged, nobody knows
+            intent = read_record(Intent, self._root / submission / "intent.json")
+            return not any(self._was_started(submission, run) for run in (intent.runs if intent else []))
+        return False
 
     def _was_started(self, submission: str, run: WantedRun) -> bool:
         """Whether a run has been started for a submission, not withdrawn."""
@@ -268,11 +266,6 @@ class StateReader:
         """Who may still start the jobs of a submission: the launcher, and the helper that it has started."""
         launch = read_record(Launch, self._root / str(claim.submission) / "launch.json")
         return [claim.process, *([launch.process] if launch and launch.process else [])]
-
-    def _is_alive(self, process: ProcessId) -> bool | None:
-        if process not in self._alive:
-            self._alive[process] = process.alive()
-        return self._alive[process]
 
 
 def early_ends(state: RunState, root: Path) -> int:
