@@ -107,9 +107,21 @@ def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Sche
     Raises:
         SchedulerError: SLURM does not answer.
     """
-    jobs = _wait_for_jobs(submission, token, scheduler)
-    _restore_pickles(root, submission, [job.id for job in jobs])
-    return jobs
+    began = last_sbatch = time.monotonic()
+    while True:
+        snapshot = scheduler.snapshot()
+        if snapshot.error:
+            raise SchedulerError(
+                f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
+            )
+        jobs = snapshot.all(token)
+        now = time.monotonic()
+        if _sbatch_at_work(submission):
+            last_sbatch = now
+        if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
+            _restore_pickles(root, submission, [job.id for job in jobs])
+            return jobs
+        time.sleep(0.5)
 
 
 def as_started(jobs: Sequence[SlurmJob]) -> list[dict[str, object]]:
@@ -134,23 +146,6 @@ def _helper_ends(submission: SubmissionDir) -> bool:
     while not submission.receipt_json.exists() and helper and helper.alive() and time.monotonic() < deadline:
         time.sleep(0.2)
     return submission.receipt_json.exists()
-
-
-def _wait_for_jobs(submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
-    began = last_sbatch = time.monotonic()
-    while True:
-        snapshot = scheduler.snapshot()
-        if snapshot.error:
-            raise SchedulerError(
-                f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
-            )
-        jobs = snapshot.all(token)
-        now = time.monotonic()
-        if _sbatch_at_work(submission):
-            last_sbatch = now
-        if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
-            return jobs
-        time.sleep(0.5)
 
 
 def _sbatch_at_work(submission: SubmissionDir) -> bool:
