@@ -1,6 +1,6 @@
 """A real SLURM on this machine, in one private folder, for rehearsals and tests; nothing of it is left afterwards.
 
-`DevCluster` starts and stops one; with `with` its life is bound to this process's. The daemons belong to
+`DevCluster` starts one, whose life is bound to this process's until it is told to stay. The daemons belong to
 `slurm.devcluster_supervisor`, the folder is held as `slurm.devcluster_folder` says.
 """
 
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
 
 from slurm import devcluster_processes as processes
 from slurm.devcluster_config import SOCKET_PATH_LIMIT, Layout, Settings, resolved
@@ -76,18 +75,6 @@ class DevCluster:
         """For the clients of this cluster: sbatch, squeue, submitit."""
         return client_environment(self.root)
 
-    @property
-    def node_names(self) -> list[str]:
-        """127.0.0.1, 127.0.0.2, ..."""
-        return self.settings.node_names
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def start(self) -> None:
         """Start everything and wait until jobs can be submitted. What an earlier, killed cluster left here goes first.
 
@@ -142,12 +129,6 @@ class DevCluster:
         self._supervisor.stdout.close()
         self._supervisor.returncode = 0  # nobody waits for it
         self._supervisor = None
-
-    def stop(self) -> None:
-        """Cancel the jobs, end everything, remove the folder. Nothing happens if it is stopped already."""
-        if self._supervisor is not None:
-            stop_cluster(self.root)
-            self._leave()
 
     def _leave(self) -> None:
         """Let go of the supervisor; one that was not told to stay ends the cluster at once."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import HOLD, Field, launch, slurm_profile
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture
-def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
+def field(tmp_path: Path, cluster: BoundCluster) -> Iterator[Field]:
     made = Field(tmp_path, cluster)
     yield made
     made.clear()
@@ -35,7 +35,7 @@ def with_seeds(field: Field, *seeds: int, name: str = "small") -> None:
     (field.root / f"{name}.yaml").write_text(yaml.safe_dump({**grid, "name": name, "seeds": list(seeds)}))
 
 
-def test_runs_that_leave_the_sweep_stay_visible(tmp_path: Path, cluster: DevCluster) -> None:
+def test_runs_that_leave_the_sweep_stay_visible(tmp_path: Path, cluster: BoundCluster) -> None:
     field = Field(tmp_path, cluster, seeds=2)
     assert field.vitpa("submit").returncode == 0
     ids = [state.job_id for state in field.states() if state.run.seed == 1]
@@ -96,7 +96,7 @@ def test_a_run_that_another_sweep_has_too(field: Field) -> None:
     assert [state.state for state in field.states()] == ["cancelled", "pending"]
 
 
-def test_a_job_that_another_sweep_s_run_shares(tmp_path: Path, cluster: DevCluster) -> None:
+def test_a_job_that_another_sweep_s_run_shares(tmp_path: Path, cluster: BoundCluster) -> None:
     """Two seeds train in one job; a sweep that has only one of them does not take the job from the other."""
     field = Field(tmp_path, cluster, seeds=2)
     profile = slurm_profile(tmp_path, "held", replicas=2, **HOLD)

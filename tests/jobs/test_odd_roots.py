@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import STAND_IN, Field, make_sweep, slurm_profile
 from tests.support.repository import ROOT
 from vitpa.arguments import in_shell
@@ -66,7 +66,7 @@ def test_the_hints_of_other_verbs_work_too(tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_on_slurm(tmp_path: Path, cluster: DevCluster) -> None:
+def test_on_slurm(tmp_path: Path, cluster: BoundCluster) -> None:
     field = Field(tmp_path / "~a $HOME b'c\"d", cluster, steps=1)
     field.profile = slurm_profile(field.root)
     done = field.vitpa("submit", "--wait")

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import DevCluster
-from tests.support.cluster import short_folder
+from tests.support.cluster import BoundCluster, short_folder
 from tests.support.jobs_sweeps import HOLD, Field, exits, slurm_profile, start_launcher
 from tests.support.waiting import wait_for
 from vitpa.records import read_json, write_json
@@ -19,20 +18,20 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def other(cluster: DevCluster) -> Iterator[DevCluster]:
+def other(cluster: BoundCluster) -> Iterator[BoundCluster]:
     """A second cluster, which knows nothing of the jobs of the first."""
-    with DevCluster(short_folder(), nodes=1, gpus=0) as running:
+    with BoundCluster(short_folder(), nodes=1, gpus=0) as running:
         yield running
 
 
 @pytest.fixture
-def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
+def field(tmp_path: Path, cluster: BoundCluster) -> Iterator[Field]:
     made = Field(tmp_path, cluster, steps=100_000)
     yield made
     made.clear()
 
 
-def test_jobs_of_another_cluster_count_as_alive(field: Field, other: DevCluster) -> None:
+def test_jobs_of_another_cluster_count_as_alive(field: Field, other: BoundCluster) -> None:
     """One waits and one trains: neither is submitted again, both are said, and cancelling goes by their files."""
     waiting, training = field.sweep.runs
     field.vitpa("submit", "attention=content")
@@ -66,7 +65,7 @@ def test_jobs_of_another_cluster_count_as_alive(field: Field, other: DevCluster)
     assert field.jobs()[waiting.signature] == jobs[waiting.signature]
 
 
-def test_a_submission_cut_short_is_settled_where_its_jobs_are(field: Field, other: DevCluster) -> None:
+def test_a_submission_cut_short_is_settled_where_its_jobs_are(field: Field, other: BoundCluster) -> None:
     field.slow_sbatch(0, 4)
     launcher = start_launcher(field.root, field.profile, environment=field.environment)
     wait_for((field.root / "bin/submitted").exists)
@@ -87,7 +86,7 @@ def test_a_submission_cut_short_is_settled_where_its_jobs_are(field: Field, othe
     field.assert_one_job_each()
 
 
-def test_claims_of_earlier_versions_do_not_name_their_cluster(field: Field, other: DevCluster) -> None:
+def test_claims_of_earlier_versions_do_not_name_their_cluster(field: Field, other: BoundCluster) -> None:
     """The cluster that answers is believed, as before."""
     run = field.sweep.runs[0]
     field.vitpa("submit", "attention=content", profile=slurm_profile(field.root, "held", **HOLD))

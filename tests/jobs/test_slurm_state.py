@@ -11,7 +11,7 @@ import pytest
 
 from jobs.state import RunState
 from jobs.sweep import Run
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import HOLD, Field, exits, finished_trainings, slurm_profile
 from tests.support.waiting import wait_for
 from vitpa.records import read_json
@@ -21,7 +21,7 @@ STEPS = 100_000  # hours: longer than any test, on any machine
 
 
 @pytest.fixture
-def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
+def field(tmp_path: Path, cluster: BoundCluster) -> Iterator[Field]:
     """Runs that go on until they are stopped, unless their checkpoint says that they are nearly done."""
     made = Field(tmp_path, cluster, steps=STEPS)
     made.profile = slurm_profile(tmp_path)
@@ -79,7 +79,7 @@ def test_cancel_now_and_while_it_waits_to_go_on(field: Field) -> None:
     assert [len(run.directory(field.root).attempts()) for run in (waiting, training)] == [2, 1]
 
 
-def test_one_of_a_group_is_cancelled_while_it_waits(tmp_path: Path, cluster: DevCluster) -> None:
+def test_one_of_a_group_is_cancelled_while_it_waits(tmp_path: Path, cluster: BoundCluster) -> None:
     """Its job stays in the queue for the others, and is withdrawn with the last of them."""
     field = Field(tmp_path, cluster, seeds=2)
     profile = slurm_profile(tmp_path, "held", replicas=2, **HOLD)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.devcluster import DevCluster
-from tests.support.cluster import require_slurm, short_folder
+from tests.support.cluster import BoundCluster, require_slurm, short_folder
 from tests.support.cpu_time import SLACK, cpu_of_children_s
 from tests.support.jobs_sweeps import Field, command, exits, most_at_a_time, slurm_profile, start_launcher
 from tests.support.repository import ROOT
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture
-def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
+def field(tmp_path: Path, cluster: BoundCluster) -> Iterator[Field]:
     made = Field(tmp_path, cluster)
     yield made
     made.clear()
@@ -211,7 +210,7 @@ def test_damaged_records_of_a_submission(field: Field) -> None:
 def test_arrays_no_larger_than_slurm_allows(tmp_path: Path) -> None:
     """The arrays of a submission share array_parallelism."""
     require_slurm()
-    with DevCluster(short_folder(), nodes=2, max_array_size=5) as small:
+    with BoundCluster(short_folder(), nodes=2, max_array_size=5) as small:
         field = Field(tmp_path, small, seeds=4, steps=10)
         profile = slurm_profile(tmp_path, "throttled", array_parallelism=3)
         done = field.vitpa("submit", profile=profile)
@@ -222,7 +221,7 @@ def test_arrays_no_larger_than_slurm_allows(tmp_path: Path) -> None:
         assert most_at_a_time(tmp_path) <= 3
 
 
-def test_a_thousand_runs(tmp_path: Path, cluster: DevCluster) -> None:
+def test_a_thousand_runs(tmp_path: Path, cluster: BoundCluster) -> None:
     field = Field(tmp_path, cluster, seeds=500)
     began, busy_s = time.monotonic(), cpu_of_children_s()
     done = field.vitpa("submit")
@@ -266,7 +265,7 @@ def test_submitted_from_inside_a_job(field: Field) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own is for root to mount")
-def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
+def test_full_disk(tmp_path: Path, cluster: BoundCluster) -> None:
     """One line that names the disk; when there is space again, each run gets its job."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True, check=False)
     if mounted.returncode != 0:
@@ -288,7 +287,7 @@ def test_full_disk(tmp_path: Path, cluster: DevCluster) -> None:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-def test_odd_folders_and_little_environment(tmp_path: Path, cluster: DevCluster) -> None:
+def test_odd_folders_and_little_environment(tmp_path: Path, cluster: BoundCluster) -> None:
     """Whatever SLURM takes literally is fine as a root; a job needs nothing of the environment in which it was submitted."""
     field = Field(tmp_path / "a b'c\"$,#d,ü(e)&;[f]", cluster)
     assert field.vitpa("submit", profile=slurm_profile(field.root, additional_parameters={"export": "NONE"})).returncode == 0

@@ -20,13 +20,13 @@ import pytest
 import slurm.devcluster
 import slurm.devcluster_config
 import vitpa.cli
-from slurm.devcluster import DevCluster, check_host_name, stop_cluster
+from slurm.devcluster import check_host_name, stop_cluster
 from slurm.devcluster_config import Layout, free_ports
 from slurm.devcluster_folder import AlreadyRunningError, DevClusterError, is_running
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
 from slurm.devcluster_supervisor import CLIENT_TIMEOUT_S
-from tests.support.cluster import FaultyCluster, guardian_pid, require_slurm, short_folder
+from tests.support.cluster import BoundCluster, FaultyCluster, guardian_pid, require_slurm, short_folder
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 
@@ -43,26 +43,26 @@ def jobs(cluster: FaultyCluster) -> Iterator[FaultyCluster]:
     wait_for(lambda: set(ask(cluster, "sinfo", "-h", "-p", "main", "-o", "%t").split()) == {"idle"})
 
 
-def ask(cluster: DevCluster, *command: str) -> str:
+def ask(cluster: BoundCluster, *command: str) -> str:
     answer = run_to_end(command, env=cluster.environment, cwd=cluster.root)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 
 
-def submit(cluster: DevCluster, script: str, *options: str) -> str:
+def submit(cluster: BoundCluster, script: str, *options: str) -> str:
     return ask(cluster, "sbatch", "--parsable", "--output=log/job-%j.out", *options, "--wrap", script)
 
 
-def printed(cluster: DevCluster, job: str) -> str:
+def printed(cluster: BoundCluster, job: str) -> str:
     path = cluster.root / f"log/job-{job}.out"
     return path.read_text() if path.exists() else ""
 
 
-def state(cluster: DevCluster, job: str) -> str:
+def state(cluster: BoundCluster, job: str) -> str:
     return ask(cluster, "squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
 
-def runs(cluster: DevCluster, job: str) -> bool:
+def runs(cluster: BoundCluster, job: str) -> bool:
     return state(cluster, job) == "RUNNING"
 
 
@@ -84,7 +84,7 @@ def processes_of(root: Path) -> list[int]:
 # --- what jobs see
 
 
-def test_jobs_and_arrays_run_and_sacct_knows_them(jobs: DevCluster) -> None:
+def test_jobs_and_arrays_run_and_sacct_knows_them(jobs: BoundCluster) -> None:
     job = submit(jobs, "hostname; exit 3")
     array = submit(jobs, "echo task $SLURM_ARRAY_TASK_ID", "--array=0-2")
     wait_for(lambda: state(jobs, job) == "FAILED" and state(jobs, array).split() == ["COMPLETED"] * 3)
@@ -94,7 +94,7 @@ def test_jobs_and_arrays_run_and_sacct_knows_them(jobs: DevCluster) -> None:
     wait_for(lambda: set(ask(jobs, *columns).splitlines()) == expected)
 
 
-def test_two_jobs_on_a_node_have_different_gpus_and_a_third_waits(jobs: DevCluster) -> None:
+def test_two_jobs_on_a_node_have_different_gpus_and_a_third_waits(jobs: BoundCluster) -> None:
     options = ("--gpus-per-node=1", f"--nodelist={jobs.node_names[1]}")
     first, second, third = (submit(jobs, "echo gpu $CUDA_VISIBLE_DEVICES; sleep 60", *options) for _ in range(3))
     wait_for(lambda: "gpu" in printed(jobs, first) and "gpu" in printed(jobs, second))
@@ -105,13 +105,13 @@ def test_two_jobs_on_a_node_have_different_gpus_and_a_third_waits(jobs: DevClust
     assert [node["gpus_used"] for node in facts["nodes"]] == [0, 2, 0, 0]
 
 
-def test_a_step_runs_on_all_nodes(jobs: DevCluster) -> None:
+def test_a_step_runs_on_all_nodes(jobs: BoundCluster) -> None:
     job = submit(jobs, "srun sh -c 'echo $SLURMD_NODENAME'", "--nodes=4")
     wait_for(lambda: state(jobs, job) == "COMPLETED")
     assert sorted(printed(jobs, job).split()) == jobs.node_names
 
 
-def test_main_preempts_low_whose_job_starts_again(jobs: DevCluster) -> None:
+def test_main_preempts_low_whose_job_starts_again(jobs: BoundCluster) -> None:
     low = submit(jobs, "echo start $SLURM_RESTART_COUNT; sleep 60", "--partition=low", "--nodes=4", "--gpus-per-node=2")
     wait_for(lambda: "start" in printed(jobs, low))
     main = submit(jobs, "true", "--nodes=1", "--gpus-per-node=1")
@@ -120,7 +120,7 @@ def test_main_preempts_low_whose_job_starts_again(jobs: DevCluster) -> None:
     assert (state(jobs, low), state(jobs, main)) == ("RUNNING", "COMPLETED")
 
 
-def test_a_requeued_job_starts_again(jobs: DevCluster) -> None:
+def test_a_requeued_job_starts_again(jobs: BoundCluster) -> None:
     job = submit(jobs, "echo start $SLURM_RESTART_COUNT; sleep 60", "--open-mode=append")
     wait_for(lambda: "start" in printed(jobs, job))
     ask(jobs, "scontrol", "requeue", job)
@@ -129,7 +129,7 @@ def test_a_requeued_job_starts_again(jobs: DevCluster) -> None:
     assert starts == ["start", "start 1"]
 
 
-def test_an_array_index_beyond_the_limit_is_refused(jobs: DevCluster) -> None:
+def test_an_array_index_beyond_the_limit_is_refused(jobs: BoundCluster) -> None:
     with pytest.raises(AssertionError, match="Invalid job array"):
         submit(jobs, "true", f"--array=0-{jobs.settings.max_array_size}")
 
@@ -189,7 +189,7 @@ def listening(pids: list[int]) -> dict[str, set[str]]:
     return found
 
 
-def test_it_listens_on_loopback_only(jobs: DevCluster) -> None:
+def test_it_listens_on_loopback_only(jobs: BoundCluster) -> None:
     job = submit(jobs, "srun sh -c 'echo here; sleep 60'", "--nodes=2")
     wait_for(lambda: printed(jobs, job).count("here") == 2)
     addresses = listening(descendants([guardian_pid(jobs)]))
@@ -198,9 +198,9 @@ def test_it_listens_on_loopback_only(jobs: DevCluster) -> None:
     assert jobs.root.stat().st_mode & 0o777 == 0o700
 
 
-def test_two_clusters_at_the_same_time_do_not_know_each_other(jobs: DevCluster) -> None:
+def test_two_clusters_at_the_same_time_do_not_know_each_other(jobs: BoundCluster) -> None:
     first = submit(jobs, SLEEP)
-    with DevCluster(short_folder(), nodes=1, gpus=0) as other:
+    with BoundCluster(short_folder(), nodes=1, gpus=0) as other:
         job = submit(other, "true")
         wait_for(lambda: state(other, job) == "COMPLETED")
         assert ask(other, "squeue", "-h") == ""
@@ -214,8 +214,8 @@ def test_two_clusters_at_the_same_time_do_not_know_each_other(jobs: DevCluster) 
 USER_OF_A_CLUSTER = """
 import sys, time
 from pathlib import Path
-from slurm.devcluster import DevCluster
-with DevCluster(Path(sys.argv[1]), nodes=1, gpus=1) as cluster:
+from tests.support.cluster import BoundCluster
+with BoundCluster(Path(sys.argv[1]), nodes=1, gpus=1) as cluster:
     print(cluster.layout.recorded_pid(), flush=True)
     time.sleep(100)
 """
@@ -235,7 +235,7 @@ def test_kill_9_leaves_no_process(victim: str) -> None:
         assert user.stdout
         guardian = int(user.stdout.readline())
         (supervisor,) = [pid for pid in descendants([guardian]) if b"devcluster_supervisor" in command_of(pid)]
-        cluster = DevCluster(root)
+        cluster = BoundCluster(root)
         job = submit(cluster, f"trap '' TERM; setsid {SLEEP} & srun {SLEEP}")
         wait_for(lambda: len(sleepers(guardian)) == 2)
         everything = [guardian, *descendants([guardian])]
@@ -279,13 +279,13 @@ def is_alive(pid: int) -> bool:
 
 def test_start_works_on_the_remains_of_a_killed_one() -> None:
     require_slurm()
-    with DevCluster(short_folder(), nodes=1, gpus=1) as cluster:
+    with BoundCluster(short_folder(), nodes=1, gpus=1) as cluster:
         submit(cluster, SLEEP)
         below = descendants([guardian_pid(cluster)])
         for pid in [guardian_pid(cluster), *(pid for pid in below if b"devcluster_supervisor" in command_of(pid))]:
             os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_running(cluster.root))
-        with DevCluster(cluster.root, nodes=1, gpus=1) as second:
+        with BoundCluster(cluster.root, nodes=1, gpus=1) as second:
             assert ask(second, "squeue", "-h") == ""
             assert len(set(below) & set(descendants([os.getpid()]))) == 0
     assert not cluster.root.exists()
@@ -328,7 +328,7 @@ def test_the_database_is_there_before_slurmdbd_asks_for_it(tmp_path: Path, monke
     (tmp_path / "slurmdbd").write_text(f'#!/bin/sh\nls db >log/databases\nexec {real} "$@"\n')
     (tmp_path / "slurmdbd").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with DevCluster(short_folder(), nodes=1, gpus=0) as cluster:
+    with BoundCluster(short_folder(), nodes=1, gpus=0) as cluster:
         assert "slurm_acct_db" in (cluster.root / "log/databases").read_text().split()
 
 
@@ -353,13 +353,13 @@ def test_start_twice_status_stop_twice(capsys: pytest.CaptureFixture[str]) -> No
     assert (code, again.splitlines()[0]) == (0, f"a cluster runs in {root} already")
     assert again.splitlines()[1:] == out.splitlines()[1:]
     with pytest.raises(AlreadyRunningError):
-        DevCluster(root).start()
+        BoundCluster(root).start()
     assert devcluster(capsys, "status", *there)[:2][0] == 0
     code, out, _ = devcluster(capsys, "status", *there, "--json")
     facts = json.loads(out)
     assert (facts["up"], len(facts["nodes"]), facts["nodes"][0]["gpus"], facts["jobs"]) == (True, 2, 1, {})
     assert {part["name"]: part["state"] for part in facts["partitions"]} == {"main": "up", "low": "up"}
-    submit(DevCluster(root), SLEEP)
+    submit(BoundCluster(root), SLEEP)
     code, out, _ = devcluster(capsys, "stop", *there, "--keep-logs")
     assert code == 0 and out.startswith("stopped in ")
     assert sorted(path.name for path in root.iterdir()) == ["devcluster.lock", "log"]
@@ -570,7 +570,7 @@ def test_a_daemon_that_ends_at_the_start_is_quoted(tmp_path: Path, monkeypatch: 
     root = short_folder()
     words = rf"slurmctld ended \(exit code 7\); the last line of {root}/log/slurmctld.out: fatal: no luck today"
     with pytest.raises(DevClusterError, match=words):
-        DevCluster(root, nodes=1).start()
+        BoundCluster(root, nodes=1).start()
     assert sorted(path.name for path in root.iterdir()) == ["devcluster.lock", "log"]
     assert not processes_of(root)
     stop_cluster(root)

@@ -7,10 +7,11 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from slurm.devcluster import DevCluster, check_host_name, check_programs
+from slurm.devcluster import DevCluster, check_host_name, check_programs, stop_cluster
 from slurm.devcluster_folder import DevClusterError
 
 
@@ -30,7 +31,28 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="vitpa-", dir="/tmp"))
 
 
-class FaultyCluster(DevCluster):
+class BoundCluster(DevCluster):
+    """A cluster that lives as long as the body of `with`."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def node_names(self) -> list[str]:
+        return self.settings.node_names
+
+    def stop(self) -> None:
+        """Cancel the jobs, end everything, remove the folder. Nothing happens if it is stopped already."""
+        if self._supervisor is not None:
+            stop_cluster(self.root)
+            self._leave()
+
+
+class FaultyCluster(BoundCluster):
     """A cluster of which parts can be killed and started again."""
 
     supervisor = "tests.support.devcluster_supervisor"

@@ -23,7 +23,7 @@ from jobs.scheduler.client import Scheduler
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.state import RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.arguments import literal_path
@@ -212,7 +212,7 @@ def assert_no_process_left(root: Path) -> None:
 class Field:
     """A sweep of 2 x `seeds` runs of the stand-in on a cluster."""
 
-    def __init__(self, root: Path, cluster: DevCluster, *, seeds: int = 1, steps: int = 4) -> None:
+    def __init__(self, root: Path, cluster: BoundCluster, *, seeds: int = 1, steps: int = 4) -> None:
         self.root = root
         self.cluster = cluster
         self.environment = cluster.environment

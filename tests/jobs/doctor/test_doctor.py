@@ -19,7 +19,7 @@ from jobs.doctor.job import _read, checks_of
 from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.cluster import Cluster
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from vitpa.cli import main
 from vitpa.records import RunError
 
@@ -32,7 +32,7 @@ class Doctor:
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.capsys, self.monkeypatch = root, capsys, monkeypatch
 
-    def on(self, cluster: DevCluster) -> None:
+    def on(self, cluster: BoundCluster) -> None:
         for key in ("SLURM_CONF", "PATH"):
             self.monkeypatch.setenv(key, cluster.environment[key])
 
@@ -51,14 +51,14 @@ def doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     return Doctor(tmp_path, capsys, monkeypatch)
 
 
-def queue(cluster: DevCluster) -> str:
+def queue(cluster: BoundCluster) -> str:
     form = ["squeue", "--noheader", "--name=vitpa-doctor", "--format=%i %T"]
     return subprocess.run(form, env=cluster.environment, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.slurm
 @pytest.mark.slow
-def test_a_cluster_in_good_health(cluster: DevCluster, doctor: Doctor, digits: Path) -> None:
+def test_a_cluster_in_good_health(cluster: BoundCluster, doctor: Doctor, digits: Path) -> None:
     doctor.on(cluster)
     code, checks = doctor("--data-dir", str(digits))
     assert code == 0
@@ -72,7 +72,7 @@ def test_a_cluster_in_good_health(cluster: DevCluster, doctor: Doctor, digits: P
 
 
 @pytest.mark.slurm
-def test_a_root_that_the_job_cannot_write(cluster: DevCluster, doctor: Doctor) -> None:
+def test_a_root_that_the_job_cannot_write(cluster: BoundCluster, doctor: Doctor) -> None:
     doctor.on(cluster)
     code, checks = doctor(setup=["ulimit -f 0"])  # no file may grow
     assert code == 1
@@ -94,7 +94,7 @@ def test_a_root_that_the_job_cannot_write(cluster: DevCluster, doctor: Doctor) -
         ({"srun_args": ["--of-2030"]}, "srun: unrecognized option"),
     ],
 )
-def test_a_job_that_ends_before_the_probe(cluster: DevCluster, doctor: Doctor, values: dict[str, Any], said: str) -> None:
+def test_a_job_that_ends_before_the_probe(cluster: BoundCluster, doctor: Doctor, values: dict[str, Any], said: str) -> None:
     doctor.on(cluster)
     code, checks = doctor(**values)
     assert code == 1
@@ -105,7 +105,7 @@ def test_a_job_that_ends_before_the_probe(cluster: DevCluster, doctor: Doctor, v
 
 
 @pytest.mark.slurm
-def test_a_wrong_partition_and_no_sacct(cluster: DevCluster, doctor: Doctor) -> None:
+def test_a_wrong_partition_and_no_sacct(cluster: BoundCluster, doctor: Doctor) -> None:
     doctor.on(cluster)
     folder = doctor.root / "bin"
     folder.mkdir()
@@ -125,7 +125,7 @@ def test_a_wrong_partition_and_no_sacct(cluster: DevCluster, doctor: Doctor) -> 
 
 
 @pytest.mark.slurm
-def test_a_probe_job_that_does_not_start(cluster: DevCluster, doctor: Doctor) -> None:
+def test_a_probe_job_that_does_not_start(cluster: BoundCluster, doctor: Doctor) -> None:
     doctor.on(cluster)
     (doctor.root / "shared/runs").mkdir(parents=True)
     code, checks = doctor("--wait-s", "3", additional_parameters={"hold": True})
@@ -138,7 +138,7 @@ def test_a_probe_job_that_does_not_start(cluster: DevCluster, doctor: Doctor) ->
 
 
 @pytest.mark.slurm
-def test_ctrl_c_takes_the_job_away(cluster: DevCluster, tmp_path: Path) -> None:
+def test_ctrl_c_takes_the_job_away(cluster: BoundCluster, tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         assert "Ctrl-C cancels it" in line
         raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from jobs.execute.slurm import Place, SlurmIntent, _Job
 from jobs.scheduler.client import Scheduler, query_environment, scheduler_environment
 from jobs.scheduler.cluster import ask
 from jobs.scheduler.own_jobs import ACCOUNT_COLUMNS, COLUMN, QUEUE_COLUMNS, RECORD, in_accounting, in_queue
-from slurm.devcluster import DevCluster
+from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import HOLD, Field, finished_trainings, slurm_profile
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
@@ -95,7 +95,7 @@ def test_environments() -> None:
 class Neighbour:
     """A job in the queue that is none of ours: of another user where that can be, otherwise of this one."""
 
-    def __init__(self, cluster: DevCluster) -> None:
+    def __init__(self, cluster: BoundCluster) -> None:
         self._cluster = cluster
         self._as_other: list[str] = []
         self._modes: dict[Path, int] = {}  # as they were: other tests look at them
@@ -122,14 +122,14 @@ class Neighbour:
 
 
 @pytest.fixture
-def field(tmp_path: Path, cluster: DevCluster) -> Iterator[Field]:
+def field(tmp_path: Path, cluster: BoundCluster) -> Iterator[Field]:
     made = Field(tmp_path, cluster)
     yield made
     made.clear()
 
 
 @pytest.fixture
-def neighbour(cluster: DevCluster) -> Iterator[Neighbour]:
+def neighbour(cluster: BoundCluster) -> Iterator[Neighbour]:
     made = Neighbour(cluster)
     before = made.facts()
     assert "JobState=PENDING" in before
