@@ -175,6 +175,9 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
         "seed": {str(run.seed) for run in runs},
         "state": set(STATES),
     }
+    for run in runs:
+        for key, value in run.settings.items():
+            known.setdefault(key, set()).add(value)
     filters: dict[str, set[str]] = {}
     overrides = []
     for term in terms:
@@ -198,4 +201,8 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
 
 def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunState]:
     """The states that every filter accepts."""
-    return [state for state in states if all(FILTERS[key](state) in values for key, values in filters.items())]
+
+    def value(state: RunState, key: str) -> str | None:
+        return FILTERS[key](state) if key in FILTERS else state.run.settings.get(key)
+
+    return [state for state in states if all(value(state, key) in values for key, values in filters.items())]

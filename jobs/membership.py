@@ -20,14 +20,15 @@ from vitpa.rundir import RunDir
 
 def runs_that_left(root: Path, sweep: str, runs: Iterable[Run]) -> list[Run]:
     """The unfinished runs that were last started for a sweep, and are not among `runs`, what it stands for now."""
-    seen = {run.signature for run in runs}
+    runs = list(runs)
+    seen, axes = {run.signature for run in runs}, runs[0].axes if runs else ()
     left = []
     for path in sorted(SweepDir(root, sweep).submissions.glob("*/intent.json")):
         for wanted in _wanted(path):
             if wanted.signature in seen:
                 continue
             seen.add(wanted.signature)
-            run = _started_for(sweep, RunDir(root, wanted.signature))
+            run = _started_for(sweep, RunDir(root, wanted.signature), axes)
             if run is not None:
                 left.append(run)
     return left
@@ -41,7 +42,7 @@ def _wanted(path: Path) -> list[WantedRun]:
     return intent.runs if intent else []
 
 
-def _started_for(sweep: str, directory: RunDir) -> Run | None:
+def _started_for(sweep: str, directory: RunDir, axes: tuple[str, ...]) -> Run | None:
     """The run of a directory, if it is unfinished and its last attempt is the sweep's; None if it is not, or damaged."""
     try:
         attempts = directory.attempts()
@@ -53,7 +54,7 @@ def _started_for(sweep: str, directory: RunDir) -> Run | None:
         config = load_config(directory.config_yaml)
     except (RunError, ConfigError):
         return None
-    return Run(config, str(directory.config_yaml), directory.signature)
+    return Run(config, str(directory.config_yaml), directory.signature, axes)
 
 
 def sweeps_with(root: Path, signatures: Collection[str], besides: str) -> dict[str, set[str]]:

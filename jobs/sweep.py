@@ -6,6 +6,8 @@ or a recipe is edited.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import secrets
 from collections import Counter
@@ -18,7 +20,7 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
-from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
+from vitpa.config_file import Override, fields_of, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
 from vitpa.errors import UserError
 from vitpa.installation import CODE
@@ -26,6 +28,8 @@ from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
 
 Attention = Literal["content", "positional"]
+OWN_LISTS = {"dataset": "recipes", "model.attention": "attentions", "seed": "seeds"}  # keys that have lists of their own
+KEYS = frozenset(key for key, _ in fields_of(RunConfig))
 
 
 class SweepError(UserError):
@@ -40,7 +44,7 @@ class Reference(Section):
 
 
 class SweepConfig(Section):
-    """A sweep's YAML file: recipes x attentions x seeds."""
+    """A sweep's YAML file: recipes x attentions x axes x seeds."""
 
     name: str = Field(
         max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="its directory is <root>/sweeps/<name>"
@@ -48,6 +52,7 @@ class SweepConfig(Section):
     description: str = Field("", description="what is compared, and its source")
     recipes: list[str] = Field(min_length=1, description="shipped recipes by name, or paths beside the sweep's file")
     attentions: list[Attention] = Field(min_length=1, description="values of model.attention")
+    axes: dict[str, list[JsonValue]] = Field({}, description="dotted key: its values; the grid has every combination")
     seeds: list[int] = Field(min_length=1, description="values of seed")
     overrides: dict[str, JsonValue] = Field({}, description="dotted key: value, for all runs")
     reference: dict[str, dict[Attention, Reference]] = Field({}, description="per data set and attention")
@@ -60,6 +65,7 @@ class Run:
     config: RunConfig
     recipe: str
     signature: str
+    axes: tuple[str, ...] = ()  # dotted keys of the sweep's axes
 
     @property
     def dataset(self) -> str:
@@ -77,18 +83,36 @@ class Run:
         return self.config.seed
 
     @property
+    def settings(self) -> dict[str, str]:
+        """Its value on each axis, as it stands in its name, by the axis's key."""
+        return {key: _value_text(self.config, key) for key in self.axes}
+
+    @property
     def label(self) -> str:
         """Its name within the sweep, for people."""
-        return f"{self.dataset}-{self.attention}-s{self.seed}"
+        on_axes = [f"{key.rpartition('.')[2]}{value}" for key, value in self.settings.items()]
+        return "-".join([self.dataset, self.config.network_name, *on_axes, f"s{self.seed}"])
 
     def with_seed(self, seed: int) -> Run:
         """The same with another seed, which must be an allowed one."""
         config = self.config.model_copy(update={"seed": seed})
-        return Run(config, self.recipe, config.signature)
+        return Run(config, self.recipe, config.signature, self.axes)
 
     def directory(self, root: Path) -> RunDir:
         """Where it lives under `root`."""
         return RunDir(root, self.signature)
+
+
+def _value_text(config: RunConfig, key: str) -> str:
+    """The value of a dotted key, as a part of a file's name."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    if isinstance(value, tuple):
+        return "_".join(map(str, value))
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -108,12 +132,14 @@ class _RecordedRun(BaseModel):
     signature: str = ""
     label: str
     recipe: str
+    axes: list[str] = []
     config: dict[str, Any]
 
     @classmethod
     def of(cls, run: Run) -> Self:
         """What is recorded of a run."""
-        return cls(signature=run.signature, label=run.label, recipe=run.recipe, config=run.config.model_dump(mode="json"))
+        config = run.config.model_dump(mode="json")
+        return cls(signature=run.signature, label=run.label, recipe=run.recipe, axes=list(run.axes), config=config)
 
 
 class _Recorded(BaseModel):
@@ -152,7 +178,7 @@ class SweepDir:
             return [
                 run
                 if (run := by_signature.get(entry.signature)) is not None and entry == _RecordedRun.of(run)
-                else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}")
+                else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}", axes=entry.axes)
                 for entry in entries
             ]
         except ValidationError as error:
@@ -250,8 +276,9 @@ def _recipe_path(recipe: str, sweep_path: Path) -> str:
 def _resolve(config: SweepConfig, path: Path) -> list[Run]:
     """Seed by seed, so that what is finished after a while is a whole comparison with fewer seeds."""
     for key in config.overrides:
-        if key in ("seed", "model.attention", "dataset", "runtime.root"):
+        if key in (*OWN_LISTS, "runtime.root"):
             raise SweepError(f"{path}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
+    _check_axes(config, path)
     for name in ("recipes", "attentions", "seeds"):
         value, times = Counter(getattr(config, name)).most_common(1)[0]
         if times > 1:
@@ -260,20 +287,51 @@ def _resolve(config: SweepConfig, path: Path) -> list[Run]:
     documents = {recipe: read_yaml(shipped_configs().get(recipe, Path(recipe))) for recipe in config.recipes}
     cells = []
     for recipe, document in documents.items():
-        for attention in config.attentions:
-            of_cell = [*overrides, Override("model.attention", attention, str(path))]
-            cell, _ = (  # the seeds between the smallest and the largest are allowed if these are
-                _run(document, recipe, f"{path}: {recipe}", [*of_cell, Override("seed", seed, f"{path}: seeds")])
-                for seed in (min(config.seeds), max(config.seeds))
-            )
-            cells.append(cell)
+        for values in itertools.product(*config.axes.values()):
+            on_axes = [Override(key, value, f"{path}: axes") for key, value in zip(config.axes, values, strict=True)]
+            for attention in config.attentions:
+                of_cell = [*overrides, *on_axes, Override("model.attention", attention, str(path))]
+                cell, _ = (  # the seeds between the smallest and the largest are allowed if these are
+                    _run(
+                        document,
+                        recipe,
+                        f"{path}: {recipe}",
+                        [*of_cell, Override("seed", seed, f"{path}: seeds")],
+                        axes=tuple(config.axes),
+                    )
+                    for seed in (min(config.seeds), max(config.seeds))
+                )
+                cells.append(cell)
     runs = [cell.with_seed(seed) for seed in config.seeds for cell in cells]
     labels = Counter(run.label for run in runs)
     label, times = labels.most_common(1)[0]
     if times > 1:
         raise SweepError(f"{path}: {label} comes up {times} times; two recipes of one data set need a sweep each")
+    by_signature: dict[str, Run] = {}
+    for cell in cells:
+        if (first := by_signature.setdefault(cell.signature, cell)) is not cell:
+            raise SweepError(
+                f"{path}: {first.label} and {cell.label} are the same run: leave out a value that makes no difference"
+            )
     _check_reference(config, {run.dataset for run in runs}, path)
     return runs
+
+
+def _check_axes(config: SweepConfig, path: Path) -> None:
+    for key, values in config.axes.items():
+        if key in OWN_LISTS:
+            raise SweepError(f"{path}: axes.{key}: say it by {OWN_LISTS[key]}, which is an axis of every sweep")
+        if key.startswith("runtime."):
+            raise SweepError(f"{path}: axes.{key}: it does not change the numbers; say it in the profile or to submit")
+        if key in config.overrides:
+            raise SweepError(f"{path}: axes.{key} is in the overrides, too; say it once")
+        if not values:
+            raise SweepError(f"{path}: axes.{key} has no value; name some, or leave it out")
+        value, times = Counter(map(json.dumps, values)).most_common(1)[0]
+        if times > 1:
+            raise SweepError(f"{path}: axes.{key}: {value} is given {times} times; once is enough")
+    if config.axes and config.reference:
+        raise SweepError(f"{path}: reference: it is of a data set and an attention, and this sweep has axes; leave it out")
 
 
 def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> None:
@@ -286,9 +344,14 @@ def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> Non
                 raise SweepError(f"{path}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
 
 
-def _run(document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = ()) -> Run:
+def _run(
+    document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = (), axes: Sequence[str] = ()
+) -> Run:
     config = parse_config(document, where, overrides)
-    return Run(config, recipe, config.signature)
+    for key in axes:
+        if key not in KEYS:
+            raise ConfigError(f"{where}: axes: unknown key {key}")
+    return Run(config, recipe, config.signature, tuple(axes))
 
 
 @dataclass(frozen=True)

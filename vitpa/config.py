@@ -301,8 +301,8 @@ class RunConfig(Section):
 
     @property
     def network_name(self) -> str:
-        """The data set and the network, for people: such as cifar100-positional or cifar100-resnet18."""
-        return f"{self.dataset}-{self.model.attention if self.model.kind == 'vit' else self.model.kind}"
+        """The network, for people: the attention of a ViT, or another kind, such as resnet18."""
+        return self.model.attention if self.model.kind == "vit" else self.model.kind
 
     @property
     def signature(self) -> str:

@@ -221,7 +221,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         return
     config, step = t.config, t.step
     seeds = ",".join(str(replica.config.seed) for replica in t.replicas)
-    name = f"{config.network_name}-s{seeds}"
+    name = f"{config.dataset}-{config.network_name}-s{seeds}"
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
     images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"

@@ -49,8 +49,8 @@ class TrainedRun:
 
     @property
     def name(self) -> str:
-        """Such as cifar10-positional-s3."""
-        return f"{self.config.dataset}-{self.config.model.attention}-s{self.config.seed}"
+        """Such as cifar10-positional-s3 or cifar100-resnet18-s0."""
+        return f"{self.config.dataset}-{self.config.network_name}-s{self.config.seed}"
 
     @property
     def path(self) -> Path:

@@ -31,7 +31,7 @@ from vitpa.config_file import parse_model, read_yaml
 from vitpa.records import RunError, made_with, read_json
 from vitpa.rundir import Result, RunDir
 
-Kind = tuple[str, str]  # data set, attention
+Kind = tuple[str, str]  # data set, network
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
 EVALUATED = 1 / 3  # of an image in training is what one in an evaluation costs
 CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
@@ -181,7 +181,7 @@ def attempts(run_s: float, time_s: float, signal_delay_s: float) -> int:
 
 def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float | None:
     """Seconds of training of a run on `images` images; None if that or its speed is not known."""
-    speed = speeds.get((run.dataset, run.attention))
+    speed = speeds.get(kind_of(run))
     if speed is None or images is None:
         return None
     return images * run.config.train.epochs / speed.images_per_s
@@ -230,12 +230,12 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapp
             run, config = batch.chosen[task[0]].run, batch.configs[task[0]]
             if run.dataset not in images:
                 images[run.dataset] = num_images(config, "train"), num_images(config, "val")
-            rate = rates.get((run.dataset, run.attention, len(task)))
+            rate = rates.get((*kind_of(run), len(task)))
             if rate is not None:
                 durations.append(benchmark_s(config, rate, images[run.dataset]))
                 continue
             runs = [run_s(batch.chosen[index].run, speeds, images[run.dataset][0]) for index in task]
-            durations.append(job_s(runs, speeds.get((run.dataset, run.attention)), gpus))
+            durations.append(job_s(runs, speeds.get(kind_of(run)), gpus))
     replicas = sum(len(batch.chosen) for batch in batches) / len(durations)
     return Group(tuple(durations), gpus, at_a_time, replicas)
 
@@ -243,15 +243,21 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapp
 # --- what has been measured
 
 
+def kind_of(run: Run) -> Kind:
+    """Runs of one kind are as fast as one another: of the sweep's axes, those of the network and of the batches count."""
+    on_axes = [
+        f"{key.rpartition('.')[2]}{value}" for key, value in run.settings.items() if key.startswith(("model.", "train."))
+    ]
+    return run.dataset, "-".join([run.config.network_name, *on_axes])
+
+
 def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> dict[Kind, Speed]:
     """The speeds of the kinds of the `wanted` runs: of the sweep's finished runs, or else of others with the same model."""
     finished: dict[Kind, list[Result]] = {}
     for state in states:
         if state.result is not None:
-            finished.setdefault((state.run.dataset, state.run.attention), []).append(state.result)
-    models: dict[Kind, dict[str, Any]] = {
-        (run.dataset, run.attention): run.config.model.model_dump(mode="json") for run in wanted
-    }
+            finished.setdefault(kind_of(state.run), []).append(state.result)
+    models: dict[Kind, dict[str, Any]] = {kind_of(run): run.config.model.model_dump(mode="json") for run in wanted}
     elsewhere = {kind: model for kind, model in models.items() if kind not in finished}
     if elsewhere:
         finished |= _finished_elsewhere(elsewhere, root)
@@ -265,13 +271,19 @@ def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> di
     for path in sorted((root / "runs").glob("*/result.json")):
         try:
             document = read_json(path) or {}
-            kind = (str(document.get("dataset")), str(document.get("attention")))
-            if kind not in models or looked_at[kind] == CONFIGS_LOOKED_AT:
+            its = (document.get("dataset"), document.get("attention"))
+            kinds = [
+                kind
+                for kind, model in models.items()
+                if (kind[0], model["attention"]) == its and looked_at[kind] < CONFIGS_LOOKED_AT
+            ]
+            if not kinds or (result := RunDir(root, path.parent.name).result()) is None:
                 continue
-            looked_at[kind] += 1
-            result = RunDir(root, path.parent.name).result()
-            if result is not None and _model_of(path.with_name("config.yaml")) == models[kind]:
-                found.setdefault(kind, []).append(result)
+            model = _model_of(path.with_name("config.yaml"))
+            for kind in kinds:
+                looked_at[kind] += 1
+                if models[kind] == model:
+                    found.setdefault(kind, []).append(result)
         except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
             continue
     return found
@@ -299,7 +311,7 @@ def job_kinds(batches: Iterable[Batch]) -> dict[JobKind, tuple[Batch, RunConfig]
     for batch in batches:
         for task in batch.tasks:
             run = batch.chosen[task[0]].run
-            found.setdefault((run.dataset, run.attention, len(task)), (batch, batch.configs[task[0]]))
+            found.setdefault((*kind_of(run), len(task)), (batch, batch.configs[task[0]]))
     return found
 
 

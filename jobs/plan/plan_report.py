@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.plan.forecast import Forecast, Group, Kind, Speed, forecast, group_of, job_kinds, rates_of, speeds_of
+from jobs.plan.forecast import Forecast, Group, Kind, Speed, forecast, group_of, job_kinds, kind_of, rates_of, speeds_of
 from jobs.plan.limits import attempts_needed, limits_of_runs, signal_findings
 from jobs.plan.sbatch_test import only_for_now, test_only
 from jobs.plan.speeds import Benchmark
@@ -93,7 +93,7 @@ def _measured_otherwise(
 ) -> Iterator[str]:
     """Where the measured runs had other hardware than these will have."""
     for same, group in zip(batches, groups, strict=True):
-        for kind in sorted({(state.run.dataset, state.run.attention) for batch in same for state in batch.chosen}):
+        for kind in sorted({kind_of(state.run) for batch in same for state in batch.chosen}):
             speed = speeds.get(kind)
             if speed and group.gpus and speed.hardware == "CPU":
                 yield f"{' '.join(kind)} was measured on CPUs, these runs have GPUs: expect less time"

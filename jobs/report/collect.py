@@ -7,9 +7,10 @@ reason, never averaged.
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from vitpa.statistics import Estimate
 
 @dataclass(frozen=True)
 class Cell:
-    """One data set and attention."""
+    """One data set, network and setting of the sweep's axes."""
 
     dataset: str
     attention: Attention
+    network: str  # the attention, or another kind of network
+    settings: dict[str, str]  # the values on the axes
     wanted: int  # seeds in the sweep
     val_top1: Estimate
     seeds: list[int]  # that are in the mean
@@ -46,9 +49,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """content - positional on one data set, over the seeds that both have."""
+    """content - positional on one data set and setting of the axes, over the seeds that both have."""
 
     dataset: str
+    settings: dict[str, str]
     wanted: int
     val_top1: Estimate
     seeds: list[int]
@@ -67,6 +71,12 @@ class CollectedTable:
     results: list[Result]
     absent: list[dict[str, str]]  # runs without a valid result: run, state, reason
     damaged: list[dict[str, str]] = field(default_factory=list)  # runs whose result counts, but not all of their curve
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each result, by its signature: values on the axes
+
+    @property
+    def axes(self) -> list[str]:
+        """The keys of the sweep's axes."""
+        return list(dict.fromkeys(key for cell in self.cells for key in cell.settings))
 
     @property
     def complete(self) -> bool:
@@ -85,7 +95,9 @@ class CollectedTable:
             "differences_content_minus_positional": [asdict(difference) for difference in self.differences],
             "absent": self.absent,
             "damaged": self.damaged,
-            "results": [result.model_dump(mode="json") for result in self.results],
+            "results": [
+                {**result.model_dump(mode="json"), "settings": self.settings[result.signature]} for result in self.results
+            ],
         }
 
 
@@ -99,8 +111,11 @@ def collect(sweep: Sweep, states: list[RunState], root: Path, *, allow_mixed: bo
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
         raise SweepError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
-    groups = list(dict.fromkeys((state.run.dataset, state.run.attention) for state in states))
-    groups.sort(key=lambda group: (datasets.index(group[0]), group[1]))
+    groups: dict[tuple[str, str, str], list[RunState]] = {}  # in the order of the axes
+    for state in states:
+        key = (state.run.dataset, state.run.config.network_name, json.dumps(state.run.settings))
+        groups.setdefault(key, []).append(state)
+    ordered = sorted(groups, key=lambda group: (datasets.index(group[0]), group[1]))
     absent = [
         {"run": state.run.label, "state": state.state, "reason": state.reason} for state in states if state.result is None
     ]
@@ -109,10 +124,11 @@ def collect(sweep: Sweep, states: list[RunState], root: Path, *, allow_mixed: bo
         description=sweep.config.description,
         collected_utc=utc_now(),
         mixed=mixed,
-        cells=[_cell(sweep, dataset, attention, states) for dataset, attention in groups],
-        differences=[difference for dataset in datasets if (difference := _difference(dataset, states))],
+        cells=[_cell(sweep, groups[key]) for key in ordered],
+        differences=_differences(groups),
         results=[state.result for state in states if state.result is not None],
         absent=absent,
+        settings={state.result.signature: state.run.settings for state in states if state.result is not None},
         damaged=[{"run": state.run.label, "reason": reason} for state in states if (reason := _damage(state, root))],
     )
 
@@ -130,7 +146,7 @@ def _mixture(dataset: str, states: list[RunState]) -> str:
         runs: dict[str, list[str]] = {}
         for state in states:
             if state.result is not None and state.run.dataset == dataset:
-                runs.setdefault(version(state.result), []).append(f"{state.run.attention}-s{state.run.seed}")
+                runs.setdefault(version(state.result), []).append(state.run.label.removeprefix(f"{dataset}-"))
         if len(runs) > 1:
             which = ", ".join(
                 f"{value} ({' '.join(runs[whole])})" for whole, value in zip(runs, short_versions(list(runs)), strict=True)
@@ -166,13 +182,15 @@ def _damage(state: RunState, root: Path) -> str:
     return f"{path}: damaged in line{'s' if lines[1:] else ''} {ranges(lines)}" if lines else ""
 
 
-def _cell(sweep: Sweep, dataset: str, attention: Attention, states: list[RunState]) -> Cell:
-    members = [state for state in states if (state.run.dataset, state.run.attention) == (dataset, attention)]
-    results = [state.result for state in members if state.result is not None]
-    reference = sweep.config.reference.get(dataset, {}).get(attention)
+def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
+    """Of runs that differ in their seeds."""
+    run, results = members[0].run, [state.result for state in members if state.result is not None]
+    reference = sweep.config.reference.get(run.dataset, {}).get(run.attention)
     return Cell(
-        dataset=dataset,
-        attention=attention,
+        dataset=run.dataset,
+        attention=run.attention,
+        network=run.config.network_name,
+        settings=run.settings,
         wanted=len(members),
         val_top1=Estimate.of([result.val_top1 for result in results]),
         seeds=sorted(result.seed for result in results),
@@ -184,15 +202,25 @@ def _cell(sweep: Sweep, dataset: str, attention: Attention, states: list[RunStat
     )
 
 
-def _difference(dataset: str, states: list[RunState]) -> Difference | None:
-    """Paired by seed; None if the sweep does not have both attentions on this data set."""
-    top1: dict[str, dict[int, float | None]] = {"content": {}, "positional": {}}
-    for state in states:
-        if state.run.dataset == dataset:
-            top1[state.run.attention][state.run.seed] = state.result.val_top1 if state.result else None
-    wanted = sorted(set(top1["content"]) & set(top1["positional"]))
-    if not wanted:
-        return None
-    pairs = [(seed, top1["content"][seed], top1["positional"][seed]) for seed in wanted]
-    differences = {seed: a - b for seed, a, b in pairs if a is not None and b is not None}
-    return Difference(dataset, len(wanted), Estimate.of(list(differences.values())), list(differences))
+def _differences(groups: Mapping[tuple[str, str, str], list[RunState]]) -> list[Difference]:
+    """Paired by seed, wherever the sweep has both attentions."""
+    found = []
+    for (dataset, network, settings), members in groups.items():
+        others = groups.get((dataset, "positional", settings), [])
+        if network != "content" or not others:
+            continue
+        content, positional = (
+            {state.run.seed: state.result.val_top1 if state.result else None for state in states}
+            for states in (members, others)
+        )
+        wanted = sorted(content.keys() & positional.keys())
+        if not wanted:
+            continue
+        pairs = [(seed, content[seed], positional[seed]) for seed in wanted]
+        differences = {seed: a - b for seed, a, b in pairs if a is not None and b is not None}
+        found.append(
+            Difference(
+                dataset, members[0].run.settings, len(wanted), Estimate.of(list(differences.values())), list(differences)
+            )
+        )
+    return found

@@ -100,6 +100,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "dataset": state.run.dataset,
         "attention": state.run.attention,
         "seed": state.run.seed,
+        "settings": state.run.settings,
         "state": state.state,
         "step": progress.step,
         "steps_total": progress.steps_total,

@@ -70,7 +70,8 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
     cells = [
         {
             "dataset": cell.dataset,
-            "quantity": cell.attention,
+            "quantity": cell.network,
+            **cell.settings,
             **_estimate_columns(table, cell),
             "reference_val_top1_fraction": cell.reference_val_top1,
             "reference_source": cell.reference_source,
@@ -82,7 +83,8 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
     ]
     quantity = "content - positional, paired by seed"
     return cells + [
-        {"dataset": its.dataset, "quantity": quantity, **_estimate_columns(table, its)} for its in table.differences
+        {"dataset": its.dataset, "quantity": quantity, **its.settings, **_estimate_columns(table, its)}
+        for its in table.differences
     ]
 
 
@@ -104,6 +106,7 @@ def _run_rows(table: CollectedTable) -> list[dict[str, Any]]:
         {
             "dataset": result.dataset,
             "attention": result.attention,
+            **table.settings[result.signature],
             "seed": result.seed,
             "signature": result.signature,
             "val_top1_fraction": result.val_top1,
@@ -148,14 +151,24 @@ def _accuracy(table: CollectedTable, its: Cell | Difference, *, sign: bool = Fal
 
 def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
-    header = ["data set", "attention", "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
+    axes = [key.rpartition(".")[2] for key in table.axes]
+    header = ["data set", "attention", *axes, "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
     yield [header] + [
-        [cell.dataset, cell.attention, *_accuracy(table, cell), _percent(cell.reference_val_top1), f"{cell.gpu_hours:.2f}"]
+        [
+            cell.dataset,
+            cell.network,
+            *cell.settings.values(),
+            *_accuracy(table, cell),
+            _percent(cell.reference_val_top1),
+            f"{cell.gpu_hours:.2f}",
+        ]
         for cell in table.cells
     ]
     if table.differences:
-        header = ["data set", "content - positional, points", "95 % interval", "seeds in both"]
-        yield [header] + [[its.dataset, *_accuracy(table, its, sign=True)] for its in table.differences]
+        header = ["data set", *axes, "content - positional, points", "95 % interval", "seeds in both"]
+        yield [header] + [
+            [its.dataset, *its.settings.values(), *_accuracy(table, its, sign=True)] for its in table.differences
+        ]
 
 
 def markdown(table: CollectedTable) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,14 +18,15 @@ from tests.support.jobs_sweeps import make_sweep
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_config
 
-RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10}
+RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10, "permuted": 72, "permuted_resnet": 18}
 
 
 @pytest.mark.parametrize("name", list(shipped_sweeps()))
 def test_shipped_sweeps_resolve(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(name, tmp_path)
     assert sweep.name == name
-    cells = len(sweep.config.recipes) * len(sweep.config.attentions)
+    points = math.prod(len(values) for values in sweep.config.axes.values())
+    cells = len(sweep.config.recipes) * len(sweep.config.attentions) * points
     assert len({run.signature for run in sweep.runs}) == len(sweep.runs) == cells * len(sweep.config.seeds)
     assert len(sweep.runs) == RUNS.get(name, len(sweep.runs))
     assert {run.seed for run in sweep.runs[:cells]} == {0}, "a whole comparison comes first"
@@ -36,6 +38,45 @@ def test_order_and_labels(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2)
     labels = ["digits-content-s0", "digits-positional-s0", "digits-content-s1", "digits-positional-s1"]
     assert [run.label for run in sweep.runs] == labels
+
+
+AXES = {"augment.permute_block_px": [0, 4], "optim.lr": [1e-3, 1e-2]}
+
+
+def test_the_grid_has_every_combination_of_the_axes_and_names_it(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, axes=AXES, seeds=[0, 1]), tmp_path)
+    assert [run.label for run in sweep.runs[:8]] == [
+        f"digits-{attention}-permute_block_px{block_px}-lr{rate}-s0"
+        for block_px in (0, 4)
+        for rate in ("0.001", "0.01")
+        for attention in ("content", "positional")
+    ]
+    assert [(run.seed, run.settings) for run in sweep.runs[8:]] == [(1, run.settings) for run in sweep.runs[:8]]
+    assert sweep.runs[2].settings == {"augment.permute_block_px": "0", "optim.lr": "0.01"}
+    for run in sweep.runs:
+        assert run.settings["augment.permute_block_px"] == str(run.config.augment.permute_block_px)
+        assert run.settings["optim.lr"] == str(run.config.optim.lr)
+    assert len({run.signature for run in sweep.runs}) == 16
+    one = {run.signature for run in make_sweep(tmp_path, seeds=2).runs}  # its values are the first ones
+    assert len(one & {run.signature for run in sweep.runs}) == 4
+
+
+def test_a_recorded_sweep_has_its_axes(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, axes=AXES), tmp_path)
+    directory = SweepDir(tmp_path, "small")
+    directory.record(sweep)
+    assert directory.recorded() == sweep.runs
+    assert {path.name for path in directory.by_name.iterdir()} == {run.label for run in sweep.runs}
+    text = directory.runs_json.read_text()
+    directory.runs_json.write_text(text.replace("optim.lr", "optim.lrr"))
+    with pytest.raises(SweepError, match=r"runs\.json.*axes: unknown key optim\.lrr; delete it and submit again$"):
+        directory.recorded()
+
+
+def test_a_value_on_an_axis_is_a_part_of_a_files_name(tmp_path: Path) -> None:
+    axes = {"optim.grad_clip_norm": [None], "optim.betas": [[0.9, 0.95]], "augment.hflip": [False], "augment.policy": ["none"]}
+    (run, *_) = load_sweep(write(tmp_path, axes=axes), tmp_path).runs
+    assert run.label == "digits-content-hflipfalse-policynone-betas0.9_0.95-grad_clip_normnull-s0"
 
 
 def test_seeds_are_all_that_differs_in_a_cell(tmp_path: Path) -> None:
@@ -116,6 +157,17 @@ def write(tmp_path: Path, **changes: object) -> str:
             "reference.digits.positional: no attention of the sweep; there is content",
         ),
         ({"overrides": {"seed": 3}}, "overrides.seed is not for the overrides"),
+        ({"axes": {"seed": [3]}}, "axes.seed: say it by seeds, which is an axis of every sweep"),
+        ({"axes": {"model.attention": ["content"]}}, "axes.model.attention: say it by attentions"),
+        ({"axes": {"runtime.workers": [3]}}, "axes.runtime.workers: it does not change the numbers"),
+        ({"axes": {"optim.lr": [1e-3]}, "overrides": {"optim.lr": 1e-2}}, "axes.optim.lr is in the overrides, too"),
+        ({"axes": {"optim.lr": []}}, "axes.optim.lr has no value; name some, or leave it out"),
+        ({"axes": {"train.epochs": [3, 3]}}, "axes.train.epochs: 3 is given 2 times; once is enough"),
+        ({"axes": {"optim.lr": [1e-3]}, "reference": {"digits": {}}}, "reference: .* this sweep has axes; leave it out"),
+        (
+            {"attentions": ["content"], "overrides": {"model.kind": "resnet18"}, "axes": {"model.depth": [1, 2]}},
+            "digits-resnet18-depth1-s0 and digits-resnet18-depth2-s0 are the same run",
+        ),
     ],
 )
 def test_contradictions(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -130,6 +182,9 @@ def test_contradictions(tmp_path: Path, changes: dict[str, object], message: str
         ({"attentions": ["vanilla"]}, "attentions.0=vanilla"),
         ({"seeds": ["a"]}, "seeds.0=a"),
         ({"overrides": {"optim.lrr": 1}}, "unknown key optim.lrr; did you mean optim.lr?"),
+        ({"axes": {"optim.lrr": [1]}}, "small.yaml: axes: unknown key optim.lrr; did you mean optim.lr?"),
+        ({"axes": {"augment.permute_block_px": [2, 3]}}, "small.yaml: axes: augment.permute_block_px=3 does not divide"),
+        ({"axes": {"optim": [{"lr": 1}]}}, "small.yaml: axes: optim: optim is a section; give its keys one by one"),
     ],
 )
 def test_invalid_files(tmp_path: Path, changes: dict[str, object], message: str) -> None:

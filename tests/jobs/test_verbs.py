@@ -124,6 +124,26 @@ def test_filters(sweep: Shell, terms: str, labels: list[str]) -> None:
     assert [row["run"] for row in json.loads(text)["runs"]] == labels
 
 
+def test_every_axis_is_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = make_sweep(tmp_path, seeds=1, axes={"augment.permute_block_px": [0, 2, 4], "optim.lr": [1e-3, 1e-2]})
+    SweepDir(tmp_path, "small").record(small)
+    sweep = Shell(tmp_path, capsys)
+    terms = "augment.permute_block_px=0,4 optim.lr=0.01 attention=content"
+    _, text = sweep(f"status --json {terms}")
+    rows = json.loads(text)["runs"]
+    assert [row["run"] for row in rows] == [f"digits-content-permute_block_px{block_px}-lr0.01-s0" for block_px in (0, 4)]
+    assert rows[1]["settings"] == {"augment.permute_block_px": "4", "optim.lr": "0.01"}
+    code, text = sweep(f"submit --dry-run --data-dir {tmp_path}/data {terms}")
+    assert code == 0
+    assert "2 runs" in text
+    for line, message in (
+        ("status optim.lr=1", "there is no optim.lr '1'; there is 0.001, 0.01"),
+        ("status optim.betas=1", "seed=, state=, augment.permute_block_px=, optim.lr=) or a setting runtime.KEY=VALUE"),
+    ):
+        code, text = sweep(line)
+        assert (code, message in text) == (1, True), text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -37,12 +37,21 @@ STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_trainer
 RECIPE = {"dataset": "digits", "model": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}}
 
 
-def make_sweep(root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small") -> Sweep:
-    """A sweep of 2 x `seeds` runs of `steps` x 50 ms, as YAML files below `root`."""
+def make_sweep(
+    root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small", axes: Mapping[str, list[object]] | None = None
+) -> Sweep:
+    """A sweep of 2 x `seeds` runs, for each point of the axes, of `steps` x 50 ms, as YAML files below `root`."""
     root.mkdir(exist_ok=True)
     recipe = {**RECIPE, "train": {"epochs": steps}, "optim": {"warmup_epochs": 0}}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    grid = {"name": name, "recipes": ["recipe.yaml"], "attentions": ["content", "positional"], "seeds": list(range(seeds))}
+    grid: dict[str, object] = {
+        "name": name,
+        "recipes": ["recipe.yaml"],
+        "attentions": ["content", "positional"],
+        "seeds": list(range(seeds)),
+    }
+    if axes:
+        grid["axes"] = dict(axes)
     (root / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     for split in ("train", "val"):
         path = root / "data" / "digits" / f"{split}.beton"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jobs.groups import num_images
-from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, makespan_s, run_s, speeds_of
+from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, kind_of, makespan_s, run_s, speeds_of
 from jobs.state import StateReader
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
@@ -103,6 +103,20 @@ def test_speed_is_the_mean_of_the_sweeps_finished_runs(tmp_path: Path) -> None:
     found = speeds_of(StateReader(tmp_path).states(sweep.runs), sweep.runs, tmp_path)
     assert found.keys() == {CONTENT}
     assert found[CONTENT] == Speed(150.0, 2, "NVIDIA H100", 2.0)
+
+
+def test_of_the_axes_those_of_the_network_and_of_the_batches_make_kinds(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=1, axes={"augment.permute_block_px": [0, 4], "model.depth": [1, 2]})
+    assert {kind_of(run) for run in sweep.runs} == {
+        ("digits", f"{name}-depth{n}") for _, name in (CONTENT, POSITIONAL) for n in (1, 2)
+    }
+    run = sweep.runs[0]
+    assert run.settings == {"augment.permute_block_px": "0", "model.depth": "1"}
+    write_result(tmp_path, run, attention=run.attention, images_per_s=100.0)
+    (run.directory(tmp_path).path / "config.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    speeds = speeds_of(StateReader(tmp_path).states(sweep.runs), sweep.runs, tmp_path)
+    assert speeds.keys() == {("digits", f"{run.attention}-depth1")}
+    assert speeds_of([], sweep.runs, tmp_path) == speeds  # found by its configuration
 
 
 def test_other_sweeps_of_the_same_root_count_if_their_model_is_the_same(tmp_path: Path) -> None:

@@ -64,6 +64,36 @@ def test_equal_to_a_hand_calculation(tmp_path: Path) -> None:
     assert table.complete
 
 
+def test_each_point_of_the_axes_has_a_mean_and_a_difference(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2, axes={"augment.permute_block_px": [0, 4], "model.depth": [1, 2]})
+    top1 = {}
+    for number, run in enumerate(sweep.runs):
+        top1[run.label] = 0.5 + 0.01 * number
+        write_result(tmp_path, run, val_top1=top1[run.label])
+    table = table_of(tmp_path, sweep)
+    points = [(block, depth) for block in "04" for depth in "12"]
+    settings = [{"augment.permute_block_px": block, "model.depth": depth} for block, depth in points]
+    assert [(cell.network, cell.settings) for cell in table.cells] == [
+        (attention, each) for attention in ("content", "positional") for each in settings
+    ]
+    assert [difference.settings for difference in table.differences] == settings
+    for cell in table.cells:
+        name = f"digits-{cell.attention}-permute_block_px{cell.settings['augment.permute_block_px']}"
+        seeds = [top1[f"{name}-depth{cell.settings['model.depth']}-s{seed}"] for seed in (0, 1)]
+        assert (cell.wanted, cell.val_top1) == (2, Estimate.of(seeds))
+    assert all(difference.val_top1.mean == pytest.approx(-0.01) for difference in table.differences)
+    text = markdown(table)
+    assert re.search(r"^\| data set +\| attention +\| permute_block_px +\| depth +\| val top-1 %", text, re.M)
+    assert re.search(r"^\| digits +\| positional +\| 4 +\| 2 +\| 61\.00 ± 5\.66 ", text, re.M)
+    write_report(table, tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report/table.csv").read_text().splitlines()))
+    assert [(row["augment.permute_block_px"], row["model.depth"]) for row in rows] == points * 3
+    rows = list(csv.DictReader((tmp_path / "report/runs.csv").read_text().splitlines()))
+    assert [row["model.depth"] for row in rows] == [run.settings["model.depth"] for run in sweep.runs]
+    document = json.loads((tmp_path / "report/report.json").read_text())
+    assert document["results"][0]["settings"] == document["cells"][0]["settings"] == settings[0]
+
+
 def test_pairs_are_by_seed(tmp_path: Path) -> None:
     """Without content's seed 2: differences 0.02 and 0.01 over seeds 0 and 1, mean 0.015, std 0.01 / sqrt(2) = 0.00707107."""
     sweep = fill(tmp_path)
