@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one run, or several seeds of it together", add_help=False)
     commands.add_parser("bench", help="how fast the pieces are on this machine", add_help=False)
     commands.add_parser("analyze", help="what runs have learnt of the spatial structure", add_help=False)
+    commands.add_parser("theory", help="the experiments of the paper's theory, in minutes on a CPU", add_help=False)
     jobs.command.add_parser(commands)
     jobs.doctor.command.add_parser(commands)
     slurm.command.add_parser(commands)
@@ -51,6 +52,10 @@ def _run(words: list[str]) -> int:
             from vitpa.analysis.command import main as analyze
 
             return analyze(words[1:])
+        if words[:1] == ["theory"]:  # likewise
+            from vitpa.theory_command.command import main as theory
+
+            return theory(words[1:])
         options = parser().parse_args(words)
         return int(options.run(options))
     except KeyboardInterrupt:

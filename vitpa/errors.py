@@ -5,6 +5,7 @@ ConfigError       vitpa/arguments         a configuration, an option, a variable
 RunError          vitpa/records           a run directory, a record
 BetonError        vitpa/data/manifest     a .beton or its manifest
 TrainError        vitpa/train             a training that cannot go on
+TheoryError       vitpa/theory_command/saved  an experiment that cannot go on
 PrepError         data_prep/errors        a conversion that cannot be done
 SweepError        jobs/sweep              a sweep, a submission
 SchedulerError  jobs/scheduler/client   SLURM does not answer, or refuses; exit code 3

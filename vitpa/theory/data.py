@@ -47,10 +47,14 @@ class Signal:
         return self.patches // self.sets
 
     @property
+    def q_value(self) -> float:
+        """Of q, if it is left to d and D, too."""
+        return math.log(self.dim) / self.patches if self.q is None else self.q
+
+    @property
     def probability(self) -> float:
         """Of delta = 1, and of delta = -1."""
-        q = math.log(self.dim) / self.patches if self.q is None else self.q
-        return q / {"q/4": 4, "q/2": 2}[self.delta]
+        return self.q_value / {"q/4": 4, "q/2": 2}[self.delta]
 
     def sample(self, count: int, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` samples with the signal `w` (d,): X (N, D, d) and the labels y (N,), which are -1 or 1."""

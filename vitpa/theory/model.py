@@ -1,8 +1,8 @@
 """Model (T): one head of attention that depends on positions alone, one value vector, and its gradient written out.
 
 F(X) = sum_i act(c sum_j S_ij <v, X_j>), S = the softmax of each row of A / s. In the paper c = D and s = sqrt(d); in the code
-both are 1. Trained are v and the entries of A off its diagonal. Jelassi, Sander, Li 2022, section 4. Axes: N samples, D
-patches, d dimensions.
+both are 1. Trained are v and the entries of A off its diagonal. Jelassi, Sander, Li 2022, section 4. Axes: R seeds, N
+samples, D patches, d dimensions; seeds are computed side by side and know nothing of one another.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 1 << 22  # of X at a time: what is read once stays in the cache for the second product
+SAMPLES = 4096  # at a time, so that what is between two products stays small
 
 Activation = Callable[[Tensor], tuple[Tensor, Tensor]]  # its values and derivatives
 
@@ -45,36 +45,45 @@ class Form:
     activation: Activation = fifth_power
 
     def attention(self, A: Tensor) -> Tensor:
-        """S (D, D) of A (D, D)."""
+        """S (R, D, D) of A (R, D, D)."""
         return torch.softmax(A / self.temperature, dim=-1)
 
     def outputs(self, A: Tensor, v: Tensor, X: Tensor) -> Tensor:
-        """F (N,) of A (D, D), v (d,) and X (N, D, d)."""
-        return self.activation(self.factor * (X @ v) @ self.attention(A).T)[0].sum(1)
+        """F (R, N) of A (R, D, D), v (R, d) and X (R, N, D, d)."""
+        return self.activation(self.factor * patch_values(X, v) @ self.attention(A).mT)[0].sum(-1)
 
 
-def loss_and_gradients(form: Form, A: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[float, Tensor, Tensor]:
-    """The mean logistic loss log(1 + exp(-y F)) and its gradients with respect to A and v.
+def patch_values(X: Tensor, v: Tensor) -> Tensor:
+    """<v, X_j>: (R, N, D) of X (R, N, D, d) and v (R, d)."""
+    return torch.stack([samples @ each for samples, each in zip(X, v, strict=True)])
 
-    The diagonal of A is not trained: there the gradient is 0. X is read once, in pieces that fit into a cache.
+
+Gradients = Callable[[Form, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def loss_and_gradients(form: Form, A: Tensor, v: Tensor, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean logistic loss log(1 + exp(-y F)) of each seed (R,) and its gradients with respect to A and v.
+
+    The diagonal of A is not trained: there the gradient is 0.
 
     Args:
         form: Of the model.
-        A: (D, D).
-        v: (d,).
-        X: (N, D, d).
-        y: (N,), -1 or 1.
+        A: (R, D, D).
+        v: (R, d).
+        X: (R, N, D, d).
+        y: (R, N), -1 or 1.
     """
-    N, D, d = X.shape
+    R, N, _, d = X.shape
     S = form.attention(A)
-    loss, of_S, of_v = torch.zeros((), dtype=X.dtype), torch.zeros_like(S), torch.zeros_like(v)
-    for X_part, y_part in zip(*(each.split(max(CHUNK_BYTES // (D * d * 8), 1)) for each in (X, y)), strict=True):
-        z = X_part @ v  # (n, D)
-        values, slopes = form.activation(form.factor * z @ S.T)
-        margin = y_part * values.sum(1)
-        loss += F.softplus(-margin).sum()
-        of_u = (-y_part * torch.sigmoid(-margin) * form.factor / N)[:, None] * slopes  # of c sum_j S_ij z_j, times c
-        of_S += of_u.T @ z
-        of_v += X_part.reshape(-1, d).T @ (of_u @ S).reshape(-1)
-    of_A = S * (of_S - (of_S * S).sum(1, keepdim=True)) / form.temperature
-    return float(loss) / N, of_A.fill_diagonal_(0.0), of_v
+    loss, of_S, of_v = torch.zeros(R, dtype=X.dtype), torch.zeros_like(S), torch.zeros_like(v)
+    for X_part, y_part in zip(X.split(SAMPLES, 1), y.split(SAMPLES, 1), strict=True):
+        z = patch_values(X_part, v)  # (R, n, D)
+        values, slopes = form.activation(form.factor * z @ S.mT)
+        margin = y_part * values.sum(-1)
+        loss += F.softplus(-margin).sum(-1)
+        of_u = (-y_part * torch.sigmoid(-margin) * form.factor / N)[..., None] * slopes  # of c sum_j S_ij z_j, times c
+        of_S += of_u.mT @ z
+        of_v += torch.bmm((of_u @ S).view(R, 1, -1), X_part.reshape(R, -1, d))[:, 0]
+    of_A = S * (of_S - (of_S * S).sum(-1, keepdim=True)) / form.temperature
+    of_A.diagonal(dim1=-2, dim2=-1).zero_()
+    return loss / N, of_A, of_v
