@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import vitpa.analysis.command
 import vitpa.bench.command
 import vitpa.cli
+import vitpa.theory_command.command
 from jobs.profile import load_profile
 from jobs.sweep import load_sweep
 from slurm.devcluster import PACKAGES, default_root
@@ -107,6 +108,12 @@ def test_analyses_parse(command: str) -> None:
     assert load_sweep(str(options.target), ROOT).config
 
 
+@pytest.mark.parametrize("command", those("vitpa theory "))
+def test_theory_commands_parse(command: str) -> None:
+    options = vitpa.theory_command.command.command_parser().parse_args(shlex.split(command)[2:])
+    assert vitpa.theory_command.command.experiment_of(options)
+
+
 @pytest.mark.parametrize("command", those("vitpa (prep|sweep|doctor|devcluster)"))
 def test_other_commands_parse_and_name_what_exists(command: str, tmp_path: Path) -> None:
     options = vitpa.cli.parser().parse_args(shlex.split(command)[1:])
@@ -169,6 +176,7 @@ OPTIONS = {
     **dict(parsers(command_parser(), ("train",))),
     **dict(parsers(vitpa.analysis.command.command_parser(), ("analyze",))),
     **dict(parsers(vitpa.bench.command.command_parser(), ("bench",))),
+    **dict(parsers(vitpa.theory_command.command.command_parser(), ("theory",))),
 }
 
 

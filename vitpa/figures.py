@@ -1,4 +1,7 @@
-"""How figures of ours look and are written: Okabe and Ito's colours, which any kind of colour vision tells apart; PNG and SVG."""
+"""How figures look and are written, as PNG and SVG.
+
+Colours are Okabe and Ito's, and maps are cividis: both can be told apart with any kind of colour vision.
+"""
 
 from __future__ import annotations
 

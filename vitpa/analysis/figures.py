@@ -1,16 +1,11 @@
-"""Figures of what runs have learnt, as PNG and SVG: similarity maps, attention maps, and measures over layers and epochs.
-
-Colours are Okabe and Ito's, and cividis for maps: both can be told apart with any kind of colour vision.
-"""
+"""Figures of what runs have learnt, as PNG and SVG: similarity maps, attention maps, and measures over layers and epochs."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -22,26 +17,9 @@ from torch.nn import functional as F
 from vitpa.analysis.seeds import CHANCE
 from vitpa.analysis.similarity import similarity_grid
 from vitpa.analysis.structure import TITLES, Structure
-from vitpa.records import write_atomic
+from vitpa.figures import COLOURS, GREY, STYLE, save
 
 CUT = 0.55  # of the scaled similarities, in the paper's figure 1
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#777777"
-STYLE: Any = {
-    "svg.hashsalt": "vitpa",
-    "svg.fonttype": "none",
-    "font.size": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
-
-
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and as SVG; the same numbers make the same files."""
-    for suffix, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, **options)
-        write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
 
 
 def draw_run(found: Structure, folder: Path) -> None:
