@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
 from vitpa.datasets import facts_of
@@ -77,7 +78,12 @@ def most_replicas(
         wanted: As the profile says it.
         processes: Training processes of a run; several of them cannot train replicas.
         gpu_memory_gib: Of the GPU that they will have; None if they will have none.
+
+    Raises:
+        ConfigError: so many processes cannot train such a run.
     """
+    if reason := config.processes_unsupported_reason(processes):
+        raise ConfigError(f"{reason}; give each of its runs one GPU in the profile")
     if processes > 1 or unsupported_reason(config) is not None:
         return 1
     if wanted != "auto":

@@ -299,6 +299,13 @@ class RunConfig(Section):
         """What a benchmark's figures hold for: the section `model` without the attention, and the precision."""
         return {**self.model.model_dump(mode="json", exclude={"attention"}), "precision": self.train.precision}
 
+    def processes_unsupported_reason(self, processes: int) -> str | None:
+        """Why so many processes cannot train it together; None if they can."""
+        if self.model.kind == "vit" or processes <= 1:
+            return None
+        whole = "its batch norm takes the statistics of a whole batch"
+        return f"model.kind={self.model.kind}: {whole}, and {processes} processes have a part of it each"
+
     @property
     def network_name(self) -> str:
         """The network, for people: the attention of a ViT, or another kind, such as resnet18."""

@@ -31,6 +31,7 @@ from tests.support.jobs_sweeps import (
     settle,
 )
 from tests.support.waiting import wait_for
+from vitpa.arguments import ConfigError
 from vitpa.checkpoint_file import Footer
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, parse_config, shipped_configs
@@ -127,6 +128,8 @@ def test_what_cannot_be_stacked_trains_alone() -> None:
     resnet = load_config(shipped_configs()["cifar10"], ["model.kind=resnet18"])
     assert "model.kind=resnet18" in (unsupported_reason(resnet) or "")
     assert (most(resnet), most(resnet, 5)) == (1, 1)
+    with pytest.raises(ConfigError, match=r"^model\.kind=resnet18: .* 2 processes .* one GPU in the profile$"):
+        most(resnet, processes=2)
     own = RunConfig(dataset="pets")
     assert "pets: its images may not stay on the device" in (unsupported_reason(own) or "")
     resident = own.model_copy(update={"runtime": own.runtime.model_copy(update={"loader": "resident"})})

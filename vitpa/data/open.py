@@ -99,11 +99,8 @@ def local_batch_size(config: RunConfig, group: Group) -> int:
     Raises:
         ConfigError: the batch cannot be divided among the processes and accumulation steps.
     """
-    if config.model.kind != "vit" and group.world_size > 1:
-        raise ConfigError(
-            f"model.kind={config.model.kind}: its batch norm takes the statistics of a whole batch, and {group.world_size} "
-            "processes have a part of it each; train it in one process, without torchrun"
-        )
+    if reason := config.processes_unsupported_reason(group.world_size):
+        raise ConfigError(f"{reason}; train it in one process, without torchrun")
     batch_size, accum_steps = config.train.global_batch_size, config.runtime.accum_steps
     if batch_size % (group.world_size * accum_steps):
         raise ConfigError(
