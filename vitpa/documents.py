@@ -23,6 +23,7 @@ from vitpa.arguments import FLOAT, INTEGER, parse_float, parse_integer
 
 MAX_DEPTH = 64
 SMALL_BYTES = 64 << 10
+TAIL_BYTES = 100_000  # of a log, to find its last lines
 JSON_BYTES = 64 << 20  # a sweep of 25,000 runs has a runs.json of this size
 YAML_BYTES = 256 << 10  # PyYAML reads some 50,000 bytes a second; a list of 10,000 seeds has a quarter of this
 EXPANDED = 4 * YAML_BYTES  # what it may stand for once its aliases are filled in, characters
@@ -105,6 +106,11 @@ def read_end(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
         return file.read()
+
+
+def lines_at_end(path: Path) -> list[str]:
+    """The last lines of a text with anything in them, without blanks around it; raises as `read_end`."""
+    return [line.strip() for line in read_end(path, TAIL_BYTES).decode(errors="replace").splitlines() if line.strip()]
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -27,7 +27,7 @@ from vitpa.arguments import literal_path
 from vitpa.attempt import CANCEL, Left, Stop
 from vitpa.child_process import child_environment
 from vitpa.config_file import load_config
-from vitpa.documents import append_regular, open_regular
+from vitpa.documents import append_regular, lines_at_end
 from vitpa.records import RunError, create_exclusive, read_record, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
@@ -291,12 +291,9 @@ def last_error(log: Path) -> str:
     torchrun names as the root cause; otherwise the last line.
     """
     try:
-        file = open_regular(log)
+        lines = lines_at_end(log)
     except OSError as error:
         return f"{log}: cannot be read ({error.strerror})"
-    with file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     exception = re.compile(r"^(\[rank\d+\]: ?)?([\w.]+(Error|Exception|Interrupt)\b.*)")
     found = [match[2] for line in lines if (match := exception.match(line)) and "ChildFailedError" not in line]
     causes = [line for line in found if not is_loss_of_peer(line)]

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from jobs.records import Claim
-from vitpa.documents import read_end
+from vitpa.documents import lines_at_end
 from vitpa.records import RunError, read_record
 from vitpa.rundir import AttemptDir
 
@@ -18,7 +18,6 @@ FAILED_LINE = "setup: "  # before a line of the profile's setup that has failed,
 SETUP_FAILED = "VITPA_SETUP_FAILED"  # the same lines, in the environment of the job
 # ends by the job's own fault: another one would meet them, too
 ITS_OWN_FAULT = frozenset({"FAILED", "COMPLETED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"})
-TAIL_BYTES = 20_000
 _SETUP_ENDED = "setup ended the job"
 _OF_SLURM = re.compile(r"(srun|slurmstepd|sbatch|submitit)\b")
 _ERROR = re.compile(r"error|exception|not found|no such|cannot|denied|unrecognized|ended the job|CANCELLED", re.IGNORECASE)
@@ -72,10 +71,9 @@ def _cause(files: list[Path]) -> str:
     for path in files:
         if path.suffix == ".err":
             try:
-                text = read_end(path, TAIL_BYTES).decode(errors="replace")
+                lines += lines_at_end(path)
             except OSError as error:
-                text = f"{path}: cannot be read ({error.strerror})"
-            lines += [line.strip() for line in text.splitlines() if line.strip()]
+                lines.append(f"{path}: cannot be read ({error.strerror})")
     setup = [line.removeprefix(FAILED_LINE) for line in lines if line.startswith(f"{FAILED_LINE}`")]
     lines = [line for line in lines if not line.startswith(f"{FAILED_LINE}`")]
     own = [line for line in lines if not _OF_SLURM.match(line)]

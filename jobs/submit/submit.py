@@ -51,7 +51,7 @@ from vitpa.code_version import code_version
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, parse_config, record_config
 from vitpa.datasets import DATASETS
-from vitpa.documents import append_regular, open_regular, to_yaml
+from vitpa.documents import append_regular, lines_at_end, to_yaml
 from vitpa.records import ProcessId, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
@@ -415,8 +415,7 @@ def _run_helper(submission: SubmissionDir, root: Path, tasks: list[int], code: P
 
 def _why_not_started(submission: SubmissionDir, exit_code: int) -> str:
     """Why the helper could not start the jobs: SLURM's own words, if it has said any."""
-    with open_regular(submission.launch_log) as file:
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = lines_at_end(submission.launch_log)
     said = [re.sub(r"^sbatch: ((error|fatal): )?", "", line) for line in lines if line.startswith("sbatch: ")]
     if said:
         return "SLURM refused the jobs: " + "; ".join(dict.fromkeys(said))
