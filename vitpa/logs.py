@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,12 @@ from vitpa.rundir import RunDir
 from vitpa.terminal import LINES
 
 PLAIN_LINE_EVERY_S = 10.0
+SHOWN: dict[str, Callable[[float], str]] = {  # on the live line
+    "train/loss": "loss {:.3f}".format,
+    "val/top1": lambda top1: f"val top-1 {100 * top1:.2f} %",
+    "perf/images_per_s": "{:,.0f} images/s".format,
+    "perf/images_per_s_together": "{:,.0f} images/s together".format,
+}
 LOGGER = logging.getLogger(__name__)
 
 
@@ -99,10 +105,10 @@ class Logs:
         Written into the run's own directory, unlike add_hparams.
         """
         if self._board is not None:
-            plain = {
-                key: value if isinstance(value, bool | int | float | str) else str(value)
-                for key, value in _flat(parameters).items()
-            }
+            flat: dict[str, Any] = {}
+            for name, value in parameters.items():
+                flat |= {f"{name}.{key}": its for key, its in value.items()} if isinstance(value, Mapping) else {name: value}
+            plain = {key: its if isinstance(its, bool | int | float | str) else str(its) for key, its in flat.items()}
             for each in summary.hparams(plain, dict(metrics)):
                 self._board.add(each)
 
@@ -112,13 +118,6 @@ class Logs:
             self._file.flush()
         if self._board is not None:
             self._board.flush()
-
-
-def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys outside of sections, then the keys of each section as section.key."""
-    sections = {section: values for section, values in parameters.items() if isinstance(values, Mapping)}
-    flat = {name: value for name, value in parameters.items() if name not in sections}
-    return flat | {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 @contextmanager
@@ -196,7 +195,7 @@ class ProgressLine:
     def __init__(self, name: str, steps_total: int, step: int) -> None:
         self._name, self._total = name, steps_total
         self._shown: dict[str, float] = {}
-        self._first_step, self._step, self._started_s, self._printed_s = step, step, time.monotonic(), time.monotonic()
+        self._first_step, self._started_s, self._printed_s = step, time.monotonic(), time.monotonic()
         self._live: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -226,7 +225,6 @@ class ProgressLine:
 
     def move(self, step: int) -> None:
         """The run has done `step` steps."""
-        self._step = step
         now_s = time.monotonic()
         if self._live is not None:
             self._live.update(self._task, completed=step, metrics=self._text())
@@ -236,14 +234,4 @@ class ProgressLine:
             LOGGER.info(f"{self._name}: step {step}/{self._total} {self._text()} {left_s:.0f} s left")
 
     def _text(self) -> str:
-        shown = self._shown
-        parts = []
-        if "train/loss" in shown:
-            parts.append(f"loss {shown['train/loss']:.3f}")
-        if "val/top1" in shown:
-            parts.append(f"val top-1 {100 * shown['val/top1']:.2f} %")
-        if "perf/images_per_s" in shown:
-            parts.append(f"{shown['perf/images_per_s']:,.0f} images/s")
-        if "perf/images_per_s_together" in shown:
-            parts.append(f"{shown['perf/images_per_s_together']:,.0f} images/s together")
-        return "  ".join(parts)
+        return "  ".join(form(self._shown[name]) for name, form in SHOWN.items() if name in self._shown)
