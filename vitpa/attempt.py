@@ -67,7 +67,8 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
         if run.result_json.exists():
             state, reason = "done", ""
         elif left := read_record(Left, attempt.left_json):  # it was dropped, whatever has become of the others
-            state, reason = _state_left(run, left)
+            cancelled = left.state == "stopped" and was_cancelled(run)
+            state, reason = "cancelled" if cancelled else "failed" if left.state == "failed" else "interrupted", left.reason
         end: dict[str, Any] = {"state": state, "reason": reason, "finished_utc": utc_now()}
         write_json(attempt.exit_json, {**end, "duration_s": time.monotonic() - started_s})
 
@@ -80,12 +81,6 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
         record("failed", f"{type(error).__name__}: {error}")
         raise
     record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
-
-
-def _state_left(run: RunDir, left: Left) -> tuple[str, str]:
-    """State and reason of an attempt whose run has left those it was trained with."""
-    cancelled = left.state == "stopped" and was_cancelled(run)
-    return "cancelled" if cancelled else "failed" if left.state == "failed" else "interrupted", left.reason
 
 
 def record_left(run: RunDir, state: str, reason: str) -> None:

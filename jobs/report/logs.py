@@ -36,11 +36,6 @@ def _lines(data: bytes) -> list[str]:
     return [line.rpartition("\r")[2] or line for line in lines] if data else []
 
 
-def logs_of(attempt: AttemptDir) -> list[Path]:
-    """The logs of an attempt: of the first node, and of the others if it ran on several."""
-    return [attempt.log, *sorted(attempt.path.glob("log.node*.txt"))]
-
-
 def show(states: list[RunState], lines: int, console: Console) -> None:
     """Path and last lines of each run's last attempt; of runs that train together once.
 
@@ -71,7 +66,8 @@ def show_failures(states: list[RunState], lines: int, console: Console) -> None:
     for state in states:
         early = early_output(state)
         if state.attempt is not None and (state.state == "failed" or (state.state == "uncertain" and early)):
-            log = [line for path in early or logs_of(state.attempt) for line in tail(path, 10_000)]
+            of_nodes = [state.attempt.log, *sorted(state.attempt.path.glob("log.node*.txt"))]
+            log = [line for path in early or of_nodes for line in tail(path, 10_000)]
             cause, told = cause_of(state.reason, "\n".join(log)), essence(log)
             _, alike = causes.setdefault(cause.name, (cause, {}))
             alike.setdefault(without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))

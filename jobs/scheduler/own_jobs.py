@@ -71,10 +71,6 @@ class Snapshot:
         """The tasks of a submission."""
         return [job for (found, _), job in self.jobs.items() if found == token]
 
-    def ids(self, token: str) -> list[str]:
-        """Their ids."""
-        return [job.id for job in self.all(token)]
-
 
 def in_queue(text: str, user_id: int) -> dict[tuple[str, int], SlurmJob]:
     """Our jobs in what squeue prints with QUEUE_COLUMNS."""

@@ -150,7 +150,7 @@ def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Grou
         return True
     if setting is not None:
         return False
-    needed = sum(ResidentImages.bytes_needed(beton) for beton in betons.values())
+    needed = sum(3 * int((beton.heights * beton.widths).sum()) for beton in betons.values())
     free = torch.cuda.mem_get_info(group.device)[0] if group.device.type == "cuda" else available_memory()
     fits = needed <= RESIDENT_SHARE * free
     if not fits and group.is_main:

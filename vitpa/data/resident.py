@@ -35,8 +35,3 @@ class ResidentImages:
 
     def __init__(self, images: UInt8[Tensor, "N 3 H W"], labels: Int64[Tensor, " N"], *, device: torch.device):
         self.images, self.labels = images.to(device), labels.to(device)
-
-    @staticmethod
-    def bytes_needed(beton: Beton) -> int:
-        """Bytes of device memory that the decoded images of `beton` take."""
-        return int((beton.heights.astype(np.int64) * beton.widths).sum()) * 3
