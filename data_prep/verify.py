@@ -26,13 +26,12 @@ class Report:
 
     num_samples: int
     images_compared: int
-    hash_agrees: bool
     differences: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
         """Whether the file holds what its source and its manifest say."""
-        return self.hash_agrees and not self.differences
+        return not self.differences
 
     def lines(self) -> list[str]:
         """The report for a person."""
@@ -40,8 +39,7 @@ class Report:
             return [
                 f"verified: content hash, {self.num_samples:,} labels, {self.images_compared:,} of {self.num_samples:,} images"
             ]
-        wrong = [] if self.hash_agrees else ["the content hash is not the manifest's"]
-        wrong += self.differences[:LISTED]
+        wrong = list(self.differences[:LISTED])
         if len(self.differences) > LISTED:
             wrong.append(f"and {len(self.differences) - LISTED} more differences")
         return [f"NOT VERIFIED: {line}" for line in wrong] + ["NOT VERIFIED: --force makes it again"]
@@ -53,13 +51,14 @@ def verify(beton: Beton, split: Split, progress: Callable[[int], None]) -> Repor
     Raw images must be equal. A JPEG must be within `JPEG_TOLERANCE` of the source image after it has been through the same
     JPEG quality, so that the loss of the compression itself does not count.
     """
-    hash_agrees = beton.content_sha256(progress) == beton.manifest.beton_sha256
+    same = beton.content_sha256(progress) == beton.manifest.beton_sha256
+    differences = [] if same else ["the content hash is not the manifest's"]
     source = split.without(set(beton.manifest.skipped))
     if source.class_names != beton.manifest.class_names or len(source) != len(beton):
         counts = f"{len(beton)} images of {len(beton.manifest.class_names)} classes"
         different = f"{counts}, its source has {len(source)} of {len(source.class_names)}, or others"
-        return Report(len(beton), 0, hash_agrees, (different,))
-    differences = [
+        return Report(len(beton), 0, (*differences, different))
+    differences += [
         f"{source.describe(index)}: label {beton.labels[index]} where the source has {source.labels[index]}"
         for index in np.flatnonzero(beton.labels != source.labels).tolist()
     ]
@@ -67,7 +66,7 @@ def verify(beton: Beton, split: Split, progress: Callable[[int], None]) -> Repor
     every = 1 if small else -(-len(beton) // SAMPLED_PHOTOS)
     compared = range(0, len(beton), every)
     differences += [wrong for index in compared if (wrong := _difference(beton, source, index))]
-    return Report(len(beton), len(compared), hash_agrees, tuple(differences))
+    return Report(len(beton), len(compared), tuple(differences))
 
 
 def _difference(beton: Beton, source: Split, index: int) -> str:
