@@ -135,25 +135,21 @@ class Column:
 
     name: str
     text: Callable[[dict[str, Any]], str]
-    right: bool = True
-
-    def padded(self, text: str, width: int) -> str:
-        """`text`, set to the column's side."""
-        return text.rjust(width) if self.right else text.ljust(width)
+    side: str = ">"  # to which texts are set
 
 
 HOST = socket.gethostname()
 COLUMNS = (
-    Column("run", lambda row: row["run"], right=False),
-    Column("state", lambda row: row["state"], right=False),
+    Column("run", lambda row: row["run"], side="<"),
+    Column("state", lambda row: row["state"], side="<"),
     Column("step", lambda row: "" if row["step"] is None else f"{row['step']}/{row['steps_total'] or '?'}"),
     Column("epoch", lambda row: "" if row["epoch"] is None else f"{row['epoch']:.1f}/{row['epochs']}"),
     Column("top-1 %", lambda row: "" if row["val_top1"] is None else f"{100 * row['val_top1']:.2f}"),
     Column("images/s", lambda row: "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"),
     Column("ETA", lambda row: duration(row["eta_s"])),
     Column("try", lambda row: str(row["attempts"] or "")),
-    Column("node", lambda row: row["node"] if row["job"] or row["node"] != HOST else "", right=False),
-    Column("job", lambda row: row["job"], right=False),
+    Column("node", lambda row: row["node"] if row["job"] or row["node"] != HOST else "", side="<"),
+    Column("job", lambda row: row["job"], side="<"),
 )
 SLURM_COLUMNS = ("node", "job")  # left out where empty
 DISPENSABLE = ("job", "epoch", "try", "images/s", "step", "node", "ETA", "top-1 %")  # in this order, on a narrow screen
@@ -203,10 +199,10 @@ class StatusTable:
         columns = self._columns(options.max_width)
         bold = Style(bold=True)
         yield Segment(f"{self.title}\n", bold)
-        yield Segment(" ".join(column.padded(column.name, width) for column, width, _ in columns).rstrip() + "\n", bold)
+        yield Segment(" ".join(f"{column.name:{column.side}{width}}" for column, width, _ in columns).rstrip() + "\n", bold)
         yield Segment(" ".join("-" * width for _, width, _ in columns) + "\n")
         for index, row in enumerate(self.rows):
-            cells = [column.padded(texts[index], width) for column, width, texts in columns]
+            cells = [f"{texts[index]:{column.side}{width}}" for column, width, texts in columns]
             yield Segment(f"{cells[0]} ")
             yield Segment(cells[1], STYLES.get(row["state"]))
             yield Segment(" ".join(["", *cells[2:]]).rstrip() + "\n")

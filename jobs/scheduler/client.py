@@ -60,11 +60,9 @@ class Scheduler:
         said = " ".join(self.ask("sbatch", script).split())
         deadline = time.monotonic() + IN_FLIGHT_S
         while True:
-            snapshot = self.snapshot()
-            if snapshot.error:
-                raise SchedulerError(snapshot.error)
-            if jobs := snapshot.all(token):
-                return jobs[0]
+            for (found, _), job in self._queue().items():
+                if found == token:
+                    return job
             if time.monotonic() > deadline:
                 raise SchedulerError(f"sbatch: SLURM has no job of ours, although it said: {said}")
             time.sleep(0.2)
