@@ -20,9 +20,8 @@ from vitpa.arguments import ConfigError, path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.config import RunConfig
 from vitpa.config_file import keys_help, load_config, record_config
-from vitpa.data.beton import Beton
-from vitpa.data.manifest import BetonError, beton_path
-from vitpa.datasets import SPLITS
+from vitpa.data.beton import open_splits
+from vitpa.data.manifest import BetonError
 from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError
@@ -135,8 +134,8 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
         LOGGER.info(f"{run.result_json}: the run is finished already")
         return False
     if not config.runtime.stage_dir:  # else the node may have a copy
-        for split in SPLITS:
-            Beton.open(beton_path(config.runtime.data_path, config.dataset, split), config.dataset, split).close()
+        for beton in open_splits(config.runtime.data_path, config.dataset).values():
+            beton.close()
     stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
     return True
 

@@ -24,11 +24,9 @@ from vitpa.bench.report import Report
 from vitpa.bench.schema import RECIPES, Attention, Case, Decoder, Line
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, load_config, preset, shipped_configs
-from vitpa.data.beton import Beton
+from vitpa.data.beton import Beton, open_splits
 from vitpa.data.decode.gpu import gpu_unsupported_reason
-from vitpa.data.manifest import beton_path
 from vitpa.data.open import streamed_feed
-from vitpa.datasets import SPLITS
 from vitpa.distributed import Group, destroy_process_group
 from vitpa.records import RunError
 
@@ -175,7 +173,7 @@ def work(options: argparse.Namespace) -> int:
         stored, decoders = "", list[Decoder]()
         if options.dataset is not None:
             config = config_of(options.attention[0], options.batch_size, *options.overrides)
-            betons = open_betons(config, options.dataset)
+            betons = open_splits(config.runtime.data_path, options.dataset)
             stored = "JPEG" if betons["train"].is_jpeg.any() else "raw"
             decoders = decoders_of(config, betons["train"], bench.group)
         for case, config in cases(options, bench.group.world_size, stored, decoders).items():
@@ -192,16 +190,6 @@ def line_of(case: Case, config: RunConfig, bench: Bench, betons: Mapping[str, Be
         return measure(case, config, bench, streamed_feed(config, betons, group, batch_size=batch_size, decoder=case.decoder))
     num_images = {"train": SYNTHETIC_STEPS * case.batch_size, "val": batch_size}
     return measure(case, config, bench, synthetic_feed(case, config, group, num_images))
-
-
-def open_betons(config: RunConfig, dataset: str) -> dict[str, Beton]:
-    """Both splits of a data set.
-
-    Raises:
-        BetonError: they cannot be used.
-    """
-    folder = config.runtime.data_path
-    return {split: Beton.open(beton_path(folder, dataset, split), dataset, split) for split in SPLITS}
 
 
 def decoders_of(config: RunConfig, beton: Beton, group: Group) -> list[Decoder]:
@@ -236,7 +224,10 @@ def check(options: argparse.Namespace) -> None:
         for attention in options.attention:
             config = config_of(attention, options.batch_size * gpus, *options.overrides)
     if options.dataset is not None:
-        num_images, most = len(open_betons(config, options.dataset)["train"]), options.batch_size * max(options.gpus)
+        num_images, most = (
+            len(open_splits(config.runtime.data_path, options.dataset)["train"]),
+            options.batch_size * max(options.gpus),
+        )
         if num_images < most:
             raise ConfigError(
                 f"--dataset {options.dataset}: {num_images} images, less than a batch of {most}; say --batch-size"

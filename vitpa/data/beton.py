@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vitpa.data.decode.cpu import decode_jpeg, jpeg_size
-from vitpa.data.manifest import BetonError, Ints, Manifest, Pixels, manifest_path, open_file, prep_hint
+from vitpa.data.manifest import BetonError, Ints, Manifest, Pixels, beton_path, manifest_path, open_file, prep_hint
+from vitpa.datasets import SPLITS
 
 VERSION = 2  # of the format; ffcv.types.CURRENT_VERSION
 HEADER = np.dtype(
@@ -257,6 +258,15 @@ class Beton(BetonFile):
         if not in_range or tuple(np.bincount(beton.labels, minlength=num_classes).tolist()) != manifest.class_counts:
             raise BetonError(f"{path}: its labels are not those that its manifest counts; {prep_hint(path, '--force')}")
         return beton
+
+
+def open_splits(data_dir: Path, dataset: str) -> dict[str, Beton]:
+    """Both splits of a data set.
+
+    Raises:
+        BetonError: as for `Beton.open`.
+    """
+    return {split: Beton.open(beton_path(data_dir, dataset, split), dataset, split) for split in SPLITS}
 
 
 def _map(path: Path, dir_fd: int | None) -> tuple[npt.NDArray[np.uint8], os.stat_result]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.beton import Beton
+from vitpa.data.beton import Beton, open_splits
 from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
-from vitpa.data.manifest import BetonError, beton_path
+from vitpa.data.manifest import BetonError
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import open_copy, staged
@@ -125,7 +125,7 @@ def open_betons(config: RunConfig, group: Group) -> dict[str, Beton]:
     """
     dataset, data_dir = config.dataset, config.runtime.data_path
     if config.runtime.stage_dir is None:
-        betons = {split: Beton.open(beton_path(data_dir, dataset, split), dataset, split) for split in SPLITS}
+        betons = open_splits(data_dir, dataset)
     else:
         copy = staged(data_dir, dataset, config.runtime.stage_dir, group)
         betons = {split: open_copy(copy, dataset, split) for split in SPLITS}
