@@ -124,7 +124,10 @@ def load_context(options: argparse.Namespace) -> Context:
         getattr(options, "profile", None), getattr(options, "data_dir", None)
     )
     if place.data_dir is not None:
-        _check_not_twice(overrides, place.data_dir)
+        for override in overrides:
+            if override.key == "runtime.data_dir":
+                what = f"{override.text}, and --data-dir {place.data_dir} here or at the last submission"
+                raise SweepError(f"{what}: say it by --data-dir alone")
         overrides.append(Override("runtime.data_dir", literal_path(Path(place.data_dir)), "--data-dir"))
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
@@ -141,14 +144,6 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
             raise
         LOGGER.warning(f"{error}; this is the sweep as it was submitted last")
         return recorded
-
-
-def _check_not_twice(overrides: Sequence[Override], data_dir: str) -> None:
-    for override in overrides:
-        if override.key == "runtime.data_dir":
-            raise SweepError(
-                f"{override.text}, and --data-dir {data_dir} here or at the last submission: say it by --data-dir alone"
-            )
 
 
 def _check_settings(options: argparse.Namespace, run: Run, overrides: list[Override]) -> None:

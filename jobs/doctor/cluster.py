@@ -61,14 +61,9 @@ def configured(cluster: Cluster, profile: SlurmProfile) -> Iterator[Check]:
         f"KillWait {kill_wait}, GraceTime of the partition {grace}: what a preempted run has for its checkpoint; "
         f"before the time limit it has {profile.signal_delay_s} s (signal_delay_s)",
     )
-    over = configuration.get("OverTimeLimit", "")
-    step = configuration.get("UnkillableStepTimeout", "not known")
-    kill = configuration.get("KillOnBadExit", "")
-    yield Check(
-        "ends of jobs",
-        "ok",
-        f"OverTimeLimit {over}, UnkillableStepTimeout {step}, KillOnBadExit {kill} (jobs of vitpa set it to 0)",
-    )
+    keys = ("OverTimeLimit", "UnkillableStepTimeout", "KillOnBadExit")
+    limits = ", ".join(f"{key} {configuration.get(key, 'not known')}" for key in keys)
+    yield Check("ends of jobs", "ok", f"{limits} (jobs of vitpa set it to 0)")
     yield _memory(configuration)
 
 
