@@ -1,9 +1,9 @@
-"""What `vitpa doctor` runs where the training would run: inside a SLURM job, or on this machine. Standard library only.
+"""What `vitpa doctor` runs where the training would run: inside a SLURM job, or on this machine.
 
     python -P probe.py SPECIFICATION [FOLDER]
 
 With FOLDER, shared with the launcher, it is a job: it leaves its report there, and asks SLURM to requeue it. Without, it
-prints the report. Whatever it imports for trial is imported by child processes.
+prints the report. It needs the standard library only; what it imports for trial is imported by child processes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-CODE = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # it is started by its path
+
+from vitpa.child_process import child_environment, run_program
+
 IMPORTS = {"vitpa": "vitpa.config, submitit, vitpa", "torch": "torch", "ffcv": "ffcv"}  # the last one's version is shown
 LIMIT_S = 150
 PING_LIMIT_S = 60
@@ -135,20 +137,8 @@ def preflights(specification: dict[str, Any], gpus: int) -> list[dict[str, Any]]
 
 def words_of(command: list[str]) -> tuple[str, str]:
     """What a program prints, and what is wrong with it: its last line, if it fails."""
-    paths = [str(CODE)] if str(CODE) not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")) else []
-    paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     try:
-        answer = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=LIMIT_S,
-            check=False,
-        )
+        answer = run_program(command, env=child_environment(), timeout_s=LIMIT_S)
     except subprocess.TimeoutExpired:
         return "", f"no answer in {LIMIT_S} s"
     except OSError as error:
