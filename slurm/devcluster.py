@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from slurm import devcluster_processes as processes
@@ -102,7 +103,7 @@ class DevCluster:
                 self._supervisor = subprocess.Popen(
                     [
                         *(sys.executable, "-m", self.supervisor),
-                        *(str(self.root), self.settings.to_json(), *map(str, descriptors)),
+                        *(str(self.root), json.dumps(asdict(self.settings)), *map(str, descriptors)),
                     ],
                     env={**self.environment, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"},
                     stdin=subprocess.PIPE,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import pwd
 import random
@@ -15,11 +14,11 @@ import re
 import shutil
 import socket
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from vitpa.arguments import parse_integer
-from vitpa.documents import DocumentError, parse_json, read_bytes
+from vitpa.documents import DocumentError, read_bytes
 
 RUN_TIME_FOLDERS = ("etc", "run", "db", "spool", "state", "dev")  # all that goes at the end; log goes unless it is wanted
 LOG = "log"
@@ -44,10 +43,6 @@ class Settings:
         """Loopback addresses: names that every program resolves, torchrun's rendezvous included."""
         return [f"127.0.0.{index}" for index in range(1, self.nodes + 1)]
 
-    def to_json(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self))
-
 
 class Layout:
     """The files of a cluster, all below `root`."""
@@ -56,7 +51,6 @@ class Layout:
         self.root = root
         self.lock = root / "devcluster.lock"  # locked while the supervisor lives, whose pid it holds; marks the folder as ours
         self.keep_logs = root / "log/keep"  # asks for the logs to be kept at the end
-        self.settings_json = root / "etc/settings.json"  # of the cluster that runs here
         self.slurm_conf = root / "etc/slurm.conf"  # what SLURM_CONF has to name
         self.munge_socket = root / "run/munge.sock"
         self.database_socket = root / "run/my.sock"  # mariadbd has no port
@@ -67,18 +61,6 @@ class Layout:
             return parse_integer(read_bytes(self.lock, RECORD_BYTES).decode(errors="replace").strip()) or 0
         except DocumentError:  # larger than that
             return 0
-
-    def recorded_settings(self) -> Settings:
-        """The settings of the cluster that runs here.
-
-        Raises:
-            FileNotFoundError: they are not written yet, or not there any more.
-            DocumentError: the file was damaged.
-        """
-        try:
-            return Settings(**parse_json(read_bytes(self.settings_json, RECORD_BYTES)))
-        except (DocumentError, TypeError) as error:
-            raise DocumentError(f"{self.settings_json}: {error}; stop the cluster and start it again") from error
 
     def log(self, name: str) -> Path:
         """What a daemon writes itself."""
@@ -176,7 +158,6 @@ def write_configuration(layout: Layout, settings: Settings, slurmd_version: str,
     _write(etc / "gres.conf", "".join(gpus).encode())
     _write(etc / "cgroup.conf", _cgroup_conf(slurmd_version).encode())
     _write(layout.slurm_conf, _slurm_conf(layout, settings, user, [controller, accounting, *nodes]).encode())
-    _write(layout.settings_json, settings.to_json().encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from slurm.devcluster import client_environment
-from slurm.devcluster_config import Layout, Settings, resolved
+from slurm.devcluster_config import Layout, resolved
 from slurm.devcluster_folder import DevClusterError, is_running
 from vitpa.child_process import run_program
-from vitpa.documents import DocumentError
 
 CLIENT_TIMEOUT_S = 20
 
@@ -24,35 +23,28 @@ def status_of(root: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"up": False, "dir": str(root), "slurm_conf": str(Layout(root).slurm_conf)}
     if not is_running(root):
         return facts
+    if not Layout(root).slurm_conf.exists():
+        return {**facts, "problem": "it is being started or stopped"}
     try:
-        settings = Layout(root).recorded_settings()
-        facts["nodes"] = [_node(line, settings) for line in _ask(root, "sinfo", "-N", "-p", "main", "-O", NODE_COLUMNS)]
+        facts["nodes"] = [_node(line) for line in _ask(root, "sinfo", "-N", "-p", "main", "-O", NODE_COLUMNS)]
         columns = ("name", "state", "nodes")
         facts["partitions"] = [dict(zip(columns, line.split(), strict=True)) for line in _ask(root, "sinfo", "-o", "%R %a %D")]
         facts["jobs"] = dict(Counter(line.lower() for line in _ask(root, "squeue", "-r", "-o", "%T")))
-    except FileNotFoundError:
-        return {**facts, "problem": "it is being started or stopped"}
     except OSError as error:
         return {**facts, "problem": f"{error.filename}: {error.strerror}"}
-    except (DevClusterError, DocumentError) as error:
+    except DevClusterError as error:
         return {**facts, "problem": str(error)}
     return {**facts, "up": True}
 
 
-NODE_COLUMNS = "NodeList:40,StateLong:30,CPUsState:30,GresUsed:60"
+NODE_COLUMNS = "NodeList:40,StateLong:30,CPUsState:30,Gres:60,GresUsed:60"
 
 
-def _node(line: str, settings: Settings) -> dict[str, Any]:
-    name, state, cpus, gres = line.split()
-    used = re.search(r"gpu:(?:[^:(]*:)?(\d+)", gres)
-    return {
-        "name": name,
-        "state": state,
-        "cpus": settings.cpus,
-        "cpus_used": int(cpus.split("/")[0]),
-        "gpus": settings.gpus,
-        "gpus_used": int(used.group(1)) if used else 0,
-    }
+def _node(line: str) -> dict[str, Any]:
+    name, state, cpus, *gpus = line.split()
+    used, _, _, total = map(int, cpus.split("/"))  # allocated, idle, other, total
+    there, taken = (sum(map(int, re.findall(r"gpu:(?:\(null\):|[^:(]*:)?(\d+)", text))) for text in gpus)
+    return {"name": name, "state": state, "cpus": total, "cpus_used": used, "gpus": there, "gpus_used": taken}
 
 
 def _ask(root: Path, program: str, *options: str) -> list[str]:
