@@ -35,17 +35,8 @@ def run_program(
     Raises:
         OSError, subprocess.TimeoutExpired: as `subprocess.run`.
     """
-    none, pipe = subprocess.DEVNULL, subprocess.PIPE
     return subprocess.run(
-        command,
-        env=env,
-        stdin=none,
-        stdout=pipe,
-        stderr=pipe,
-        encoding="utf-8",
-        errors="replace",
-        timeout=timeout_s,
-        check=False,
+        command, env=env, input="", capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, check=False
     )
 
 
