@@ -198,7 +198,9 @@ def check_root(root: Path, settings: Settings) -> None:
         raise DevClusterError(f"{settings.gpus} GPUs per node: from 0 to 16 are possible")
     if re.search(r"[^\w./+-]", str(root), re.ASCII):
         raise DevClusterError(f"{str(root)!r}: SLURM cannot hold a path with other characters than A-Z a-z 0-9 . _ / + -")
-    excess = len(Layout(root).longest_socket(settings)) - SOCKET_PATH_LIMIT
+    name = settings.node_names[-1]
+    longest = f"{root}/spool/{name}/{name}_99999999.4294967295"  # of unix sockets: that of a job step, below slurmd's folder
+    excess = len(longest) - SOCKET_PATH_LIMIT
     if excess > 0:
         raise DevClusterError(
             f"{root}: the path is {excess} characters too long for the sockets below it; choose a folder with at most "

@@ -78,11 +78,6 @@ class Layout:
                     return path, text.splitlines()[-1].strip()
         return self.output(name), "(empty)"
 
-    def longest_socket(self, settings: Settings) -> str:
-        """The longest path of a unix socket: that of a job step, below slurmd's spool folder."""
-        name = settings.node_names[-1]
-        return f"{self.root}/spool/{name}/{name}_99999999.4294967295"
-
     def make_folder(self, name: str, folder: int) -> None:
         """Make a folder in `root`, whose descriptor is `folder`, with a mark that it is the cluster's."""
         os.mkdir(name, 0o700, dir_fd=folder)

@@ -202,16 +202,16 @@ def parse_model(
     Raises:
         ConfigError: as for `load_config`.
     """
+    origins = {override.key: override.origin for override in _parsed(overrides)}
     for key, text in _texts(document):
         if NOT_UTF8.search(text):
-            origin = next((override.origin for override in _parsed(overrides) if override.key == key), where)
+            origin = origins.get(key, where)
             raise ConfigError(f"{origin}: {key}={text}: {NO_TEXT}" if key else f"{origin}: the key {text!r}: {NO_TEXT}")
     try:
         check_document(document)
         # by way of JSON: there pydantic's strict mode takes lists for tuples, and nothing else it should not
         return model.model_validate_json(json.dumps(document, allow_nan=False))
     except ValidationError as error:
-        origins = {override.key: override.origin for override in _parsed(overrides)}
         told: dict[str, list[str]] = {}
         for problem in error.errors():
             origin, text = _problem(problem, model, document, where, origins)

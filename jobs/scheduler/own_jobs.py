@@ -67,10 +67,6 @@ class Snapshot:
         """The job that is to execute task `index` of the submission with that token."""
         return self.jobs.get((token, index))
 
-    def all(self, token: str) -> list[SlurmJob]:
-        """The tasks of a submission."""
-        return [job for (found, _), job in self.jobs.items() if found == token]
-
 
 def in_queue(text: str, user_id: int) -> dict[tuple[str, int], SlurmJob]:
     """Our jobs in what squeue prints with QUEUE_COLUMNS."""

@@ -114,7 +114,7 @@ def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Sche
             raise SchedulerError(
                 f"{snapshot.error}. Whether it has the jobs of {submission.path} is settled by the next submit"
             )
-        jobs = snapshot.all(token)
+        jobs = [job for (found, _), job in snapshot.jobs.items() if found == token]
         now = time.monotonic()
         if _sbatch_at_work(submission):
             last_sbatch = now
