@@ -72,26 +72,20 @@ class End:
         return self.given_up
 
 
-@dataclass(frozen=True)
-class LastAttempt:
-    """What the last attempt of a run says to an execution that has come to go on with it."""
+def why_nothing_to_do(job: str, finished: bool, start: Start | None, ended: Exit | None, left: Left | None) -> str:
+    """Why SLURM's job `job` has nothing left to do after a run's last attempt with these records; empty if it has.
 
-    finished: bool  # there is a result
-    start: Start | None
-    exit: Exit | None
-    left: Left | None  # the trainer's words, where it went on without the run
-
-    def why_nothing_to_do(self, job: str) -> str:
-        """Why SLURM's job `job` has nothing left to do; empty if it has."""
-        if self.finished:
-            return "the run is finished"
-        withdrawn = self.start is not None and self.start.withdrawn is not None
-        if withdrawn or (self.exit is not None and (self.exit.left or self.exit.state in ("cancelled", "done"))):
-            return f"it was {self.exit.state if self.exit else 'withdrawn'}"
-        owner = self.start.job.id if self.start and self.start.job else None
-        if owner != job:
-            return f"it belongs to job {owner}"
-        return FAILED_BEFORE if self.left is not None and self.left.state == "failed" else ""
+    `finished`: there is a result; `left`: the trainer's words, where it went on without the run.
+    """
+    if finished:
+        return "the run is finished"
+    withdrawn = start is not None and start.withdrawn is not None
+    if withdrawn or (ended is not None and (ended.left or ended.state in ("cancelled", "done"))):
+        return f"it was {ended.state if ended else 'withdrawn'}"
+    owner = start.job.id if start and start.job else None
+    if owner != job:
+        return f"it belongs to job {owner}"
+    return FAILED_BEFORE if left is not None and left.state == "failed" else ""
 
 
 def first_step(attempt: AttemptDir) -> int:

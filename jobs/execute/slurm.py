@@ -25,7 +25,7 @@ from typing import Any
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of
 from jobs.execute.node_check import preflight
-from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, LastAttempt, first_step
+from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, why_nothing_to_do
 from jobs.failures import is_loss_of_peer
 from jobs.profile import SlurmProfile
 from jobs.records import Claim, Exit, Intent, Start
@@ -204,8 +204,7 @@ class _Job:
         """Why there is nothing left to do after the last attempt, which has been started; empty if there is."""
         start, ended = read_record(Start, last.start_json), read_record(Exit, last.exit_json)
         left = read_record(Left, last.left_json)
-        found = LastAttempt(run.result_json.exists(), start, ended, left)
-        reason = found.why_nothing_to_do(self.place.job)
+        reason = why_nothing_to_do(self.place.job, run.result_json.exists(), start, ended, left)
         if reason == FAILED_BEFORE and left is not None:  # and whoever was to write it down was killed
             end = {"state": "failed", "exit_code": None, "reason": left.reason, "left": True}
             create_exclusive(last.exit_json, to_json({**end, "finished_utc": left.utc, "duration_s": None}))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.execute.requeue import End, History, LastAttempt, first_step
+from jobs.execute.requeue import End, History, first_step, why_nothing_to_do
 from jobs.records import Execution, Exit, Start
 from vitpa.attempt import Left
 from vitpa.records import ProcessId, with_checksum, write_json
@@ -45,23 +45,23 @@ def test_why_not_requeued(end: End, reason: str) -> None:
 @pytest.mark.parametrize(
     ("last", "reason"),
     [
-        (LastAttempt(False, OURS, None, None), ""),
-        (LastAttempt(False, OURS, Exit(state="interrupted", requeued=True), None), ""),
-        (LastAttempt(False, OURS, Exit(state="failed", requeued=True), None), ""),
-        (LastAttempt(True, OURS, None, None), "the run is finished"),
-        (LastAttempt(False, OURS, Exit(state="cancelled"), None), "it was cancelled"),
-        (LastAttempt(False, OURS, Exit(state="done"), None), "it was done"),
-        (LastAttempt(False, OURS, Exit(state="interrupted", left=True), None), "it was interrupted"),
-        (LastAttempt(False, WITHDRAWN, Exit(state="cancelled"), None), "it was cancelled"),
-        (LastAttempt(False, WITHDRAWN, None, None), "it was withdrawn"),
-        (LastAttempt(False, Start(process=SOMEBODY, job=Execution(id="8_0")), None, None), "it belongs to job 8_0"),
-        (LastAttempt(False, Start(process=SOMEBODY), None, None), "it belongs to job None"),
-        (LastAttempt(False, OURS, None, Left(state="failed", reason="NaN")), "it has failed"),
-        (LastAttempt(False, OURS, None, Left(state="stopped", reason="stop")), ""),
+        ((False, OURS, None, None), ""),
+        ((False, OURS, Exit(state="interrupted", requeued=True), None), ""),
+        ((False, OURS, Exit(state="failed", requeued=True), None), ""),
+        ((True, OURS, None, None), "the run is finished"),
+        ((False, OURS, Exit(state="cancelled"), None), "it was cancelled"),
+        ((False, OURS, Exit(state="done"), None), "it was done"),
+        ((False, OURS, Exit(state="interrupted", left=True), None), "it was interrupted"),
+        ((False, WITHDRAWN, Exit(state="cancelled"), None), "it was cancelled"),
+        ((False, WITHDRAWN, None, None), "it was withdrawn"),
+        ((False, Start(process=SOMEBODY, job=Execution(id="8_0")), None, None), "it belongs to job 8_0"),
+        ((False, Start(process=SOMEBODY), None, None), "it belongs to job None"),
+        ((False, OURS, None, Left(state="failed", reason="NaN")), "it has failed"),
+        ((False, OURS, None, Left(state="stopped", reason="stop")), ""),
     ],
 )
-def test_why_nothing_to_do(last: LastAttempt, reason: str) -> None:
-    assert last.why_nothing_to_do("7_0") == reason
+def test_why_nothing_to_do(last: tuple[bool, Start | None, Exit | None, Left | None], reason: str) -> None:
+    assert why_nothing_to_do("7_0", *last) == reason
 
 
 @pytest.mark.parametrize(
