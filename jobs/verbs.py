@@ -224,7 +224,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     runs = [state.run for state in looked_at]
     try:
         states = (
-            status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+            status.watch(runs, context.root, context.sweep.name, context.console)
             if context.options.wait
             else context.states_of(runs)
         )
@@ -292,7 +292,7 @@ def _status(context: Context) -> int:
         _say_left(context, left)
         runs = [state.run for state in states]
         try:
-            states = status.watch(runs, context.root, context.sweep.name, context.console, status.nothing_live)
+            states = status.watch(runs, context.root, context.sweep.name, context.console)
         except KeyboardInterrupt:
             return OK
     elif context.options.json:

@@ -241,8 +241,8 @@ def summary(states: list[RunState]) -> str:
     return ", ".join(parts + [f"{counts[name]} {name}" for name in STATES if name != "done" and counts[name]])
 
 
-def watch(runs: list[Run], root: Path, name: str, console: Console, until: Callable[[list[RunState]], bool]) -> list[RunState]:
-    """Show the table until `until` says so; without a terminal, a line whenever the counts change.
+def watch(runs: list[Run], root: Path, name: str, console: Console) -> list[RunState]:
+    """Show the table until no run is in progress or about to be; without a terminal, a line whenever the counts change.
 
     Returns the last states.
     """
@@ -258,7 +258,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console, until: Calla
             elif (text := "\n".join([title, *stuck(states)])) != shown:
                 shown = text
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
-            if until(states):
+            if not any(state.state in LIVE for state in states):
                 return states
             time.sleep(pause_s(reader))
 
@@ -310,8 +310,3 @@ def first_of(labels: Sequence[str], most: int = 1) -> str:
 def pause_s(reader: StateReader) -> float:
     """How long to wait before the next look."""
     return REFRESH_SLURM_S if reader.asked_slurm else REFRESH_S
-
-
-def nothing_live(states: list[RunState]) -> bool:
-    """Whether no run is in progress or about to be."""
-    return not any(state.state in LIVE for state in states)

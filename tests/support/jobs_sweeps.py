@@ -18,10 +18,9 @@ import yaml
 
 import jobs.submit.submit
 from jobs.records import Intent
-from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import RunState, StateReader
+from jobs.state import LIVE, RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
 from tests.support.cluster import BoundCluster
 from tests.support.repository import ROOT
@@ -35,6 +34,11 @@ from vitpa.rundir import Result
 HOLD: dict[str, object] = {"additional_parameters": {"hold": True}}  # of a profile: what is submitted stays in the queue
 STAND_IN = [sys.executable, "-S", str(Path(__file__).with_name("stand_in_trainer.py"))]
 RECIPE = {"dataset": "digits", "model": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "num_heads": 2, "depth": 1}}
+
+
+def nothing_live(states: list[RunState]) -> bool:
+    """Whether no run is in progress or about to be."""
+    return not any(state.state in LIVE for state in states)
 
 
 def make_sweep(

@@ -17,12 +17,11 @@ from typing import Any
 import yaml
 
 import jobs.submit.submit
-from jobs.report.status import nothing_live
 from jobs.scheduler.client import Scheduler
 from jobs.state import RunState, StateReader
 from jobs.sweep import Run, Sweep, load_sweep
 from tests.support.cluster import FaultyCluster
-from tests.support.jobs_sweeps import STAND_IN
+from tests.support.jobs_sweeps import STAND_IN, nothing_live
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.cli import main as vitpa
