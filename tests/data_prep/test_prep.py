@@ -586,7 +586,7 @@ def test_vanished_file_ends_the_conversion(folder: Path, tmp_path: Path, writer:
     options = Options("pets", source=folder, out=tmp_path / "out", skip_corrupt=True)
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(PrepError, match=r"train\.beton failed: No such file .*/2\.jpg$"),
+        pytest.raises(PrepError, match=r"train\.beton failed: .*/2\.jpg: No such file or directory$"),
     ):
         patch.setattr(data_prep.prep, "load_splits", lambda *arguments: splits)
         prepare(options, print)
