@@ -164,12 +164,7 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
     Raises:
         SweepError: a key that is neither, or a value that no run of the sweep has.
     """
-    known: dict[str, set[str]] = {
-        "dataset": {run.dataset for run in runs},
-        "attention": {run.attention for run in runs},
-        "seed": {str(run.seed) for run in runs},
-        "state": set(STATES),
-    }
+    known = {key: {value_of(RunState(run, "")) for run in runs} for key, value_of in FILTERS.items()} | {"state": set(STATES)}
     for run in runs:
         for key, value in run.settings.items():
             known.setdefault(key, set()).add(value)
