@@ -14,6 +14,7 @@ import pandas as pd
 from torch.utils.tensorboard import summary
 
 from vitpa.analysis.figures import draw_run, draw_sweep
+from vitpa.analysis.record import MEASURES, document_of, recorded, write_record
 from vitpa.analysis.seeds import differences, findings, over_seeds
 from vitpa.analysis.structure import ASSOCIATION, IMAGES, NEIGHBOURS, TITLES, Structure, structure
 from vitpa.arguments import path_argument, whole_number
@@ -24,7 +25,6 @@ from vitpa.terminal import printable_output
 from vitpa.trained import TrainedRun, TrainedSweep, load_run, load_sweep
 
 ALL = {**TITLES, **ASSOCIATION}
-MEASURES = {name: {"what": title, "unit": unit} for name, (title, unit) in ALL.items()}
 LOGGER = logging.getLogger(__name__)
 DESCRIPTION = f"""What runs have learnt of their images' spatial structure: from checkpoints, on the CPU; nothing is trained.
 
@@ -70,6 +70,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="measure patch association (the paper's definition 2.2), too, with squares of K x K patches as the sets",
     )
+    parser.add_argument("--again", action="store_true", help="measure runs of a sweep again that were measured before")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -92,10 +93,9 @@ def analyze(options: argparse.Namespace) -> int:
     if isinstance(target, TrainedRun):
         its = structure(target, **wanted)
         write_run(its)
-        document = run_document(its)
-        print(json.dumps(document) if options.json else run_table(its))
+        print(json.dumps(document_of(its)) if options.json else run_table(its))
         return 0
-    found = SweepStructure.of(target, *structures_of(target, wanted))
+    found = SweepStructure.of(target, *structures_of(target, wanted, again=options.again))
     found.write()
     print(json.dumps(found.document()) if options.json else found.table())
     return 4 if found.left_out else 0
@@ -118,8 +118,10 @@ def found_target(target: Path, root: Path) -> TrainedRun | TrainedSweep:
     )
 
 
-def structures_of(sweep: TrainedSweep, wanted: dict[str, Any]) -> tuple[list[Structure], dict[str, str]]:
+def structures_of(sweep: TrainedSweep, wanted: dict[str, Any], *, again: bool) -> tuple[list[Structure], dict[str, str]]:
     """What the finished runs of a sweep have learnt, written into each run's folder; and why the others are left out.
+
+    What was found before, asked in the same way of the same weights, is read unless it is to be measured `again`.
 
     Raises:
         RunError: no run can be analysed.
@@ -130,11 +132,13 @@ def structures_of(sweep: TrainedSweep, wanted: dict[str, Any]) -> tuple[list[Str
             left_out[run.name] = "not finished"
             continue
         try:
-            its = structure(run, **wanted)
+            its = None if again else recorded(run, **{name: wanted[name] for name in ("neighbours", "images", "block")})
+            if its is None:
+                its = structure(run, **wanted)
+                write_run(its)
         except RunError as error:
             left_out[run.name] = str(error)
             continue
-        write_run(its)
         structures.append(its)
     left_out |= dict.fromkeys(sweep.missing, "not started")
     for name, reason in left_out.items():
@@ -148,7 +152,7 @@ def write_run(found: Structure) -> None:
     """Write what was found into the run's folder `analysis`."""
     folder = found.run.path / "analysis"
     folder.mkdir(exist_ok=True)
-    write_json(folder / "structure.json", run_document(found))
+    write_record(found)
     write_atomic(folder / "structure.csv", pd.DataFrame(map(vars, found.findings)).to_csv(index=False))
     draw_run(found, folder)
     board = folder / "tb"
@@ -159,25 +163,6 @@ def write_run(found: Structure) -> None:
         if each.layer is None:
             events.add(summary.scalar(f"structure/{each.measure}", each.value), round(each.epoch * found.run.steps_per_epoch))
     events.close()
-
-
-def run_document(found: Structure) -> dict[str, Any]:
-    """What is found about a run as plain data: `analysis/structure.json`."""
-    config = found.run.config
-    return {
-        "format": 1,
-        "signature": found.run.directory.signature,
-        "dataset": config.dataset,
-        "attention": config.model.attention,
-        "seed": config.seed,
-        "finished": found.run.result is not None,
-        "grid": found.grid,
-        "neighbours": found.neighbours,
-        "images": found.images,
-        "permute_block_px": config.augment.permute_block_px,
-        "measures": MEASURES,
-        "findings": [vars(each) for each in found.findings],
-    }
 
 
 @dataclass(frozen=True)

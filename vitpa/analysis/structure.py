@@ -93,14 +93,16 @@ class Structure:
         grid: Patches along a side of the image.
         neighbours: How many neighbours the recall asks for.
         images: Of the val split, over which content attention is a mean; None: no image was needed.
+        block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
-        maps: By epoch, the first and the last.
+        maps: By epoch, the first and the last; none if it was read from a file.
     """
 
     run: TrainedRun
     grid: int
     neighbours: int
     images: int | None
+    block: int
     findings: list[Finding]
     maps: dict[float, Maps]
 
@@ -160,7 +162,7 @@ def structure(
         first = {(each.measure, each.layer, each.head): each.value for each in found if each.epoch == 0}
         for measure, layer, head, value, *chance in measured(its, entropies, geometry):
             found.append(Finding(epoch, measure, layer, head, value, first.get((measure, layer, head), value), *chance))
-    return Structure(run, side, neighbours, needed or None, found, maps)
+    return Structure(run, side, neighbours, needed or None, block, found, maps)
 
 
 @dataclass(frozen=True)

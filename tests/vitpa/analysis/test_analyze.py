@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,12 +17,24 @@ from tests.support.repository import ROOT
 from tests.support.trainings import arguments, config_of
 from vitpa.analysis.attention import attention_matrices, patch_attention
 from vitpa.analysis.command import main as analyze
+from vitpa.analysis.record import recorded, write_record
 from vitpa.analysis.structure import structure
 from vitpa.models import build_model
 from vitpa.records import RunError, write_json
 from vitpa.train_command import main as train
 
 EPOCHS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models this small more threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 KEPT = f"runtime.keep_epochs=[1,{EPOCHS}]"
 
 
@@ -105,9 +117,29 @@ def test_a_sweep_is_analysed_over_seeds_and_in_pairs(sweep: Path, capsys: pytest
 
 
 @pytest.mark.slow
+def test_what_was_found_before_is_read_if_it_was_asked_in_the_same_way(sweep: Path) -> None:
+    content, positional = (vitpa.load_run(run_folder(sweep, number)) for number in (1, 3))
+    for run in (content, positional):
+        (run.path / "analysis").mkdir(exist_ok=True)
+        write_record(structure(run, neighbours=3, images=4))
+        assert recorded(run, neighbours=2, images=4, block=0) is None
+        assert recorded(run, neighbours=3, images=4, block=2) is None
+        read = recorded(run, neighbours=3, images=4, block=0)
+        assert read is not None
+        assert read.findings == structure(run, neighbours=3, images=4).findings
+    assert recorded(content, neighbours=3, images=5, block=0) is None
+    assert recorded(positional, neighbours=3, images=5, block=0) is not None  # it needs no images
+    path = content.path / "analysis" / "structure.json"
+    path.write_text(path.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    assert recorded(content, neighbours=3, images=4, block=0) is None
+    path.write_text("{")
+    assert recorded(content, neighbours=3, images=4, block=0) is None
+
+
+@pytest.mark.slow
 def test_a_table_for_people(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--root", str(sweep.parent.parent)]
-    assert analyze(["demo", "--images", "10", *root]) == 0
+    assert analyze(["demo", "--images", "20", *root]) == 0
     printed = capsys.readouterr().out
     assert "digits content - positional" in printed
     assert "(2 seeds)" in printed
