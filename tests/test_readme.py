@@ -330,3 +330,15 @@ def test_the_readmes_speeds_are_among_them() -> None:
     figures = re.findall(r"\d+,\d+|\d+\.\d+x", sentence)
     assert len(figures) == 6
     assert [figure for figure in figures if figure not in SPEED] == []
+
+
+def test_structure_is_that_of_the_files() -> None:
+    document, text = read("vitpa/analysis/results/cifar10.json"), TEXTS["vitpa/analysis/results/README.md"]
+    last = [row for row in document["cells"] if row["layer"] is None and row["epoch"] == 300]
+    pairs = [row for row in document["differences_content_minus_positional"] if row["epoch"] == 300]
+    assert (len(last), len(pairs)) == (12, 6)
+    for row in (*last, *pairs):
+        assert f"{row['mean']:.3f} ± {row['std']:.3f} [{row['ci95_low']:.3f}, {row['ci95_high']:.3f}]" in text
+    for attention in ("content", "positional"):
+        top1 = [run["val_top1"] for run in document["runs"] if run["attention"] == attention]
+        assert f"{attention} {100 * statistics.mean(top1):.2f} ± {100 * statistics.stdev(top1):.2f} %" in text
