@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import logging
 import signal
 import time
@@ -16,13 +15,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vitpa.arguments import number, path_argument, whole_number, whole_numbers
 from vitpa.errors import at_signals, run_command
-from vitpa.records import check_writable
+from vitpa.records import CHECKSUM, check_writable, read_json, to_json
 from vitpa.terminal import printable_output
 from vitpa.theory.descent import State
 from vitpa.theory.experiments import AssociationExperiment, Descent, GaussianExperiment, TransferExperiment
 from vitpa.theory_command.figures import DRAWINGS
 from vitpa.theory_command.report import SUMMARIES, TABLES
-from vitpa.theory_command.saved import TheoryError, carried_out, settings_of
+from vitpa.theory_command.saved import LONG, TheoryError, carried_out
 
 LOGGER = logging.getLogger(__name__)
 PROGRESS_S = 20.0
@@ -55,7 +54,9 @@ def command_parser() -> argparse.ArgumentParser:
         add_settings(its, experiment)
         folder = Path("outputs/theory") / name
         its.add_argument("--out", type=path_argument, default=folder, metavar="DIR", help=f"folder of what is found: {folder}")
-        its.add_argument("--json", action="store_true", help="print settings and summary as JSON instead of a table")
+        its.add_argument(
+            "--json", action="store_true", help="print the file without rows and weights, as JSON, instead of a table"
+        )
     return parser
 
 
@@ -163,7 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = summarised(experiment, state)
         DRAWINGS[type(experiment)](experiment, state, summary, options.out)
         if options.json:
-            print(json.dumps({"experiment": options.name, "settings": settings_of(experiment), "summary": summary}))
+            print(
+                to_json({key: value for key, value in (read_json(path) or {}).items() if key not in (*LONG, CHECKSUM)}), end=""
+            )
         else:
             print(f"{TABLES[type(experiment)](experiment, summary)}\nnumbers and figures: {options.out}")
         return 0

@@ -26,6 +26,7 @@ from vitpa.theory.experiments import Descent
 from vitpa.theory.model import Form, Gradients, loss_and_gradients
 
 FORMAT = 1
+LONG = ("rows", "state")  # what `--json` does not print
 SAVE_S = 20.0  # between two writes of the file
 
 
