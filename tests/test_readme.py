@@ -73,7 +73,7 @@ def those(pattern: str) -> list[str]:
 def test_there_are_commands_of_every_kind() -> None:
     assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard", "export"}
     kinds = {command.split()[1] for command in those("vitpa ")}
-    assert kinds == {"prep", "train", "analyze", "bench", "sweep", "doctor", "devcluster"}
+    assert kinds == {"prep", "train", "analyze", "bench", "sweep", "doctor", "devcluster", "theory"}
 
 
 @pytest.mark.parametrize("command", those("make "))

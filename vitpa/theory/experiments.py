@@ -147,7 +147,7 @@ class GaussianExperiment(Descent):
         return Form(activation=cube)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A random: P^T P of random encodings (ours)."""
+        """A is random (ours); what the paper shows is P^T P."""
         return small_weights(range(self.seeds), self.side**2, self.dim, diagonal=0.0, std_of_A=self.spread, std_of_v=0.1)
 
 

@@ -152,13 +152,11 @@ SUMMARIES: dict[type[Descent], Callable[[Any, State], Summary]] = {
 
 def per_cent(found: dict[str, Any]) -> str:
     """`7.84 [7.80, 7.88] %`."""
-    return f"{interval(found, 100, 2)} %"
+    return "-" if found["mean"] is None else f"{interval(found, 100, 2)} %"
 
 
 def interval(found: dict[str, Any], times: float = 1, digits: int = 3) -> str:
     """A mean and the ends of its 95 % interval, if it has one."""
-    if found["mean"] is None:
-        return "-"
     ends = [found["ci95_low"], found["ci95_high"]]
     between = "" if None in ends else f" [{', '.join(f'{times * end:.{digits}f}' for end in ends)}]"
     return f"{times * found['mean']:.{digits}f}{between}"
