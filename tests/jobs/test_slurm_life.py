@@ -43,24 +43,25 @@ PHOTOS = {
 }
 EVERY_STEPS = 20  # between checkpoints
 FREEZE = f"""
-import os, pathlib, signal
-replace, frozen = pathlib.Path.replace, []
-def freezing(path, target):
-    result = replace(path, target)
+import os, signal
+replace, frozen = os.replace, []
+def freezing(path, target, **folders):
+    result = replace(path, target, **folders)
     if str(target).endswith("step_{EVERY_STEPS:09d}.pt") and not frozen:
         frozen.append(target)
         os.kill(os.getpid(), signal.SIGSTOP)
     return result
-pathlib.Path.replace = freezing
+os.replace = freezing
 """
 DISK_FULL = """
-import errno, os, pathlib
-replace = pathlib.Path.replace
-def full(path, target):
-    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and str(target).endswith("0001/exit.json"):
+import errno, os
+replace = os.replace
+def full(path, target, **folders):
+    folder = os.readlink(f"/proc/self/fd/{folders['dst_dir_fd']}") if folders else ""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and f"{folder}/{target}".endswith("0001/exit.json"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    return replace(path, target)
-pathlib.Path.replace = full
+    return replace(path, target, **folders)
+os.replace = full
 """
 
 

@@ -252,18 +252,18 @@ from vitpa.logs import Logs
 from vitpa.train_command import main
 
 def killing(function, counts, left):
-    def instead(self, *arguments):
+    def instead(self, *arguments, **folders):
         nonlocal left
         left -= counts(*arguments)
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(self, *arguments)
+        return function(self, *arguments, **folders)
     return instead
 
 for what, count in json.loads(sys.argv[1]):
     child = os.fork()  # it need not import everything again
     if not child:
-        Path.replace = killing(Path.replace, lambda target: target.match(what), count)
+        os.replace = killing(os.replace, lambda target: Path(target).match(what), count)
         Logs.row = killing(Logs.row, lambda *_: what == "row", count)
         os._exit(main(sys.argv[2:]))
     _, status = os.waitpid(child, 0)
