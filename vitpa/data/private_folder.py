@@ -84,9 +84,15 @@ class PrivateFolder:
         except OSError as error:
             raise NotOursError(f"{self.path / name} cannot be read ({error.strerror})") from error
         with file:
-            if not is_private_file(os.fstat(file.fileno())):
+            temporary = self._temporary_names(name, file.fileno())  # first: the file's own status must not be older
+            if not is_private_file(os.fstat(file.fileno()), names=1 + temporary):
                 raise NotOursError(f"{self.path / name} is not a file of your own")
             return file.read(MAX_BYTES)
+
+    def _temporary_names(self, name: str, descriptor: int) -> int:
+        """How many names beside `name` the file has from `create`, which takes the temporary one away last."""
+        found = [self.status(other) for other in self.names() if other.startswith(f".{name}.")]
+        return sum(os.path.samestat(status, os.fstat(descriptor)) for status in found if status is not None)
 
     def new_file(self, name: str) -> int:
         """A descriptor of a file that did not exist, to be written and read."""
@@ -117,10 +123,10 @@ class PrivateFolder:
             raise NotOursError(f"{self.path / name} is a folder where a file should be; remove it") from error
 
 
-def is_private_file(status: os.stat_result) -> bool:
-    """Whether this is a file of ours that nobody else can change, and that has no other name."""
+def is_private_file(status: os.stat_result, names: int = 1) -> bool:
+    """Whether this is a file of ours that nobody else can change, and that has no more names than `names`."""
     ours = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return ours and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+    return ours and stat.S_ISREG(status.st_mode) and status.st_nlink <= names
 
 
 def _open_below(parent: int, path: Path) -> int:

@@ -330,3 +330,25 @@ def test_what_is_done_in_a_folder_is_done_in_it_wherever_it_is(tmp_path: Path, p
                 folder.read(name)
         folder.remove("link")
     assert_untouched(precious)
+
+
+def test_a_file_is_read_while_it_still_has_its_temporary_name_too(tmp_path: Path) -> None:
+    """As between the two steps of `create`, or for ever if it was killed there."""
+    with PrivateFolder.open(tmp_path / "ours") as folder:
+        assert folder.create("1", "me")
+        (tmp_path / "ours" / ".1.4711.0123abcd").hardlink_to(tmp_path / "ours" / "1")
+        assert folder.read("1") == b"me"
+        (tmp_path / "elsewhere").hardlink_to(tmp_path / "ours" / "1")
+        with pytest.raises(NotOursError, match="not a file of your own"):
+            folder.read("1")
+
+
+def test_a_file_is_read_whenever_another_thread_creates_it(tmp_path: Path) -> None:
+    with PrivateFolder.open(tmp_path / "ours") as folder:
+        names = [str(number) for number in range(60)]
+        maker = threading.Thread(target=lambda: [folder.create(name, "me") for name in names])
+        maker.start()
+        for name in names:
+            while folder.read(name) is None:
+                pass
+        maker.join()
