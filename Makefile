@@ -1,6 +1,6 @@
 # make demo: the whole job on a small data set.  make test: all checks.  make fuzz: mutations by the thousand, for hours.
 # make quick: ruff, mypy and the tests that are not slow and need neither SLURM nor a GPU.
-# All set everything up first.
+# All set everything up first.  make test has three workers for two cores: tests on SLURM wait much of their time.
 # make PYTHON=python3.12 ... chooses the interpreter of the virtual environment.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/vitpa sweep collect demo
 
 test: setup slurm-setup lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 quick: lint
 	$(BIN)/python -m pytest -m 'not slow and not slurm and not gpu' --numprocesses 2 --dist loadfile --no-loadscope-reorder
