@@ -67,7 +67,18 @@ def test_every_module_imports_only_what_it_may(package: str) -> None:
 
 @pytest.mark.parametrize("room", ["models", "theory"])
 def test_models_and_theory_need_torch_and_timm_only(room: str) -> None:
-    allowed = ("__future__", "typing", "collections", "dataclasses", "math", "torch", "timm", "jaxtyping", f"vitpa.{room}")
+    allowed = (
+        "__future__",
+        "abc",
+        "typing",
+        "collections",
+        "dataclasses",
+        "math",
+        "torch",
+        "timm",
+        "jaxtyping",
+        f"vitpa.{room}",
+    )
     wrong = [
         (module, name) for module, path in modules(f"vitpa/{room}") for name in imported(path) if not within(name, allowed)
     ]

@@ -22,9 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from vitpa import snapshot
-from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
+from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, step_of, write_archive
 from vitpa.metrics_file import EVALUATED
-from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
 
 LOGGER = logging.getLogger(__name__)
@@ -139,13 +138,10 @@ def save(run: RunDir, checkpoint: Checkpoint) -> Path:
 
 
 def _write(run: RunDir, step: int, state: dict[str, Any]) -> Path:
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    archive = buffer.getvalue()
-    path = run.checkpoints / name_of(step)
-    write_atomic(path, archive + Footer.of(archive, run.signature, step).line())
-    found = _by_step(run)
+    path = write_archive(run.checkpoints, buffer.getvalue(), run.signature, step)
+    found = files_by_step(run.checkpoints)
     kept = [each for each in sorted(found, reverse=True) if each <= step][:KEEP]  # beyond the step gone back to none is kept
     for other in set(found) - set(kept):
         with suppress(IsADirectoryError, PermissionError):  # nothing of ours
@@ -224,7 +220,7 @@ def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, P
 
     As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
     """
-    found = [_by_step(run) for run in runs]
+    found = [files_by_step(run.checkpoints) for run in runs]
     for path in (path for run in runs for path in sorted(run.checkpoints.glob("step_*.pt")) if step_of(path.name) is None):
         LOGGER.warning(f"{path}: a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over")
 
@@ -261,10 +257,6 @@ def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
         what = "is of an earlier version of vitpa and carries no checksum of its own; its archive's CRCs fit, and it is used"
         LOGGER.warning(f"{path}: {what}")
     return True
-
-
-def _by_step(run: RunDir) -> dict[int, Path]:
-    return {step: path for path in run.checkpoints.glob("step_*.pt") if (step := step_of(path.name)) is not None}
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.documents import DocumentError, read_bytes, read_end
+from vitpa.records import write_atomic
 
 MAX_LINE = 512
 _END_OF_ARCHIVE = b"PK\x05\x06"
@@ -71,6 +72,19 @@ def step_of(name: str) -> int | None:
     """The steps that a file name stands for; None if no checkpoint is called like that."""
     match = re.fullmatch(r"step_([0-9]{9,18})\.pt", name)
     return int(match[1]) if match and int(match[1]) and name == name_of(int(match[1])) else None
+
+
+def files_by_step(folder: Path) -> dict[int, Path]:
+    """The files of a folder that are called like checkpoints, by their steps, in order."""
+    return dict(sorted((step, path) for path in folder.glob("step_*.pt") if (step := step_of(path.name)) is not None))
+
+
+def write_archive(folder: Path, archive: bytes, signature: str, step: int) -> Path:
+    """Write what torch has made after `step` steps of the run `signature`, with its last line; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name_of(step)
+    write_atomic(path, archive + Footer.of(archive, signature, step).line())
+    return path
 
 
 def read_archive(path: Path, signature: str, max_bytes: int) -> tuple[bytes, bool]:

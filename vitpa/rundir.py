@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vitpa.checkpoint_file import is_plausible, step_of
+from vitpa.checkpoint_file import files_by_step, is_plausible
 from vitpa.metrics_file import last_evaluation
 from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_atomic, write_json
 
@@ -117,8 +117,8 @@ class RunDir:
 
     def checkpoint_steps(self) -> set[int]:
         """Steps done at each of the checkpoints that are kept, by their names and last lines; damage inside is not seen."""
-        found = (path for path in self.checkpoints.glob("step_*.pt") if is_plausible(path, self.signature))
-        return {step for path in found if (step := step_of(path.name))}
+        found = files_by_step(self.checkpoints)
+        return {step for step, path in found.items() if is_plausible(path, self.signature)}
 
     def newest_step(self) -> int:
         """Steps done at the newest checkpoint; 0 without one."""

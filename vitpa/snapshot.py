@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitpa.checkpoint_file import CheckpointError, Footer, name_of, read_archive, step_of
-from vitpa.records import write_atomic
+from vitpa.checkpoint_file import CheckpointError, read_archive, write_archive
 from vitpa.rundir import RunDir
 
 SLACK_BYTES = 2**24  # of a file, beside its tensors
@@ -21,19 +20,9 @@ SLACK_BYTES = 2**24  # of a file, beside its tensors
 
 def write(run: RunDir, step: int, model: dict[str, Tensor]) -> Path:
     """Write the weights after `step` steps, a model's state_dict() on the CPU."""
-    run.snapshots.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(model, buffer)
-    archive = buffer.getvalue()
-    path = run.snapshots / name_of(step)
-    write_atomic(path, archive + Footer.of(archive, run.signature, step).line())
-    return path
-
-
-def steps(run: RunDir) -> dict[int, Path]:
-    """The snapshots of a run by their steps, in order."""
-    found = {step: path for path in run.snapshots.glob("step_*.pt") if (step := step_of(path.name)) is not None}
-    return dict(sorted(found.items()))
+    return write_archive(run.snapshots, buffer.getvalue(), run.signature, step)
 
 
 def read(path: Path, signature: str, like: dict[str, Tensor]) -> dict[str, Any]:

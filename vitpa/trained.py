@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vitpa import checkpoint, snapshot
-from vitpa.checkpoint_file import CheckpointError, step_of
+from vitpa.checkpoint_file import CheckpointError, files_by_step, name_of
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config
 from vitpa.data.rng import Purpose, key
@@ -87,7 +87,7 @@ class TrainedRun:
         Raises:
             RunError: the run has no checkpoint.
         """
-        found = {step / self.steps_per_epoch for step in snapshot.steps(self.directory)}
+        found = {step / self.steps_per_epoch for step in files_by_step(self.directory.snapshots)}
         return sorted({0.0, *found, self._newest_step / self.steps_per_epoch})
 
     def model(self, epoch: float | None = None) -> nn.Module:
@@ -109,7 +109,7 @@ class TrainedRun:
         """Of the newest checkpoint; of a finished run its last."""
         if self.result is not None:
             return self.result.steps
-        steps = [step for path in self.directory.checkpoints.glob("step_*.pt") if (step := step_of(path.name)) is not None]
+        steps = files_by_step(self.directory.checkpoints)
         if not steps:
             raise RunError(f"{self.path}: there is no checkpoint: the run has not been trained, or its checkpoints are gone")
         return max(steps)
@@ -125,7 +125,7 @@ class TrainedRun:
     @cached_property
     def _newest(self) -> dict[str, Tensor]:
         """The weights of the newest checkpoint; of a finished run those whose checksum is in its result."""
-        path = self.directory.checkpoints / f"step_{self._newest_step:09d}.pt"
+        path = self.directory.checkpoints / name_of(self._newest_step)
         try:
             state, _ = checkpoint.load(path, self.directory.signature)
         except CheckpointError as error:
@@ -144,7 +144,7 @@ class TrainedRun:
     def _weights(self, step: int) -> dict[str, Any]:
         if step == self._newest_step:
             return self._newest
-        path = snapshot.steps(self.directory).get(step)
+        path = files_by_step(self.directory.snapshots).get(step)
         if path is None:
             there = ", ".join(f"{epoch:g}" for epoch in self.epochs())
             raise RunError(

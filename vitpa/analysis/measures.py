@@ -150,12 +150,6 @@ def distance_correlation(matrices: Matrices, places: Places, shuffles: Int64[Ten
     return _against(standardized(matrices), standardized(distances(places)), shuffles)
 
 
-def blocks(side: int, block: int) -> Int64[Tensor, " n"]:
-    """The partition of side x side patches into squares of block x block: the number of each patch's square."""
-    row, column = grid_places(side).long().unbind(1)
-    return row // block * (side // block) + column // block
-
-
 def association_gap(matrices: Matrices, partition: Int64[Tensor, " n"], shuffles: Int64[Tensor, "P n"]) -> Measured:
     """The mean entry within the sets of a partition, a patch itself apart, less the mean entry between sets."""
     same = partition[:, None] == partition[None, :]

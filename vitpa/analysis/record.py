@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from vitpa import snapshot
 from vitpa.analysis.structure import ASSOCIATION, TITLES, Finding, Structure
+from vitpa.checkpoint_file import files_by_step
 from vitpa.records import Record, RunError, read_record, write_json
 from vitpa.trained import TrainedRun
 
@@ -59,7 +59,7 @@ def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> St
         if record is None or run.result is None:
             return None
         found = TypeAdapter(list[Finding]).validate_python(record.findings)
-        kept = {step / run.steps_per_epoch for step in snapshot.steps(run.directory)}
+        kept = {step / run.steps_per_epoch for step in files_by_step(run.directory.snapshots)}
     except (RunError, ValueError):  # it is written anew
         return None
     wanted = (run.result.weights_sha256, neighbours, block)

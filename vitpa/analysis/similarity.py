@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitpa.analysis.measures import cosine_similarity
+
 
 def positional_similarity(pos_embed: Tensor) -> Tensor:
     """Cosine similarities (n, n), in [-1, 1], of the encodings of the n patches in pos_embed (1, 1 + n, D).
 
     The class token's encoding, the first, is left out.
     """
-    patches = F.normalize(pos_embed[0, 1:].float(), dim=-1)
-    return patches @ patches.T
+    return cosine_similarity(pos_embed[0, 1:]).float()
 
 
 def similarity_grid(similarity: Tensor, zoom: int = 4) -> Tensor:

@@ -20,6 +20,7 @@ from vitpa.analysis.measures import Measured, Places
 from vitpa.config import RunConfig
 from vitpa.data.augment.permute import block_order
 from vitpa.records import RunError
+from vitpa.theory.data import squares
 from vitpa.trained import TrainedRun
 
 NEIGHBOURS = 4
@@ -150,7 +151,7 @@ def structure(
         raise RunError(f"{run.path}: squares of {block} x {block} patches do not divide its {side} x {side} patches")
     needed = images if config.model.attention == "content" else 0
     batches = list(val_images(config, needed, data_dir)) if needed else []
-    sets = measures.blocks(side, block) if block else None
+    sets = squares(side, block) if block else None
     geometry = Geometry(measures.grid_places(side), neighbours, measures.orders(side * side), sets)
     epochs = run.epochs()
     found: list[Finding] = []
@@ -182,7 +183,7 @@ def undone(config: RunConfig) -> Int64[Tensor, " n"] | None:
         return None
     side, blocks, k = config.model.img_size // patch, config.model.img_size // block, block // patch
     row, column = measures.grid_places(side).long().unbind(1)
-    shown = block_order(blocks)[row // k * blocks + column // k]  # the original block that each patch is of
+    shown = block_order(blocks)[squares(side, k)]  # the original block that each patch is of
     original = (shown // blocks * k + row % k) * side + shown % blocks * k + column % k
     return original.argsort()
 

@@ -106,8 +106,13 @@ class Gaussian:
 
     def partition(self) -> Tensor:
         """The set of each patch: (D,) int64; patches in rows."""
-        row, column = torch.arange(self.patches) // self.side, torch.arange(self.patches) % self.side
-        return row // self.block * (self.side // self.block) + column // self.block
+        return squares(self.side, self.block)
+
+
+def squares(side: int, block: int) -> Tensor:
+    """The partition of side x side patches, in rows, into squares of block x block: the number of each patch's, (side^2,)."""
+    row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
+    return row // block * (side // block) + column // block
 
 
 def unit_vector(dim: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ dimensions.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -34,7 +35,7 @@ SIZES = (5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
 
 
 @dataclass(frozen=True)
-class Descent:
+class Descent(ABC):
     """Gradient descent on all samples at once, of several seeds side by side; measured as time goes on.
 
     A subclass says what is learnt, by which model, and from where.
@@ -47,17 +48,17 @@ class Descent:
     lr: Annotated[float, "the first learning rate (ours: it fits the figure's axis; code: perhaps 0.1)"] = 0.01
     max_lr: Annotated[float, "a step grows to 5 % of the time so far, up to this (ours; = lr: constant, as in the code)"] = 1.0
 
+    @abstractmethod
     def problem(self) -> Signal | Gaussian:
         """What is learnt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def form(self) -> Form:
         """The model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weights(self) -> dict[str, torch.Tensor]:
         """A (R, D, D) and v (R, d) before the first step."""
-        raise NotImplementedError
 
     def data(self) -> tuple[Data, Data]:
         """The training samples and the fresh ones."""

@@ -349,6 +349,7 @@ def test_a_file_is_read_whenever_another_thread_creates_it(tmp_path: Path) -> No
         maker = threading.Thread(target=lambda: [folder.create(name, "me") for name in names])
         maker.start()
         for name in names:
-            while folder.read(name) is None:
+            while (found := folder.read(name)) is None:
                 pass
+            assert found == b"me"
         maker.join()
