@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-FILTER_HELP = "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME (several values: seed=0,1)"
+FILTER_HELP = (
+    "only the runs with dataset=NAME, attention=NAME, seed=N, state=NAME, or a value on an axis (several values: seed=0,1)"
+)
 VERBS = {
     "plan": (
         "show the runs, what is missing, what it would cost and what stands in the way",
         "vitpa sweep plan demo\n         vitpa sweep plan paper_imagenet --speeds imagenet.json --gpu-hour-price 2.50",
     ),
-    "submit": ("start what is missing; again: resume", "vitpa sweep submit demo --wait"),
+    "submit": (
+        "start what is missing; again: resume",
+        "vitpa sweep submit demo --wait\n         vitpa sweep submit cifar10 optim.lr=5e-4,1e-3 seed=0,1,2",
+    ),
     "status": ("show where each run is", "vitpa sweep status demo --watch"),
     "logs": ("show what the runs printed", "vitpa sweep logs demo --failed"),
     "cancel": ("stop runs; what is in training writes a checkpoint first", "vitpa sweep cancel demo seed=2"),
@@ -75,8 +80,14 @@ def add_parser(subparsers: Subparsers) -> None:
 def _add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     starts = verb in ("submit", "retry")
     shipped = ", ".join(sorted(path.stem for path in (CODE / "jobs" / "sweeps").glob("*.yaml")))
-    parser.add_argument("sweep", metavar="SWEEP", type=name_or_path, help=f"a shipped sweep ({shipped}) or a YAML file")
+    parser.add_argument(
+        "sweep", metavar="SWEEP", type=name_or_path, help=f"a shipped sweep ({shipped}), a YAML file, or a recipe"
+    )
     settings = "; runtime.KEY=VALUE sets what does not change the numbers" if starts else ""
+    if verb in ("plan", "submit"):
+        settings += (
+            "; another key of the configuration (optim.lr=5e-4,1e-3) makes a sweep with that axis, and with these seeds"
+        )
     parser.add_argument("terms", metavar="KEY=VALUE", nargs="*", help=FILTER_HELP + settings)
     parser.add_argument("--root", type=name_or_path, default="outputs", help="folder of runs/ and sweeps/ (default: outputs)")
     if starts or verb == "plan":
@@ -117,6 +128,8 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(
             "--gpu-hour-price", type=number(0, 1e9, above=True), metavar="PRICE", help="what a GPU-hour costs, in any currency"
         )
+    if verb in ("plan", "submit"):
+        parser.add_argument("--name", help="of the sweep that KEY=VALUE makes of SWEEP (default: cifar10-lr for optim.lr=...)")
     if verb == "submit":
         parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
         parser.add_argument("--force", action="store_true", help="also what `plan` says that SLURM would never start")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from jobs.errors import SweepError
+from jobs.grid import KEYS
 from jobs.membership import runs_that_left
 from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
 from jobs.state import LIVE, STATES, RunState, StateReader
-from jobs.sweep import Drift, Run, Sweep, SweepDir, SweepError, load_sweep, recorded_sweep
+from jobs.sweep import Drift, Run, Sweep, SweepDir, recorded_sweep, value_text
+from jobs.variation import is_recipe, load_base, new_axes, values_of, variation, variation_name
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
@@ -135,9 +139,38 @@ def load_context(options: argparse.Namespace) -> Context:
 
 
 def _load(options: argparse.Namespace, root: Path) -> Sweep:
-    """The sweep that is meant; without its recipes, as it was recorded, unless it is to be planned or submitted."""
+    """The sweep that SWEEP and the terms mean; of the terms those are left that are filters or settings of it."""
+    base = _load_base(options, root)
+    axes, name = new_axes(base, options.terms), getattr(options, "name", None)
+    if not axes and name is None and not is_recipe(options.sweep, root):
+        return base
+    name = name or variation_name(base, axes)
+    starts = options.verb in ("plan", "submit")
+    if SweepDir(root, name).sweep_yaml.is_file():
+        options.sweep = name
+        before = _load_base(options, root)
+        if not starts or _select_runs(options.terms, before):
+            return before
+    if not starts:
+        raise SweepError(f"sweep {name} was never submitted under {root}; submit it, or say with --root where it is")
+    sweep, options.terms = variation(base, options.terms, name)
+    options.sweep = name
+    return sweep
+
+
+def _select_runs(terms: Sequence[str], sweep: Sweep) -> bool:
+    """Whether the terms are filters and settings of the sweep as it is."""
     try:
-        return load_sweep(options.sweep, root)
+        parse_terms(terms, sweep.runs)
+    except SweepError:
+        return False
+    return True
+
+
+def _load_base(options: argparse.Namespace, root: Path) -> Sweep:
+    """The sweep that is named; without its recipes, as it was recorded, unless it is to be planned or submitted."""
+    try:
+        return load_base(options.sweep, root)
     except (SweepError, ConfigError) as error:
         recorded = recorded_sweep(options.sweep, root) if options.verb not in ("plan", "submit") else None
         if recorded is None:
@@ -171,22 +204,30 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
     filters: dict[str, set[str]] = {}
     overrides = []
     for term in terms:
-        key, equals, text = term.partition("=")
+        key, equals, _ = term.partition("=")
         if equals and key == "runtime.root":
             raise SweepError(f"{term}: say it by --root")
         if equals and key.startswith("runtime."):
             overrides.append(Override.parse(term))
             continue
         if not equals or key not in known:
+            near = difflib.get_close_matches(key, [*known, *KEYS], n=1)
             raise SweepError(
-                f"{term!r}: expected a filter ({', '.join(f'{name}=' for name in known)}) or a setting runtime.KEY=VALUE; "
-                "whatever changes the numbers belongs into the sweep's YAML file"
+                f"{term!r}: expected a filter ({', '.join(f'{name}=' for name in known)}), a setting runtime.KEY=VALUE, or, "
+                f"to plan and submit, values of a key of the configuration{f'; did you mean {near[0]}?' if near else ''}"
             )
-        for value in text.split(","):
+        for value in _values(term, known[key]):
             if value not in known[key]:
                 raise SweepError(f"{term!r}: there is no {key} {value!r}; there is {', '.join(sorted(known[key]))}")
             filters.setdefault(key, set()).add(value)
     return filters, overrides
+
+
+def _values(term: str, known: Set[str]) -> list[str]:
+    """The values that a filter names, as runs have them: 5e-4 is 0.0005."""
+    key, _, text = term.partition("=")
+    raw = text.split(",")
+    return raw if key not in KEYS or known >= set(raw) else [value_text(value) for value in values_of(term)]
 
 
 def select(states: list[RunState], filters: Mapping[str, set[str]]) -> list[RunState]:

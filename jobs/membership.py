@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from jobs.grid import KEYS
 from jobs.records import Claim, Exit, Intent, RunsOfSweep, SlurmClaim, Start, WantedRun
 from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
@@ -21,7 +22,8 @@ from vitpa.rundir import RunDir
 def runs_that_left(root: Path, sweep: str, runs: Iterable[Run]) -> list[Run]:
     """The unfinished runs that were last started for a sweep, and are not among `runs`, what it stands for now."""
     runs = list(runs)
-    seen, axes = {run.signature for run in runs}, runs[0].axes if runs else ()
+    seen = {run.signature for run in runs}
+    axes = tuple(axis for axis in runs[0].axes if axis in KEYS) if runs else ()  # a label is not in a configuration
     left = []
     for path in sorted(SweepDir(root, sweep).submissions.glob("*/intent.json")):
         for wanted in _wanted(path):

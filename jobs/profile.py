@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
+from jobs.errors import SweepError
 from jobs.scheduler.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
 from jobs.scheduler.options import check_srun_args, parse_time_s, sbatch_option
-from jobs.sweep import SweepError
 from vitpa.arguments import ConfigError
 from vitpa.config import MAX_CPUS, Float, Section
 from vitpa.config_file import load_model, parse_model, read_yaml

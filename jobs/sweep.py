@@ -6,34 +6,26 @@ or a recipe is edited.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
+from jobs.errors import SweepError
+from jobs.grid import KEYS, OWN_LISTS, Attention, Axis, Cell, axes_of, cells_of
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
-from vitpa.config_file import Override, fields_of, load_model, parse_config, read_yaml, shipped_configs
+from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
-from vitpa.errors import UserError
 from vitpa.installation import CODE
 from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
-
-Attention = Literal["content", "positional"]
-OWN_LISTS = {"dataset": "recipes", "model.attention": "attentions", "seed": "seeds"}  # keys that have lists of their own
-KEYS = frozenset(key for key, _ in fields_of(RunConfig))
-
-
-class SweepError(UserError):
-    """Something the user has to fix: one line saying what, where and how."""
 
 
 class Reference(Section):
@@ -52,7 +44,11 @@ class SweepConfig(Section):
     description: str = Field("", description="what is compared, and its source")
     recipes: list[str] = Field(min_length=1, description="shipped recipes by name, or paths beside the sweep's file")
     attentions: list[Attention] = Field(min_length=1, description="values of model.attention")
-    axes: dict[str, list[JsonValue]] = Field({}, description="dotted key: its values; the grid has every combination")
+    axes: dict[str, JsonValue] = Field(
+        {}, description="dotted key: its values; or a name: labels, each with settings of keys that move together"
+    )
+    include: list[dict[str, JsonValue]] = Field([], description="cells besides the grid: values by axis")
+    exclude: list[dict[str, JsonValue]] = Field([], description="cells to be left out: values by axis")
     seeds: list[int] = Field(min_length=1, description="values of seed")
     overrides: dict[str, JsonValue] = Field({}, description="dotted key: value, for all runs")
     reference: dict[str, dict[Attention, Reference]] = Field({}, description="per data set and attention")
@@ -65,7 +61,8 @@ class Run:
     config: RunConfig
     recipe: str
     signature: str
-    axes: tuple[str, ...] = ()  # dotted keys of the sweep's axes
+    axes: tuple[str, ...] = ()  # names of the sweep's axes: dotted keys, or names of keys that move together
+    labels: tuple[tuple[str, str], ...] = ()  # of the second kind, by the axis's name
 
     @property
     def dataset(self) -> str:
@@ -84,19 +81,21 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """Its value on each axis, as it stands in its name, by the axis's key."""
-        return {key: _value_text(self.config, key) for key in self.axes}
+        """Its value or label on each axis, as it stands in its name, by the axis's name."""
+        labels = dict(self.labels)
+        return {axis: labels[axis] if axis in labels else _value_text(self.config, axis) for axis in self.axes}
 
     @property
     def label(self) -> str:
         """Its name within the sweep, for people."""
-        on_axes = [f"{key.rpartition('.')[2]}{value}" for key, value in self.settings.items()]
+        labels = dict(self.labels)
+        on_axes = [labels.get(axis) or f"{axis.rpartition('.')[2]}{value}" for axis, value in self.settings.items()]
         return "-".join([self.dataset, self.config.network_name, *on_axes, f"s{self.seed}"])
 
     def with_seed(self, seed: int) -> Run:
         """The same with another seed, which must be an allowed one."""
         config = self.config.model_copy(update={"seed": seed})
-        return Run(config, self.recipe, config.signature, self.axes)
+        return replace(self, config=config, signature=config.signature)
 
     def directory(self, root: Path) -> RunDir:
         """Where it lives under `root`."""
@@ -108,7 +107,12 @@ def _value_text(config: RunConfig, key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
-    if isinstance(value, tuple):
+    return value_text(value)
+
+
+def value_text(value: Any) -> str:
+    """A value of a key, as a part of a file's name."""
+    if isinstance(value, tuple | list):
         return "_".join(map(str, value))
     if isinstance(value, float) and float(short := f"{value:g}") == value:
         return short
@@ -133,13 +137,15 @@ class _RecordedRun(BaseModel):
     label: str
     recipe: str
     axes: list[str] = []
+    labels: dict[str, str] = {}
     config: dict[str, Any]
 
     @classmethod
     def of(cls, run: Run) -> Self:
         """What is recorded of a run."""
         config = run.config.model_dump(mode="json")
-        return cls(signature=run.signature, label=run.label, recipe=run.recipe, axes=list(run.axes), config=config)
+        axes, labels = list(run.axes), dict(run.labels)
+        return cls(signature=run.signature, label=run.label, recipe=run.recipe, axes=axes, labels=labels, config=config)
 
 
 class _Recorded(BaseModel):
@@ -178,7 +184,7 @@ class SweepDir:
             return [
                 run
                 if (run := by_signature.get(entry.signature)) is not None and entry == _RecordedRun.of(run)
-                else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}", axes=entry.axes)
+                else _run(entry.config, entry.recipe, f"{self.runs_json}: {entry.label}", axes=entry.axes, labels=entry.labels)
                 for entry in entries
             ]
         except ValidationError as error:
@@ -228,7 +234,7 @@ def load_sweep(spec: str, root: Path) -> Sweep:
     path = _find(spec, root)
     config = load_model(SweepConfig, path)
     config = config.model_copy(update={"recipes": [_recipe_path(recipe, path) for recipe in config.recipes]})
-    return Sweep(config, _resolve(config, path))
+    return Sweep(config, resolve(config, str(path)))
 
 
 def recorded_sweep(name: str, root: Path) -> Sweep | None:
@@ -256,8 +262,8 @@ def _find(spec: str, root: Path) -> Path:
         return recorded
     there = ", ".join(sorted(path.parent.name for path in root.glob("sweeps/*/runs.json")))
     raise SweepError(
-        f"sweep {spec!r}: no such file, none of the shipped ones ({', '.join(shipped)}), and not in {root}/sweeps"
-        + (f", where there is {there}" if there else "")
+        f"sweep {spec!r}: no such file, none of the shipped sweeps ({', '.join(shipped)}) and recipes "
+        f"({', '.join(shipped_configs())}), and not in {root}/sweeps" + (f", where there is {there}" if there else "")
     )
 
 
@@ -273,85 +279,85 @@ def _recipe_path(recipe: str, sweep_path: Path) -> str:
     raise SweepError(f"{sweep_path}: recipe {recipe!r}: neither a shipped one ({names}) nor a file beside {sweep_path}")
 
 
-def _resolve(config: SweepConfig, path: Path) -> list[Run]:
-    """Seed by seed, so that what is finished after a while is a whole comparison with fewer seeds."""
+def resolve(config: SweepConfig, where: str) -> list[Run]:
+    """Its runs, seed by seed, so that what is finished after a while is a whole comparison with fewer seeds.
+
+    Raises:
+        SweepError: the grid contradicts itself. `where` names its origin in messages.
+        ConfigError: a recipe, or a value on an axis, is not valid.
+    """
     for key in config.overrides:
         if key in (*OWN_LISTS, "runtime.root"):
-            raise SweepError(f"{path}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
-    _check_axes(config, path)
+            raise SweepError(f"{where}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
+    axes = axes_of(config.axes, config.overrides, where)
+    if axes and config.reference:
+        raise SweepError(f"{where}: reference: it is of a data set and an attention, and this sweep has axes; leave it out")
     for name in ("recipes", "attentions", "seeds"):
         value, times = Counter(getattr(config, name)).most_common(1)[0]
         if times > 1:
-            raise SweepError(f"{path}: {name}: {value} is given {times} times; once is enough")
-    overrides = [Override(key, value, f"{path}: overrides") for key, value in config.overrides.items()]
+            raise SweepError(f"{where}: {name}: {value} is given {times} times; once is enough")
     documents = {recipe: read_yaml(shipped_configs().get(recipe, Path(recipe))) for recipe in config.recipes}
-    cells = []
-    for recipe, document in documents.items():
-        for values in itertools.product(*config.axes.values()):
-            on_axes = [Override(key, value, f"{path}: axes") for key, value in zip(config.axes, values, strict=True)]
-            for attention in config.attentions:
-                of_cell = [*overrides, *on_axes, Override("model.attention", attention, str(path))]
-                cell, _ = (  # the seeds between the smallest and the largest are allowed if these are
-                    _run(
-                        document,
-                        recipe,
-                        f"{path}: {recipe}",
-                        [*of_cell, Override("seed", seed, f"{path}: seeds")],
-                        axes=tuple(config.axes),
-                    )
-                    for seed in (min(config.seeds), max(config.seeds))
-                )
-                cells.append(cell)
-    runs = [cell.with_seed(seed) for seed in config.seeds for cell in cells]
+    datasets = {recipe: str(document.get("dataset")) for recipe, document in documents.items()}
+    grid = cells_of(axes, datasets, config.attentions, include=config.include, exclude=config.exclude, where=where)
+    firsts = [_first_run(config, cell, axes, documents[cell.recipe], where) for cell in grid]
+    runs = [first.with_seed(seed) for seed in config.seeds for first in firsts]
     labels = Counter(run.label for run in runs)
     label, times = labels.most_common(1)[0]
     if times > 1:
-        raise SweepError(f"{path}: {label} comes up {times} times; two recipes of one data set need a sweep each")
+        raise SweepError(f"{where}: {label} comes up {times} times; two recipes of one data set need a sweep each")
     by_signature: dict[str, Run] = {}
-    for cell in cells:
-        if (first := by_signature.setdefault(cell.signature, cell)) is not cell:
+    for run in firsts:
+        if (first := by_signature.setdefault(run.signature, run)) is not run:
             raise SweepError(
-                f"{path}: {first.label} and {cell.label} are the same run: leave out a value that makes no difference"
+                f"{where}: {first.label} and {run.label} are the same run: leave out a value that makes no difference"
             )
-    _check_reference(config, {run.dataset for run in runs}, path)
+    _check_reference(config, {run.dataset for run in runs}, where)
     return runs
 
 
-def _check_axes(config: SweepConfig, path: Path) -> None:
-    for key, values in config.axes.items():
-        if key in OWN_LISTS:
-            raise SweepError(f"{path}: axes.{key}: say it by {OWN_LISTS[key]}, which is an axis of every sweep")
-        if key.startswith("runtime."):
-            raise SweepError(f"{path}: axes.{key}: it does not change the numbers; say it in the profile or to submit")
-        if key in config.overrides:
-            raise SweepError(f"{path}: axes.{key} is in the overrides, too; say it once")
-        if not values:
-            raise SweepError(f"{path}: axes.{key} has no value; name some, or leave it out")
-        value, times = Counter(map(json.dumps, values)).most_common(1)[0]
-        if times > 1:
-            raise SweepError(f"{path}: axes.{key}: {value} is given {times} times; once is enough")
-    if config.axes and config.reference:
-        raise SweepError(f"{path}: reference: it is of a data set and an attention, and this sweep has axes; leave it out")
+def _first_run(config: SweepConfig, cell: Cell, axes: Sequence[Axis], document: Mapping[str, Any], where: str) -> Run:
+    """The run of a cell with the smallest seed; the seeds up to the largest are allowed if these two are."""
+    overrides = [Override(key, value, f"{where}: overrides") for key, value in config.overrides.items()]
+    names = [axis.name for axis in axes]
+    labels = {name: choice.label for name, choice in zip(names, cell.choices, strict=True) if choice.label is not None}
+    first, _ = (
+        _run(
+            document,
+            cell.recipe,
+            f"{where}: {cell.recipe}",
+            [*overrides, *cell.overrides(where), Override("seed", seed, f"{where}: seeds")],
+            axes=names,
+            labels=labels,
+        )
+        for seed in (min(config.seeds), max(config.seeds))
+    )
+    return first
 
 
-def _check_reference(config: SweepConfig, datasets: set[str], path: Path) -> None:
+def _check_reference(config: SweepConfig, datasets: set[str], where: str) -> None:
     for dataset, attentions in config.reference.items():
         if dataset not in datasets:
-            raise SweepError(f"{path}: reference.{dataset}: no data set of the sweep; there is {', '.join(sorted(datasets))}")
+            raise SweepError(f"{where}: reference.{dataset}: no data set of the sweep; there is {', '.join(sorted(datasets))}")
         for attention in attentions:
             if attention not in config.attentions:
                 known = ", ".join(config.attentions)
-                raise SweepError(f"{path}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
+                raise SweepError(f"{where}: reference.{dataset}.{attention}: no attention of the sweep; there is {known}")
 
 
 def _run(
-    document: Mapping[str, Any], recipe: str, where: str, overrides: Sequence[Override] = (), axes: Sequence[str] = ()
+    document: Mapping[str, Any],
+    recipe: str,
+    where: str,
+    overrides: Sequence[Override] = (),
+    *,
+    axes: Sequence[str] = (),
+    labels: Mapping[str, str],
 ) -> Run:
     config = parse_config(document, where, overrides)
-    for key in axes:
-        if key not in KEYS:
-            raise ConfigError(f"{where}: axes: unknown key {key}")
-    return Run(config, recipe, config.signature, tuple(axes))
+    for axis in axes:
+        if axis not in KEYS and axis not in labels:
+            raise ConfigError(f"{where}: axes: unknown key {axis}")
+    return Run(config, recipe, config.signature, tuple(axes), tuple(labels.items()))
 
 
 @dataclass(frozen=True)

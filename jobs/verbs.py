@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.context import Context, load_context, select
+from jobs.errors import SweepError
 from jobs.execute.slots import visible_gpus
 from jobs.failures import without_particulars
 from jobs.membership import jobs_needed_by_others, sweeps_with
@@ -29,7 +30,7 @@ from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withd
 from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
 from jobs.submit.submit import WRITERS, SubmissionPlan, check_data, prepare, submit
-from jobs.sweep import SweepDir, SweepError
+from jobs.sweep import SweepDir
 from vitpa.arguments import as_argument
 from vitpa.attempt import CANCEL, Stop
 from vitpa.errors import run_command
@@ -129,8 +130,8 @@ def _submit(context: Context) -> int:
     if context.drift.gone and not context.options.update:
         live = f"; {len(left)} of these runs are still in progress and would go on" if left else ""
         raise SweepError(
-            f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, or repeat with --update "
-            "to make the changed sweep the sweep"
+            f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, repeat with --update "
+            "to make the changed sweep the sweep, or give it another name with --name"
         )
     if context.drift.added or context.drift.gone:
         context.say(context.drift.describe())

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from jobs.errors import SweepError
 from jobs.profile import LocalProfile
-from jobs.sweep import SweepError
 from vitpa.child_process import run_program
 from vitpa.config import Section
 from vitpa.records import Holder, ProcessId, RunError, create_exclusive, next_claim, read_record, to_json, utc_now

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import SweepError
+from jobs.grid import Attention
 from jobs.scheduler.client import ranges
 from jobs.state import RunState
-from jobs.sweep import Attention, Sweep, SweepError
+from jobs.sweep import Sweep
 from vitpa.metrics_file import damaged_lines
 from vitpa.records import utc_now
 from vitpa.rundir import Result

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.errors import SweepError
 from jobs.scheduler import own_jobs
 from jobs.scheduler.options import seconds_of
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
-from jobs.sweep import SweepError
 from vitpa.child_process import run_program
 
 TIMEOUT_S = 60

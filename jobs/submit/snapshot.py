@@ -12,7 +12,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from jobs.sweep import SweepError
+from jobs.errors import SweepError
 from vitpa.code_version import CODE_VERSION_JSON, RECORDED, code_record
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.installation import CODE

@@ -14,10 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs.errors import SweepError
 from jobs.records import Intent, Launch
 from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.sweep import SweepError
 from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 
 HELPER_WAIT_S = 120.0

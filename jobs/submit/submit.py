@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import SweepError
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import training_command
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
@@ -44,7 +45,7 @@ from jobs.scheduler.client import Scheduler, scheduler_environment
 from jobs.scheduler.job_output import ENDED_EARLY
 from jobs.state import RunState, withdraw
 from jobs.submit.submission import SubmissionDir, adopt, check_root, close
-from jobs.sweep import Run, SweepDir, SweepError
+from jobs.sweep import Run, SweepDir
 from vitpa.arguments import ConfigError, literal_path
 from vitpa.child_process import child_environment
 from vitpa.code_version import code_version

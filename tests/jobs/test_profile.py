@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 import yaml
 
+from jobs.errors import SweepError
 from jobs.profile import SHIPPED, LocalProfile, SlurmProfile, load_profile, minutes
 from jobs.scheduler.client import ranges, scheduler_environment
 from jobs.scheduler.options import parse_time_s
 from jobs.submit.submit import shares
-from jobs.sweep import SweepError
 from vitpa.arguments import ConfigError
 
 SLURM = "executor: slurm\n"

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.errors import SweepError
 from jobs.execute.slots import slots_of, threads_per_process, visible_gpus
+from jobs.grid import axes_of
 from jobs.profile import LocalProfile
-from jobs.sweep import Drift, SweepDir, SweepError, load_sweep, shipped_sweeps
+from jobs.sweep import Drift, SweepDir, load_sweep, shipped_sweeps
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_config
@@ -25,7 +27,7 @@ RUNS = {"demo": 6, "paper_small": 30, "paper_imagenet": 10, "permuted": 72, "per
 def test_shipped_sweeps_resolve(name: str, tmp_path: Path) -> None:
     sweep = load_sweep(name, tmp_path)
     assert sweep.name == name
-    points = math.prod(len(values) for values in sweep.config.axes.values())
+    points = math.prod(len(axis.choices) for axis in axes_of(sweep.config.axes, {}, name))
     cells = len(sweep.config.recipes) * len(sweep.config.attentions) * points
     assert len({run.signature for run in sweep.runs}) == len(sweep.runs) == cells * len(sweep.config.seeds)
     assert len(sweep.runs) == RUNS.get(name, len(sweep.runs))
@@ -198,7 +200,7 @@ def test_overrides_reach_every_run(tmp_path: Path) -> None:
 
 
 def test_unknown_sweep_names_the_shipped_ones(tmp_path: Path) -> None:
-    with pytest.raises(SweepError, match=r"'demmo': no such file, none of the shipped ones.*demo"):
+    with pytest.raises(SweepError, match=r"'demmo': no such file, none of the shipped sweeps.*demo.* and recipes \(cifar10"):
         load_sweep("demmo", tmp_path)
 
 

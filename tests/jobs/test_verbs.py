@@ -138,7 +138,9 @@ def test_every_axis_is_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "2 runs" in text
     for line, message in (
         ("status optim.lr=1", "there is no optim.lr '1'; there is 0.001, 0.01"),
-        ("status optim.betas=1", "seed=, state=, augment.permute_block_px=, optim.lr=) or a setting runtime.KEY=VALUE"),
+        ("status optim.betas=1", "sweep small-betas was never submitted under"),
+        ("status optim.lrr=1", "seed=, state=, augment.permute_block_px=, optim.lr=), a setting runtime.KEY=VALUE"),
+        ("status optim.lrr=1", "values of a key of the configuration; did you mean optim.lr?"),
     ):
         code, text = sweep(line)
         assert (code, message in text) == (1, True), text
@@ -150,7 +152,7 @@ def test_every_axis_is_a_filter(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("status seed=7", "there is no seed '7'; there is 0, 1"),
         ("status state=finished", "there is no state 'finished'"),
         ("status sed=1", "expected a filter (dataset=, attention=, seed=, state=)"),
-        ("submit optim.lr=1", "whatever changes the numbers belongs into the sweep's YAML file"),
+        ("submit optim.lrr=1", "to plan and submit, values of a key of the configuration; did you mean optim.lr?"),
         ("status runtime.workers=2", "runtime settings are for submit and retry"),
         ("submit runtime.worker=2 --data-dir data", "unknown key runtime.worker; did you mean runtime.workers?"),
         ("submit state=done runtime.foo=1", "unknown key runtime.foo"),

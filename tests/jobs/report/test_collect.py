@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.errors import SweepError
 from jobs.report.collect import CollectedTable, collect
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
-from jobs.sweep import Reference, Sweep, SweepError
+from jobs.sweep import Reference, Sweep
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.documents import to_yaml
 from vitpa.metrics_file import to_line

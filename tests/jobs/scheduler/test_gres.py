@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobs.errors import SweepError
 from jobs.profile import SlurmProfile
 from jobs.scheduler.gres import Gres, gpus_by_type, parse_gres
 from jobs.scheduler.options import SBATCH, SRUN, check_srun_args, sbatch_option, srun_options
 from jobs.scheduler.sbatch import sbatch_parameters
 from jobs.submit.submission import check_root
-from jobs.sweep import SweepError
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_model
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import vitpa.code_version
+from jobs.errors import SweepError
 from jobs.submit import snapshot
 from jobs.submit.snapshot import PACKAGES, RECORD, make_snapshot
-from jobs.sweep import SweepError
 from tests.support.git import commit, git
 from tests.support.repository import ROOT
 from tests.support.trainings import arguments, result_of

@@ -1,0 +1,93 @@
+"""A sweep that the command line makes of another one, or of a recipe: `vitpa sweep submit cifar10 optim.lr=5e-4,1e-3`.
+
+It has a name and a folder of its own, so that every other verb finds it by the same words, or by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import SweepError
+from jobs.grid import KEYS, OWN_LISTS
+from jobs.sweep import Sweep, SweepConfig, SweepDir, load_sweep, resolve, shipped_sweeps
+from vitpa.config_file import Override, parse_model, shipped_configs
+
+LISTS = {"dataset": "recipes", "attention": "attentions", "seed": "seeds"}  # terms that narrow a list of the new sweep
+WHERE = "command line"
+
+
+def is_recipe(spec: str, root: Path) -> bool:
+    """Whether `spec` names a shipped recipe and no sweep."""
+    is_sweep = Path(spec).is_file() or spec in shipped_sweeps() or SweepDir(root, spec).sweep_yaml.is_file()
+    return spec in shipped_configs() and not is_sweep
+
+
+def load_base(spec: str, root: Path) -> Sweep:
+    """The sweep that `spec` names, or that of a recipe: one seed, both attentions.
+
+    Raises:
+        SweepError, ConfigError: as for `load_sweep`.
+    """
+    if not is_recipe(spec, root):
+        return load_sweep(spec, root)
+    document = {"name": spec, "recipes": [spec], "attentions": ["content", "positional"], "seeds": [0]}
+    config = parse_model(SweepConfig, document, spec)
+    return Sweep(config, resolve(config, spec))
+
+
+def new_axes(base: Sweep, terms: Sequence[str]) -> list[str]:
+    """The terms that add an axis to `base`: those of a key of the configuration that is not on its axes already."""
+    taken = {*base.config.axes, *OWN_LISTS}
+    return [term for term in terms if (key := _key(term)) in KEYS and key not in taken and not key.startswith("runtime.")]
+
+
+def variation_name(base: Sweep, axes: Sequence[str]) -> str:
+    """What it is called unless somebody says otherwise: `cifar10-lr`."""
+    return "-".join([base.name, *(_key(term).rpartition(".")[2] for term in axes)])
+
+
+def variation(base: Sweep, terms: Sequence[str], name: str) -> tuple[Sweep, list[str]]:
+    """`base` with an axis for each new key, and the data sets, attentions and seeds that are named; other terms.
+
+    Raises:
+        SweepError, ConfigError: values that contradict each other, or that a run cannot have.
+    """
+    axes = new_axes(base, terms)
+    narrowing = [term for term in terms if _key(term) in LISTS]
+    document = base.config.model_dump(mode="json")
+    for term in axes:
+        if _key(term) in document["axes"]:
+            raise SweepError(f"{term!r}: {_key(term)} is given twice; write its values as {_key(term)}=A,B")
+        document["axes"][_key(term)] = values_of(term)
+        document["overrides"].pop(_key(term), None)  # what is typed counts
+    for term in narrowing:
+        document[LISTS[_key(term)]] = values_of(term)
+    if any(_key(term) == "dataset" for term in narrowing):
+        recipe_of = {run.dataset: run.recipe for run in base.runs}
+        unknown = [each for each in document["recipes"] if each not in recipe_of]
+        if unknown:
+            raise SweepError(f"there is no dataset {unknown[0]!r} in {base.name}; there is {', '.join(recipe_of)}")
+        document["recipes"] = [recipe_of[each] for each in document["recipes"]]
+    document |= {"name": name, "reference": {} if document["axes"] else base.config.reference}
+    config = parse_model(SweepConfig, document, WHERE)
+    return Sweep(config, resolve(config, WHERE)), [term for term in terms if term not in [*axes, *narrowing]]
+
+
+def values_of(term: str) -> list[Any]:
+    """The values of `key=A,B`, each read as YAML.
+
+    Raises:
+        ConfigError: they cannot be read.
+        SweepError: there is none.
+    """
+    key, _, text = term.partition("=")
+    values = Override.parse(f"{key}=[{text}]", WHERE).value
+    if not isinstance(values, list) or not values:
+        raise SweepError(f"{term!r}: no value; write {key}=A,B")
+    return values
+
+
+def _key(term: str) -> str:
+    return term.partition("=")[0]
