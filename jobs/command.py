@@ -152,6 +152,14 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--lines", type=whole_number(1, 1_000_000), default=15, help="lines of each log (default: 15)")
     if verb == "collect":
         parser.add_argument(
+            "--compare",
+            metavar="AXIS",
+            help="an axis, or attention: differences between its values, paired by seed",
+        )
+        parser.add_argument(
+            "--pivot", nargs=2, metavar=("ROWS", "COLUMNS"), help="tables of means along two of: attention, the sweep's axes"
+        )
+        parser.add_argument(
             "--allow-mixed", action="store_true", help="average over different code or data, and mark the table"
         )
 

@@ -415,7 +415,15 @@ def _collect(context: Context) -> int:
     states = context.look()
     folder = SweepDir(context.root, context.sweep.name).report
     try:
-        table = collect(context.sweep, states, context.root, allow_mixed=context.options.allow_mixed)
+        options = context.options
+        table = collect(
+            context.sweep,
+            states,
+            context.root,
+            allow_mixed=options.allow_mixed,
+            compare=options.compare,
+            pivot=options.pivot and tuple(options.pivot),
+        )
     except SweepError as error:
         older = None if context.filters else set_report_aside(folder)
         raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error

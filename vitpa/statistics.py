@@ -32,3 +32,29 @@ class Estimate:
         quantile = float(stdtrit(n - 1, 0.975))  # 97.5 % of Student's t, n - 1 degrees of freedom
         half = quantile * std / math.sqrt(n)
         return Estimate(n, mean, std, mean - half, mean + half)
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p value of Student's t test that the mean of paired differences is 0; None with fewer than two of them.
+
+    Differences that are all the same have no spread to be judged by: 1 if they are 0, else 0.
+    """
+    found = Estimate.of(differences)
+    if found.mean is None or found.std is None:
+        return None
+    if found.std == 0:
+        return float(found.mean == 0)
+    from scipy.special import stdtr  # noqa: PLC0415 - as above
+
+    return 2 * float(stdtr(found.n - 1, -abs(found.mean) / (found.std / math.sqrt(found.n))))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for their number (Holm 1979, step-down); None stays None and does not count."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[index] = largest
+    return corrected

@@ -17,6 +17,7 @@ from typing import Any
 
 from jobs.errors import SweepError
 from jobs.grid import Attention
+from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons
 from jobs.scheduler.client import ranges
 from jobs.state import RunState
 from jobs.sweep import Sweep
@@ -74,10 +75,14 @@ class CollectedTable:
     absent: list[dict[str, str]]  # runs without a valid result: run, state, reason
     damaged: list[dict[str, str]] = field(default_factory=list)  # runs whose result counts, but not all of their curve
     settings: dict[str, dict[str, str]] = field(default_factory=dict)  # of each result, by its signature: values on the axes
+    compared: str = ""  # the axis of the comparisons
+    comparisons: list[Comparison] = field(default_factory=list)
+    best: list[Best] = field(default_factory=list)  # of each data set, if the sweep has axes
+    pivot: tuple[str, str] | None = None  # the axes of rows and columns
 
     @property
     def axes(self) -> list[str]:
-        """The keys of the sweep's axes."""
+        """The names of the sweep's axes."""
         return list(dict.fromkeys(key for cell in self.cells for key in cell.settings))
 
     @property
@@ -95,6 +100,9 @@ class CollectedTable:
             "mixed": self.mixed,
             "cells": [{**asdict(cell), "complete": cell.complete} for cell in self.cells],
             "differences_content_minus_positional": [asdict(difference) for difference in self.differences],
+            "compared": self.compared,
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "best": [asdict(best) for best in self.best],
             "absent": self.absent,
             "damaged": self.damaged,
             "results": [
@@ -103,12 +111,34 @@ class CollectedTable:
         }
 
 
-def collect(sweep: Sweep, states: list[RunState], root: Path, *, allow_mixed: bool = False) -> CollectedTable:
+def collect(
+    sweep: Sweep,
+    states: list[RunState],
+    root: Path,
+    *,
+    allow_mixed: bool = False,
+    compare: str | None = None,
+    pivot: tuple[str, str] | None = None,
+) -> CollectedTable:
     """The table of a sweep from the states of its runs below `root`.
 
+    Args:
+        sweep: Whose runs they are.
+        states: Of its runs, or of some of them.
+        root: Folder of runs/ and sweeps/.
+        allow_mixed: Average results of different code or data.
+        compare: An axis, or `attention`, along which every two cells are compared.
+        pivot: Two of them, for the rows and columns of tables of means.
+
     Raises:
-        SweepError: runs of one data set were made by different code or from different data, and `allow_mixed` is not set.
+        SweepError: runs of one data set were made by different code or from different data, and `allow_mixed` is not set; an
+            axis that the sweep has not.
     """
+    axes = ["attention", *(states[0].run.settings if states else ())]
+    compared = axis_named(compare, axes) if compare else ""
+    rows_columns = (axis_named(pivot[0], axes), axis_named(pivot[1], axes)) if pivot else None
+    if rows_columns and rows_columns[0] == rows_columns[1]:
+        raise SweepError(f"--pivot {rows_columns[0]} twice: name two axes, one for the rows and one for the columns")
     datasets = list(dict.fromkeys(state.run.dataset for state in states))
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
@@ -121,7 +151,12 @@ def collect(sweep: Sweep, states: list[RunState], root: Path, *, allow_mixed: bo
     absent = [
         {"run": state.run.label, "state": state.state, "reason": state.reason} for state in states if state.result is None
     ]
+    scores = [_scores(groups[key]) for key in ordered]
     return CollectedTable(
+        compared=compared,
+        comparisons=comparisons(scores, compared) if compared else [],
+        best=best_cells(scores) if len(axes) > 1 else [],
+        pivot=rows_columns,
         sweep=sweep.name,
         description=sweep.config.description,
         collected_utc=utc_now(),
@@ -202,6 +237,12 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         reference_val_top1=reference.val_top1 if reference else None,
         reference_source=reference.source if reference else "",
     )
+
+
+def _scores(members: list[RunState]) -> Scores:
+    run = members[0].run
+    val_top1 = {state.run.seed: state.result.val_top1 if state.result else None for state in members}
+    return Scores(run.dataset, {"attention": run.config.network_name, **run.settings}, val_top1)
 
 
 def _differences(groups: Mapping[tuple[str, str, str], list[RunState]]) -> list[Difference]:

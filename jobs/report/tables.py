@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
+from jobs.report.compare import Best, Comparison
 from vitpa.records import to_json, write_atomic
 from vitpa.terminal import printable
 
@@ -140,7 +141,7 @@ def _percent(value: float | None, sign: bool = False) -> str:
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
-def _accuracy(table: CollectedTable, its: Cell | Difference, *, sign: bool = False) -> list[str]:
+def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sign: bool = False) -> list[str]:
     """Mean and standard deviation, the interval of the mean, and how many seeds are in it."""
     found = its.val_top1
     mean = _percent(found.mean, sign) + (f" ± {_percent(found.std)}" if found.std is not None else "")
@@ -151,7 +152,7 @@ def _accuracy(table: CollectedTable, its: Cell | Difference, *, sign: bool = Fal
 
 def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
-    axes = [key.rpartition(".")[2] for key in table.axes]
+    axes = [_short(axis) for axis in table.axes]
     header = ["data set", "attention", *axes, "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
     yield [header] + [
         [
@@ -169,6 +170,45 @@ def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
         yield [header] + [
             [its.dataset, *its.settings.values(), *_accuracy(table, its, sign=True)] for its in table.differences
         ]
+    if table.comparisons:
+        yield _comparison_rows(table)
+    yield from _pivots(table)
+
+
+def _comparison_rows(table: CollectedTable) -> list[list[str]]:
+    common = [axis for axis in ["attention", *table.axes] if axis != table.compared]
+    what = f"{_short(table.compared)}, difference in points"
+    header = ["data set", *map(_short, common), what, "", "95 % interval", "p (Holm)", "seeds in both"]
+    rows = []
+    for its in table.comparisons:
+        mean, interval, seeds = _accuracy(table, its, sign=True)
+        p = "-" if its.p_holm is None else f"{its.p_holm:.2g}"
+        rows.append([its.dataset, *its.common.values(), f"{its.second} - {its.first}", mean, interval, p, seeds])
+    return [header, *rows]
+
+
+def _pivots(table: CollectedTable) -> Iterator[list[list[str]]]:
+    """A table of means for each data set and each point of the axes that are neither its rows nor its columns."""
+    if table.pivot is None:
+        return
+    rows, columns = table.pivot
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for cell in table.cells:
+        position = {"attention": cell.network, **cell.settings}
+        others = [f"{_short(axis)}={value}" for axis, value in position.items() if axis not in table.pivot]
+        mean, _, seeds = _accuracy(table, cell)
+        text = mean if cell.complete else f"{mean} ({seeds})"
+        found.setdefault(" ".join([cell.dataset, *others]), {})[position[rows], position[columns]] = text
+    for name, means in found.items():
+        across = list(dict.fromkeys(column for _, column in means))
+        header = [f"{name}: {_short(rows)}", *(f"{_short(columns)}={column}" for column in across)]
+        down = dict.fromkeys(row for row, _ in means)
+        yield [header, *([row, *(means.get((row, column), "-") for column in across)] for row in down)]
+
+
+def _short(axis: str) -> str:
+    """An axis as the head of a column."""
+    return axis.rpartition(".")[2]
 
 
 def markdown(table: CollectedTable) -> str:
@@ -181,6 +221,9 @@ def _notes(table: CollectedTable) -> list[str]:
     notes = [
         "Mean ± standard deviation (n - 1) over seeds; 95 % interval of the mean by Student's t; differences paired by seed."
     ]
+    notes += [_verdict(best) for best in table.best]
+    if table.comparisons:
+        notes.append("p: paired t test over the seeds, two-sided, corrected for all comparisons of the table (Holm).")
     for cell in table.cells:
         if cell.reference_source:
             notes.append(f"Reference {cell.dataset} {cell.attention}: {cell.reference_source}.")
@@ -201,6 +244,16 @@ def _notes(table: CollectedTable) -> list[str]:
         notes.append("DAMAGED: the curves of these runs have gaps; their results were compared with the last row, and count:")
         notes += [f"- {entry['run']}: {entry['reason']}" for entry in table.damaged]
     return [_one_line(note) for note in notes]
+
+
+def _verdict(best: Best) -> str:
+    ahead = best.others - len(best.alike)
+    text = f"Best of {best.dataset}: {best.cell}, {_percent(best.mean)} %; "
+    text += f"better than {ahead} of {best.others} other cells (paired t test by seed, 5 %, Holm's correction for all pairs)"
+    if best.alike:
+        more = f" and {len(best.alike) - 5} more" if len(best.alike) > 5 else ""
+        text += f"; not told apart from: {'; '.join(best.alike[:5])}{more}"
+    return f"{text}."
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,150 @@
+"""Cells of a sweep against one another, paired by seed: along an axis, and the best of a data set against all others."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jobs.errors import SweepError
+from vitpa.statistics import Estimate, holm, paired_p
+
+LEVEL = 0.05  # of the corrected p values that count as a difference
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a cell is on each axis, `attention` among them, and the accuracy of its runs by seed; None: not there yet."""
+
+    dataset: str
+    position: Mapping[str, str]
+    val_top1: Mapping[int, float | None]
+
+    @property
+    def values(self) -> list[float]:
+        """The accuracies that are there."""
+        return [value for value in self.val_top1.values() if value is not None]
+
+    @property
+    def text(self) -> str:
+        """Its position, for people."""
+        return " ".join(
+            value if axis == "attention" else f"{axis.rpartition('.')[2]}={value}" for axis, value in self.position.items()
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """second - first, over the seeds that both cells have.
+
+    Attributes:
+        dataset: Of both.
+        common: Where both are on the other axes.
+        first: Value of the one on the compared axis.
+        second: Of the other.
+        wanted: Seeds that both have in the sweep.
+        val_top1: The differences' mean, standard deviation and 95 % interval, as fractions.
+        seeds: That are in it.
+        p: Of the paired t test, two-sided; None with fewer than two seeds.
+        p_holm: The same, corrected for all comparisons of the table (Holm 1979).
+    """
+
+    dataset: str
+    common: Mapping[str, str]
+    first: str
+    second: str
+    wanted: int
+    val_top1: Estimate
+    seeds: list[int]
+    p: float | None
+    p_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The cell of a data set with the highest mean, and the others that it cannot be told apart from.
+
+    Attributes:
+        dataset: Whose cells they are.
+        cell: The best.
+        mean: Its mean accuracy, a fraction.
+        others: How many more cells have two results or more.
+        alike: Those of them whose difference to it has a corrected p of 0.05 or more, among all pairs of cells.
+    """
+
+    dataset: str
+    cell: str
+    mean: float
+    others: int
+    alike: list[str]
+
+
+def axis_named(name: str, axes: Sequence[str]) -> str:
+    """The axis of that name, or of that last part of a dotted one (`lr`).
+
+    Raises:
+        SweepError: there is none, or more than one.
+    """
+    found = [axis for axis in axes if name == axis] or [axis for axis in axes if name == axis.rpartition(".")[2]]
+    if len(found) != 1:
+        which = "several axes are called so" if found else "the sweep has no such axis"
+        raise SweepError(f"{name}: {which}; there is {', '.join(axes)}")
+    return found[0]
+
+
+def comparisons(cells: Sequence[Scores], axis: str) -> list[Comparison]:
+    """Every two cells of a data set that differ on `axis` alone."""
+    alike: dict[str, list[Scores]] = {}
+    for cell in cells:
+        alike.setdefault(json.dumps([cell.dataset, _without(cell, axis)]), []).append(cell)
+    found = [
+        _comparison(first, second, axis) for group in alike.values() for first, second in itertools.combinations(group, 2)
+    ]
+    return [replace(each, p_holm=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
+
+
+def best_cells(cells: Sequence[Scores]) -> list[Best]:
+    """For each data set with several cells that have two results or more, the best of them."""
+    found = []
+    for dataset in dict.fromkeys(cell.dataset for cell in cells):
+        own = [cell for cell in cells if cell.dataset == dataset and len(cell.values) > 1]
+        if len(own) < 2:
+            continue
+        means = {id(cell): Estimate.of(cell.values).mean or 0.0 for cell in own}
+        best = max(own, key=lambda cell: means[id(cell)])
+        pairs = list(itertools.combinations(own, 2))
+        corrected = holm([_paired(*pair)[2] for pair in pairs])
+        alike = [
+            (first if second is best else second).text
+            for (first, second), p in zip(pairs, corrected, strict=True)
+            if best in (first, second) and (p is None or p >= LEVEL)
+        ]
+        found.append(Best(dataset, best.text, means[id(best)], len(own) - 1, alike))
+    return found
+
+
+def _without(cell: Scores, axis: str) -> dict[str, str]:
+    return {name: value for name, value in cell.position.items() if name != axis}
+
+
+def _comparison(first: Scores, second: Scores, axis: str) -> Comparison:
+    wanted, differences, p = _paired(first, second)
+    return Comparison(
+        first.dataset,
+        _without(first, axis),
+        first.position[axis],
+        second.position[axis],
+        wanted,
+        Estimate.of(list(differences.values())),
+        list(differences),
+        p,
+    )
+
+
+def _paired(first: Scores, second: Scores) -> tuple[int, dict[int, float], float | None]:
+    """Seeds in both, second - first for those with results, and the p value of that."""
+    wanted = sorted(first.val_top1.keys() & second.val_top1.keys())
+    pairs = [(seed, first.val_top1[seed], second.val_top1[seed]) for seed in wanted]
+    differences = {seed: b - a for seed, a, b in pairs if a is not None and b is not None}
+    return len(wanted), differences, paired_p(list(differences.values()))
