@@ -23,7 +23,7 @@ from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.records import Claim
 from jobs.report import logs, status
-from jobs.report.collect import collect
+from jobs.report.collect import MixedRunsError, collect
 from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withdraw
@@ -413,7 +413,7 @@ def _task_of(state: RunState) -> tuple[str, str] | None:
 
 def _collect(context: Context) -> int:
     states = context.look()
-    folder = SweepDir(context.root, context.sweep.name).report
+    folder, whole = SweepDir(context.root, context.sweep.name).report, len(states) == len(context.sweep.runs)
     try:
         options = context.options
         table = collect(
@@ -424,16 +424,16 @@ def _collect(context: Context) -> int:
             compare=options.compare,
             pivot=options.pivot and tuple(options.pivot),
         )
-    except SweepError as error:
-        older = None if context.filters else set_report_aside(folder)
+    except MixedRunsError as error:
+        older = set_report_aside(folder) if whole else None
         raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error
-    if not context.filters:
+    if whole:
         write_report(table, folder)
     if context.options.json:
         context.say_json(table.as_json())
     else:
         context.say(markdown(table))
-        context.say(f"written to {folder}" if not context.filters else "a filtered table is not written to files")
+        context.say(f"written to {folder}" if whole else "a filtered table is not written to files")
     return OK if table.complete else PARTIAL
 
 

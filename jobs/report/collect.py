@@ -27,6 +27,10 @@ from vitpa.rundir import Result
 from vitpa.statistics import Estimate
 
 
+class MixedRunsError(SweepError):
+    """Runs of one data set were made by different code or from different data."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One data set, network and setting of the sweep's axes."""
@@ -131,8 +135,8 @@ def collect(
         pivot: Two of them, for the rows and columns of tables of means.
 
     Raises:
-        SweepError: runs of one data set were made by different code or from different data, and `allow_mixed` is not set; an
-            axis that the sweep has not.
+        MixedRunsError: and `allow_mixed` is not set.
+        SweepError: an axis that the sweep has not.
     """
     axes = ["attention", *(states[0].run.settings if states else ())]
     compared = axis_named(compare, axes) if compare else ""
@@ -142,7 +146,7 @@ def collect(
     datasets = list(dict.fromkeys(state.run.dataset for state in states))
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
-        raise SweepError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
+        raise MixedRunsError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
     groups: dict[tuple[str, str, str], list[RunState]] = {}  # in the order of the axes
     for state in states:
         key = (state.run.dataset, state.run.config.network_name, json.dumps(state.run.settings))

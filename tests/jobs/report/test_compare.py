@@ -145,10 +145,14 @@ def test_pivot_is_a_table_along_two_axes(tmp_path: Path) -> None:
 )
 def test_errors_are_one_line(tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     SweepDir(tmp_path, "small").record(filled(tmp_path))
+    report = SweepDir(tmp_path, "small").report
+    report.mkdir()
+    (report / "table.md").touch()
     assert main(["sweep", "collect", str(tmp_path / "small.yaml"), "--root", str(tmp_path), *words.split()]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert {path.name for path in report.iterdir()} == {"table.md"}, "the report stays where it is"
 
 
 def test_command_prints_comparison_and_pivot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
