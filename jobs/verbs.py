@@ -8,33 +8,29 @@ import logging
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.context import Context, load_context, select
+from jobs.cancel import cancel
+from jobs.context import Context, load_context
 from jobs.errors import SweepError
 from jobs.execute.slots import visible_gpus
 from jobs.failures import without_particulars
-from jobs.membership import jobs_needed_by_others, sweeps_with
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
-from jobs.records import Claim
 from jobs.report import logs, status
 from jobs.report.collect import MixedRunsError, collect
 from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.scheduler.client import Scheduler, SchedulerError
-from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends, withdraw
+from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends
 from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
-from jobs.submit.submit import WRITERS, SubmissionPlan, check_data, prepare, submit
+from jobs.submit.submit import SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir
 from vitpa.arguments import as_argument
-from vitpa.attempt import CANCEL, Stop
 from vitpa.errors import run_command
-from vitpa.records import RunError, read_json, read_record, utc_now, write_json
+from vitpa.records import RunError, read_json
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:
@@ -154,7 +150,8 @@ def _to_submit(context: Context, states: list[RunState]) -> list[RunState]:
             f"{first.run.label}{more} left alone: {MAX_EARLY_ENDS} jobs in a row ended too early ({printable(first.reason)}); "
             f"fix that, then: vitpa sweep retry {context.start_suffix} --force"
         )
-    return [state for state in chosen if state not in in_vain]
+    left_alone = {state.run.signature for state in in_vain}
+    return [state for state in chosen if state.run.signature not in left_alone]
 
 
 def _settle(context: Context) -> None:
@@ -173,7 +170,8 @@ def _retry(context: Context) -> int:
     for state in hopeless:
         how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
         context.say(f"{state.run.label} is left alone: it {how} ({printable(state.reason)}); fix that, then --force")
-    chosen = [state for state in chosen if state not in hopeless]
+    left_alone = {state.run.signature for state in hopeless}
+    chosen = [state for state in chosen if state.run.signature not in left_alone]
     if not chosen:
         context.say(f"nothing to retry: {status.summary(states)}")
         return PARTIAL if hopeless else OK
@@ -329,88 +327,6 @@ def _logs(context: Context) -> int:
     return OK
 
 
-def _cancel(context: Context) -> int:
-    """Pending claims first, so that the slots that become free find nothing to start."""
-    states = context.states_of([*context.sweep.runs, *context.left])
-    left = {run.signature for run in context.left}
-    live = [state for state in select(states, context.filters) if state.state in LIVE or state.state == "uncertain"]
-    if context.options.gone:
-        live = [state for state in live if state.run.signature in left]
-    _say_shared(context, live)
-    if context.options.dry_run:
-        for state in live:
-            where = ", no longer in the sweep" if state.run.signature in left else ""
-            context.say(f"would cancel {state.run.label} ({state.state}{where})")
-        return OK
-    others = [state for state in states if state.state in LIVE and state not in live]
-    waiting = [state for state in live if state.state != "running"]
-    with ThreadPoolExecutor(WRITERS) as pool:
-        ours = list(pool.map(partial(_withdraw, context.root), waiting))
-        withdrawn = [state for state, is_ours in zip(waiting, ours, strict=True) if is_ours]
-        running = [state for state in live if state.state == "running"]
-        running += [state for state, is_ours in zip(waiting, ours, strict=True) if not is_ours]
-        list(
-            pool.map(partial(_ask_to_stop, context.root, context.options.now), running)
-        )  # at once, for groups to stay in step
-    killed = []
-    if context.options.now:  # where others train in the same process, it goes on, and what is cancelled ends with a checkpoint
-        spared = {_task_of(state) for state in others}
-        killed = [state for state in running if (task := _task_of(state)) is not None and task not in spared]
-    parts = [f"{len(withdrawn)} cancelled while they waited"]
-    if killed:
-        parts.append(f"{len(killed)} killed")
-    if len(killed) < len(running) or not killed:
-        parts.append(f"{len(running) - len(killed)} asked to stop at their next step, with a checkpoint")
-    context.say(", ".join(parts))
-    needed = {state.job_id for state in [*others, *running] if not state.cluster}
-    needed |= jobs_needed_by_others(context.root, withdrawn)
-    jobs = {state.job.id: state.job for state in withdrawn if state.job is not None and state.job.id not in needed}
-    context.scheduler.cancel(jobs.values())  # they would find nothing to do
-    if withdrawn and context.unanswered:
-        context.say("jobs of theirs that SLURM may still have in its queue will find nothing to do, and end by themselves")
-    for cluster in dict.fromkeys(state.cluster for state in running if state.cluster):
-        context.say(f"jobs in the SLURM cluster {cluster} cannot be reached from here; they stop when they see the request")
-    return OK
-
-
-def _say_shared(context: Context, live: list[RunState]) -> None:
-    """Name the other sweeps for which these runs will be cancelled, too."""
-    label_of = {state.run.signature: state.run.label for state in live}
-    verb = "would be" if context.options.dry_run else "is"
-    for name, shared in sweeps_with(context.root, label_of, besides=context.sweep.name).items():
-        labels = [label_of[signature] for signature in label_of if signature in shared]
-        context.say(
-            f"sweep {name} has {len(labels)} of these runs, too ({status.first_of(labels, 3)}): what is cancelled here "
-            f"{verb} cancelled for it as well; `vitpa sweep retry {context.suffix_of(name)}` starts it again"
-        )
-
-
-def _ask_to_stop(root: Path, now: bool, state: RunState) -> None:
-    assert state.attempt is not None
-    request = Stop(reason=CANCEL, attempt=state.attempt.number, now=now, utc=utc_now())
-    write_json(state.run.directory(root).stop, request.model_dump())
-
-
-def _withdraw(root: Path, state: RunState) -> bool:
-    """Take a run that is not in training out of circulation; False if it has been started in this moment."""
-    assert state.attempt is not None, "what is live has an attempt"
-    if not state.attempt.start_json.exists():
-        return withdraw(state.attempt, "cancelled", "cancelled before it started")
-    claim = read_record(Claim, state.attempt.claim_json)  # SLURM would have started it again
-    following = state.run.directory(root).claim_attempt(state.attempts + 1, claim.again()) if claim else None
-    return following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on")
-
-
-def _task_of(state: RunState) -> tuple[str, str] | None:
-    """The task of a submission that has the run, and so can kill its training; `vitpa train` only stops by itself."""
-    assert state.attempt is not None
-    try:
-        claim = read_record(Claim, state.attempt.claim_json)
-    except RunError:
-        return None
-    return (claim.submission, str(claim.index)) if claim and claim.submission else None
-
-
 def _collect(context: Context) -> int:
     states = context.look()
     folder, whole = SweepDir(context.root, context.sweep.name).report, len(states) == len(context.sweep.runs)
@@ -442,7 +358,7 @@ VERBS: dict[str, Callable[[Context], int]] = {
     "submit": _submit,
     "status": _status,
     "logs": _logs,
-    "cancel": _cancel,
+    "cancel": cancel,
     "retry": _retry,
     "collect": _collect,
 }

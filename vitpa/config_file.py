@@ -43,7 +43,8 @@ def record_config(config: RunConfig) -> RunDir:
     """
     run = config.run_dir
     run.path.mkdir(parents=True, exist_ok=True)
-    if not create_exclusive(run.config_yaml, to_yaml(config.model_dump(mode="json"))):
+    text = to_yaml(config.model_dump(mode="json"))
+    if not create_exclusive(run.config_yaml, text) and not _holds(run.config_yaml, text):
         recorded = load_model(RunConfig, run.config_yaml)
         if recorded.experiment() != config.experiment():
             raise ConfigError(
@@ -51,6 +52,14 @@ def record_config(config: RunConfig) -> RunDir:
                 "it was edited by hand: restore it, or move the run's directory away"
             )
     return run
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether that is what the file holds, which is quicker to say than to read it as YAML."""
+    try:
+        return read_bytes(path, YAML_BYTES) == text.encode()
+    except (OSError, DocumentError):
+        return False
 
 
 SectionT = TypeVar("SectionT", bound=BaseModel)

@@ -129,6 +129,13 @@ def test_plan_of_a_thousand_new_runs(tmp_path: Path) -> None:
     check("plan of 1,000 new runs", 2, plan)
 
 
+def test_cancel_of_three_thousand_waiting_runs(tmp_path: Path) -> None:
+    fill_all(tmp_path, make_large(tmp_path, 750), ("pending",), ProcessId.mine())
+    cancel = time_command(tmp_path, "cancel", times=1)
+    assert "3000 cancelled while they waited" in cancel.printed
+    check("cancel of 3,000 waiting runs", 3, cancel)
+
+
 def test_collect_of_ten_thousand_runs(tmp_path: Path) -> None:
     fill_all(tmp_path, make_large(tmp_path, 2500), ("done",), ProcessId.mine())
     collect = time_command(tmp_path, "collect", times=1)

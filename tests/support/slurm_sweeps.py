@@ -140,8 +140,9 @@ def make_cell(
         "recipes": [f"{name}.yaml" for name in recipes],
         "attentions": attentions,
         "seeds": list(range(seeds)),
+        **more.pop("grid", {}),
     }
-    (root / "life.yaml").write_text(yaml.safe_dump(grid))
+    (root / "life.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     if data is None:
         data = root / "data"
         for recipe in recipes.values():
