@@ -239,7 +239,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         )
         replica.logs = stack.enter_context(logs)
         if not step:
-            logs.hparams(replica.config.experiment(), {"val/top1": 0.0})
+            logs.hparams(replica.config.model_dump(mode="json", exclude={"runtime"}), {"val/top1": 0.0})
             logs.image("augmented", make_grid(t.data.preview(replica.config.seed)), step)
     if not step:
         show_positions(t)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.support.checkpoints import load_newest
 from tests.support.trainings import (
@@ -110,6 +111,9 @@ def check_one_curve(run: RunDir) -> None:
     steps = [event.step for event in board.Scalars("train/loss")]
     assert steps == list(range(1, EPOCHS * EPOCH_STEPS + 1))
     assert {"augmented", "positional_similarity"} <= set(board.Tags()["images"])
+    written = board.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    hparams = HParamsPluginData.FromString(written).session_start_info.hparams
+    assert hparams["augment.permute_block_px"].number_value == 0, "defaults, too: a sweep may have other values"
 
 
 def test_the_same_command_again_does_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
