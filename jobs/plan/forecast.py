@@ -244,9 +244,15 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapp
 
 
 def kind_of(run: Run) -> Kind:
-    """Runs of one kind are as fast as one another: of the sweep's axes, those of the network and of the batches count."""
+    """Runs of one kind are as fast as one another: of the sweep's axes, those of the network and of the batches count.
+
+    So do keys that move together, since they may be of these.
+    """
+    labels = dict(run.labels)
     on_axes = [
-        f"{key.rpartition('.')[2]}{value}" for key, value in run.settings.items() if key.startswith(("model.", "train."))
+        labels.get(axis) or f"{axis.rpartition('.')[2]}{value}"
+        for axis, value in run.settings.items()
+        if axis in labels or axis.startswith(("model.", "train."))
     ]
     return run.dataset, "-".join([run.config.network_name, *on_axes])
 

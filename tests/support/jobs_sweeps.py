@@ -42,7 +42,7 @@ def nothing_live(states: list[RunState]) -> bool:
 
 
 def make_sweep(
-    root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small", axes: Mapping[str, list[object]] | None = None
+    root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small", axes: Mapping[str, object] | None = None
 ) -> Sweep:
     """A sweep of 2 x `seeds` runs, for each point of the axes, of `steps` x 50 ms, as YAML files below `root`."""
     root.mkdir(exist_ok=True)

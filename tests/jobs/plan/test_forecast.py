@@ -119,6 +119,12 @@ def test_of_the_axes_those_of_the_network_and_of_the_batches_make_kinds(tmp_path
     assert speeds_of([], sweep.runs, tmp_path) == speeds  # found by its configuration
 
 
+def test_keys_that_move_together_make_kinds(tmp_path: Path) -> None:
+    size = {"small": {"model.depth": 1, "optim.lr": 1e-3}, "large": {"model.depth": 2, "optim.lr": 5e-4}}
+    sweep = make_sweep(tmp_path, seeds=1, axes={"size": size})
+    assert {kind_of(run)[1] for run in sweep.runs} == {f"{name}-{each}" for _, name in (CONTENT, POSITIONAL) for each in size}
+
+
 def test_other_sweeps_of_the_same_root_count_if_their_model_is_the_same(tmp_path: Path) -> None:
     finished = make_sweep(tmp_path, seeds=2, steps=2, name="short")
     for run, speed in zip(finished.runs[:2], (50.0, 70.0), strict=True):
