@@ -20,7 +20,7 @@ from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
 from jobs.state import LIVE, STATES, RunState, StateReader
-from jobs.sweep import Drift, Run, Sweep, SweepDir, recorded_sweep, value_text
+from jobs.sweep import Drift, Run, Sweep, SweepDir, load_sweep, recorded_sweep, value_text
 from jobs.variation import is_recipe, load_base, new_axes, values_of, variation, variation_name
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
@@ -140,16 +140,16 @@ def load_context(options: argparse.Namespace) -> Context:
 
 def _load(options: argparse.Namespace, root: Path) -> Sweep:
     """The sweep that SWEEP and the terms mean; of the terms those are left that are filters or settings of it."""
-    base = _load_base(options, root)
+    starts = options.verb in ("plan", "submit")
+    base = _or_as_recorded(load_base, options.sweep, root, starts=starts)
     axes, name = new_axes(base, options.terms), getattr(options, "name", None)
-    if not axes and name is None and not is_recipe(options.sweep, root):
+    if not axes and name is None and not is_recipe(options.sweep):
         return base
     name = name or variation_name(base, axes)
-    starts = options.verb in ("plan", "submit")
     if SweepDir(root, name).sweep_yaml.is_file():
-        options.sweep = name
-        before = _load_base(options, root)
+        before = _or_as_recorded(load_sweep, name, root, starts=starts)
         if not starts or _select_runs(options.terms, before):
+            options.sweep = name
             return before
     if not starts:
         raise SweepError(f"sweep {name} was never submitted under {root}; submit it, or say with --root where it is")
@@ -167,12 +167,12 @@ def _select_runs(terms: Sequence[str], sweep: Sweep) -> bool:
     return True
 
 
-def _load_base(options: argparse.Namespace, root: Path) -> Sweep:
+def _or_as_recorded(load: Callable[[str, Path], Sweep], name: str, root: Path, *, starts: bool) -> Sweep:
     """The sweep that is named; without its recipes, as it was recorded, unless it is to be planned or submitted."""
     try:
-        return load_base(options.sweep, root)
+        return load(name, root)
     except (SweepError, ConfigError) as error:
-        recorded = recorded_sweep(options.sweep, root) if options.verb not in ("plan", "submit") else None
+        recorded = None if starts else recorded_sweep(name, root)
         if recorded is None:
             raise
         LOGGER.warning(f"{error}; this is the sweep as it was submitted last")

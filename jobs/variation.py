@@ -11,17 +11,16 @@ from typing import Any
 
 from jobs.errors import SweepError
 from jobs.grid import KEYS, OWN_LISTS
-from jobs.sweep import Sweep, SweepConfig, SweepDir, load_sweep, resolve, shipped_sweeps
+from jobs.sweep import Sweep, SweepConfig, load_sweep, resolve, shipped_sweeps
 from vitpa.config_file import Override, parse_model, shipped_configs
 
 LISTS = {"dataset": "recipes", "attention": "attentions", "seed": "seeds"}  # terms that narrow a list of the new sweep
 WHERE = "command line"
 
 
-def is_recipe(spec: str, root: Path) -> bool:
-    """Whether `spec` names a shipped recipe and no sweep."""
-    is_sweep = Path(spec).is_file() or spec in shipped_sweeps() or SweepDir(root, spec).sweep_yaml.is_file()
-    return spec in shipped_configs() and not is_sweep
+def is_recipe(spec: str) -> bool:
+    """Whether `spec` names a shipped recipe, and neither a file nor a shipped sweep."""
+    return spec in shipped_configs() and spec not in shipped_sweeps() and not Path(spec).is_file()
 
 
 def load_base(spec: str, root: Path) -> Sweep:
@@ -30,7 +29,7 @@ def load_base(spec: str, root: Path) -> Sweep:
     Raises:
         SweepError, ConfigError: as for `load_sweep`.
     """
-    if not is_recipe(spec, root):
+    if not is_recipe(spec):
         return load_sweep(spec, root)
     document = {"name": spec, "recipes": [spec], "attentions": ["content", "positional"], "seeds": [0]}
     config = parse_model(SweepConfig, document, spec)

@@ -66,6 +66,17 @@ def test_the_same_words_find_it_again_in_every_verb(tmp_path: Path) -> None:
     assert len(again.sweep.runs) == 8
 
 
+def test_more_seeds_are_added(tmp_path: Path) -> None:
+    submitted(tmp_path, "svhn seed=0")
+    context = submitted(tmp_path, "svhn seed=0,1,2")
+    assert context.drift.describe().startswith("since the last submission the sweep has changed: 4 new")
+    assert not context.drift.gone
+    assert len(context_of(tmp_path, "status svhn").look()) == 6
+    assert labels(context_of(tmp_path, "submit svhn seed=1")) == ["svhn-content-s1", "svhn-positional-s1"]
+    submitted(tmp_path, "demo optim.lr=5e-4 seed=0")
+    assert not submitted(tmp_path, "demo optim.lr=5e-4,1e-3 seed=0,1").drift.gone
+
+
 def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
     submitted(tmp_path, "demo optim.lr=5e-4,1e-3 seed=0")
     context = context_of(tmp_path, "plan demo optim.lr=1e-3,2e-3 seed=0")
