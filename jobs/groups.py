@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
-from vitpa.datasets import facts_of
+from vitpa.datasets import facts_of, num_held_out
 from vitpa.records import RunError, read_json
 from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
@@ -106,10 +106,26 @@ def unsupported_reason(config: RunConfig) -> str | None:
 
 def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
     """Images of a split of the run's data set, from the manifest or else from the table."""
-    facts = facts_of(config.dataset)
+    facts, share = facts_of(config.dataset), config.train.holdout
     known = facts.num_train if split == "train" else facts.num_val
+    if share:
+        return _num_of_train(config, split, facts.num_train)
     try:
         found = (read_json(config.runtime.data_path / config.dataset / f"{split}.json") or {}).get("num_samples")
     except RunError:
         return known
     return found if isinstance(found, int) else known
+
+
+def _num_of_train(config: RunConfig, split: Literal["train", "val"], known: int | None) -> int | None:
+    """The same where a part of train replaces val; `known` are all of train by the table."""
+    try:
+        counts = (read_json(config.runtime.data_path / config.dataset / "train.json") or {}).get("class_counts")
+    except RunError:
+        counts = None
+    if not isinstance(counts, list):
+        counts = None if known is None else [known]
+    if counts is None:
+        return None
+    held_out = sum(num_held_out(count, config.train.holdout) for count in counts)
+    return held_out if split == "val" else sum(counts) - held_out

@@ -77,7 +77,8 @@ def _plan(context: Context) -> int:
         context.say_json({**document, "changed": context.drift.describe(), **report.as_json()})
         return code
     context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-    for line in filter(None, [context.drift.describe(), *status.ran_other_code(context.root, states), *report.lines()]):
+    said = [context.drift.describe(), *status.held_out(states), *status.ran_other_code(context.root, states)]
+    for line in filter(None, [*said, *report.lines()]):
         context.say(line)
     _say_left(context, left)
     if context.options.gpu_hour_price and not report.forecast.cost:
@@ -302,7 +303,7 @@ def _status(context: Context) -> int:
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
         if context.drift.describe():
             context.say(context.drift.describe())
-        for line in status.ran_other_code(context.root, states):
+        for line in [*status.held_out(states), *status.ran_other_code(context.root, states)]:
             context.say(line)
         if left:
             rows = [status.row_of(state, context.root) for state in left]

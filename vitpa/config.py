@@ -160,6 +160,9 @@ class TrainConfig(Section):
         "random",
         description="of an epoch's images; quasi_random: read in shards, for a .beton larger than the node's memory",
     )
+    holdout: Float = Field(
+        0.0, ge=0, le=0.5, description="share of each class of train that replaces val, to choose a recipe by; 0: val itself"
+    )
 
 
 class RuntimeConfig(Section):
@@ -287,6 +290,8 @@ class RunConfig(Section):
         # these keys are younger than many runs, which were all so
         if self.train.order == "random":
             del document["train"]["order"]
+        if not self.train.holdout:
+            del document["train"]["holdout"]
         if not self.augment.permute_block_px:
             del document["augment"]["permute_block_px"]
         if self.model.kind == "vit":
@@ -305,6 +310,11 @@ class RunConfig(Section):
             return None
         whole = "its batch norm takes the statistics of a whole batch"
         return f"model.kind={self.model.kind}: {whole}, and {processes} processes have a part of it each"
+
+    @property
+    def evaluated_on(self) -> str:
+        """The images of its evaluations, for people."""
+        return f"{100 * self.train.holdout:g} % of train, held out" if self.train.holdout else "val"
 
     @property
     def network_name(self) -> str:

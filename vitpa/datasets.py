@@ -46,6 +46,11 @@ _TABLE = (
 DATASETS = {facts.name: facts for facts in _TABLE}
 
 
+def num_held_out(count: int, share: float) -> int:
+    """How many of a class's `count` images `train.holdout=share` holds out: at least one, and not all."""
+    return 0 if not share or count < 2 else min(count - 1, max(1, round(share * count)))
+
+
 def facts_of(dataset: str) -> DatasetFacts:
     """The facts of `dataset`; for a name that is not in the table, the facts of a user's own ImageFolder."""
     known = DATASETS.get(dataset)

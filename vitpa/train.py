@@ -225,7 +225,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
     images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
-    place = f"on {t.group.device} ({images} images) in {where}"
+    place = f"on {t.group.device} ({images} images, evaluated on {config.evaluated_on}) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)

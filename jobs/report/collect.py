@@ -47,6 +47,7 @@ class Cell:
     data_versions: list[str]
     reference_val_top1: float | None
     reference_source: str
+    evaluated_on: str = "val"  # or the part of train that was held out
 
     @property
     def complete(self) -> bool:
@@ -227,6 +228,8 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
     """Of runs that differ in their seeds."""
     run, results = members[0].run, [state.result for state in members if state.result is not None]
     reference = sweep.config.reference.get(run.dataset, {}).get(run.attention)
+    if run.config.train.holdout:  # what was published is of val
+        reference = None
     return Cell(
         dataset=run.dataset,
         attention=run.attention,
@@ -240,6 +243,7 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         data_versions=sorted({data_version(result) for result in results}),
         reference_val_top1=reference.val_top1 if reference else None,
         reference_source=reference.source if reference else "",
+        evaluated_on=run.config.evaluated_on,
     )
 
 

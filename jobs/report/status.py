@@ -241,6 +241,12 @@ def summary(states: list[RunState]) -> str:
     return ", ".join(parts + [f"{counts[name]} {name}" for name in STATES if name != "done" and counts[name]])
 
 
+def held_out(states: Iterable[RunState]) -> list[str]:
+    """A line for each data set whose accuracies are not of val."""
+    parts = dict.fromkeys((state.run.dataset, state.run.config.evaluated_on) for state in states)
+    return [f"{dataset}: evaluated on {part}, not on val" for dataset, part in parts if part != "val"]
+
+
 def watch(runs: list[Run], root: Path, name: str, console: Console) -> list[RunState]:
     """Show the table until no run is in progress or about to be; without a terminal, a line whenever the counts change.
 

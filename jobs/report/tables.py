@@ -73,6 +73,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
             "dataset": cell.dataset,
             "quantity": cell.network,
             **cell.settings,
+            "evaluated_on": cell.evaluated_on,
             **_estimate_columns(table, cell),
             "reference_val_top1_fraction": cell.reference_val_top1,
             "reference_source": cell.reference_source,
@@ -84,7 +85,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
     ]
     quantity = "content - positional, paired by seed"
     return cells + [
-        {"dataset": its.dataset, "quantity": quantity, **its.settings, **_estimate_columns(table, its)}
+        {"dataset": its.dataset, "quantity": quantity, **its.settings, "evaluated_on": "", **_estimate_columns(table, its)}
         for its in table.differences
     ]
 
@@ -153,7 +154,9 @@ def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sig
 def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
     axes = [_short(axis) for axis in table.axes]
-    header = ["data set", "attention", *axes, "val top-1 %", "95 % interval", "seeds", "reference %", "GPU-hours"]
+    parts = {cell.evaluated_on for cell in table.cells}
+    top1 = "val top-1 %" if parts <= {"val"} else "top-1 %" if "val" in parts else "held-out top-1 %"
+    header = ["data set", "attention", *axes, top1, "95 % interval", "seeds", "reference %", "GPU-hours"]
     yield [header] + [
         [
             cell.dataset,
@@ -221,6 +224,9 @@ def _notes(table: CollectedTable) -> list[str]:
     notes = [
         "Mean ± standard deviation (n - 1) over seeds; 95 % interval of the mean by Student's t; differences paired by seed."
     ]
+    for dataset, part in dict.fromkeys((cell.dataset, cell.evaluated_on) for cell in table.cells):
+        if part != "val":
+            notes.append(f"HELD OUT: {dataset} was evaluated on {part}, not on val; no reference is of these images.")
     notes += [_verdict(best) for best in table.best]
     if table.comparisons:
         notes.append("p: paired t test over the seeds, two-sided, corrected for all comparisons of the table (Holm).")

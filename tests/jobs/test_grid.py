@@ -90,6 +90,10 @@ def test_grid_can_be_written_point_by_point(tmp_path: Path) -> None:
             {"axes": {"optim.lr": [1e-3], "mixing": {"a": {"optim.lr": 3}}}},
             "axes.mixing: optim.lr: the axis optim.lr sets it, too; one axis for a key",
         ),
+        (
+            {"axes": {"train.holdout": [0, 0.1]}},
+            "axes.train.holdout: accuracies on other images are not compared; take a sweep",
+        ),
         ({"axes": {"mixing": {"a": {}, "b": {}}}}, "digits-content-a-s0 and digits-content-b-s0 are the same run"),
         ({"exclude": [{"optim.lr": 1}]}, "exclude: optim.lr is no axis of the sweep; it has dataset, attention"),
         ({"exclude": [{"seed": 1}]}, "exclude: seed: every cell has the seeds of the sweep"),

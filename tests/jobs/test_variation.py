@@ -66,6 +66,12 @@ def test_the_same_words_find_it_again_in_every_verb(tmp_path: Path) -> None:
     assert len(again.sweep.runs) == 8
 
 
+def test_what_is_held_out_is_in_the_names(tmp_path: Path) -> None:
+    context = context_of(tmp_path, "plan cifar10 train.holdout=0.1 optim.lr=5e-4,1e-3 seed=0")
+    assert context.sweep.name == "cifar10-holdout-lr"
+    assert context.sweep.runs[0].label == "cifar10-content-holdout0.1-lr0.0005-s0"
+
+
 def test_more_seeds_are_added(tmp_path: Path) -> None:
     submitted(tmp_path, "svhn seed=0")
     context = submitted(tmp_path, "svhn seed=0,1,2")

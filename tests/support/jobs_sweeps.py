@@ -42,7 +42,13 @@ def nothing_live(states: list[RunState]) -> bool:
 
 
 def make_sweep(
-    root: Path, *, seeds: int = 4, steps: int = 4, name: str = "small", axes: Mapping[str, object] | None = None
+    root: Path,
+    *,
+    seeds: int = 4,
+    steps: int = 4,
+    name: str = "small",
+    axes: Mapping[str, object] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> Sweep:
     """A sweep of 2 x `seeds` runs, for each point of the axes, of `steps` x 50 ms, as YAML files below `root`."""
     root.mkdir(exist_ok=True)
@@ -56,6 +62,8 @@ def make_sweep(
     }
     if axes:
         grid["axes"] = dict(axes)
+    if overrides:
+        grid["overrides"] = dict(overrides)
     (root / f"{name}.yaml").write_text(yaml.safe_dump(grid))
     for split in ("train", "val"):
         path = root / "data" / "digits" / f"{split}.beton"

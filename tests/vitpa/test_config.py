@@ -78,6 +78,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "optim.label_smoothing": "0",
     "optim.grad_clip_norm": "null",
     "train.epochs": "4",
+    "train.holdout": "0.1",
     "train.global_batch_size": "64",
     "train.precision": "float32",
     "train.order": "quasi_random",
@@ -470,7 +471,9 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
     assert config().signature == SMALL_SIGNATURE
 
 
-@pytest.mark.parametrize("as_it_was", ["train.order=random", "augment.permute_block_px=0", "model.kind=vit"])
+@pytest.mark.parametrize(
+    "as_it_was", ["train.order=random", "train.holdout=0.0", "augment.permute_block_px=0", "model.kind=vit"]
+)
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
     assert config(as_it_was).signature == SMALL_SIGNATURE
     run = record_config(config(as_it_was, f"runtime.root={tmp_path}"))

@@ -181,7 +181,7 @@ def test_quasi_random_streams_and_goes_on_in_the_middle_of_an_epoch(
     options = ["train.epochs=2", "train.order=quasi_random", "runtime.cpu_threads=1", f"runtime.accum_steps={accum_steps}"]
     options += ["runtime.checkpoint_every_steps=6"]
     whole = trained(arguments(digits, tmp_path / "whole", *options))
-    assert "(streamed images)" in capsys.readouterr().err
+    assert "(streamed images, evaluated on val)" in capsys.readouterr().err
     words = arguments(digits, tmp_path / "resumed", *options)
     run = config_of(words).run_dir
     assert trained(words).weights_sha256 == whole.weights_sha256

@@ -1,4 +1,4 @@
-"""Images of the val split as an evaluation shows them to the network, for the attention that depends on content."""
+"""Images of a run's evaluation, as it shows them to the network, for the attention that depends on content."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vitpa.arguments import expand_path
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation
 from vitpa.data.beton import Beton
+from vitpa.data.holdout import without_val
 from vitpa.data.manifest import beton_path
 from vitpa.data.stream import StreamedImages
 from vitpa.datasets import facts_of
@@ -34,7 +35,10 @@ def val_images(config: RunConfig, count: int, data_dir: str | None = None) -> It
     folder = config.runtime.data_path if data_dir is None else expand_path(data_dir, "--data-dir")
     cpu = torch.device("cpu")
     augmentation = Augmentation(config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=cpu)
-    with closing(Beton.open(beton_path(folder, config.dataset, "val"), config.dataset, "val")) as beton:
+    split = "train" if config.train.holdout else "val"
+    with closing(Beton.open(beton_path(folder, config.dataset, split), config.dataset, split)) as beton:
+        if config.train.holdout:
+            beton = without_val(beton, config.train.holdout)["val"]  # noqa: PLW2901 - a part of the same file
         count = min(count, len(beton))
         samples = torch.arange(count) * len(beton) // count
         images = StreamedImages(beton, config.augment, img_size=config.model.img_size, seed=0, device=cpu, workers=2)

@@ -6,6 +6,7 @@ reader crashes on a file cut short, and its loader ignores undecodable images.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import mmap
 import os
@@ -49,6 +50,7 @@ class BetonFile:
     is_jpeg: npt.NDArray[np.bool_]  # (N,) bool; False where the pixels are stored as they are
     offsets: Ints  # (N,) int64, where in the file the bytes of each image begin
     sizes: Ints  # (N,) int64, how many they are
+    numbers: Ints  # (N,) int64, of the samples in the file: 0 to N - 1, unless this is a part of it
     status: os.stat_result  # of the file when it was opened: size, inode and so on
 
     def __init__(self, path: Path, dir_fd: int | None = None) -> None:
@@ -62,9 +64,12 @@ class BetonFile:
         self._bytes: npt.NDArray[np.uint8] | None
         self._bytes, self.status = _map(path, dir_fd)
         self._read_tables(self._bytes)
-        same_size = np.ptp(self.heights) == 0 and np.ptp(self.widths) == 0
-        self.image_size_px = (int(self.heights[0]), int(self.widths[0])) if same_size else None
+
+    @property
+    def image_size_px(self) -> tuple[int, int] | None:
         """(H, W) if all images are of one size, else None."""
+        same_size = np.ptp(self.heights) == 0 and np.ptp(self.widths) == 0
+        return (int(self.heights[0]), int(self.widths[0])) if same_size else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -116,7 +121,7 @@ class BetonFile:
         what = "cannot be decoded"
         if found not in (None, wanted):
             what += f": it has {found[1]} x {found[0]} pixels, its table says {wanted[1]} x {wanted[0]}"
-        return BetonError(f"{self.path}: the JPEG of sample {index} {what}; {hint}")
+        return BetonError(f"{self.path}: the JPEG of sample {self.numbers[index]} {what}; {hint}")
 
     def stored(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one sample as they lie in the file, read-only and not copied: a JPEG, or (H, W, 3) RGB, flat.
@@ -199,6 +204,7 @@ class BetonFile:
         self.labels = samples["f1"].astype(np.int64)
         self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
         self.is_jpeg = images["mode"] == JPEG
+        self.numbers = np.arange(num_samples)
         self.offsets, self.sizes = self._allocations(data[table_start:].view(ALLOCATION), images["data_ptr"])
 
         self._check_samples(images["mode"], data_start, table_start)
@@ -235,6 +241,21 @@ class Beton(BetonFile):
     """A finished .beton: the file and the manifest beside it, which agree."""
 
     manifest: Manifest
+    whole: Beton | None = None  # of which this is a part
+
+    def part(self, samples: Ints) -> Beton:
+        """Some of the samples as a data set of their own, numbered from 0; it keeps the file's checksum.
+
+        Args:
+            samples: (n,) int64, increasing.
+        """
+        part = copy.copy(self)
+        for name in ("labels", "heights", "widths", "is_jpeg", "offsets", "sizes", "numbers"):
+            setattr(part, name, getattr(self, name)[samples])
+        counts = np.bincount(part.labels, minlength=len(self.manifest.class_names)).tolist()
+        part.manifest = self.manifest.model_copy(update={"num_samples": len(part), "class_counts": tuple(counts)})
+        part.whole = self.whole or self
+        return part
 
     @classmethod
     def open(cls, path: Path, dataset: str | None = None, split: str | None = None, dir_fd: int | None = None) -> Beton:

@@ -18,6 +18,7 @@ from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, open_splits
 from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
+from vitpa.data.holdout import without_val
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import BetonError
 from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
@@ -117,7 +118,9 @@ def local_batch_size(config: RunConfig, group: Group) -> int:
 
 
 def open_betons(config: RunConfig, group: Group) -> dict[str, Beton]:
-    """The files of both splits; with `runtime.stage_dir` their copies on this node, which are made if need be.
+    """The files of both splits, or with `train.holdout` two parts of train.
+
+    With `runtime.stage_dir` they are copies on this node, which are made if need be.
 
     Raises:
         ConfigError: the data cannot be copied to the node.
@@ -132,7 +135,7 @@ def open_betons(config: RunConfig, group: Group) -> dict[str, Beton]:
     train, val = betons["train"], betons["val"]
     if val.manifest.class_names != train.manifest.class_names:
         raise BetonError(f"{val.path}: has other classes than {train.path}; prepare both from one source")
-    return betons
+    return without_val(train, config.train.holdout) if config.train.holdout else betons
 
 
 def images_are_resident(config: RunConfig, betons: dict[str, Beton], group: Group) -> bool:

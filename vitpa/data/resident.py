@@ -22,7 +22,7 @@ def decoded(beton: Beton, img_size: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int6
             f"{beton.path}: images of {beton.image_size_px or 'different sizes'} cannot stay on the device at "
             f"model.img_size={img_size}; set runtime.loader=stream"
         )
-    if beton.content_sha256() != beton.manifest.beton_sha256:
+    if (beton.whole or beton).content_sha256() != beton.manifest.beton_sha256:
         raise BetonError(f"{beton.path}: its content is not what its manifest says; convert again with `vitpa prep --force`")
     images = np.empty((len(beton), img_size, img_size, 3), np.uint8)
     for index in range(len(beton)):

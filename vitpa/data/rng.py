@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     ERASE_NOISE = 10
     SHUFFLE_BUFFER = 11
     BLOCKS = 12
+    HOLDOUT = 13
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.errors import SweepError
 from jobs.report.collect import CollectedTable, collect
+from jobs.report.status import held_out
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
 from jobs.sweep import Reference, Sweep
@@ -294,3 +296,22 @@ def test_data_that_differ_in_the_last_digit_are_different(tmp_path: Path) -> Non
         table_of(tmp_path, sweep)
     write_result(tmp_path, sweep.runs[0], val_top1=0.9)
     assert "Data digits: train:000000000000 val:111111111111." in markdown(table_of(tmp_path, sweep))
+
+
+def test_held_out_accuracies_are_named_and_have_no_reference(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2, overrides={"train.holdout": 0.1})
+    reference = {"digits": {"content": Reference(val_top1=0.9, source="a paper")}}
+    sweep = replace(sweep, config=sweep.config.model_copy(update={"reference": reference}))
+    for run in sweep.runs:
+        write_result(tmp_path, run, val_top1=0.5)
+    table = table_of(tmp_path, sweep)
+    assert {cell.evaluated_on for cell in table.cells} == {"10 % of train, held out"}
+    assert all(cell.reference_val_top1 is None for cell in table.cells)
+    text = markdown(table)
+    assert "held-out top-1 %" in text
+    assert "val top-1" not in text
+    assert "HELD OUT: digits was evaluated on 10 % of train, held out, not on val; no reference is of these images." in text
+    write_report(table, tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report/table.csv").read_text().splitlines()))
+    assert rows[0]["evaluated_on"] == "10 % of train, held out"
+    assert held_out(StateReader(tmp_path).states(sweep.runs)) == ["digits: evaluated on 10 % of train, held out, not on val"]

@@ -561,7 +561,7 @@ def test_images_that_do_not_fit_are_streamed(
     error = capfd.readouterr().err
     assert f"that are free on cpu: they are streamed from {digits}" in error
     assert error.count("the images take 0.00 GiB, more than 0 % of the ") == 1
-    assert "(streamed images)" in error
+    assert "(streamed images, evaluated on val)" in error
     assert together(words, [1, 2]) == 1
     assert "2 seeds cannot be trained together: their images do not stay on the device" in capfd.readouterr().err
 
