@@ -38,7 +38,7 @@ def test_no_purpose_takes_the_number_of_another() -> None:
     # the streams of runs that are done already depend on these
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8, "MIX": 9,
-        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11, "BLOCKS": 12,
+        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11, "BLOCKS": 12, "HOLDOUT": 13,
     }  # fmt: skip
 
 
