@@ -207,20 +207,26 @@ class TrainedSweep:
 
 
 def differing_settings(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:
-    """For each run what differs between the runs besides data set, attention and seed: dotted keys with values."""
-    documents = [
-        {
-            f"{section}.{name}": value
-            for section, values in run.config.experiment().items()
-            if isinstance(values, dict)
-            for name, value in values.items()
-            if (section, name) != ("model", "attention")
-        }
-        for run in runs
-    ]
+    """For each run what differs between the runs besides data set, attention and seed: dotted keys with values.
+
+    Keys that do not count for a run, such as model.depth for a ResNet, are None and make no difference.
+    """
+    documents = [settings_of(run.config) for run in runs]
     names = list(dict.fromkeys(name for document in documents for name in document))
-    differ = [name for name in names if any(document.get(name) != documents[0].get(name) for document in documents)]
+    differ = [name for name in names if len({repr(each[name]) for each in documents if name in each}) > 1]
     return [{name: document.get(name) for name in differ} for document in documents]
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What counts for a run besides data set, attention and seed: dotted keys with values, those of the defaults, too."""
+    counts = config.experiment()["model"].keys() | {"kind"}
+    return {
+        f"{section}.{name}": value
+        for section, values in config.model_dump(mode="json", exclude={"runtime"}).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if section != "model" or (name in counts and name != "attention")
+    }
 
 
 def load_run(path: str | os.PathLike[str]) -> TrainedRun:

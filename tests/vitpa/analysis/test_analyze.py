@@ -22,6 +22,7 @@ from vitpa.analysis.structure import structure
 from vitpa.models import build_model
 from vitpa.records import RunError, write_json
 from vitpa.train_command import main as train
+from vitpa.trained import TrainedRun, TrainedSweep, differing_settings
 
 EPOCHS = 3
 
@@ -206,6 +207,18 @@ def test_what_is_no_run_is_refused_with_what_there_is(tmp_path: Path, capsys: py
         vitpa.load_run(tmp_path)
     with pytest.raises(RunError, match="holds no sweep"):
         vitpa.load_sweep(tmp_path)
+
+
+def test_settings_that_differ_have_the_values_of_defaults_and_only_those_that_count(tmp_path: Path) -> None:
+    words = ["augment.permute_block_px=2", "model.patch_size=4", "model.kind=resnet18", "train.order=quasi_random"]
+    configs = [config_of(["digits", *changes]) for changes in ([], words[:1], words[1:2], words[2:3], words[3:])]
+    runs = [TrainedRun(config.run_dir, config, None) for config in configs]
+    assert differing_settings(runs[:2]) == [{"augment.permute_block_px": 0}, {"augment.permute_block_px": 2}]
+    assert differing_settings([runs[0], runs[3]]) == [{"model.kind": "vit"}, {"model.kind": "resnet18"}]
+    of_three = differing_settings([runs[0], *runs[2:4]])
+    assert [each["model.patch_size"] for each in of_three] == [2, 4, None]
+    assert differing_settings([runs[0], runs[4]]) == [{"train.order": "random"}, {"train.order": "quasi_random"}]
+    assert TrainedSweep(tmp_path, runs[:2], []).frame()["augment.permute_block_px"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("attention", ["content", "positional"])
