@@ -311,6 +311,7 @@ def resolve(config: SweepConfig, where: str) -> list[Run]:
             raise SweepError(
                 f"{where}: {first.label} and {run.label} are the same run: leave out a value that makes no difference"
             )
+    _check_images(firsts, where)
     _check_reference(config, {run.dataset for run in runs}, where)
     return runs
 
@@ -332,6 +333,16 @@ def _first_run(config: SweepConfig, cell: Cell, axes: Sequence[Axis], document: 
         for seed in (min(config.seeds), max(config.seeds))
     )
     return first
+
+
+def _check_images(runs: Iterable[Run], where: str) -> None:
+    """Refuse cells of a data set that are evaluated on other images: their accuracies would be compared."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.dataset, run)
+        if other.config.train.holdout != run.config.train.holdout:
+            found = " and ".join(f"{each.label} on {each.config.evaluated_on}" for each in (other, run))
+            raise SweepError(f"{where}: evaluates {found}, which cannot be compared; take a sweep for each train.holdout")
 
 
 def _check_reference(config: SweepConfig, datasets: set[str], where: str) -> None:

@@ -43,6 +43,11 @@ def test_keys_that_move_together_have_labels(tmp_path: Path) -> None:
     assert directory.recorded(sweep.runs) == sweep.runs
 
 
+def test_cells_that_hold_out_the_same_part_are_a_grid(tmp_path: Path) -> None:
+    how = {name: {"train.holdout": 0.1, "optim.lr": rate} for name, rate in (("slow", 1e-3), ("fast", 2e-3))}
+    assert labels(sweep_of(tmp_path, axes={"how": how})) == ["content-slow", "content-fast"]
+
+
 def test_excluded_cells_are_left_out(tmp_path: Path) -> None:
     axes = {"optim.lr": [1e-3, 2e-3], "mixing": MIXING}
     exclude = [{"optim.lr": 0.0020, "mixing": ["mixup", "both"]}, {"mixing": "none", "attention": "positional"}]
@@ -92,7 +97,11 @@ def test_grid_can_be_written_point_by_point(tmp_path: Path) -> None:
         ),
         (
             {"axes": {"train.holdout": [0, 0.1]}},
-            "axes.train.holdout: accuracies on other images are not compared; take a sweep",
+            "evaluates digits-content-holdout0-s0 on val and digits-content-holdout0.1-s0 on held-out 10 % of train, which",
+        ),
+        (
+            {"axes": {"train.holdout": [0.1]}, "include": [{"train.holdout": 0.2}]},
+            "evaluates digits-content-holdout0.1-s0 on held-out 10 % of train and digits-content-holdout0.2-s0 on",
         ),
         ({"axes": {"mixing": {"a": {}, "b": {}}}}, "digits-content-a-s0 and digits-content-b-s0 are the same run"),
         ({"exclude": [{"optim.lr": 1}]}, "exclude: optim.lr is no axis of the sweep; it has dataset, attention"),
