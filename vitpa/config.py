@@ -313,8 +313,13 @@ class RunConfig(Section):
 
     @property
     def evaluated_on(self) -> str:
-        """The images of its evaluations, for people."""
-        return f"{100 * self.train.holdout:g} % of train, held out" if self.train.holdout else "val"
+        """The images of its evaluations, for people: val, or such as held-out 10 % of train."""
+        return f"held-out {100 * self.train.holdout:g} % of train" if self.train.holdout else "val"
+
+    @property
+    def top1_name(self) -> str:
+        """What a line about the run calls its accuracy."""
+        return "held-out top-1" if self.train.holdout else "val top-1"
 
     @property
     def network_name(self) -> str:
@@ -335,7 +340,8 @@ class RunConfig(Section):
     def contradiction_of(self, result: Result) -> str:
         """What a result says otherwise than this configuration; empty if nothing."""
         says = {"dataset": self.dataset, "attention": self.model.attention, "seed": self.seed, "epochs": self.train.epochs}
+        says["holdout"] = self.train.holdout
         for key, value in says.items():
-            if getattr(result, key) != value:
+            if getattr(result, key) not in (value, None):
                 return f"says {key} {getattr(result, key)}, its configuration {value}"
         return ""

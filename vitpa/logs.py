@@ -35,7 +35,7 @@ from vitpa.terminal import LINES
 PLAIN_LINE_EVERY_S = 10.0
 SHOWN: dict[str, Callable[[float], str]] = {  # on the live line
     "train/loss": "loss {:.3f}".format,
-    "val/top1": lambda top1: f"val top-1 {100 * top1:.2f} %",
+    "val/top1": lambda top1: f"{100 * top1:.2f} %",
     "perf/images_per_s": "{:,.0f} images/s".format,
     "perf/images_per_s_together": "{:,.0f} images/s together".format,
 }
@@ -192,8 +192,8 @@ def _newest_second(folder: Path) -> int:
 class ProgressLine:
     """One live line on a terminal; elsewhere a plain line every ten seconds."""
 
-    def __init__(self, name: str, steps_total: int, step: int) -> None:
-        self._name, self._total = name, steps_total
+    def __init__(self, name: str, steps_total: int, step: int, top1_name: str = "val top-1") -> None:
+        self._name, self._total, self._top1_name = name, steps_total, top1_name
         self._shown: dict[str, float] = {}
         self._first_step, self._started_s, self._printed_s = step, time.monotonic(), time.monotonic()
         self._live: Progress | None = None
@@ -234,4 +234,5 @@ class ProgressLine:
             LOGGER.info(f"{self._name}: step {step}/{self._total} {self._text()} {left_s:.0f} s left")
 
     def _text(self) -> str:
-        return "  ".join(form(self._shown[name]) for name, form in SHOWN.items() if name in self._shown)
+        names = {"val/top1": f"{self._top1_name} "}
+        return "  ".join(names.get(name, "") + form(self._shown[name]) for name, form in SHOWN.items() if name in self._shown)

@@ -61,5 +61,6 @@ class Replica:
             code_version=", ".join(progress.code_versions),
             beton_sha256=beton_sha256,
             finished_utc=utc_now(),
+            holdout=config.train.holdout,
             config_sha256=hashlib.sha256(read_bytes(self.run.config_yaml, YAML_BYTES)).hexdigest(),
         )

@@ -47,6 +47,7 @@ class Result(BaseModel):
     code_version: str = Field(min_length=1)
     beton_sha256: dict[str, Sha256] = Field(min_length=1)
     finished_utc: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
+    holdout: float | None = Field(None, ge=0, le=0.5)  # share of train that val_* are of; 0: val; older ones have none
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
 
 

@@ -203,9 +203,9 @@ def record_environment(t: Training) -> None:
     """Record what this attempt runs with: code, libraries, device, data, sizes."""
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
-    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas]}
-    at_start = {"resumed_at_step": t.step, "beton_sha256": t.data.beton_sha256}
-    document = with_checksum({**facts, **sizes, **together, **at_start})
+    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas], "resumed_at_step": t.step}
+    data = {"beton_sha256": t.data.beton_sha256, "num_samples": t.data.num_samples, "evaluated_on": t.config.evaluated_on}
+    document = with_checksum({**facts, **sizes, **together, **data})
     for replica in t.replicas:
         if facts["code_version"] not in replica.progress.code_versions:
             replica.progress.code_versions.append(facts["code_version"])
@@ -222,7 +222,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     config, step = t.config, t.step
     seeds = ",".join(str(replica.config.seed) for replica in t.replicas)
     name = f"{config.dataset}-{config.network_name}-s{seeds}"
-    t.line = stack.enter_context(ProgressLine(name, t.total_steps, step))
+    t.line = stack.enter_context(ProgressLine(name, t.total_steps, step, config.top1_name))
     where = ", ".join(str(replica.run.path) for replica in t.replicas)
     images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
     place = f"on {t.group.device} ({images} images, evaluated on {config.evaluated_on}) in {where}"
@@ -425,7 +425,7 @@ def finish(t: Training) -> None:
         assert replica.logs is not None
         replica.logs.flush()
         write_json(replica.run.result_json, with_checksum(result.model_dump()))
-        accuracy = f"val top-1 {100 * result.val_top1:.2f} % after {result.epochs} epochs"
+        accuracy = f"{t.config.top1_name} {100 * result.val_top1:.2f} % after {result.epochs} epochs"
         say(t, f"seed {result.seed} finished: {accuracy}; {replica.run.result_json}")
 
 

@@ -91,6 +91,11 @@ class CollectedTable:
         return list(dict.fromkeys(key for cell in self.cells for key in cell.settings))
 
     @property
+    def evaluated_on(self) -> dict[str, str]:
+        """The images that all accuracies of a data set are of: val, or the part of train that was held out."""
+        return {cell.dataset: cell.evaluated_on for cell in self.cells}
+
+    @property
     def complete(self) -> bool:
         """Whether every run is in it."""
         return not self.absent

@@ -107,6 +107,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "epoch": progress.epoch,
         "epochs": state.run.config.train.epochs,
         "val_top1": progress.val_top1,
+        "evaluated_on": state.run.config.evaluated_on,
         "images_per_s": progress.images_per_s,
         "eta_s": eta_s,
         "attempts": state.attempts,
@@ -258,7 +259,7 @@ def watch(runs: list[Run], root: Path, name: str, console: Console) -> list[RunS
             reader = StateReader(root)
             states = reader.states(runs)
             warning = f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
-            title = f"{name}: {summary(states)}{warning}"
+            title = "; ".join([f"{name}: {summary(states)}{warning}", *held_out(states)])
             if live is not None:
                 live.update(table_of([row_of(state, root) for state in states], title, console.height - 1), refresh=True)
             elif (text := "\n".join([title, *stuck(states)])) != shown:

@@ -85,7 +85,13 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
     ]
     quantity = "content - positional, paired by seed"
     return cells + [
-        {"dataset": its.dataset, "quantity": quantity, **its.settings, "evaluated_on": "", **_estimate_columns(table, its)}
+        {
+            "dataset": its.dataset,
+            "quantity": quantity,
+            **its.settings,
+            "evaluated_on": table.evaluated_on[its.dataset],
+            **_estimate_columns(table, its),
+        }
         for its in table.differences
     ]
 
@@ -111,6 +117,7 @@ def _run_rows(table: CollectedTable) -> list[dict[str, Any]]:
             **table.settings[result.signature],
             "seed": result.seed,
             "signature": result.signature,
+            "evaluated_on": table.evaluated_on[result.dataset],
             "val_top1_fraction": result.val_top1,
             "val_top5_fraction": result.val_top5,
             "val_loss": result.val_loss,
@@ -154,8 +161,8 @@ def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sig
 def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
     axes = [_short(axis) for axis in table.axes]
-    parts = {cell.evaluated_on for cell in table.cells}
-    top1 = "val top-1 %" if parts <= {"val"} else "top-1 %" if "val" in parts else "held-out top-1 %"
+    first, *others = sorted(set(table.evaluated_on.values())) or ["val"]
+    top1 = "top-1 %" if others else f"{first} top-1 %" if first == "val" else f"{first}, top-1 %"  # the notes have each
     header = ["data set", "attention", *axes, top1, "95 % interval", "seeds", "reference %", "GPU-hours"]
     yield [header] + [
         [
@@ -224,7 +231,7 @@ def _notes(table: CollectedTable) -> list[str]:
     notes = [
         "Mean ± standard deviation (n - 1) over seeds; 95 % interval of the mean by Student's t; differences paired by seed."
     ]
-    for dataset, part in dict.fromkeys((cell.dataset, cell.evaluated_on) for cell in table.cells):
+    for dataset, part in table.evaluated_on.items():
         if part != "val":
             notes.append(f"HELD OUT: {dataset} was evaluated on {part}, not on val; no reference is of these images.")
     notes += [_verdict(best) for best in table.best]

@@ -217,6 +217,12 @@ def test_a_plain_line_says_how_far_how_good_how_fast_and_how_long_yet(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "digits-content-s0: step 500/1000 loss 2.346  val top-1 50.00 %  12,346 images/s 100 s left\n"
+    held_out = ProgressLine("digits-content-s0", 1000, 400, "held-out top-1")
+    clock.now_s += 20
+    held_out.metrics({"val/top1": 0.5})
+    with logged_lines():
+        held_out.move(500)
+    assert capsys.readouterr().err == "digits-content-s0: step 500/1000 held-out top-1 50.00 % 100 s left\n"
 
 
 def test_what_is_logged_stays_and_does_not_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

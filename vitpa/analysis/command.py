@@ -32,7 +32,8 @@ Measured at initialisation (made again from the seed), after the epochs of runti
 {chr(10).join(f"  {name:24}{title} ({unit})" for name, (title, unit) in TITLES.items())}
 Similarity maps: P^T P, scaled and cut as in the paper's figure 1. The numbers are the field's measures and ours, not the
 paper's. Chance: the patches change places at random; the exact expectation, and the interval of 95 % of 1,000 orders.
-Attention is that between patches, without the class token; the content model's is a mean over val images.
+Attention is that between patches, without the class token; the content model's is a mean over images that
+the run is evaluated on: of val, or of the part of train that train.holdout holds out.
 
 Writes <run>/analysis/: structure.json, structure.csv, similarity, attention, layers and training as .png and .svg, and tb/ for
 TensorBoard. For a sweep also <sweep>/analysis/: means over seeds, 95 % t intervals, content - positional paired by seed.
@@ -61,7 +62,7 @@ def command_parser() -> argparse.ArgumentParser:
         type=whole_number(0),
         default=IMAGES,
         metavar="N",
-        help=f"val images, spread over the split, for content attention: {IMAGES}; 0: leave it out",
+        help=f"images that a run is evaluated on, spread over them, for content attention: {IMAGES}; 0: leave it out",
     )
     parser.add_argument(
         "--block",
@@ -200,6 +201,7 @@ class SweepStructure:
             "grid": sorted({each.grid for each in self.structures}),
             "neighbours": self.structures[0].neighbours,
             "images": next((each.images for each in self.structures if each.images), None),
+            "images_of": {each.run.config.dataset: each.run.config.evaluated_on for each in self.structures},
             "measures": MEASURES,
             "cells": records(self.cells),
             "differences_content_minus_positional": records(self.differences),
@@ -237,7 +239,7 @@ def run_table(found: Structure) -> str:
     """For people: each measure at initialisation, at the end and by chance."""
     last = found.findings[-1].epoch
     head = f"{found.run.name} ({found.run.path}): {found.grid} x {found.grid} patches, {found.neighbours} neighbours"
-    lines = [f"{head}, epoch {last:g}" + (f", {found.images} val images" if found.images else "")]
+    lines = [f"{head}, epoch {last:g}" + (f", {found.images_text}" if found.images else "")]
     lines.append(f"{'':24}{'initial':>10}{'epoch ' + format(last, 'g'):>12}   chance [95 %]")
     for each in found.findings:
         if each.epoch == last and each.layer is None:

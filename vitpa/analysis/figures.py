@@ -88,7 +88,7 @@ def attention(found: Structure) -> Figure:
     axis.set_xticks(heads_at, [str(head) for head in range(heads)])
     axis.set_yticks(layers_at, [str(layer) for layer in range(layers)])
     figure.colorbar(shown, ax=axis, label="attention (rows sum to 1)", shrink=0.8)
-    over = "" if found.images is None else f", mean over {found.images} val images"
+    over = f", mean over {found.images_text}" if found.images else ""
     figure.suptitle(f"{found.run.name}\nattention of the patch marked +{over}")
     return figure
 

@@ -22,12 +22,12 @@ BATCH_SIZE = 32
 
 
 def val_images(config: RunConfig, count: int, data_dir: str | None = None) -> Iterator[Float32[Tensor, "B 3 S S"]]:
-    """Batches of `count` images, spread evenly over the split (of all of them if it has fewer), on the CPU.
+    """Batches of `count` images, spread evenly over val or what was held out (all of them if it has fewer), on the CPU.
 
     Args:
         config: Of the run that was evaluated on them.
         count: How many.
-        data_dir: The folder with <dataset>/val.beton; None: where the run says.
+        data_dir: The folder with <dataset>/val.beton, or train.beton of which they are a part; None: where the run says.
 
     Raises:
         BetonError: the file is missing, or an image cannot be decoded.

@@ -41,6 +41,7 @@ def document_of(found: Structure) -> dict[str, Any]:
         "grid": found.grid,
         "neighbours": found.neighbours,
         "images": found.images,
+        "images_of": config.evaluated_on,
         "block": found.block,
         "measures": MEASURES,
         "findings": [asdict(each) for each in found.findings],

@@ -93,7 +93,7 @@ class Structure:
         run: The run.
         grid: Patches along a side of the image.
         neighbours: How many neighbours the recall asks for.
-        images: Of the val split, over which content attention is a mean; None: no image was needed.
+        images: Of those that the run is evaluated on, over which content attention is a mean; None: no image was needed.
         block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
         maps: By epoch, the first and the last; none if it was read from a file.
@@ -111,6 +111,14 @@ class Structure:
     def permuted(self) -> bool:
         """Whether the images were permuted."""
         return self.run.config.augment.permute_block_px > 0
+
+    @property
+    def images_text(self) -> str:
+        """How many images of which, for people: `256 val images`; empty if no image was needed."""
+        config = self.run.config
+        if not self.images:
+            return ""
+        return f"{self.images} images of {config.evaluated_on}" if config.train.holdout else f"{self.images} val images"
 
     def value(self, measure: str, epoch: float | None = None, layer: int | None = None, head: int | None = None) -> float:
         """One value, by default after the last epoch and as the mean over layers and heads.
@@ -133,13 +141,13 @@ def structure(
     Args:
         run: Finished or not.
         neighbours: How many neighbours the recall asks for.
-        images: Of the val split, for content attention; 0: leave it out. They are spread evenly over the split.
+        images: Of those that the run is evaluated on, for content attention; 0: leave it out. They are spread evenly.
         data_dir: Where the data set is; None: where the run says.
         block: Measure patch association, too, with squares of block x block patches as sets; 0: do not.
 
     Raises:
         RunError: the network has no positional encodings, or weights are missing or damaged.
-        BetonError: the val images cannot be used.
+        BetonError: the images cannot be used.
     """
     config, initial = run.config, run.model(0)
     if not hasattr(initial, "pos_embed"):

@@ -14,7 +14,7 @@ import pytest
 
 from jobs.errors import SweepError
 from jobs.report.collect import CollectedTable, collect
-from jobs.report.status import held_out
+from jobs.report.status import held_out, row_of
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
 from jobs.sweep import Reference, Sweep
@@ -305,13 +305,17 @@ def test_held_out_accuracies_are_named_and_have_no_reference(tmp_path: Path) -> 
     for run in sweep.runs:
         write_result(tmp_path, run, val_top1=0.5)
     table = table_of(tmp_path, sweep)
-    assert {cell.evaluated_on for cell in table.cells} == {"10 % of train, held out"}
+    assert {cell.evaluated_on for cell in table.cells} == {"held-out 10 % of train"}
     assert all(cell.reference_val_top1 is None for cell in table.cells)
     text = markdown(table)
-    assert "held-out top-1 %" in text
+    assert "| held-out 10 % of train, top-1 % |" in text
     assert "val top-1" not in text
-    assert "HELD OUT: digits was evaluated on 10 % of train, held out, not on val; no reference is of these images." in text
+    assert "HELD OUT: digits was evaluated on held-out 10 % of train, not on val; no reference is of these images." in text
     write_report(table, tmp_path / "report")
     rows = list(csv.DictReader((tmp_path / "report/table.csv").read_text().splitlines()))
-    assert rows[0]["evaluated_on"] == "10 % of train, held out"
-    assert held_out(StateReader(tmp_path).states(sweep.runs)) == ["digits: evaluated on 10 % of train, held out, not on val"]
+    assert {row["evaluated_on"] for row in rows} == {"held-out 10 % of train"}, "differences, too"
+    runs = list(csv.DictReader((tmp_path / "report/runs.csv").read_text().splitlines()))
+    assert {row["evaluated_on"] for row in runs} == {"held-out 10 % of train"}
+    states = StateReader(tmp_path).states(sweep.runs)
+    assert {row_of(state, tmp_path)["evaluated_on"] for state in states} == {"held-out 10 % of train"}
+    assert held_out(states) == ["digits: evaluated on held-out 10 % of train, not on val"]
