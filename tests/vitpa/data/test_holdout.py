@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,23 @@ import pytest
 import torch
 
 from jobs.groups import num_images
-from tests.support.trainings import arguments, config_of, metrics, trained
+from tests.support.betons import Sample, jpeg_sample, write_data
+from tests.support.staging import ALONE
+from tests.support.trainings import arguments, config_of, result_of, trained
+from vitpa.analysis.command import run_table
 from vitpa.analysis.images import val_images
-from vitpa.data.beton import Beton
+from vitpa.analysis.record import document_of
+from vitpa.analysis.structure import structure
+from vitpa.data.beton import RAW, Beton
 from vitpa.data.holdout import held_out, without_val
 from vitpa.data.manifest import BetonError, beton_path
+from vitpa.data.open import open_data
+from vitpa.data.prefetch import extents
 from vitpa.data.resident import decoded
+from vitpa.data.rng import Purpose, key, random_bits
 from vitpa.datasets import num_held_out
-from vitpa.trained import load_run
+from vitpa.train_command import main
+from vitpa.trained import TrainedSweep, load_run
 
 HOLDOUT = "train.holdout=0.2"
 
@@ -65,22 +75,58 @@ def test_a_class_of_one_image_is_an_error(digits: Path) -> None:
         without_val(few, 0.1)
 
 
-def test_a_run_is_that_on_files_of_these_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference: data sets of just these samples, opened as files of their own are."""
-    options = ["train.epochs=2", "runtime.cpu_threads=1", "runtime.log_every_steps=5"]
-    words = arguments(digits, tmp_path / "held", HOLDOUT, *options)
-    result = trained(words)
-    parts = without_val(Beton.open(beton_path(digits, "digits", "train")), 0.2)
-    monkeypatch.setattr("vitpa.data.open.open_splits", lambda *_: parts)
-    plain = arguments(digits, tmp_path / "plain", *options)
-    reference = trained(plain)
-    assert result.weights_sha256 == reference.weights_sha256
-    assert (result.val_top1, result.val_loss, result.steps) == (reference.val_top1, reference.val_loss, reference.steps)
-    assert result.signature != reference.signature
-    config = config_of(words)
-    assert (num_images(config, "train"), num_images(config, "val")) == (len(parts["train"]), len(parts["val"]))
-    top1 = result.val_top1 * len(parts["val"])
-    assert top1 == pytest.approx(round(top1), abs=1e-6), "of the held-out images, each once"
+@pytest.fixture(scope="module")
+def written(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: files of just these samples, which are drawn class by class, one after another."""
+    folder, train = tmp_path_factory.mktemp("written"), Beton.open(beton_path(digits, "digits", "train"))
+    bits = random_bits(key(0, Purpose.HOLDOUT), torch.arange(len(train))).tolist()
+    chosen: set[int] = set()
+    for label in range(10):
+        members = sorted(np.flatnonzero(train.labels == label).tolist(), key=bits.__getitem__)
+        chosen |= set(members[: round(0.2 * len(members))])
+    for split, wanted in (("train", False), ("val", True)):
+        numbers = [number for number in range(len(train)) if (number in chosen) == wanted]
+        samples = [Sample(train.stored(each).tobytes(), 8, 8, RAW, int(train.labels[each])) for each in numbers]
+        write_data(folder, samples, dataset="digits", splits=[split])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["augment.crop_padding_px=1"],
+        ["runtime.loader=stream"],
+        ["train.order=quasi_random"],
+        ["runtime.stage_dir=/"],
+        ["--seeds", "0,1"],
+    ],
+    ids=["resident", "streamed", "shards", "staged", "replicas"],
+)
+def test_a_run_is_that_on_files_of_these_samples(
+    digits: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    """Bit for bit, also when it goes on in the middle of its second epoch."""
+    monkeypatch.setattr("vitpa.data.sampler.BUFFER_BYTES", 1150 * 192 // 4)  # four shuffle buffers and a bit
+    monkeypatch.setattr("vitpa.data.sampler.SHARD_BYTES", 16 * 192)
+    seeds = ["--seeds", "0,1"] if "--seeds" in options else []
+    settings = [each.replace("=/", f"={tmp_path}/disk") for each in options if not seeds]
+    settings += ["train.epochs=2", "runtime.cpu_threads=1", "runtime.checkpoint_every_steps=7"]
+    ours, theirs = arguments(digits, tmp_path / "held", HOLDOUT, *settings), arguments(written, tmp_path / "plain", *settings)
+    assert main([*ours, *seeds]) == 0
+    if not seeds:
+        run = config_of(ours).run_dir
+        run.result_json.unlink()
+        (run.checkpoints / "step_000000034.pt").unlink()
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step_000000028.pt"]
+        assert main(ours) == 0
+    assert main([*theirs, *seeds]) == 0
+    for seed in (0, 1) if seeds else (0,):
+        result, reference = (result_of([*words, f"seed={seed}"]) for words in (ours, theirs))
+        assert result.weights_sha256 == reference.weights_sha256
+        for name in ("val_top1", "val_top5", "val_loss", "steps"):
+            assert getattr(result, name) == getattr(reference, name)
+        assert (result.holdout, reference.holdout) == (0.2, 0)
+        assert result.signature != reference.signature
 
 
 @pytest.mark.parametrize("loader", ["runtime.loader=stream", "train.order=quasi_random"])
@@ -93,15 +139,80 @@ def test_streamed_is_as_resident(digits: Path, tmp_path: Path, loader: str) -> N
     assert resident.val_loss == streamed.val_loss
 
 
-def test_seeds_and_processes_see_the_same_part(digits: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["runtime.loader=stream"], ["train.order=quasi_random"]])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_any_number_of_processes_shares_the_same_parts(digits: Path, options: list[str], processes: int) -> None:
+    config = config_of(arguments(digits, digits, HOLDOUT, "train.global_batch_size=66", *options))
+    parts = without_val(Beton.open(beton_path(digits, "digits", "train")), 0.2)
+    trained_on, evaluated = [], []
+    for rank in range(processes):
+        group = replace(ALONE, rank=rank, world_size=processes)
+        feed = open_data([config], group).feed
+        feed.begin_epoch(1, 0)
+        for _ in range(len(parts["train"]) // 66):
+            feed.load()
+            trained_on.append(feed.gather(*feed.inputs(0)))
+            trained_on[-1] = trained_on[-1]._replace(**{k: v.clone() for k, v in trained_on[-1]._asdict().items()})
+            feed.advance()
+        feed.begin_evaluation()
+        for _ in range(feed.num_eval_batches):
+            feed.load_eval()
+            batch = feed.gather_eval(*feed.eval_inputs())
+            evaluated.append(batch._replace(**{k: v[batch.labels >= 0] for k, v in batch._asdict().items()}))
+            feed.advance_eval()
+        feed.close()
+    seen = torch.cat([batch.samples for batch in trained_on])
+    assert len(seen.unique()) == len(seen) == len(parts["train"]) // 66 * 66
+    for split, batches in (("train", trained_on), ("val", evaluated)):
+        images, labels = decoded(parts[split], 8)
+        for batch in batches:
+            assert torch.equal(batch.images, images[batch.samples])
+            assert torch.equal(batch.labels, labels[batch.samples])
+    assert torch.cat([batch.samples for batch in evaluated]).sort().values.tolist() == list(range(len(parts["val"])))
+
+
+def test_what_is_read_ahead_is_the_part(digits: Path) -> None:
+    part = without_val(Beton.open(beton_path(digits, "digits", "train")), 0.2)["train"]
+    wanted = {at for begin in part.offsets.tolist() for at in range(begin, begin + 192)}
+    found = [at for begin, end in extents(part, np.arange(len(part))) for at in range(begin, end)]
+    assert len(found) == len(set(found))
+    assert set(found) == wanted
+
+
+def test_an_image_is_named_by_its_number_in_the_file(tmp_path: Path) -> None:
+    made = Beton.open(write_data(tmp_path, [jpeg_sample(8, 8, seed) for seed in range(4)]))
+    assert "the JPEG of sample 3 cannot be decoded" in str(made.part(np.array([1, 3])).undecodable(1))
+
+
+def test_a_run_says_on_which_images_it_was_evaluated(
+    digits: Path, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = arguments(digits, tmp_path, HOLDOUT, "train.epochs=1", "seed=3")
+    result, config = trained(words), config_of(words)
+    said = capsys.readouterr().err
+    assert "(resident images, evaluated on held-out 20 % of train)" in said
+    assert f"seed 3 finished: held-out top-1 {100 * result.val_top1:.2f} % after 1 epochs" in said
+    assert result.holdout == 0.2
+    assert config.contradiction_of(result.model_copy(update={"holdout": 0.0})) == "says holdout 0.0, its configuration 0.2"
+    assert config.contradiction_of(result.model_copy(update={"holdout": None})) == ""
+    environment = json.loads(config.run_dir.env_json.read_text())
+    counts = {split: len(Beton.open(beton_path(written, "digits", split))) for split in ("train", "val")}
+    assert environment["num_samples"] == counts
+    assert (num_images(config, "train"), num_images(config, "val")) == (counts["train"], counts["val"])
+    assert environment["evaluated_on"] == "held-out 20 % of train"
+    train = Beton.open(beton_path(digits, "digits", "train"))
+    assert environment["beton_sha256"] == dict.fromkeys(("train", "val"), train.manifest.beton_sha256)
+    run = load_run(config.run_dir.path)
+    assert TrainedSweep(tmp_path, [run], []).frame()["evaluated_on"].tolist() == ["held-out 20 % of train"]
+
+
+def test_what_is_analysed_is_what_was_evaluated(digits: Path, written: Path, tmp_path: Path) -> None:
+    words = arguments(digits, tmp_path, HOLDOUT, "train.epochs=1", "model.patch_size=2")
     trained(words)
     run = load_run(config_of(words).run_dir.path)
-    batches = torch.cat(list(val_images(run.config, 10_000)))
-    train = Beton.open(beton_path(digits, "digits", "train"))
-    assert len(batches) == len(without_val(train, 0.2)["val"])
-    rows = [row for row in metrics(run.directory) if "val/top1" in row]
-    assert len(rows) == 1
-    assert json.loads(run.directory.env_json.read_text())["beton_sha256"] == dict.fromkeys(
-        ("train", "val"), train.manifest.beton_sha256
-    )
+    plain = config_of(arguments(written, tmp_path))
+    for count in (7, 10_000):
+        assert torch.equal(torch.cat(list(val_images(run.config, count))), torch.cat(list(val_images(plain, count))))
+    found = structure(run, images=7)
+    assert "7 images of held-out 20 % of train" in run_table(found)
+    assert document_of(found)["images_of"] == "held-out 20 % of train"

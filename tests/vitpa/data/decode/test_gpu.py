@@ -186,6 +186,18 @@ def test_batches_are_those_of_the_cpu(pretended: Decoder, beton: Beton) -> None:
     check_batches(images, stream(beton))
 
 
+def test_a_part_of_a_file_is_decoded_as_by_the_cpu(pretended: Decoder, beton: Beton) -> None:
+    part = beton.part(np.array([0, 2, 3, 7, 10]))
+    images, reference = stream(part), stream(part)
+    images.decoder = pretended(part)
+    batches = [torch.tensor([4, 0, 2]), torch.tensor([1, 3])]
+    assert_same(kept(images.train_batches(batches, 3)), kept(reference.train_batches(batches, 3)))
+    whole = kept(stream(beton).eval_batches([torch.tensor([10, 0, 3])]))
+    for got, wanted in zip(kept(images.eval_batches([torch.tensor([4, 0, 2])])), whole, strict=True):
+        assert torch.equal(got.labels, wanted.labels)
+        assert (got.images.int() - wanted.images.int()).abs().max() <= 1
+
+
 def test_an_evaluation_within_an_epoch_disturbs_nothing(pretended: Decoder, beton: Beton) -> None:
     images = stream(beton)
     images.decoder = pretended(beton)
