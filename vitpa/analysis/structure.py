@@ -109,8 +109,8 @@ class Structure:
 
     @property
     def permuted(self) -> bool:
-        """Whether the images were permuted."""
-        return self.run.config.augment.permute_block_px > 0
+        """Whether the images were permuted by blocks of whole patches, which is undone."""
+        return undone(self.run.config) is not None
 
     @property
     def images_text(self) -> str:

@@ -18,7 +18,7 @@ from tests.support.trainings import arguments, config_of
 from vitpa.analysis.attention import attention_matrices, patch_attention
 from vitpa.analysis.command import main as analyze
 from vitpa.analysis.record import recorded, write_record
-from vitpa.analysis.structure import structure
+from vitpa.analysis.structure import Structure, structure
 from vitpa.models import build_model
 from vitpa.records import RunError, write_json
 from vitpa.train_command import main as train
@@ -219,6 +219,13 @@ def test_settings_that_differ_have_the_values_of_defaults_and_only_those_that_co
     assert [each["model.patch_size"] for each in of_three] == [2, 4, None]
     assert differing_settings([runs[0], runs[4]]) == [{"train.order": "random"}, {"train.order": "quasi_random"}]
     assert TrainedSweep(tmp_path, runs[:2], []).frame()["augment.permute_block_px"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(("block_px", "undone"), [(0, False), (2, False), (4, True), (8, True)])
+def test_only_blocks_of_whole_patches_are_put_back(block_px: int, undone: bool) -> None:
+    config = config_of(["digits", f"augment.permute_block_px={block_px}", "model.patch_size=4"])
+    found = Structure(TrainedRun(config.run_dir, config, None), 2, 1, None, 0, [], {})
+    assert found.permuted is undone
 
 
 @pytest.mark.parametrize("attention", ["content", "positional"])
