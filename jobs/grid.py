@@ -68,6 +68,11 @@ class Cell:
         return [*on_axes, Override("model.attention", self.attention, where)]
 
 
+def short_name(axis: str) -> str:
+    """An axis as names of runs and heads of columns have it: the last part of a dotted key."""
+    return axis.rpartition(".")[2]
+
+
 def axes_of(axes: Mapping[str, JsonValue], overrides: Mapping[str, JsonValue], where: str) -> list[Axis]:
     """The axes that a sweep's file names: lists of values by key, mappings from labels to settings by a name of its own.
 

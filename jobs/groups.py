@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Literal, TypeVar
 
 from vitpa.arguments import ConfigError
@@ -106,10 +107,10 @@ def unsupported_reason(config: RunConfig) -> str | None:
 
 def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
     """Images of a split of the run's data set, from the manifest or else from the table."""
-    facts, share = facts_of(config.dataset), config.train.holdout
+    if config.train.holdout:
+        return _part_of_train(config, split)
+    facts = facts_of(config.dataset)
     known = facts.num_train if split == "train" else facts.num_val
-    if share:
-        return _num_of_train(config, split, facts.num_train)
     try:
         found = (read_json(config.runtime.data_path / config.dataset / f"{split}.json") or {}).get("num_samples")
     except RunError:
@@ -117,15 +118,13 @@ def num_images(config: RunConfig, split: Literal["train", "val"]) -> int | None:
     return found if isinstance(found, int) else known
 
 
-def _num_of_train(config: RunConfig, split: Literal["train", "val"], known: int | None) -> int | None:
-    """The same where a part of train replaces val; `known` are all of train by the table."""
-    try:
-        counts = (read_json(config.runtime.data_path / config.dataset / "train.json") or {}).get("class_counts")
-    except RunError:
-        counts = None
+def _part_of_train(config: RunConfig, split: Literal["train", "val"]) -> int | None:
+    """The same where a part of train replaces val; without a manifest as if train were of one class."""
+    known = facts_of(config.dataset).num_train
+    counts = None if known is None else [known]
+    with suppress(RunError):
+        counts = (read_json(config.runtime.data_path / config.dataset / "train.json") or {}).get("class_counts", counts)
     if not isinstance(counts, list):
-        counts = None if known is None else [known]
-    if counts is None:
         return None
     held_out = sum(num_held_out(count, config.train.holdout) for count in counts)
     return held_out if split == "val" else sum(counts) - held_out

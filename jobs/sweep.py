@@ -18,7 +18,7 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from jobs.errors import SweepError
-from jobs.grid import KEYS, OWN_LISTS, Attention, Axis, Cell, axes_of, cells_of
+from jobs.grid import KEYS, OWN_LISTS, Attention, Axis, Cell, axes_of, cells_of, short_name
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
@@ -85,12 +85,14 @@ class Run:
         labels = dict(self.labels)
         return {axis: labels[axis] if axis in labels else _value_text(self.config, axis) for axis in self.axes}
 
+    def on_axis(self, axis: str) -> str:
+        """Where it is on an axis, as a part of a name: its label, or lr0.001."""
+        return dict(self.labels).get(axis) or f"{short_name(axis)}{self.settings[axis]}"
+
     @property
     def label(self) -> str:
         """Its name within the sweep, for people."""
-        labels = dict(self.labels)
-        on_axes = [labels.get(axis) or f"{axis.rpartition('.')[2]}{value}" for axis, value in self.settings.items()]
-        return "-".join([self.dataset, self.config.network_name, *on_axes, f"s{self.seed}"])
+        return "-".join([self.dataset, self.config.network_name, *map(self.on_axis, self.axes), f"s{self.seed}"])
 
     def with_seed(self, seed: int) -> Run:
         """The same with another seed, which must be an allowed one."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import SweepError
-from jobs.grid import KEYS, OWN_LISTS
+from jobs.grid import KEYS, OWN_LISTS, short_name
 from jobs.sweep import Sweep, SweepConfig, load_sweep, resolve, shipped_sweeps
 from vitpa.config_file import Override, parse_model, shipped_configs
 
-LISTS = {"dataset": "recipes", "attention": "attentions", "seed": "seeds"}  # terms that narrow a list of the new sweep
+LISTS = {short_name(key): name for key, name in OWN_LISTS.items()}  # terms that narrow a list of the new sweep
 WHERE = "command line"
 
 
@@ -44,7 +44,7 @@ def new_axes(base: Sweep, terms: Sequence[str]) -> list[str]:
 
 def variation_name(base: Sweep, axes: Sequence[str]) -> str:
     """What it is called unless somebody says otherwise: `cifar10-lr`."""
-    return "-".join([base.name, *(_key(term).rpartition(".")[2] for term in axes)])
+    return "-".join([base.name, *(short_name(_key(term)) for term in axes)])
 
 
 def variation(base: Sweep, terms: Sequence[str], name: str) -> tuple[Sweep, list[str]]:

@@ -339,8 +339,8 @@ class RunConfig(Section):
 
     def contradiction_of(self, result: Result) -> str:
         """What a result says otherwise than this configuration; empty if nothing."""
-        says = {"dataset": self.dataset, "attention": self.model.attention, "seed": self.seed, "epochs": self.train.epochs}
-        says["holdout"] = self.train.holdout
+        says = {"dataset": self.dataset, "attention": self.model.attention, "seed": self.seed}
+        says |= {"epochs": self.train.epochs, "holdout": self.train.holdout}
         for key, value in says.items():
             if getattr(result, key) not in (value, None):
                 return f"says {key} {getattr(result, key)}, its configuration {value}"

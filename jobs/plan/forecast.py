@@ -249,11 +249,7 @@ def kind_of(run: Run) -> Kind:
     So do keys that move together, since they may be of these.
     """
     labels = dict(run.labels)
-    on_axes = [
-        labels.get(axis) or f"{axis.rpartition('.')[2]}{value}"
-        for axis, value in run.settings.items()
-        if axis in labels or axis.startswith(("model.", "train."))
-    ]
+    on_axes = [run.on_axis(axis) for axis in run.axes if axis in labels or axis.startswith(("model.", "train."))]
     return run.dataset, "-".join([run.config.network_name, *on_axes])
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import SweepError
 from jobs.grid import Attention
-from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons
+from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons, paired
 from jobs.scheduler.client import ranges
 from jobs.state import RunState
 from jobs.sweep import Sweep
@@ -172,7 +172,7 @@ def collect(
         collected_utc=utc_now(),
         mixed=mixed,
         cells=[_cell(sweep, groups[key]) for key in ordered],
-        differences=_differences(groups),
+        differences=_differences(scores),
         results=[state.result for state in states if state.result is not None],
         absent=absent,
         settings={state.result.signature: state.run.settings for state in states if state.result is not None},
@@ -258,25 +258,16 @@ def _scores(members: list[RunState]) -> Scores:
     return Scores(run.dataset, {"attention": run.config.network_name, **run.settings}, val_top1)
 
 
-def _differences(groups: Mapping[tuple[str, str, str], list[RunState]]) -> list[Difference]:
+def _differences(scores: Sequence[Scores]) -> list[Difference]:
     """Paired by seed, wherever the sweep has both attentions."""
+    at = {(each.dataset, *each.position.values()): each for each in scores}
     found = []
-    for (dataset, network, settings), members in groups.items():
-        others = groups.get((dataset, "positional", settings), [])
-        if network != "content" or not others:
+    for (dataset, attention, *values), content in at.items():
+        positional = at.get((dataset, "positional", *values))
+        if attention != "content" or positional is None:
             continue
-        content, positional = (
-            {state.run.seed: state.result.val_top1 if state.result else None for state in states}
-            for states in (members, others)
-        )
-        wanted = sorted(content.keys() & positional.keys())
-        if not wanted:
-            continue
-        pairs = [(seed, content[seed], positional[seed]) for seed in wanted]
-        differences = {seed: a - b for seed, a, b in pairs if a is not None and b is not None}
-        found.append(
-            Difference(
-                dataset, members[0].run.settings, len(wanted), Estimate.of(list(differences.values())), list(differences)
-            )
-        )
+        wanted, differences, _ = paired(positional, content)
+        settings = {axis: value for axis, value in content.position.items() if axis != "attention"}
+        if wanted:
+            found.append(Difference(dataset, settings, wanted, Estimate.of(list(differences.values())), list(differences)))
     return found

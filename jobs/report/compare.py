@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jobs.errors import SweepError
+from jobs.grid import short_name
 from vitpa.statistics import Estimate, holm, paired_p
 
 LEVEL = 0.05  # of the corrected p values that count as a difference
@@ -30,7 +31,7 @@ class Scores:
     def text(self) -> str:
         """Its position, for people."""
         return " ".join(
-            value if axis == "attention" else f"{axis.rpartition('.')[2]}={value}" for axis, value in self.position.items()
+            value if axis == "attention" else f"{short_name(axis)}={value}" for axis, value in self.position.items()
         )
 
 
@@ -86,7 +87,7 @@ def axis_named(name: str, axes: Sequence[str]) -> str:
     Raises:
         SweepError: there is none, or more than one.
     """
-    found = [axis for axis in axes if name == axis] or [axis for axis in axes if name == axis.rpartition(".")[2]]
+    found = [axis for axis in axes if name == axis] or [axis for axis in axes if name == short_name(axis)]
     if len(found) != 1:
         which = "several axes are called so" if found else "the sweep has no such axis"
         raise SweepError(f"{name}: {which}; there is {', '.join(axes)}")
@@ -114,7 +115,7 @@ def best_cells(cells: Sequence[Scores]) -> list[Best]:
         means = {id(cell): Estimate.of(cell.values).mean or 0.0 for cell in own}
         best = max(own, key=lambda cell: means[id(cell)])
         pairs = list(itertools.combinations(own, 2))
-        corrected = holm([_paired(*pair)[2] for pair in pairs])
+        corrected = holm([paired(*pair)[2] for pair in pairs])
         alike = [
             (first if second is best else second).text
             for (first, second), p in zip(pairs, corrected, strict=True)
@@ -129,7 +130,7 @@ def _without(cell: Scores, axis: str) -> dict[str, str]:
 
 
 def _comparison(first: Scores, second: Scores, axis: str) -> Comparison:
-    wanted, differences, p = _paired(first, second)
+    wanted, differences, p = paired(first, second)
     return Comparison(
         first.dataset,
         _without(first, axis),
@@ -142,8 +143,8 @@ def _comparison(first: Scores, second: Scores, axis: str) -> Comparison:
     )
 
 
-def _paired(first: Scores, second: Scores) -> tuple[int, dict[int, float], float | None]:
-    """Seeds in both, second - first for those with results, and the p value of that."""
+def paired(first: Scores, second: Scores) -> tuple[int, dict[int, float], float | None]:
+    """How many seeds are in both, second - first for those with results, and the p value of that."""
     wanted = sorted(first.val_top1.keys() & second.val_top1.keys())
     pairs = [(seed, first.val_top1[seed], second.val_top1[seed]) for seed in wanted]
     differences = {seed: b - a for seed, a, b in pairs if a is not None and b is not None}

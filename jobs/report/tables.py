@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.grid import short_name
 from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
 from jobs.report.compare import Best, Comparison
 from vitpa.records import to_json, write_atomic
@@ -160,7 +161,7 @@ def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sig
 
 def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
-    axes = [_short(axis) for axis in table.axes]
+    axes = [short_name(axis) for axis in table.axes]
     first, *others = sorted(set(table.evaluated_on.values())) or ["val"]
     top1 = "top-1 %" if others else f"{first} top-1 %" if first == "val" else f"{first}, top-1 %"  # the notes have each
     header = ["data set", "attention", *axes, top1, "95 % interval", "seeds", "reference %", "GPU-hours"]
@@ -187,8 +188,8 @@ def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
 
 def _comparison_rows(table: CollectedTable) -> list[list[str]]:
     common = [axis for axis in ["attention", *table.axes] if axis != table.compared]
-    what = f"{_short(table.compared)}, difference in points"
-    header = ["data set", *map(_short, common), what, "", "95 % interval", "p (Holm)", "seeds in both"]
+    what = f"{short_name(table.compared)}, difference in points"
+    header = ["data set", *map(short_name, common), what, "", "95 % interval", "p (Holm)", "seeds in both"]
     rows = []
     for its in table.comparisons:
         mean, interval, seeds = _accuracy(table, its, sign=True)
@@ -205,20 +206,15 @@ def _pivots(table: CollectedTable) -> Iterator[list[list[str]]]:
     found: dict[str, dict[tuple[str, str], str]] = {}
     for cell in table.cells:
         position = {"attention": cell.network, **cell.settings}
-        others = [f"{_short(axis)}={value}" for axis, value in position.items() if axis not in table.pivot]
+        others = [f"{short_name(axis)}={value}" for axis, value in position.items() if axis not in table.pivot]
         mean, _, seeds = _accuracy(table, cell)
         text = mean if cell.complete else f"{mean} ({seeds})"
         found.setdefault(" ".join([cell.dataset, *others]), {})[position[rows], position[columns]] = text
     for name, means in found.items():
         across = list(dict.fromkeys(column for _, column in means))
-        header = [f"{name}: {_short(rows)}", *(f"{_short(columns)}={column}" for column in across)]
+        header = [f"{name}: {short_name(rows)}", *(f"{short_name(columns)}={column}" for column in across)]
         down = dict.fromkeys(row for row, _ in means)
         yield [header, *([row, *(means.get((row, column), "-") for column in across)] for row in down)]
-
-
-def _short(axis: str) -> str:
-    """An axis as the head of a column."""
-    return axis.rpartition(".")[2]
 
 
 def markdown(table: CollectedTable) -> str:
