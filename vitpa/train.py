@@ -18,8 +18,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,24 +27,24 @@ from vitpa import checkpoint
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import record_left
 from vitpa.checkpoint import Checkpoint
-from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.config import RunConfig
 from vitpa.data.loader import ResidentFeed
-from vitpa.data.open import Data, open_data, random_reads_note
+from vitpa.data.open import open_data, random_reads_note
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
 from vitpa.distributed import Group
-from vitpa.environment import environment
 from vitpa.errors import UserError
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rates
-from vitpa.records import RunError, with_checksum, write_json
+from vitpa.records import with_checksum, write_json
 from vitpa.replica import Replica
+from vitpa.resume import resume, resume_points
 from vitpa.step.accumulator import NEVER
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
+from vitpa.training import Training, say
 
 LOGGER = logging.getLogger(__name__)
 ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear
@@ -54,33 +52,6 @@ ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped toge
 
 class TrainError(UserError):
     """Training cannot go on: one line with what, where and what to do about it."""
-
-
-@dataclass
-class Training:
-    """Everything one process needs to train its runs."""
-
-    config: RunConfig  # of the first; the others differ in the seed
-    group: Group
-    data: Data
-    replicas: list[Replica]
-    steps: ReplicaSteps
-    metrics: Metrics
-    epoch_steps: int
-    step: int = 0  # done, by all
-    line: ProgressLine | None = None  # in the main process
-    checkpoints: checkpoint.Writer | None = None  # in the main process
-    saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.config.train.epochs * self.epoch_steps
-
-    @property
-    def active(self) -> list[tuple[int, Replica]]:
-        """The replicas that are still trained, with their numbers."""
-        return [(number, replica) for number, replica in enumerate(self.replicas) if not replica.left]
 
 
 def train(configs: Sequence[RunConfig], group: Group) -> bool:
@@ -152,69 +123,6 @@ def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
     return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
-def resume_points(t: Training) -> dict[int, Path | None]:
-    """Choose the runs that are trained now: their numbers, each with the checkpoint it resumes from (None: from the start).
-
-    They must be at the same step. The others leave: they are resumed apart, when they are started again.
-    """
-    paths = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
-    at = next(iter(paths.values()))
-    step = "the start" if at is None else f"step {step_of(at.name)}"
-    for number, replica in enumerate(t.replicas):
-        if number not in paths:
-            reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
-            LOGGER.info(f"seed {replica.config.seed} is left out: {reason}")
-            record_left(replica.run, "apart", reason)
-    return paths
-
-
-def layout(t: Training) -> checkpoint.Layout:
-    """The tensors that a checkpoint of any of the runs has, since they differ in the seed only."""
-    return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
-
-
-def resume(t: Training, paths: Sequence[Path]) -> None:
-    """Continue from the checkpoints, if there are any.
-
-    Raises:
-        RunError: a checkpoint was damaged meanwhile, or is of other data.
-    """
-    for number, path in enumerate(paths):
-        replica = t.replicas[number]
-        try:
-            state, _ = checkpoint.load(path, replica.config.signature, layout(t))
-        except CheckpointError as error:  # since the main process has looked at it
-            raise RunError(f"{path}: {error}; start again") from error
-        if state.beton_sha256 != t.data.beton_sha256:
-            raise RunError(
-                f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
-                f"restore that data, or remove {replica.run.path} to start again"
-            )
-        replica.model.load_state_dict(state.model)
-        t.steps.load_optimizer(number, state.optimizer)
-        replica.progress, replica.rows = state.progress, state.metrics
-        if t.group.is_main:  # the sums are over all processes
-            t.steps.accumulator.sums[number] = state.window.to(t.group.device)
-    t.step = t.replicas[0].progress.step
-    record_environment(t)
-
-
-def record_environment(t: Training) -> None:
-    """Record what this attempt runs with: code, libraries, device, data, sizes."""
-    facts = environment(t.group.device)
-    sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
-    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas], "resumed_at_step": t.step}
-    data = {"beton_sha256": t.data.beton_sha256, "num_samples": t.data.num_samples, "evaluated_on": t.config.evaluated_on}
-    document = with_checksum({**facts, **sizes, **together, **data})
-    for replica in t.replicas:
-        if facts["code_version"] not in replica.progress.code_versions:
-            replica.progress.code_versions.append(facts["code_version"])
-        if t.group.is_main:
-            write_json(replica.run.env_json, document)
-            for attempt in replica.run.attempts()[-1:]:
-                write_json(attempt.env_json, document)
-
-
 def open_logs(t: Training, stack: ExitStack) -> None:
     """Open the logs of this attempt in the main process; `stack` closes them."""
     if not t.group.is_main:
@@ -251,12 +159,6 @@ def show_positions(t: Training) -> None:
         if replica.logs is not None and t.config.model.kind == "vit":
             similarity = positional_similarity(replica.model.pos_embed.detach())
             replica.logs.image("positional_similarity", similarity_grid(similarity), t.step)
-
-
-def say(t: Training, text: str) -> None:
-    """Log a line, in the main process."""
-    if t.group.is_main:
-        LOGGER.info(text)
 
 
 def prepare_steps(t: Training) -> None:

@@ -1,0 +1,79 @@
+"""Where the runs of a training go on: which of their checkpoints fit together, and taking over the state in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from vitpa import checkpoint
+from vitpa.attempt import record_left
+from vitpa.checkpoint_file import CheckpointError, step_of
+from vitpa.environment import environment
+from vitpa.records import RunError, with_checksum, write_json
+from vitpa.training import Training
+
+LOGGER = logging.getLogger(__name__)
+
+
+def resume_points(t: Training) -> dict[int, Path | None]:
+    """Choose the runs that are trained now: their numbers, each with the checkpoint it resumes from (None: from the start).
+
+    They must be at the same step. The others leave: they are resumed apart, when they are started again.
+    """
+    paths = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
+    at = next(iter(paths.values()))
+    step = "the start" if at is None else f"step {step_of(at.name)}"
+    for number, replica in enumerate(t.replicas):
+        if number not in paths:
+            reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
+            LOGGER.info(f"seed {replica.config.seed} is left out: {reason}")
+            record_left(replica.run, "apart", reason)
+    return paths
+
+
+def layout(t: Training) -> checkpoint.Layout:
+    """The tensors that a checkpoint of any of the runs has, since they differ in the seed only."""
+    return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
+
+
+def resume(t: Training, paths: Sequence[Path]) -> None:
+    """Continue from the checkpoints, if there are any.
+
+    Raises:
+        RunError: a checkpoint was damaged meanwhile, or is of other data.
+    """
+    for number, path in enumerate(paths):
+        replica = t.replicas[number]
+        try:
+            state, _ = checkpoint.load(path, replica.config.signature, layout(t))
+        except CheckpointError as error:  # since the main process has looked at it
+            raise RunError(f"{path}: {error}; start again") from error
+        if state.beton_sha256 != t.data.beton_sha256:
+            raise RunError(
+                f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
+                f"restore that data, or remove {replica.run.path} to start again"
+            )
+        replica.model.load_state_dict(state.model)
+        t.steps.load_optimizer(number, state.optimizer)
+        replica.progress, replica.rows = state.progress, state.metrics
+        if t.group.is_main:  # the sums are over all processes
+            t.steps.accumulator.sums[number] = state.window.to(t.group.device)
+    t.step = t.replicas[0].progress.step
+    record_environment(t)
+
+
+def record_environment(t: Training) -> None:
+    """Record what this attempt runs with: code, libraries, device, data, sizes."""
+    facts = environment(t.group.device)
+    sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
+    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas], "resumed_at_step": t.step}
+    data = {"beton_sha256": t.data.beton_sha256, "num_samples": t.data.num_samples, "evaluated_on": t.config.evaluated_on}
+    document = with_checksum({**facts, **sizes, **together, **data})
+    for replica in t.replicas:
+        if facts["code_version"] not in replica.progress.code_versions:
+            replica.progress.code_versions.append(facts["code_version"])
+        if t.group.is_main:
+            write_json(replica.run.env_json, document)
+            for attempt in replica.run.attempts()[-1:]:
+                write_json(attempt.env_json, document)

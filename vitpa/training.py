@@ -1,0 +1,50 @@
+"""The state of a training in one process: the runs it trains, their step, data and logs; vitpa/train.py is what happens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from vitpa import checkpoint
+from vitpa.config import RunConfig
+from vitpa.data.open import Data
+from vitpa.distributed import Group
+from vitpa.logs import ProgressLine
+from vitpa.metrics import Metrics
+from vitpa.replica import Replica
+from vitpa.step.step import ReplicaSteps
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class Training:
+    """Everything one process needs to train its runs."""
+
+    config: RunConfig  # of the first; the others differ in the seed
+    group: Group
+    data: Data
+    replicas: list[Replica]
+    steps: ReplicaSteps
+    metrics: Metrics
+    epoch_steps: int
+    step: int = 0  # done, by all
+    line: ProgressLine | None = None  # in the main process
+    checkpoints: checkpoint.Writer | None = None  # in the main process
+    saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.train.epochs * self.epoch_steps
+
+    @property
+    def active(self) -> list[tuple[int, Replica]]:
+        """The replicas that are still trained, with their numbers."""
+        return [(number, replica) for number, replica in enumerate(self.replicas) if not replica.left]
+
+
+def say(t: Training, text: str) -> None:
+    """Log a line, in the main process."""
+    if t.group.is_main:
+        LOGGER.info(text)
