@@ -59,7 +59,7 @@ class Start(Holder):
 class Exit(Record):
     """Of `attempts/NNNN/exit.json`: how it ended."""
 
-    state: Literal["done", "failed", "interrupted", "cancelled"]
+    state: Literal["done", "paused", "failed", "interrupted", "cancelled"]
     reason: str | None = None
     requeued: bool = False
     left: bool = False  # the others of its group went on without it

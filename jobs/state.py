@@ -3,6 +3,7 @@
 done         a valid result.json
 running      started, and its job is alive (or cannot be seen from here, as in another cluster: it counts as alive)
 pending      claimed, and a living process or job is going to start it, or to start it again
+paused       stopped after an epoch on purpose (runtime.stop_after_epoch), with a checkpoint to go on from
 failed, interrupted, cancelled    how its last attempt ended; failed, too, where its job ended by itself before starting it
 lost         started, its job is dead and left no exit: killed
 uncertain    claimed, not started, and nobody alive who would start it: its launcher was killed
@@ -31,10 +32,11 @@ from vitpa.documents import YAML_BYTES, DocumentError, read_bytes
 from vitpa.records import RESTORE, ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 from vitpa.rundir import AttemptDir, Result, RunDir
 
-STATES = ("done", "running", "pending", "interrupted", "lost", "uncertain", "missing", "failed", "cancelled", "broken")
+_ENDED_BADLY = ("failed", "cancelled", "broken")
+STATES = ("done", "running", "pending", "paused", "interrupted", "lost", "uncertain", "missing", *_ENDED_BADLY)
 LIVE = frozenset({"running", "pending"})
-SUBMITTABLE = frozenset({"missing", "lost", "interrupted", "uncertain"})  # what `submit` takes
-RETRYABLE = frozenset({"failed", "cancelled", "broken"})  # what only `retry` takes
+SUBMITTABLE = frozenset({"missing", "lost", "interrupted", "uncertain", "paused"})  # what `submit` takes
+RETRYABLE = frozenset(_ENDED_BADLY)  # what only `retry` takes
 
 
 @dataclass(frozen=True)

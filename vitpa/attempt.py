@@ -41,8 +41,8 @@ class Left(Record):
 
 
 @contextmanager
-def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
-    """Hold the run while the body trains it; at the end record how the attempt ended.
+def claimed_attempt(run: RunDir, *, takeover: bool, last_epoch: int | None = None) -> Iterator[None]:
+    """Hold the run while the body trains it up to `last_epoch` (None: to its end); at the end record how the attempt ended.
 
     A launcher that has claimed the attempt says so in the environment; it then keeps the records, and nothing is done here.
 
@@ -80,7 +80,20 @@ def claimed_attempt(run: RunDir, *, takeover: bool) -> Iterator[None]:
     except BaseException as error:
         record("failed", f"{type(error).__name__}: {error}")
         raise
-    record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+    if last_epoch is not None and (paused := reason_of_pause(run, last_epoch)):
+        record("paused", paused)
+    else:
+        record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+
+
+def reason_of_pause(run: RunDir, last_epoch: int) -> str:
+    """Why an attempt that was to train up to `last_epoch` is over: it paused there; empty if it did not.
+
+    Raises:
+        RunError: the record of the pause cannot be trusted.
+    """
+    pause = run.paused()
+    return f"after epoch {pause.epoch}" if pause is not None and pause.epoch >= last_epoch else ""
 
 
 def record_left(run: RunDir, state: str, reason: str) -> None:

@@ -201,6 +201,12 @@ class RuntimeConfig(Section):
     keep_epochs: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = Field(
         (), description="epochs after which the weights are kept for `vitpa analyze`, such as [1, 10, 100]"
     )
+    stop_after_epoch: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="epoch after which the run pauses, and can be gone on with; null: none before its end",
+    )
     poll_every_steps: int = Field(
         10, ge=1, le=MAX_STEPS, description="steps between looks at the clock and at the file `stop`"
     )
@@ -247,6 +253,8 @@ class RunConfig(Section):
             raise ValueError(f"optim.warmup_epochs={self.optim.warmup_epochs} is longer than train.epochs={self.train.epochs}")
         if late := [epoch for epoch in self.runtime.keep_epochs if epoch > self.train.epochs]:
             raise ValueError(f"runtime.keep_epochs has {late[0]}, which is beyond train.epochs={self.train.epochs}")
+        if self.last_epoch > self.train.epochs:
+            raise ValueError(f"runtime.stop_after_epoch={self.last_epoch} is beyond train.epochs={self.train.epochs}")
         if self.train.order == "quasi_random" and self.runtime.loader == "resident":
             raise ValueError(
                 "train.order=quasi_random is for images that are streamed; leave out runtime.loader=resident, or set "
@@ -310,6 +318,11 @@ class RunConfig(Section):
             return None
         whole = "its batch norm takes the statistics of a whole batch"
         return f"model.kind={self.model.kind}: {whole}, and {processes} processes have a part of it each"
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs trained when this execution is over: all, unless it pauses before."""
+        return self.runtime.stop_after_epoch or self.train.epochs
 
     @property
     def evaluated_on(self) -> str:

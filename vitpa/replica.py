@@ -11,8 +11,8 @@ from vitpa.checkpoint import Progress, weights_sha256
 from vitpa.config import RunConfig
 from vitpa.documents import YAML_BYTES, read_bytes
 from vitpa.logs import Logs
-from vitpa.records import utc_now
-from vitpa.rundir import Result, RunDir
+from vitpa.records import utc_now, with_checksum, write_json
+from vitpa.rundir import Pause, Result, RunDir
 
 
 @dataclass
@@ -64,3 +64,25 @@ class Replica:
             holdout=config.train.holdout,
             config_sha256=hashlib.sha256(read_bytes(self.run.config_yaml, YAML_BYTES)).hexdigest(),
         )
+
+    def record_result(self, beton_sha256: dict[str, str]) -> str:
+        """Write result.json, the last act of a training to its end; a line about it."""
+        result = self.result(beton_sha256)
+        write_json(self.run.result_json, with_checksum(result.model_dump()))
+        accuracy = f"{self.config.top1_name} {100 * result.val_top1:.2f} % after {result.epochs} epochs"
+        return f"finished: {accuracy}; {self.run.result_json}"
+
+    def record_pause(self, epoch_steps: int) -> str:
+        """Write paused.json, the last act of a training that stops after `runtime.stop_after_epoch`; a line about it."""
+        progress = self.progress
+        pause = Pause(
+            signature=self.config.signature,
+            epoch=progress.step // epoch_steps,
+            step=progress.step,
+            train_time_s=progress.train_time_s,
+            gpu_hours=progress.gpu_time_s / 3600,
+            utc=utc_now(),
+        )
+        write_json(self.run.paused_json, with_checksum(pause.model_dump()))
+        accuracy = f"{self.config.top1_name} {100 * progress.val['val/top1']:.2f} %"
+        return f"paused after epoch {pause.epoch} of {self.config.train.epochs}: {accuracy}; without the pause it goes on"

@@ -51,6 +51,19 @@ class Result(BaseModel):
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
 
 
+class Pause(BaseModel):
+    """`paused.json`: what the run had taken when it paused last, with a checkpoint. Its accuracy is in metrics.jsonl."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    signature: str
+    epoch: int = Field(ge=1)  # whole epochs done
+    step: int = Field(ge=1)
+    train_time_s: float = Field(ge=0)
+    gpu_hours: float = Field(ge=0)
+    utc: str
+
+
 class Below:
     """A path below that of its owner, made when asked for: a sweep of thousands of runs looks at two or three of each."""
 
@@ -88,6 +101,7 @@ class RunDir:
     checkpoints = Below("checkpoints")  # where the training goes on from
     snapshots = Below("snapshots")  # weights after the epochs of runtime.keep_epochs, for `vitpa analyze`
     result_json = Below("result.json")  # there if and only if the run is finished
+    paused_json = Below("paused.json")  # what it had taken at its last pause, after runtime.stop_after_epoch
     stop = Below("stop")  # a request to stop
     attempts_dir = Below("attempts")  # one folder for each execution
 
@@ -173,6 +187,24 @@ class RunDir:
             advice = f"restore what was changed, or {hint} from its last checkpoint on"
             raise RunError(f"{self.result_json}: {contradiction}; {advice}")
         return result
+
+    def paused(self) -> Pause | None:
+        """Its last pause; None if there was none.
+
+        Raises:
+            RunError: its record cannot be trusted.
+        """
+        hint = "delete it and submit again"
+        try:
+            document, _ = read_checked(self.paused_json)
+            pause = None if document is None else Pause.model_validate(document)
+        except RunError as error:
+            raise RunError(f"{error}; {hint}") from error
+        except ValidationError as error:
+            raise RunError(f"{self.paused_json}: no usable `{error.errors()[0]['loc'][0]}` in it; {hint}") from error
+        if pause is not None and pause.signature != self.signature:
+            raise RunError(f"{self.paused_json}: belongs to run {pause.signature}, not {self.signature}; {hint}")
+        return pause
 
     def _contradiction_of_metrics(self, result: Result) -> str:
         """What of a result the last evaluation in metrics.jsonl contradicts; empty if nothing does."""

@@ -38,7 +38,6 @@ from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
 from vitpa.optim import adamw, learning_rates
-from vitpa.records import with_checksum, write_json
 from vitpa.replica import Replica
 from vitpa.resume import resume, resume_points
 from vitpa.step.accumulator import NEVER
@@ -58,7 +57,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
     """Train one run per seed to completion, resuming from checkpoints; each writes its result.json, last of all.
 
     Returns:
-        whether the runs are finished; False if a stop was requested, the state being in checkpoints.
+        whether the runs are finished; False if they pause or a stop was requested, the state being in checkpoints.
 
     Raises:
         TrainError: a loss became non-finite.
@@ -78,11 +77,10 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         stack.callback(t.steps.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         prepare_steps(t)
-        finished = all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.train.epochs))
-        if finished:
+        if all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.last_epoch)):
             finish(t)
     check_left(t)
-    return finished
+    return t.step == t.total_steps
 
 
 def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
@@ -193,7 +191,7 @@ def train_epoch(t: Training, epoch: int) -> bool:
             return False
     if epoch + 1 in runtime.keep_epochs:
         keep(t)
-    last_epoch = epoch + 1 == t.config.train.epochs
+    last_epoch = epoch + 1 == t.config.last_epoch
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
         t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
@@ -317,18 +315,16 @@ def count_time(t: Training) -> None:
 
 
 def finish(t: Training) -> None:
-    """Write the last checkpoints and, last of all, each result.json."""
+    """Write the last checkpoints and, last of all, each result.json, or what a pause leaves."""
     save(t)
     if t.checkpoints is None:
         return
     t.checkpoints.wait()
     for _, replica in t.active:
-        result = replica.result(t.data.beton_sha256)
         assert replica.logs is not None
         replica.logs.flush()
-        write_json(replica.run.result_json, with_checksum(result.model_dump()))
-        accuracy = f"{t.config.top1_name} {100 * result.val_top1:.2f} % after {result.epochs} epochs"
-        say(t, f"seed {result.seed} finished: {accuracy}; {replica.run.result_json}")
+        record = replica.record_result(t.data.beton_sha256) if t.step == t.total_steps else replica.record_pause(t.epoch_steps)
+        say(t, f"seed {replica.config.seed} {record}")
 
 
 def check_left(t: Training) -> None:

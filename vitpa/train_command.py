@@ -136,7 +136,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     if not config.runtime.stage_dir:  # else the node may have a copy
         for beton in open_splits(config.runtime.data_path, config.dataset).values():
             beton.close()
-    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover))
+    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover, last_epoch=config.last_epoch))
     return True
 
 

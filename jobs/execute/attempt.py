@@ -23,8 +23,8 @@ from types import FrameType
 from jobs.execute.die_with_parent import PARENT
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
-from vitpa.arguments import literal_path
-from vitpa.attempt import CANCEL, Left, Stop
+from vitpa.arguments import ConfigError, literal_path
+from vitpa.attempt import CANCEL, Left, Stop, reason_of_pause
 from vitpa.child_process import child_environment
 from vitpa.config_file import load_config
 from vitpa.documents import append_regular, lines_at_end
@@ -62,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: `done`, `failed`, `interrupted` or `cancelled`."""
+    """How an attempt ended: `done`, `paused`, `failed`, `interrupted` or `cancelled`."""
 
     state: str
     exit_code: int | None
@@ -247,7 +247,9 @@ class Training:
         try:
             if member.run.result() is not None:
                 return Outcome("done", code, "")
-        except RunError as error:
+            if paused := reason_of_pause(member.run, load_config(member.attempt.config_yaml).last_epoch):
+                return Outcome("paused", code, paused)
+        except (RunError, ConfigError) as error:
             return Outcome("failed", code, str(error))
         if killed_for:
             return Outcome("failed", code, killed_for)

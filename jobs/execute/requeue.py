@@ -80,7 +80,7 @@ def why_nothing_to_do(job: str, finished: bool, start: Start | None, ended: Exit
     if finished:
         return "the run is finished"
     withdrawn = start is not None and start.withdrawn is not None
-    if withdrawn or (ended is not None and (ended.left or ended.state in ("cancelled", "done"))):
+    if withdrawn or (ended is not None and (ended.left or ended.state in ("cancelled", "done", "paused"))):
         return f"it was {ended.state if ended else 'withdrawn'}"
     owner = start.job.id if start and start.job else None
     if owner != job:

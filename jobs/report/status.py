@@ -154,7 +154,8 @@ COLUMNS = (
 )
 SLURM_COLUMNS = ("node", "job")  # left out where empty
 DISPENSABLE = ("job", "epoch", "try", "images/s", "step", "node", "ETA", "top-1 %")  # in this order, on a narrow screen
-MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", "pending", "missing", "done")
+_WELL = ("pending", "missing", "paused", "done")
+MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", *_WELL)
 
 
 def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) -> StatusTable:

@@ -14,7 +14,7 @@ from jobs.command import VERBS
 from jobs.state import RunState
 from jobs.sweep import SweepDir, shipped_sweeps
 from jobs.verbs import _fails_alike
-from tests.support.jobs_sweeps import STAND_IN, make_sweep, settle, write_result
+from tests.support.jobs_sweeps import STAND_IN, launch, make_sweep, settle, write_result
 from vitpa.cli import main
 from vitpa.records import ProcessId, read_json, write_json
 
@@ -71,6 +71,21 @@ def test_status_is_partial_when_something_is_missing(sweep: Shell) -> None:
     assert code == 0
     (row,) = json.loads(text)["runs"]
     assert (row["run"], row["val_top1"]) == ("digits-content-s0", 0.75)
+
+
+@pytest.mark.slow
+def test_runs_that_pause_go_on_by_submit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_sweep(tmp_path, seeds=1)
+    for epoch in (1, 3):
+        assert launch(tmp_path, 1, "submit", f"runtime.stop_after_epoch={epoch}").returncode == 0
+        states = settle(tmp_path, sweep)
+        assert [(state.state, state.reason) for state in states] == [("paused", f"after epoch {epoch}")] * 2
+    assert main(["sweep", "status", "small", "--root", str(tmp_path)]) == 4
+    text = capsys.readouterr().out
+    assert "small: 0 of 2 done, 2 paused" in text
+    assert "paused: after epoch 3" in text
+    launch(tmp_path, 1)
+    assert [state.state for state in settle(tmp_path, sweep)] == ["done", "done"]
 
 
 @pytest.mark.parametrize("verb", ["plan", "submit --dry-run"])

@@ -3,7 +3,7 @@
 Takes `train.epochs` steps of 50 ms, keeps a checkpoint after each, stops if asked to, resumes, and writes result.json last.
 With `--seeds 0,1` it does so for the runs of these seeds together. `<root>/trace` gets a file per run and process with the
 time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others,
-`<root>/hold` keeps all before their last step.
+`<root>/hold` keeps all before their last step. An epoch is a step; it pauses after `runtime.stop_after_epoch`.
 """
 
 import hashlib
@@ -36,6 +36,8 @@ class Run:
         self.digest: str
         self.step, self.digest = json.loads(self.checkpoint.read_text()) if self.checkpoint.exists() else (0, "")
         self.steps = int(self.config["epochs"])
+        pauses = re.search(r"\bstop_after_epoch: (\d+)", (self.attempt / "config.yaml").read_text())
+        self.last = int(pauses[1]) if pauses else self.steps
         made_with = {"code_version": "stand-in", "beton_sha256": BETON_SHA256, "steps_total": self.steps}
         (path / "env.json").write_text(json.dumps(made_with))
 
@@ -71,7 +73,14 @@ class Run:
         wished = self.root / "top1" / self.path.name
         return float(wished.read_text()) if wished.exists() else 0.5
 
+    def pause(self) -> None:
+        self.end()
+        taken = {"train_time_s": 0.05 * self.step, "gpu_hours": self.step / 100, "utc": ""}
+        replace(self.path / "paused.json", {"signature": self.path.name, "epoch": self.step, "step": self.step, **taken})
+
     def finish(self) -> None:
+        if self.step < self.steps:
+            return self.pause()
         result = {
             "signature": self.path.name,
             "dataset": self.config["dataset"],
@@ -83,7 +92,7 @@ class Run:
             "val_top5": 0.9,
             "val_loss": 1.0,
             "train_time_s": 0.05 * self.steps,
-            "gpu_hours": 0.0,
+            "gpu_hours": self.steps / 100,
             "images_per_s": 100.0,
             "attempts": int(self.attempt.name),
             "weights_sha256": self.digest,
@@ -92,7 +101,7 @@ class Run:
             "finished_utc": "2026-01-01T00:00:00Z",
         }
         self.end()
-        replace(self.path / "result.json", result)
+        return replace(self.path / "result.json", result)
 
 
 def main() -> int:
@@ -106,7 +115,7 @@ def main() -> int:
         raise RuntimeError("the test wants this run to fail")
     print("resumes at" if runs[0].step else "starts at", runs[0].step, *(f"seed {seed}" for seed in seeds), flush=True)
     failed = False
-    while runs[0].step < runs[0].steps:
+    while runs[0].step < runs[0].last:
         time.sleep(0.05)
         for run in runs:
             if run.step + 1 < run.steps or not (run.root / "hold").exists():

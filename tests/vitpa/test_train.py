@@ -36,6 +36,7 @@ from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
 from vitpa.metrics_file import read_metrics
 from vitpa.models import build_model
+from vitpa.records import read_json
 from vitpa.rundir import Result, RunDir
 from vitpa.train_command import main
 
@@ -44,6 +45,32 @@ from vitpa.train_command import main
 def undisturbed(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """The result of a run that nothing disturbed, for both attentions the reference of the tests below."""
     return trained(arguments(digits, tmp_path_factory.mktemp("undisturbed"), "runtime.cpu_threads=1"))
+
+
+def test_a_pause_changes_nothing(digits: Path, tmp_path: Path, undisturbed: Result) -> None:
+    """It is evaluated, has a checkpoint, says what it has taken, and goes on to the same weights."""
+    words = arguments(digits, tmp_path, "runtime.cpu_threads=1", "runtime.eval_every_epochs=4")
+    run = config_of(words).run_dir
+    for epoch in (1, 3, 3):  # the second time there is nothing to do
+        assert main([*words, f"runtime.stop_after_epoch={epoch}"]) == 0
+        pause = run.paused()
+        assert pause is not None
+        assert (pause.epoch, pause.step, run.newest_step()) == (epoch, epoch * EPOCH_STEPS, epoch * EPOCH_STEPS)
+        assert metrics(run)[-1]["step"] == pause.step
+        assert "val/top1" in metrics(run)[-1]
+        assert run.result() is None
+        ended = read_json(run.attempts()[-1].exit_json)
+        assert ended is not None
+        assert (ended["state"], ended["reason"]) == ("paused", f"after epoch {epoch}")
+    result = trained(words)
+    assert result.weights_sha256 == undisturbed.weights_sha256
+    assert (result.val_loss, result.attempts) == (undisturbed.val_loss, 4)
+    assert main([*words, "runtime.stop_after_epoch=2"]) == 0, "it is finished"
+
+
+def test_a_pause_beyond_the_end_is_one_line(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(digits, tmp_path, f"runtime.stop_after_epoch={EPOCHS + 1}")) == 1
+    assert f"runtime.stop_after_epoch={EPOCHS + 1} is beyond train.epochs={EPOCHS}" in capsys.readouterr().err
 
 
 FORKING = """
