@@ -55,6 +55,9 @@ class ModelConfig(Section):
     mlp_ratio: Float = Field(1.0, gt=0, le=100, description="hidden width of the MLP as a multiple of embed_dim")
     drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly")
     pos_embed_std: Float = Field(0.02, ge=1e-9, le=1e3, description="standard deviation of the initial positional encoding")
+    global_pool: Literal["token", "avg"] = Field(
+        "token", description="what the head sees: the class token, or (avg) the mean of all patches, without a class token"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,6 +76,16 @@ class ModelConfig(Section):
                 f"model.mlp_ratio={self.mlp_ratio} of model.embed_dim={self.embed_dim} is less than 1 hidden unit"
             )
         return self
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens of an image before those of its patches: the class token, or none."""
+        return int(self.global_pool == "token")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens N of an image, the class token included."""
+        return (self.img_size // self.patch_size) ** 2 + self.num_prefix_tokens
 
 
 class AugmentConfig(Section):
@@ -302,6 +315,8 @@ class RunConfig(Section):
             del document["train"]["holdout"]
         if not self.augment.permute_block_px:
             del document["augment"]["permute_block_px"]
+        if self.model.global_pool == "token":
+            del document["model"]["global_pool"]
         if self.model.kind == "vit":
             del document["model"]["kind"]
         else:  # the other keys are those of a ViT

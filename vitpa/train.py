@@ -155,7 +155,7 @@ def show_positions(t: Training) -> None:
     """Draw the positional-similarity maps of ViTs in TensorBoard."""
     for _, replica in t.active:
         if replica.logs is not None and t.config.model.kind == "vit":
-            similarity = positional_similarity(replica.model.pos_embed.detach())
+            similarity = positional_similarity(replica.model.pos_embed.detach(), t.config.model.num_prefix_tokens)
             replica.logs.image("positional_similarity", similarity_grid(similarity), t.step)
 
 

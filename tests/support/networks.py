@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def networks(attention: str, dtype: torch.dtype = torch.float64, **changes: Any)
         for model in models:
             for parameter in model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype), alpha=0.2)
-    return models, StackedViT(attention, sizes["patch_size"], sizes["depth"], sizes["num_heads"])  # type: ignore[arg-type]
+    stack = StackedViT(attention, sizes["patch_size"], sizes["depth"], sizes["num_heads"])  # type: ignore[arg-type]
+    return models, replace(stack, global_pool=sizes.get("global_pool", "token"))
 
 
 def stacked(models: list[VisionTransformer]) -> dict[str, Tensor]:

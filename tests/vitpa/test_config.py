@@ -50,6 +50,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "model.mlp_ratio": "2",
     "model.drop_path_rate": "0.1",
     "model.pos_embed_std": "0.2",
+    "model.global_pool": "avg",
     "augment.crop": "none",
     "augment.crop_padding_px": "5",
     "augment.crop_scale": "[0.08, 0.9]",
@@ -472,7 +473,8 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
 
 
 @pytest.mark.parametrize(
-    "as_it_was", ["train.order=random", "train.holdout=0.0", "augment.permute_block_px=0", "model.kind=vit"]
+    "as_it_was",
+    ["train.order=random", "train.holdout=0.0", "augment.permute_block_px=0", "model.kind=vit", "model.global_pool=token"],
 )
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
     assert config(as_it_was).signature == SMALL_SIGNATURE
@@ -485,7 +487,7 @@ def test_of_a_resnet_only_what_counts_for_it_makes_another_run() -> None:
     resnet = config("model.kind=resnet18")
     assert (resnet.network_name, config().network_name) == ("resnet18", "content")
     assert resnet.experiment()["model"] == {"kind": "resnet18", "attention": "content", "img_size": 32}
-    for override in ("model.patch_size=5", "model.depth=3", "model.drop_path_rate=0.1", "model.num_heads=7"):
+    for override in ("model.patch_size=5", "model.depth=3", "model.num_heads=7", "model.global_pool=avg"):
         assert config("model.kind=resnet18", override).signature == resnet.signature
     assert config("model.kind=resnet18", "model.img_size=30").signature != resnet.signature
 

@@ -44,8 +44,9 @@ def refused(function, *arguments):
     raise AssertionError(f"{function} takes what it should not")
 
 
-def train(attention, augment):
-    model = {"attention": attention, "img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+def train(attention, augment, global_pool):
+    model = {"attention": attention, "global_pool": global_pool}
+    model |= {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
     config = parse_config({"dataset": "cifar10", "augment": augment, "model": {**model, "drop_path_rate": 0.1},
                            "train": {"global_batch_size": 4}, "runtime": {"device": "cpu", "step": "eager"}}, "here")
     group = Group(0, 1, 0, 1, CPU)
@@ -70,8 +71,8 @@ def train(attention, augment):
     return models[0], augmentation
 
 
-for attention, augment in zip(("content", "positional", "content"), AUGMENTS):
-    model, augmentation = train(attention, augment)
+for attention, augment, global_pool in zip(("content", "positional", "content"), AUGMENTS, ("token", "avg", "token")):
+    model, augmentation = train(attention, augment, global_pool)
     if attention == "positional":
         model.attention_maps()
         refused(model, torch.zeros(2, 1, 16, 16))  # no three channels

@@ -1,6 +1,6 @@
 """The attention of a trained model between its patches: one matrix per head; of the content model the mean of many images'.
 
-Axes: L layers, H heads, B images, N tokens (class token first), n = N - 1 patches, d = D / H.
+Axes: L layers, H heads, B images, N tokens (class token first, if there is one), n patches, d = D / H.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def patch_attention(
     Of the positional model, whose attention is the same for every image, no image is needed. None: there is no image.
     """
     if isinstance(model, PositionalVisionTransformer):
-        matrices = among_patches(model.attention_maps())
+        matrices = among_patches(model.attention_maps(), model.num_prefix_tokens)
         return matrices, entropy(matrices)
     count, matrices, entropies = 0, torch.zeros(()), torch.zeros(())
     for images in batches:
         with attention_matrices(model) as layers:
             model(images)
-        its = torch.stack([among_patches(each) for each in layers], 1)  # B, L, H, n, n
+        its = torch.stack([among_patches(each, model.num_prefix_tokens) for each in layers], 1)  # B, L, H, n, n
         count, matrices, entropies = count + len(images), matrices + its.sum(0), entropies + entropy(its).sum(0)
     return (matrices / count, entropies / count) if count else None
 

@@ -52,9 +52,9 @@ def scaled_products(vectors: Float[Tensor, "n D"]) -> Float64[Tensor, "n n"]:
     return products / products.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def among_patches(attention: Float[Tensor, "*M N N"]) -> Float64[Tensor, "*M n n"]:
+def among_patches(attention: Float[Tensor, "*M N N"], num_prefix_tokens: int = 1) -> Float64[Tensor, "*M n n"]:
     """The attention that patches pay to patches: without the class token, the first, and with rows that sum to 1 again."""
-    inner = attention[..., 1:, 1:].double()
+    inner = attention[..., num_prefix_tokens:, num_prefix_tokens:].double()
     return inner / inner.sum(-1, keepdim=True)
 
 

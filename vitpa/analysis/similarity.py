@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from vitpa.analysis.measures import cosine_similarity
 
 
-def positional_similarity(pos_embed: Tensor) -> Tensor:
-    """Cosine similarities (n, n), in [-1, 1], of the encodings of the n patches in pos_embed (1, 1 + n, D).
+def positional_similarity(pos_embed: Tensor, num_prefix_tokens: int = 1) -> Tensor:
+    """Cosine similarities (n, n), in [-1, 1], of the encodings of the n patches in pos_embed (1, num_prefix_tokens + n, D).
 
     The class token's encoding, the first, is left out.
     """
-    return cosine_similarity(pos_embed[0, 1:]).float()
+    return cosine_similarity(pos_embed[0, num_prefix_tokens:]).float()
 
 
 def similarity_grid(similarity: Tensor, zoom: int = 4) -> Tensor:

@@ -198,7 +198,7 @@ def undone(config: RunConfig) -> Int64[Tensor, " n"] | None:
 
 def maps_of(model: Any, batches: Sequence[Tensor], order: Tensor | None) -> tuple[Maps, Tensor | None]:
     """The matrices of a model, its patches in `order` (n,), and the entropy (L, H) of its attention."""
-    vectors = model.pos_embed.detach()[0, 1:]
+    vectors = model.pos_embed.detach()[0, model.num_prefix_tokens :]
     order = torch.arange(len(vectors)) if order is None else order
     attention = patch_attention(model, batches)
 

@@ -214,9 +214,9 @@ def peak_matmul_tflops(group: Group, window_s: float) -> float:
 def gflop_per_image(config: RunConfig) -> float:
     """Arithmetic of a training step per image, 10^9 operations: products of matrices only, backward twice the forward pass."""
     model = config.model
-    D, tokens = model.embed_dim, (model.img_size // model.patch_size) ** 2 + 1
+    D, tokens = model.embed_dim, model.num_tokens
     per_token = (4 + 2 * model.mlp_ratio) * D * D + 2 * tokens * D  # multiply-adds of a block
     if model.attention == "positional":
         per_token -= 2 * D * D + tokens * D  # queries, keys and scores are computed once per step, not per image
-    patches = (tokens - 1) * 3 * model.patch_size**2 * D
+    patches = (tokens - model.num_prefix_tokens) * 3 * model.patch_size**2 * D
     return 3 * 2 * (tokens * model.depth * per_token + patches) / 1e9

@@ -26,13 +26,16 @@ def build_model(
     mlp_ratio: float,
     drop_path_rate: float,
     pos_embed_std: float,
+    global_pool: Literal["token", "avg"] = "token",
     seed: int,
 ) -> VisionTransformer | ResNet:
     """A network on the CPU, initialised from `seed` alone; images (B, 3, img_size, img_size) -> logits (B, num_classes).
 
     `attention="content"` is timm's VisionTransformer itself, so that timm's weights load and give timm's logits.
-    Initialisation is timm's (weights truncated normal with std 0.02, biases 0), but for `pos_embed_std`. All of that is for
-    `kind="vit"`; a ResNet has one form.
+    Initialisation is timm's (weights truncated normal with std 0.02, biases 0), but for `pos_embed_std`.
+    `global_pool="avg"` is timm's VisionTransformer(global_pool="avg", class_token=False): the mean of all patches, then the
+    last norm (`fc_norm`), as in Beyer, Zhai, Kolesnikov 2022 (arXiv 2205.01580), who norm before the mean. All of that is
+    for `kind="vit"`; a ResNet has one form.
     """
     if kind == "resnet18":
         with torch.random.fork_rng(devices=[]):
@@ -50,6 +53,8 @@ def build_model(
             mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
             num_classes=num_classes,
+            global_pool=global_pool,
+            class_token=global_pool == "token",
         )
         nn.init.trunc_normal_(model.pos_embed, std=pos_embed_std, a=-2 * pos_embed_std, b=2 * pos_embed_std)
     return model

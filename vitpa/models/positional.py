@@ -3,7 +3,7 @@
 Jelassi, Sander, Li, "Vision Transformers provably learn spatial structure", NeurIPS 2022. P is not added to the tokens.
 That one P is shared by all layers, and that every layer and head has its own Wq and Wk, is our reading of the paper.
 
-Axes: B batch, N tokens (class token first), D embed_dim, H heads, d = D / H, K classes.
+Axes: B batch, N tokens (class token first, if there is one), D embed_dim, H heads, d = D / H, K classes.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class PositionalVisionTransformer(VisionTransformer):
         return logits
 
     def forward_features(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        """Images -> tokens after the last norm."""
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # P is not added
+        """Images -> tokens after the last norm; before it if the head has one of its own, `fc_norm`."""
+        x = self.patch_embed(x)  # P is not added
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = x + block.drop_path1(block.attn(block.norm1(x), self.pos_embed))

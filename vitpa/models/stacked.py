@@ -1,7 +1,7 @@
 """Several seeds of one network as one: the parameters of R models stacked along a first axis, every product batched over it.
 
 The same functions as timm's VisionTransformer and PositionalVisionTransformer of each replica, with less work:
-- of the last block only what reaches the class token is computed;
+- of the last block only what reaches the class token is computed, or of its MLP's last product the mean of all patches;
 - the patch embedding is a product;
 - the bias of the keys, which adds the same to all scores of a row and so cancels in the softmax, is left out;
 - the bias of the values, which rows that sum to 1 hand through, becomes part of the bias of the projection after them.
@@ -9,7 +9,8 @@ The same functions as timm's VisionTransformer and PositionalVisionTransformer o
 The pass has three parts, so that a compiler need not take each block anew: what comes before the blocks; a block, called with
 its own weights by the names they have in it; and the last block with the head.
 
-Axes: R replicas, B batch, P patches, N = 1 + P tokens (class token first), D embed_dim, H heads, d = D / H, K classes.
+Axes: R replicas, B batch, P patches, N tokens (the class token first, if there is one, and P patches), D embed_dim, H heads,
+d = D / H, K classes.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class StackedViT:
     depth: int
     num_heads: int
     operations: Operations = PLAIN
+    global_pool: Literal["token", "avg"] = "token"  # avg: there is no class token
     parts: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None  # compiled
 
     def __call__(
@@ -142,7 +144,29 @@ class StackedViT:
     def _end(  # noqa: PLR0917
         self, w: _Weights, batch: int, tokens: Tensor, normed: Tensor, matrix: Tensor | None, scales: Tensor | None
     ) -> Tensor:
-        """The last block, for the class token alone, and the head: tokens and their norm (R, B*N, D) -> logits (R, B, K)."""
+        """The last block and the head: tokens and their norm (R, B*N, D) -> logits (R, B, K)."""
+        end = self._end_with_mean if self.global_pool == "avg" else self._end_with_class
+        return end(w, batch, tokens, normed, matrix, scales)
+
+    def _end_with_mean(  # noqa: PLR0917
+        self, w: _Weights, batch: int, tokens: Tensor, normed: Tensor, matrix: Tensor | None, scales: Tensor | None
+    ) -> Tensor:
+        """The same with the mean of all tokens, taken before the MLP's last product: that of the mean is the mean of that."""
+        R = len(tokens)
+        scale, mlp_scale = (None, None) if scales is None else scales
+        branch = self._attend(w, batch, normed, matrix)
+        tokens, normed = self._add_norm(w, tokens, branch, self._projection_bias(w), "norm2", scale)
+        hidden = self._hidden(w, normed)
+        mean, hidden = (x.view(R, batch, -1, x.shape[2]).mean(2, dtype=w["norm2.bias"].dtype) for x in (tokens, hidden))
+        branch = w.product("mlp.fc2", hidden.to(tokens.dtype))
+        plain = replace(self, operations=PLAIN)  # a token per image is no work for a kernel
+        _, normed = plain._add_norm(w, mean, branch, w["mlp.fc2.bias"], "following", mlp_scale)
+        return w.linear("head", normed.to(tokens.dtype))
+
+    def _end_with_class(  # noqa: PLR0917
+        self, w: _Weights, batch: int, tokens: Tensor, normed: Tensor, matrix: Tensor | None, scales: Tensor | None
+    ) -> Tensor:
+        """The same for the class token alone."""
         R, _, D = tokens.shape
         scale, mlp_scale = (None, None) if scales is None else scales
         branch = self._attend_class(w, normed.view(R, batch, -1, D), matrix)
@@ -160,8 +184,9 @@ class StackedViT:
         patches = patches.reshape(R, -1, C * p * p)  # R, B*P, 3*p*p
         bias = w["patch_embed.proj.bias"]
         embedded = w.product("patch_embed.proj", patches).view(R, B, -1, bias.shape[1]) + bias[:, None, None]  # R, B, P, D
-        classes = w["cls_token"].expand(-1, B, -1, -1)  # R, B, 1, D
-        tokens = torch.cat([classes, embedded], dim=2)
+        tokens = embedded
+        if self.global_pool == "token":
+            tokens = torch.cat([w["cls_token"].expand(-1, B, -1, -1), embedded], dim=2)  # R, B, 1 + P, D
         if self.attention == "content":
             tokens = tokens + w["pos_embed"]
         return tokens.to(w.dtype).flatten(1, 2)
@@ -220,8 +245,11 @@ class StackedViT:
 
     def _mlp(self, w: _Weights, normed: Tensor) -> Tensor:
         """A block's MLP without its last bias: tokens (R, M, D) -> (R, M, D)."""
-        hidden = self.operations.bias_gelu(w.product("mlp.fc1", normed), w["mlp.fc1.bias"])
-        return w.product("mlp.fc2", hidden)
+        return w.product("mlp.fc2", self._hidden(w, normed))
+
+    def _hidden(self, w: _Weights, normed: Tensor) -> Tensor:
+        """The hidden units of a block's MLP: tokens (R, M, D) -> (R, M, mlp_ratio * D)."""
+        return self.operations.bias_gelu(w.product("mlp.fc1", normed), w["mlp.fc1.bias"])
 
     def _add_norm(  # noqa: PLR0917
         self, w: _Weights, tokens: Tensor, branch: Tensor, bias: Tensor, following: str, scale: Tensor | None
@@ -273,8 +301,8 @@ def _by_block(tensors: Mapping[str, Tensor], depth: int) -> list[dict[str, Tenso
             blocks[int(number)][own] = tensor
             if own.startswith("norm1.") and number != "0":
                 blocks[int(number) - 1][own.replace("norm1", "following")] = tensor
-        elif part in ("norm", "head"):
-            blocks[-1][name.replace("norm", "following")] = tensor
+        elif part in ("norm", "fc_norm", "head"):
+            blocks[-1][name.replace(part, "following") if part != "head" else name] = tensor
     return blocks
 
 

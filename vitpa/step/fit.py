@@ -27,11 +27,10 @@ def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float
     """
     model = config.model
     image_bytes = 3 * model.img_size**2
-    tokens = (model.img_size // model.patch_size) ** 2 + 1
     kept = KEPT_PER_TOKEN + KEPT_PER_HIDDEN * model.mlp_ratio
     bytes_per_value = 2 if config.train.precision == "bfloat16" else 4
     batch_size = config.train.global_batch_size // config.runtime.accum_steps
-    activations = model.depth * tokens * model.embed_dim * kept * bytes_per_value * batch_size
+    activations = model.depth * model.num_tokens * model.embed_dim * kept * bytes_per_value * batch_size
     per_replica = num_parameters(config) * BYTES_PER_PARAMETER + activations
     return MARGIN * ((replicas * per_replica + num_train_images * image_bytes) / GIB + FIXED_GIB)
 
@@ -39,6 +38,5 @@ def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float
 def num_parameters(config: RunConfig) -> int:
     """Parameters of the network, about; its attention has four square matrices per block, its MLP two."""
     model, D = config.model, config.model.embed_dim
-    tokens = (model.img_size // model.patch_size) ** 2 + 1
     blocks = model.depth * (4 + 2 * model.mlp_ratio) * D * D
-    return round(blocks) + D * (3 * model.patch_size**2 + tokens + CLASSES)
+    return round(blocks) + D * (3 * model.patch_size**2 + model.num_tokens + CLASSES)

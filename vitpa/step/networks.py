@@ -39,5 +39,5 @@ class Networks(NamedTuple):
             return Networks(train, evaluate, torch.float32, list(model.buffers()), [])
         operations, notes = choose_operations(config.model, device=device, dtype=products, num_images=num_images)
         sizes = config.model.patch_size, config.model.depth, config.model.num_heads
-        network = StackedViT(config.model.attention, *sizes, operations)
+        network = StackedViT(config.model.attention, *sizes, operations, config.model.global_pool)
         return Networks(network, network, products, [], notes)

@@ -83,7 +83,7 @@ def candidates(model: ModelConfig, shared_memory: int) -> dict[str, list[Candida
     # Here, as Triton is needed on a GPU only.
     from vitpa.kernels import attention, gelu, mixing, norm, tiled_attention, tiled_mixing  # noqa: PLC0415
 
-    tokens, head_dim = num_tokens(model), model.embed_dim // model.num_heads
+    tokens, head_dim = model.num_tokens, model.embed_dim // model.num_heads
     both = {
         "attention": [
             Candidate(attention.attention, attention.unsupported_reason(tokens, head_dim)),
@@ -102,11 +102,6 @@ def candidates(model: ModelConfig, shared_memory: int) -> dict[str, list[Candida
     }
 
 
-def num_tokens(model: ModelConfig) -> int:
-    """Tokens N of an image, the class token included."""
-    return (model.img_size // model.patch_size) ** 2 + 1
-
-
 def trial_inputs(
     name: str, model: ModelConfig, num_images: int, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Any]]:
@@ -115,7 +110,7 @@ def trial_inputs(
     The same numbers in every process. Attention takes a few images; the norm as many tokens as change how it is launched.
     """
     generator = torch.Generator(device).manual_seed(0)
-    N, D, H = num_tokens(model), model.embed_dim, model.num_heads
+    N, D, H = model.num_tokens, model.embed_dim, model.num_heads
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()

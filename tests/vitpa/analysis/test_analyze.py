@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pytest
@@ -228,13 +229,14 @@ def test_only_blocks_of_whole_patches_are_put_back(block_px: int, undone: bool) 
     assert found.permuted is undone
 
 
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("attention", ["content", "positional"])
-def test_attention_is_what_the_model_mixes_with(attention: str) -> None:
+def test_attention_is_what_the_model_mixes_with(attention: str, global_pool: Literal["token", "avg"]) -> None:
     """Against the output of timm's own attention: the matrices times the values, projected."""
     model = build_model(
         attention=attention,  # type: ignore[arg-type]
         num_classes=3, img_size=8, patch_size=2, embed_dim=8, depth=2, num_heads=2, mlp_ratio=1.0, drop_path_rate=0.0,
-        pos_embed_std=1.0, seed=0,
+        pos_embed_std=1.0, global_pool=global_pool, seed=0,
     ).eval()  # fmt: skip
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = patch_attention(model, [images[:2], images[2:]])
@@ -251,7 +253,8 @@ def test_attention_is_what_the_model_mixes_with(attention: str) -> None:
     with torch.no_grad(), attention_matrices(model) as layers:
         model(images)
         x, output = seen[0]
-        v = attn.qkv(x)[..., 16:].view(3, 17, 2, 4).transpose(1, 2)
-        mixed = attn.proj((layers[1] @ v).transpose(1, 2).reshape(3, 17, 8))
+        v = attn.qkv(x)[..., 16:].view(3, -1, 2, 4).transpose(1, 2)
+        mixed = attn.proj((layers[1] @ v).transpose(1, 2).flatten(2))
+    assert layers[1].shape[-1] == (17 if global_pool == "token" else 16)
     torch.testing.assert_close(mixed, output)
     assert patch_attention(model, []) is None

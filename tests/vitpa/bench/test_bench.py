@@ -234,6 +234,9 @@ def test_arithmetic_of_the_papers_small_vit() -> None:
     assert content == pytest.approx(6 * (7 * (qkv + scores + mixing + projection + mlp) + patches) / 1e9)
     positional = measure.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
     assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)
+    pooled = measure.gflop_per_image(load_config(recipe, ["model.global_pool=avg"]))  # 64 tokens
+    by_token, by_pair = qkv + projection + mlp, scores + mixing
+    assert pooled == pytest.approx(6 * (7 * (by_token * 64 / 65 + by_pair * (64 / 65) ** 2) + patches) / 1e9)
 
 
 SMALL_IMAGENET = ["model.img_size=32", "model.depth=1", "model.embed_dim=24", "runtime.step=eager"]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vitpa.config_file import load_config, shipped_configs
@@ -42,6 +43,20 @@ def test_content_is_timms_vit_tiny_with_interchangeable_weights() -> None:
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
+
+
+def test_mean_pooling_is_timms_of_a_vit_without_class_token() -> None:
+    sizes = {name: SMALL[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    theirs = VisionTransformer(**sizes, num_classes=10, global_pool="avg", class_token=False).eval()
+    ours = build_model(attention="content", seed=0, global_pool="avg", **SMALL).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+        tokens = ours.forward_features(images)  # before the last norm
+        torch.testing.assert_close(ours(images), ours.head(ours.fc_norm(tokens.mean(1))))
+    assert ours.cls_token is None
+    assert ours.pos_embed.shape == (1, 16, 24)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
@@ -101,16 +116,20 @@ def test_positional_attention_equals_the_formula() -> None:
     torch.testing.assert_close(layer(x, pos_embed), reference_attention(layer, x, pos_embed), rtol=1e-12, atol=1e-12)
 
 
-def test_positional_network_mixes_tokens_by_position_only() -> None:
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_positional_network_mixes_tokens_by_position_only(global_pool: str) -> None:
     """Written out from the paper: no P in the tokens, one P for all layers."""
-    model = positional().double().eval()
+    model = positional(global_pool=global_pool).double().eval()
     torch.nn.init.normal_(model.pos_embed)
     images = torch.randn(2, 3, 8, 8).double()
-    x = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(images)], dim=1)
+    x = model.patch_embed(images)
+    if global_pool == "token":
+        x = torch.cat([model.cls_token.expand(2, -1, -1), x], dim=1)
     for block in model.blocks:
         x = x + reference_attention(block.attn, block.norm1(x), model.pos_embed)
         x = x + block.mlp(block.norm2(x))
-    torch.testing.assert_close(model(images), model.head(model.norm(x)[:, 0]), rtol=1e-10, atol=1e-10)
+    features = model.norm(x)[:, 0] if global_pool == "token" else model.fc_norm(x.mean(1))
+    torch.testing.assert_close(model(images), model.head(features), rtol=1e-10, atol=1e-10)
 
 
 def test_positional_attention_does_not_change_with_the_image() -> None:

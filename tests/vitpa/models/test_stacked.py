@@ -12,9 +12,12 @@ from vitpa.models.stacked import _Weights, product
 
 
 @pytest.mark.parametrize(("depth", "num_heads"), [(1, 4), (3, 4), (2, 1), (2, 24)])
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("attention", ["content", "positional"])
-def test_logits_and_every_gradient_are_those_of_timms_module(attention: str, depth: int, num_heads: int) -> None:
-    models, network = networks(attention, depth=depth, num_heads=num_heads)
+def test_logits_and_every_gradient_are_those_of_timms_module(
+    attention: str, global_pool: str, depth: int, num_heads: int
+) -> None:
+    models, network = networks(attention, depth=depth, num_heads=num_heads, global_pool=global_pool)
     weights, images = stacked(models), random_images()
     logits = network(weights, {}, images)
     expected = torch.stack([model(batch) for model, batch in zip(models, images, strict=True)])
@@ -65,9 +68,10 @@ def test_patches_come_row_by_row_and_the_class_token_first() -> None:
             torch.testing.assert_close(tokens[replica, image], torch.stack(expected) + model.pos_embed[0])
 
 
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("attention", ["content", "positional"])
-def test_with_bfloat16_copies_it_computes_the_same_to_their_rounding(attention: str) -> None:
-    models, network = networks(attention, torch.float32)
+def test_with_bfloat16_copies_it_computes_the_same_to_their_rounding(attention: str, global_pool: str) -> None:
+    models, network = networks(attention, torch.float32, global_pool=global_pool)
     weights, images = stacked(models), random_images(torch.float32)
     copies = {name: weight.detach().bfloat16() for name, weight in weights.items()}
     exact, rounded = network(weights, {}, images), network(weights, copies, images)

@@ -21,6 +21,10 @@ def test_memory_by_hand() -> None:
     activations = 1 * 5 * 8 * 13 * 2 * 128  # blocks x tokens x D x kept x bfloat16 x batch
     expected = 3 * (num_parameters(config) * 18 + activations) + 100 * 3 * 32 * 32
     assert memory_gib(config, 3, 100) == pytest.approx(MARGIN * (expected / GIB + FIXED_GIB))
+    without_class_token = configured(
+        "model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.patch_size=16", "model.global_pool=avg"
+    )
+    assert num_parameters(without_class_token) == 6 * 8 * 8 + 8 * (3 * 256 + 4 + 1000)
 
 
 def test_five_replicas_of_the_papers_small_vit_fit_any_data_centre_gpu() -> None:

@@ -113,6 +113,8 @@ SHAPES: list[dict[str, Any]] = [  # legal ones besides those of the shipped reci
     {"patch_size": 8, "embed_dim": 96, "num_heads": 2},  # head_dim 48
     {"img_size": 33, "patch_size": 11, "embed_dim": 50, "num_heads": 5, "mlp_ratio": 0.1},  # head_dim 10
     {"patch_size": 32, "embed_dim": 64, "num_heads": 2},  # 2 tokens
+    {"global_pool": "avg"},  # 64 tokens
+    {"global_pool": "avg", "patch_size": 32, "embed_dim": 64, "num_heads": 2, "drop_path_rate": 0.1},  # 1 token
     {"patch_size": 16, "embed_dim": 128, "num_heads": 1},  # head_dim 128
     {"embed_dim": 30, "num_heads": 1},
     {"embed_dim": 8, "num_heads": 1},
@@ -147,7 +149,7 @@ def test_every_shape_runs_or_falls_back_with_a_note(changes: dict[str, Any] | st
     labels = torch.arange(images_per_batch, device=device)
     found = []
     for chosen, values, rounded in ((PLAIN, exact, {}), (operations, weights, copies)):
-        vit = StackedViT(model.attention, model.patch_size, model.depth, model.num_heads, chosen)
+        vit = StackedViT(model.attention, model.patch_size, model.depth, model.num_heads, chosen, model.global_pool)
         loss = F.cross_entropy(vit(values, rounded, images)[0].float(), labels)
         found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(values.values()))]))
     expected, got = found

@@ -193,17 +193,22 @@ def test_each_seed_is_trained_as_if_it_were_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("attention", "mixing"),
-    [("content", []), ("positional", []), ("positional", ["augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"])],
+    ("attention", "more"),
+    [
+        ("content", []),
+        ("positional", []),
+        ("positional", ["augment.mixup_alpha=0.8", "augment.cutmix_alpha=1.0"]),
+        ("content", ["model.global_pool=avg"]),
+    ],
 )
 def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
-    digits: Path, tmp_path: Path, attention: str, mixing: list[str]
+    digits: Path, tmp_path: Path, attention: str, more: list[str]
 ) -> None:
     """Against a training written out here: the module, autograd, clipping and optimiser that everybody uses.
 
     The bias of the keys is left out: its gradient is 0, and what rounding makes of that AdamW scales to a step of full size.
     """
-    options = [f"model.attention={attention}", *AUGMENTED, *mixing, *FAST, "runtime.cpu_threads=1"]
+    options = [f"model.attention={attention}", *AUGMENTED, *more, *FAST, "runtime.cpu_threads=1"]
     words = arguments(digits, tmp_path, *options)
     assert together(words) == 0
     key_bias = slice(16, 32)
