@@ -131,6 +131,9 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb in ("plan", "submit"):
         parser.add_argument("--name", help="of the sweep that KEY=VALUE makes of SWEEP (default: cifar10-lr for optim.lr=...)")
     if verb == "submit":
+        parser.add_argument(
+            "--give-up", action="store_true", help="of a search: go on without trials whose runs failed or were cancelled"
+        )
         parser.add_argument("--update", action="store_true", help="accept that configurations recorded before have changed")
         parser.add_argument("--force", action="store_true", help="also what `plan` says that SLURM would never start")
     if verb == "retry":

@@ -8,11 +8,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
+from jobs.drift import Drift
 from jobs.errors import SweepError
 from jobs.grid import KEYS
 from jobs.membership import runs_that_left
@@ -20,7 +21,7 @@ from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
 from jobs.state import LIVE, STATES, RunState, StateReader
-from jobs.sweep import Drift, Run, Sweep, SweepDir, load_sweep, recorded_sweep, value_text
+from jobs.sweep import Run, Sweep, SweepDir, load_sweep, recorded_sweep, value_text
 from jobs.variation import is_recipe, load_base, new_axes, values_of, variation, variation_name
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
@@ -117,7 +118,7 @@ def load_context(options: argparse.Namespace) -> Context:
     if options.verb not in ("plan", "submit"):
         if recorded is not None:
             if not getattr(options, "gone", False):  # what an edited file leaves out is gone, too
-                sweep = Sweep(sweep.config, recorded)
+                sweep = replace(sweep, runs=recorded)
         elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
             raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
     left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
@@ -153,7 +154,7 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
             return before
     if not starts:
         raise SweepError(f"sweep {name} was never submitted under {root}; submit it, or say with --root where it is")
-    sweep, options.terms = variation(base, options.terms, name)
+    sweep, options.terms = variation(base, options.terms, name, root)
     options.sweep = name
     return sweep
 

@@ -18,7 +18,10 @@ from typing import Any, Self
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from jobs.errors import SweepError
-from jobs.grid import KEYS, OWN_LISTS, Attention, Axis, Cell, axes_of, cells_of, short_name
+from jobs.grid import KEYS, OWN_LISTS, Attention, Axis, Cell, Choice, axes_of, cells_of, short_name
+from jobs.search.config import SearchConfig
+from jobs.search.ledger import Ledger, Trial
+from jobs.search.plan import SearchPlan
 from vitpa.arguments import ConfigError, expand_path
 from vitpa.config import Float, RunConfig, Section
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
@@ -26,6 +29,8 @@ from vitpa.documents import to_yaml
 from vitpa.installation import CODE
 from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
+
+TRIAL = "trial"  # the axis of a search
 
 
 class Reference(Section):
@@ -49,6 +54,7 @@ class SweepConfig(Section):
     )
     include: list[dict[str, JsonValue]] = Field([], description="cells besides the grid: values by axis")
     exclude: list[dict[str, JsonValue]] = Field([], description="cells to be left out: values by axis")
+    search: SearchConfig | None = Field(None, description="instead of axes: trials that look for the best settings")
     seeds: list[int] = Field(min_length=1, description="values of seed")
     overrides: dict[str, JsonValue] = Field({}, description="dotted key: value, for all runs")
     reference: dict[str, dict[Attention, Reference]] = Field({}, description="per data set and attention")
@@ -63,6 +69,7 @@ class Run:
     signature: str
     axes: tuple[str, ...] = ()  # names of the sweep's axes: dotted keys, or names of keys that move together
     labels: tuple[tuple[str, str], ...] = ()  # of the second kind, by the axis's name
+    stop_after_epoch: int | None = None  # where it pauses now, if its sweep is a search
 
     @property
     def dataset(self) -> str:
@@ -127,6 +134,8 @@ class Sweep:
 
     config: SweepConfig
     runs: list[Run]
+    search: SearchPlan | None = None
+    ledger: Ledger | None = None  # of the search; before it has begun: that of its first round
 
     @property
     def name(self) -> str:
@@ -167,6 +176,7 @@ class SweepDir:
         self.submissions = self.path / "submissions"
         self.by_name = self.path / "by-name"
         self.report = self.path / "report"
+        self.search = self.path / "search"  # the ledger of a search
 
     def recorded(self, known: Iterable[Run] = ()) -> list[Run] | None:
         """The runs of the last submission of this sweep; None before the first.
@@ -236,7 +246,44 @@ def load_sweep(spec: str, root: Path) -> Sweep:
     path = _find(spec, root)
     config = load_model(SweepConfig, path)
     config = config.model_copy(update={"recipes": [_recipe_path(recipe, path) for recipe in config.recipes]})
-    return Sweep(config, resolve(config, str(path)))
+    return sweep_of(config, str(path), root)
+
+
+def sweep_of(config: SweepConfig, where: str, root: Path) -> Sweep:
+    """The sweep of a file; one that is a search has the trials of its ledger below `root`, or of its first round.
+
+    Raises:
+        SweepError, ConfigError: as for `resolve`.
+        RunError: the ledger has been cut or edited.
+    """
+    if config.search is None:
+        return Sweep(config, resolve(config, where))
+    plan = _search_plan(config, config.search, where)
+    ledger = Ledger.read(SweepDir(root, config.name).search)
+    plan.check(ledger, where)
+    if not ledger.rounds:
+        ledger = replace(ledger, rounds=[plan.next_round(ledger, {}, {}, 0.0)])
+    return Sweep(config, resolve(config, where, ledger.trials), plan, ledger)
+
+
+def with_ledger(sweep: Sweep, ledger: Ledger) -> Sweep:
+    """A search with the trials of another ledger."""
+    return replace(sweep, runs=resolve(sweep.config, sweep.name, ledger.trials), ledger=ledger)
+
+
+def _search_plan(config: SweepConfig, search: SearchConfig, where: str) -> SearchPlan:
+    for name in ("axes", "include", "exclude", "reference"):
+        if getattr(config, name):
+            raise SweepError(f"{where}: {name} and search: a search has trials instead; leave one of the two out")
+    if len(config.recipes) > 1:
+        raise SweepError(f"{where}: recipes: a search is for one recipe; take a sweep for each")
+    document = read_yaml(shipped_configs().get(config.recipes[0], Path(config.recipes[0])))
+
+    def configure(settings: Mapping[str, JsonValue], place: str) -> RunConfig:
+        overrides = [Override(key, value, f"{where}: overrides") for key, value in config.overrides.items()]
+        return parse_config(document, where, [*overrides, *(Override(key, value, place) for key, value in settings.items())])
+
+    return SearchPlan.of(search, config.overrides, configure, attentions=config.attentions, seeds=config.seeds, where=where)
 
 
 def recorded_sweep(name: str, root: Path) -> Sweep | None:
@@ -281,8 +328,10 @@ def _recipe_path(recipe: str, sweep_path: Path) -> str:
     raise SweepError(f"{sweep_path}: recipe {recipe!r}: neither a shipped one ({names}) nor a file beside {sweep_path}")
 
 
-def resolve(config: SweepConfig, where: str) -> list[Run]:
+def resolve(config: SweepConfig, where: str, trials: Sequence[Trial] = ()) -> list[Run]:
     """Its runs, seed by seed, so that what is finished after a while is a whole comparison with fewer seeds.
+
+    `trials` are those of a search, which are the choices of an axis of their own.
 
     Raises:
         SweepError: the grid contradicts itself. `where` names its origin in messages.
@@ -292,6 +341,8 @@ def resolve(config: SweepConfig, where: str) -> list[Run]:
         if key in (*OWN_LISTS, "runtime.root"):
             raise SweepError(f"{where}: overrides.{key} is not for the overrides: it belongs to the grid or the command line")
     axes = axes_of(config.axes, config.overrides, where)
+    if trials:
+        axes = [Axis(TRIAL, tuple(Choice(trial.label, tuple(trial.values.items()), trial.label) for trial in trials))]
     if axes and config.reference:
         raise SweepError(f"{where}: reference: it is of a data set and an attention, and this sweep has axes; leave it out")
     for name in ("recipes", "attentions", "seeds"):
@@ -302,6 +353,8 @@ def resolve(config: SweepConfig, where: str) -> list[Run]:
     datasets = {recipe: str(document.get("dataset")) for recipe, document in documents.items()}
     grid = cells_of(axes, datasets, config.attentions, include=config.include, exclude=config.exclude, where=where)
     firsts = [_first_run(config, cell, axes, documents[cell.recipe], where) for cell in grid]
+    epochs = {trial.label: trial.epochs for trial in trials}
+    firsts = [_pausing(run, epochs[run.settings[TRIAL]]) for run in firsts] if trials else firsts
     runs = [first.with_seed(seed) for seed in config.seeds for first in firsts]
     labels = Counter(run.label for run in runs)
     label, times = labels.most_common(1)[0]
@@ -316,6 +369,10 @@ def resolve(config: SweepConfig, where: str) -> list[Run]:
     _check_images(firsts, where)
     _check_reference(config, {run.dataset for run in runs}, where)
     return runs
+
+
+def _pausing(run: Run, epochs: int) -> Run:
+    return replace(run, stop_after_epoch=epochs if epochs < run.config.train.epochs else None)
 
 
 def _first_run(config: SweepConfig, cell: Cell, axes: Sequence[Axis], document: Mapping[str, Any], where: str) -> Run:
@@ -371,36 +428,3 @@ def _run(
         if axis not in KEYS and axis not in labels:
             raise ConfigError(f"{where}: axes: unknown key {axis}")
     return Run(config, recipe, config.signature, tuple(axes), tuple(labels.items()))
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How a sweep's file differs from what was recorded at its last submission."""
-
-    added: list[str]  # labels
-    gone: list[str]  # labels of recorded runs that are no longer in the sweep, at least not with this configuration
-
-    @staticmethod
-    def between(sweep: Sweep, recorded: list[Run] | None) -> Drift:
-        """What came and what went since `recorded`."""
-        if recorded is None:
-            return Drift([], [])
-        now = {run.signature for run in sweep.runs}
-        before = {run.signature for run in recorded}
-        return Drift(
-            [run.label for run in sweep.runs if run.signature not in before],
-            [run.label for run in recorded if run.signature not in now],
-        )
-
-    def describe(self) -> str:
-        """One line for people; empty if nothing changed."""
-        parts = []
-        if self.added:
-            parts.append(f"{len(self.added)} new ({_some(self.added)})")
-        if self.gone:
-            parts.append(f"{len(self.gone)} no longer in it as configured before ({_some(self.gone)}; results are kept)")
-        return "since the last submission the sweep has changed: " + ", ".join(parts) if parts else ""
-
-
-def _some(labels: list[str]) -> str:
-    return ", ".join(labels[:3]) + (" ..." if len(labels) > 3 else "")

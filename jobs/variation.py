@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.errors import SweepError
 from jobs.grid import KEYS, OWN_LISTS, short_name
-from jobs.sweep import Sweep, SweepConfig, load_sweep, resolve, shipped_sweeps
+from jobs.sweep import Sweep, SweepConfig, load_sweep, resolve, shipped_sweeps, sweep_of
 from vitpa.config_file import Override, parse_model, shipped_configs
 
 LISTS = {short_name(key): name for key, name in OWN_LISTS.items()}  # terms that narrow a list of the new sweep
@@ -47,8 +47,8 @@ def variation_name(base: Sweep, axes: Sequence[str]) -> str:
     return "-".join([base.name, *(short_name(_key(term)) for term in axes)])
 
 
-def variation(base: Sweep, terms: Sequence[str], name: str) -> tuple[Sweep, list[str]]:
-    """`base` with an axis for each new key, and the data sets, attentions and seeds that are named; other terms.
+def variation(base: Sweep, terms: Sequence[str], name: str, root: Path) -> tuple[Sweep, list[str]]:
+    """`base` below `root` with an axis for each new key, and the data sets, attentions and seeds that are named; other terms.
 
     Raises:
         SweepError, ConfigError: values that contradict each other, or that a run cannot have.
@@ -71,7 +71,7 @@ def variation(base: Sweep, terms: Sequence[str], name: str) -> tuple[Sweep, list
         document["recipes"] = [recipe_of[each] for each in document["recipes"]]
     document |= {"name": name, "reference": {} if document["axes"] else base.config.reference}
     config = parse_model(SweepConfig, document, WHERE)
-    return Sweep(config, resolve(config, WHERE)), [term for term in terms if term not in [*axes, *narrowing]]
+    return sweep_of(config, WHERE, root), [term for term in terms if term not in [*axes, *narrowing]]
 
 
 def values_of(term: str) -> list[Any]:

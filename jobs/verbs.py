@@ -7,7 +7,7 @@ import gc
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,12 @@ from jobs.failures import without_particulars
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
+from jobs.report import search as search_report
 from jobs.report.collect import MixedRunsError, collect
 from jobs.report.tables import markdown, set_report_aside, write_report
+from jobs.rounds import search
 from jobs.scheduler.client import Scheduler, SchedulerError
+from jobs.standing import Standing, trial_number
 from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends
 from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
@@ -60,7 +63,9 @@ def _plan(context: Context) -> int:
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states, left = context.look_around()
-    missing = _to_submit(context, states)
+    standing = _standing(context)
+    waiting = None if standing is None else {state.run.signature for state in standing.waiting}
+    missing = _to_submit(context, [state for state in states if waiting is None or state.run.signature in waiting])
     problems, plan, report = [], SubmissionPlan([], None), EMPTY_REPORT
     try:
         plan, report = _look_ahead(context, states, missing, benchmark)
@@ -73,6 +78,7 @@ def _plan(context: Context) -> int:
     if context.options.json:
         document = {"sweep": context.sweep.name, "runs": rows, "missing": len(missing), "problem": problem}
         document |= {"jobs": len(plan.groups), "slots": plan.at_a_time}
+        document |= {"search": search_report.as_json(standing)} if standing is not None else {}
         document["no_longer_in_sweep"] = [status.row_of(state, context.root) for state in left]
         context.say_json({**document, "changed": context.drift.describe(), **report.as_json()})
         return code
@@ -80,6 +86,8 @@ def _plan(context: Context) -> int:
     said = [context.drift.describe(), *status.held_out(states), *status.ran_other_code(context.root, states)]
     for line in filter(None, [*said, *report.lines()]):
         context.say(line)
+    if context.sweep.search is not None and context.sweep.ledger is not None:
+        context.say(search_report.plan_line(context.sweep.search, context.sweep.ledger))
     _say_left(context, left)
     if context.options.gpu_hour_price and not report.forecast.cost:
         context.say("--gpu-hour-price is not used: there is no forecast of GPU-hours")
@@ -130,10 +138,12 @@ def _submit(context: Context) -> int:
             f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, repeat with --update "
             "to make the changed sweep the sweep, or give it another name with --name"
         )
-    if context.drift.added or context.drift.gone:
+    if context.drift.gone or (context.drift.added and context.sweep.search is None):
         context.say(context.drift.describe())
     _say_left(context, left)
     _settle(context)
+    if context.sweep.search is not None:
+        return search(context, lambda now, states, missing: _start(now, states, _to_submit(now, missing)))
     states = context.look()
     return _start(context, states, _to_submit(context, states))
 
@@ -235,9 +245,19 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     for line in status.stuck(states):
         context.say(line)
     _say_left_alone(context, states)
-    _say_next(context)
-    settled = {"done"} if context.options.wait else {"done", *LIVE}
-    return OK if all(state.state in settled for state in states) else PARTIAL
+    if not (context.options.wait and context.sweep.search is not None):  # it goes on by itself
+        _say_next(context)
+    return OK if _is_well(context, states, set() if context.options.wait else LIVE) else PARTIAL
+
+
+def _is_well(context: Context, states: list[RunState], live: Set[str] = LIVE) -> bool:
+    """Whether all runs are done, `live`, or, of a search, where they have to be for now."""
+    ledger = context.sweep.ledger
+    if ledger is None:
+        return all(state.state in {"done", *live} for state in states)
+    in_training = {trial.number for trial in ledger.trials if trial.in_training}
+    fine = {"done", "paused", *live}
+    return all(state.state in fine or trial_number(state.run) not in in_training for state in states)
 
 
 def _check_limits(context: Context, states: list[RunState], plan: SubmissionPlan) -> None:
@@ -286,8 +306,16 @@ def _say_left(context: Context, left: list[RunState]) -> None:
         )
 
 
+def _standing(context: Context) -> Standing | None:
+    """Where a search stands; None of another sweep."""
+    if context.sweep.search is None:
+        return None
+    return Standing.of(context.sweep, context.states_of(context.sweep.runs), context.root)
+
+
 def _status(context: Context) -> int:
     states, left = context.look_around()
+    standing = None if context.options.watch else _standing(context)
     if context.options.watch:
         _say_left(context, left)
         runs = [state.run for state in states]
@@ -297,7 +325,8 @@ def _status(context: Context) -> int:
             return OK
     elif context.options.json:
         rows, rows_left = ([status.row_of(state, context.root) for state in some] for some in (states, left))
-        context.say_json({"sweep": context.sweep.name, "runs": rows, "no_longer_in_sweep": rows_left})
+        document = {"sweep": context.sweep.name, "runs": rows, "no_longer_in_sweep": rows_left}
+        context.say_json(document | ({"search": search_report.as_json(standing)} if standing else {}))
     else:
         rows = [status.row_of(state, context.root) for state in states]
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
@@ -305,12 +334,14 @@ def _status(context: Context) -> int:
             context.say(context.drift.describe())
         for line in [*status.held_out(states), *status.ran_other_code(context.root, states)]:
             context.say(line)
+        for line in search_report.lines(standing) if standing else []:
+            context.say(line)
         if left:
             rows = [status.row_of(state, context.root) for state in left]
             context.console.print(status.table_of(rows, f"no longer in the sweep, still in progress: {len(left)}"))
             context.say(f"to end them: vitpa sweep cancel {context.suffix} --gone")
         _say_left_alone(context, states)
-    return OK if all(state.state in {"done", *LIVE} for state in states) else PARTIAL
+    return OK if _is_well(context, states) else PARTIAL
 
 
 def _logs(context: Context) -> int:
@@ -330,7 +361,10 @@ def _logs(context: Context) -> int:
 
 def _collect(context: Context) -> int:
     states = context.look()
-    folder, whole = SweepDir(context.root, context.sweep.name).report, len(states) == len(context.sweep.runs)
+    whole = len(states) == len(context.sweep.runs)
+    if context.sweep.search is not None:  # the others are not for the table: they were not trained to their end, on purpose
+        states = [state for state in states if state.result is not None] or states
+    folder = SweepDir(context.root, context.sweep.name).report
     try:
         options = context.options
         table = collect(

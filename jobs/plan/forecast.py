@@ -24,7 +24,7 @@ from jobs.plan.speeds import Benchmark, Rate, difference
 from jobs.report.status import duration
 from jobs.state import RunState
 from jobs.submit.submit import Batch
-from jobs.sweep import Run
+from jobs.sweep import TRIAL, Run
 from vitpa.arguments import ConfigError
 from vitpa.config import ModelConfig, RunConfig
 from vitpa.config_file import parse_model, read_yaml
@@ -184,7 +184,7 @@ def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float |
     speed = speeds.get(kind_of(run))
     if speed is None or images is None:
         return None
-    return images * run.config.train.epochs / speed.images_per_s
+    return images * (run.stop_after_epoch or run.config.train.epochs) / speed.images_per_s
 
 
 def job_s(runs: Sequence[float | None], speed: Speed | None, gpus: float) -> float | None:
@@ -204,7 +204,7 @@ def benchmark_s(config: RunConfig, rate: Rate, images: tuple[int | None, int | N
     train, val = images
     if train is None or val is None:
         return None
-    epochs = config.train.epochs
+    epochs = config.last_epoch
     evaluations = math.ceil(epochs / config.runtime.eval_every_epochs)
     return rate.replicas * (train * epochs + EVALUATED * val * evaluations) / rate.images_per_s
 
@@ -246,10 +246,10 @@ def group_of(batches: Sequence[Batch], speeds: Mapping[Kind, Speed], rates: Mapp
 def kind_of(run: Run) -> Kind:
     """Runs of one kind are as fast as one another: of the sweep's axes, those of the network and of the batches count.
 
-    So do keys that move together, since they may be of these.
+    So do keys that move together, since they may be of these; the trials of a search are taken to be of one kind.
     """
-    labels = dict(run.labels)
-    on_axes = [run.on_axis(axis) for axis in run.axes if axis in labels or axis.startswith(("model.", "train."))]
+    counts = {axis for axis, _ in run.labels if axis != TRIAL}
+    on_axes = [run.on_axis(axis) for axis in run.axes if axis in counts or axis.startswith(("model.", "train."))]
     return run.dataset, "-".join([run.config.network_name, *on_axes])
 
 

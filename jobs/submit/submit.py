@@ -242,9 +242,10 @@ def shares(limit: int | None, sizes: Sequence[int]) -> list[int | None]:
 def _configure(run: Run, runtime: dict[str, Any], root: Path, overrides: Sequence[Override]) -> RunConfig:
     document = run.config.model_dump(mode="json")
     of_profile = [Override(f"runtime.{key}", value, "the profile") for key, value in runtime.items()]
-    config = parse_config(
-        document, run.label, [*of_profile, *overrides, Override("runtime.root", literal_path(root), "--root")]
-    )
+    ours = [Override("runtime.root", literal_path(root), "--root")]
+    if run.stop_after_epoch is not None:
+        ours.append(Override("runtime.stop_after_epoch", run.stop_after_epoch, "search.halving"))
+    config = parse_config(document, run.label, [*of_profile, *overrides, *ours])
     assert config.signature == run.signature, "the runtime section must not change the signature"
     data_dir = literal_path(Path(os.path.realpath(config.runtime.data_path)))
     return config.model_copy(update={"runtime": config.runtime.model_copy(update={"data_dir": data_dir})})

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.drift import Drift
 from jobs.errors import SweepError
 from jobs.execute.slots import slots_of, threads_per_process, visible_gpus
 from jobs.grid import axes_of
 from jobs.profile import LocalProfile
-from jobs.sweep import Drift, SweepDir, load_sweep, shipped_sweeps
+from jobs.sweep import SweepDir, load_sweep, shipped_sweeps
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_config

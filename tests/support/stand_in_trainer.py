@@ -3,6 +3,7 @@
 Takes `train.epochs` steps of 50 ms, keeps a checkpoint after each, stops if asked to, resumes, and writes result.json last.
 With `--seeds 0,1` it does so for the runs of these seeds together. `<root>/trace` gets a file per run and process with the
 time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others,
+`<root>/score-by-name` gives every run an accuracy that follows from its signature,
 `<root>/hold` keeps all before their last step. An epoch is a step; it pauses after `runtime.stop_after_epoch`.
 """
 
@@ -71,6 +72,8 @@ class Run:
 
     def val_top1(self) -> float:
         wished = self.root / "top1" / self.path.name
+        if (self.root / "score-by-name").exists():
+            return int(self.path.name[:4], 16) / 65536
         return float(wished.read_text()) if wished.exists() else 0.5
 
     def pause(self) -> None:

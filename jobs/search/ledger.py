@@ -1,0 +1,115 @@
+"""The ledger of a search: `<root>/sweeps/<name>/search/0001.json` and so on, one record for each round.
+
+A record holds the scores of the round before, and the trials of its own: new ones with their values, older ones that go on to
+another epoch. It is created exclusively and never changed, so that of several launchers one decides, and whoever is killed
+leaves a whole ledger. Which trials there are, and how far each is to be trained, follows from it alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import Field, JsonValue
+
+from jobs.errors import SweepError
+from vitpa.records import Record, create_exclusive, read_record, to_json
+
+
+class Entry(Record):
+    """A trial of a round."""
+
+    number: int = Field(ge=0)
+    epochs: int = Field(ge=1)  # up to which it is trained now
+    values: dict[str, JsonValue] | None = None  # of a new one
+
+
+class Round(Record):
+    """Of `search/NNNN.json`."""
+
+    scores: dict[str, list[float]] = Field({})  # of the trials of the round before, by number: val/top1 of each of its runs
+    out: dict[str, str] = Field({})  # those of them that are given up, with the reason
+    trials: list[Entry]  # none: the search is over
+    settings: dict[str, JsonValue] | None = None  # in the first one: what must stay as it is
+
+
+@dataclass
+class Trial:
+    """What the ledger says of a trial."""
+
+    number: int
+    values: dict[str, JsonValue]
+    epochs: int  # up to which it has been, or is, trained
+    scores: dict[int, list[float]] = field(default_factory=dict)  # by epoch
+    out: str = ""  # why it is given up
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return f"t{self.number:03d}"
+
+    @property
+    def in_training(self) -> bool:
+        """Whether its score at `epochs` is still to come."""
+        return self.epochs not in self.scores and not self.out
+
+    def score(self, epoch: int) -> float:
+        """The mean accuracy of its runs after an epoch, as a fraction."""
+        return math.fsum(self.scores[epoch]) / len(self.scores[epoch])
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The rounds so far."""
+
+    folder: Path
+    rounds: Sequence[Round] = ()
+
+    @staticmethod
+    def read(folder: Path) -> Ledger:
+        """What is in `folder`; nothing, if there is none.
+
+        Raises:
+            SweepError: a record is missing.
+            RunError: a record has been cut or edited.
+        """
+        rounds: list[Round] = []
+        count = sum(1 for path in folder.glob("[0-9]*.json"))
+        while (found := read_record(Round, _path(folder, len(rounds) + 1))) is not None:
+            rounds.append(found)
+        if len(rounds) < count:
+            raise SweepError(f"{_path(folder, len(rounds) + 1)} is missing; restore it, or give the search another name")
+        return Ledger(folder, rounds)
+
+    def append(self, new: Round) -> Ledger:
+        """The ledger with a round more: `new`, or what another launcher has decided first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        create_exclusive(_path(self.folder, len(self.rounds) + 1), to_json(new.model_dump(exclude_none=True)))
+        return Ledger.read(self.folder)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last round had nothing left to train."""
+        return bool(self.rounds) and not self.rounds[-1].trials
+
+    @property
+    def trials(self) -> list[Trial]:
+        """The trials so far, by number."""
+        found: list[Trial] = []
+        for each in self.rounds:
+            for number, scores in each.scores.items():
+                found[int(number)].scores[found[int(number)].epochs] = scores
+            for number, reason in each.out.items():
+                found[int(number)].out = reason
+            for entry in each.trials:
+                if entry.number == len(found) and entry.values is not None:
+                    found.append(Trial(entry.number, entry.values, entry.epochs))
+                else:
+                    found[entry.number].epochs = entry.epochs
+        return found
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:04d}.json"

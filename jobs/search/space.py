@@ -1,0 +1,131 @@
+"""The space of a search, key by key, and random values from it.
+
+The values of trial number i follow from (seed, i) alone, each key by itself: a key more leaves the others' values as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+
+from jobs.errors import SweepError
+from jobs.grid import KEYS, OWN_LISTS
+from jobs.search.config import Range, SearchConfig
+from vitpa.config import RunConfig
+from vitpa.config_file import fields_of, parse_model
+
+DIGITS = 3  # of a value that is not on a grid: more are noise in names and tables
+TRIES = 100  # to draw what has not been drawn yet
+WHOLE = frozenset(key for key, field in fields_of(RunConfig) if field.annotation is int)
+FIXED = {"train.epochs": "the halving says how long trials are trained", "train.holdout": "all trials have the same images"}
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A key of the space: its choices, or the range of its values."""
+
+    key: str
+    choices: tuple[JsonValue, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether its values are whole numbers."""
+        return self.key in WHOLE and not self.choices
+
+    @property
+    def extremes(self) -> tuple[JsonValue, ...]:
+        """The values that have to be allowed for all to be."""
+        return self.choices or (self.value_of(self.low), self.value_of(self.high))
+
+    def at(self, share: float) -> JsonValue:
+        """The value at a share of the whole in [0, 1): drawn evenly, every value is as likely as its neighbours."""
+        if self.choices:
+            return self.choices[int(share * len(self.choices))]
+        if self.step is not None:
+            steps = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+            return self.value_of(self.low + self.step * int(share * steps))
+        if self.log:
+            return self.value_of(self.low * (self.high / self.low) ** share)
+        return self.value_of(self.low + (self.high - self.low) * share)
+
+    def value_of(self, number: float) -> JsonValue:
+        """A number of the range as a run has it."""
+        if self.whole:
+            return round(number)
+        if self.step is not None:
+            return float(f"{number:.10g}")  # 0.1 + 2 x 0.1 is 0.3
+        return min(max(float(f"{number:.{DIGITS}g}"), self.low), self.high)
+
+
+def dimensions_of(search: SearchConfig, overrides: Container[str], where: str) -> list[Dimension]:
+    """The space, key by key; whether a run can have the values is not looked at.
+
+    Raises:
+        SweepError: a key that a trial cannot set, or nothing to choose from.
+        ConfigError: a range that is none.
+    """
+    found = []
+    for key, values in search.space.items():
+        place = f"{where}: search.space.{key}"
+        if key in OWN_LISTS:
+            raise SweepError(f"{place}: every trial has all {OWN_LISTS[key]}; take it out of the space")
+        if key in FIXED or key.startswith("runtime."):
+            why = FIXED.get(key, "it does not change the numbers")
+            raise SweepError(f"{place}: {why}; take it out of the space")
+        if key in overrides:
+            raise SweepError(f"{place} is in the overrides, too; say it once")
+        if key not in KEYS:
+            raise SweepError(f"{place}: no key of the configuration")
+        found.append(_dimension(key, values, place))
+    return found
+
+
+def _dimension(key: str, values: JsonValue, place: str) -> Dimension:
+    if isinstance(values, list):
+        if len({json.dumps(value) for value in values}) < max(2, len(values)):
+            raise SweepError(f"{place}: expected two choices or more, each once")
+        return Dimension(key, tuple(values))
+    if not isinstance(values, dict):
+        raise SweepError(f"{place}: expected a list of choices, or a range such as {{low: 1e-4, high: 1e-2, log: true}}")
+    found = parse_model(Range, values, place)
+    step = found.step
+    if key in WHOLE and not found.log:
+        step = step or 1.0
+        if not all(number.is_integer() for number in (found.low, found.high, step)):
+            raise SweepError(f"{place}: its values are whole numbers; give low, high and step as such")
+    return Dimension(key, (), found.low, found.high, found.log, step)
+
+
+def random_values(
+    dimensions: Sequence[Dimension], seed: int, number: int, taken: Container[str]
+) -> dict[str, JsonValue] | None:
+    """The values of trial `number`, unlike those `taken` (`identity`); None if there is none left, as far as that is tried."""
+    for attempt in range(TRIES):
+        values = {each.key: each.at(_share(f"{seed} {number} {attempt} {each.key}")) for each in dimensions}
+        if identity(values) not in taken:
+            return values
+    return None
+
+
+def identity(values: dict[str, JsonValue]) -> str:
+    """The same text for trials that set the same."""
+    return json.dumps(values, sort_keys=True)
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1), evenly distributed over texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def whole_seed(text: str) -> int:
+    """A seed below 2^32 for a library's generator."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])

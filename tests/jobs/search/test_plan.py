@@ -1,0 +1,225 @@
+"""Searches on paper: what is drawn, who goes on, and that the budget is kept, with scores that a function gives."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import SweepError
+from jobs.search.halving import epochs_of, share_of, trials_within
+from jobs.search.ledger import Ledger, Round, Trial
+from jobs.search.plan import SearchPlan
+from jobs.sweep import Sweep
+from tests.support.search_sweeps import SPACE, make_search
+from vitpa.arguments import ConfigError
+from vitpa.cli import main
+
+Score = Callable[[Trial, int], float]
+
+
+def by_rate(trial: Trial, epoch: int) -> float:
+    """The nearer to 1e-3 the better, the longer the better."""
+    return 1 / (1 + abs(math.log10(float(str(trial.values["optim.lr"]))) + 3)) * (1 - 0.5**epoch)
+
+
+def at_random(trial: Trial, epoch: int) -> float:
+    return random.Random(f"{trial.number} {epoch}").random()
+
+
+def carried_out(sweep: Sweep, score: Score = by_rate, *, hours_per_epoch: float = 0.0, rounds: int = 1000) -> Ledger:
+    """The ledger of a search whose trials have the scores that `score` says, and that takes so many GPU-hours."""
+    assert sweep.search is not None and sweep.ledger is not None
+    plan, ledger = sweep.search, sweep.ledger
+    while not ledger.over and len(ledger.rounds) < rounds:
+        trials = ledger.trials
+        told = {trial.number: [score(trial, trial.epochs)] * plan.runs_per_trial for trial in trials if trial.in_training}
+        following = plan.next_round(ledger, told, {}, hours_per_epoch * plan.epochs_trained(trials))
+        ledger = replace(ledger, rounds=[*ledger.rounds, following])
+    return ledger
+
+
+def test_values_follow_from_the_seed_and_the_number(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path, budget={"runs": 8}, trials_at_once=8)
+    trials = carried_out(sweep).trials
+    assert [trial.number for trial in trials] == list(range(8))
+    apart = carried_out(make_search(tmp_path, budget={"runs": 8}, trials_at_once=3)).trials
+    assert [trial.values for trial in trials] == [trial.values for trial in apart], "not from the rounds"
+    narrower = {key: SPACE[key] for key in list(SPACE)[:2]}
+    fewer = carried_out(make_search(tmp_path, budget={"runs": 8}, space=narrower)).trials
+    assert [{key: trial.values[key] for key in narrower} for trial in trials] == [trial.values for trial in fewer]
+    other = carried_out(make_search(tmp_path, budget={"runs": 8}, seed=1)).trials
+    assert trials[0].values != other[0].values
+
+
+def test_values_are_of_the_space_and_evenly_so(tmp_path: Path) -> None:
+    trials = carried_out(make_search(tmp_path, budget={"runs": 600}, trials_at_once=600)).trials
+    values: dict[str, list[Any]] = {key: [trial.values[key] for trial in trials] for key in SPACE}
+    assert len({json.dumps(trial.values) for trial in trials}) == 600
+    decades = Counter(math.floor(math.log10(rate)) for rate in values["optim.lr"])
+    assert decades.keys() == {-4, -3}
+    assert 240 < decades[-3] < 360
+    assert set(values["model.drop_path_rate"]) == {0.0, 0.1, 0.2}
+    assert set(values["augment.randaugment_magnitude"]) == set(range(10))
+    assert {type(value) for value in values["augment.randaugment_magnitude"]} == {int}
+    assert min(Counter(values["augment.mixup_alpha"]).values()) > 150
+    assert all(float(f"{rate:.3g}") == rate for rate in values["optim.lr"])
+
+
+def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
+    space = {"augment.mixup_alpha": [0.0, 0.2, 0.8]}
+    for sampler in ("random", "tpe"):
+        if sampler == "tpe":
+            pytest.importorskip("optuna")
+        found = carried_out(make_search(tmp_path, budget={"runs": 20}, space=space, sampler=sampler), lambda *_: 0.5)
+        assert len(found.trials) == 3
+
+
+@pytest.mark.parametrize("score", [by_rate, at_random])
+@pytest.mark.parametrize("places", [1, 4, 16, 50])
+@pytest.mark.parametrize("halving", [None, {"epochs": [1, 3]}, {"epochs": [2, 4, 8], "keep": 0.5}])
+def test_the_budget_is_kept_and_used(tmp_path: Path, score: Score, places: int, halving: dict[str, Any] | None) -> None:
+    more = {"halving": halving} if halving else {}
+    sweep = make_search(tmp_path, seeds=2, budget={"runs": 20}, trials_at_once=places, **more)
+    plan = sweep.search
+    assert plan is not None
+    ledger = carried_out(sweep, score)
+    assert plan.epochs_trained(ledger.trials) <= 20 * 9
+    assert len(ledger.trials) == plan.most_trials(0.0, 0)
+    assert all(len(each.trials) <= places for each in ledger.rounds)
+    finished = [trial for trial in ledger.trials if 9 in trial.scores]
+    assert finished
+    if halving is None:
+        assert len(finished) == 10
+    for rung, following in zip(plan.rungs, plan.rungs[1:], strict=False):
+        arrived = [trial for trial in ledger.trials if rung in trial.scores]
+        gone_on = [trial for trial in arrived if following in trial.scores]
+        assert 1 <= len(gone_on) <= max(1, share_of(len(arrived), plan.keep))
+        if score is by_rate and places == 50:  # all come to a rung at once: exactly the best
+            best = sorted(arrived, key=lambda trial: -trial.score(rung))[: len(gone_on)]
+            assert {trial.number for trial in best} == {trial.number for trial in gone_on}
+
+
+def test_places_that_are_free_are_filled_with_new_trials(tmp_path: Path) -> None:
+    ledger = carried_out(make_search(tmp_path, budget={"runs": 12}, trials_at_once=6, halving={"epochs": [1, 3]}))
+    _, second, third, *_ = ledger.rounds
+    assert [(entry.number, entry.epochs) for entry in second.trials] == [(n, 3) for n in best(ledger, range(6), 1, 2)] + [
+        (number, 1) for number in range(6, 10)
+    ]
+    assert sum(entry.values is None for entry in third.trials) + 6 - len(third.trials) < 6
+
+
+def best(ledger: Ledger, numbers: range, epoch: int, count: int) -> list[int]:
+    return sorted(numbers, key=lambda number: -by_rate(ledger.trials[number], epoch))[:count]
+
+
+@pytest.mark.parametrize("keep", [0.1, 1 / 3, 0.5, 0.9])
+def test_how_many_trials_a_budget_pays_for(keep: float) -> None:
+    rungs = [2, 5, 9]
+    for epochs in range(9, 200):
+        many = max(count for count in range(1, epochs) if epochs_of(count, rungs, keep) <= epochs)
+        assert trials_within(epochs, rungs, keep) == many
+    assert trials_within(8.9, rungs, keep) == 0
+
+
+def test_a_budget_in_gpu_hours(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path, seeds=2, budget={"gpu_hours": 10}, halving={"epochs": [1, 3]})
+    plan = sweep.search
+    assert plan is not None
+    ledger = carried_out(sweep, hours_per_epoch=0.05)
+    assert 7 < 0.05 * plan.epochs_trained(ledger.trials) <= 10
+    assert any(9 in trial.scores for trial in ledger.trials)
+    few = carried_out(sweep, hours_per_epoch=2.0)
+    assert [len(each.trials) for each in few.rounds] == [4, 0], "4 x 2 runs x 2 h is more than there was"
+    with pytest.raises(SweepError, match="the trials have taken none, as on a CPU"):
+        carried_out(sweep)
+
+
+def test_a_trial_that_is_given_up_does_not_go_on(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path, budget={"runs": 2}, trials_at_once=4, halving={"epochs": [1]})
+    assert sweep.search is not None and sweep.ledger is not None
+    following = sweep.search.next_round(sweep.ledger, {0: [0.3], 1: [0.5], 3: [0.4]}, {2: "NaN"}, 0.0)
+    ledger = replace(sweep.ledger, rounds=[*sweep.ledger.rounds, following])
+    assert [entry.number for entry in following.trials if entry.values is None] == [1]
+    assert ledger.trials[2].out == "NaN"
+
+
+def test_tpe_learns_and_can_go_on_from_the_ledger(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    options: dict[str, Any] = {"budget": {"runs": 40}, "trials_at_once": 5}
+    sweep = make_search(tmp_path, sampler="tpe", **options)
+    ledger = carried_out(sweep)
+    assert ledger.rounds == carried_out(sweep).rounds, "drawn from the ledger alone"
+    late = [by_rate(trial, 9) for trial in ledger.trials[20:]]
+    by_chance = [by_rate(trial, 9) for trial in carried_out(make_search(tmp_path, **options)).trials[20:]]
+    assert sum(late) / len(late) > sum(by_chance) / len(by_chance) + 0.1
+    halved = make_search(tmp_path, sampler="tpe", halving={"epochs": [1, 3]}, budget={"runs": 12}, trials_at_once=5)
+    assert any(9 in trial.scores for trial in carried_out(halved).trials)
+
+
+def test_without_optuna_tpe_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(SweepError, match=r"search.sampler=tpe needs optuna, which is not installed: pip install optuna"):
+        make_search(tmp_path, sampler="tpe")
+
+
+def test_of_two_that_decide_one_counts(tmp_path: Path) -> None:
+    first = Round(trials=[], settings={"by": "one"})
+    ledger = Ledger(tmp_path / "search").append(first)
+    assert Ledger(tmp_path / "search").append(Round(trials=[], settings={"by": "another"})) == ledger
+    assert ledger.rounds == [first]
+    (tmp_path / "search" / "0003.json").write_text("{}")
+    with pytest.raises(SweepError, match=r"0002.json is missing; restore it"):
+        Ledger.read(tmp_path / "search")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"overrides": {}}, "search chooses, so it must not look at val: add train.holdout=0.1 to the overrides"),
+    ({"budget": {}}, "search.budget: expected one of runs"),
+    ({"budget": {"runs": 2, "gpu_hours": 1}}, "search.budget: expected one of runs"),
+    ({"seeds": 5}, "search.budget.runs=4: a trial alone takes 5, one for each attention and seed"),
+    ({"space": {}}, "search.space"),
+    ({"space": {"seed": [0, 1]}}, "search.space.seed: every trial has all seeds"),
+    ({"space": {"train.epochs": [1, 2]}}, "search.space.train.epochs: the halving says how long trials are trained"),
+    ({"space": {"runtime.workers": [1, 2]}}, "search.space.runtime.workers: it does not change the numbers"),
+    ({"space": {"optim.rate": [1, 2]}}, "search.space.optim.rate: no key of the configuration"),
+    ({"space": {"optim.lr": 1}}, "search.space.optim.lr: expected a list of choices, or a range such as"),
+    ({"space": {"optim.lr": [1]}}, "search.space.optim.lr: expected two choices or more, each once"),
+    ({"space": {"optim.lr": {"low": 1, "high": 0.1}}}, "search.space.optim.lr: low=1 is not below high=0.1"),
+    ({"space": {"optim.lr": {"low": 0, "high": 0.1, "log": True}}}, "low=0 has no logarithm; it must be above 0"),
+    ({"space": {"optim.lr": {"low": 1e-6, "high": 0.1}}}, "optim.min_lr=1e-05 is above optim.lr=1e-06"),
+    ({"space": {"model.drop_path_rate": [0.1, "much"]}}, "search.space.model.drop_path_rate: model.drop_path_rate=much"),
+    ({"space": {"model.depth": {"low": 1, "high": 2.5}}}, "search.space.model.depth: its values are whole numbers"),
+    ({"halving": {"epochs": [3, 9]}}, "search.halving.epochs: 9 is not before the end, train.epochs=9"),
+    ({"halving": {"epochs": [3, 3]}}, "epochs=[3, 3]: expected rising numbers from 1 on"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_errors_are_one_line(tmp_path: Path, wrong: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SweepError, ConfigError)):
+        make_search(tmp_path, **wrong)
+    assert main(["sweep", "plan", str(tmp_path / "small.yaml"), "--root", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_settings_that_a_search_began_with_stay(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path)
+    assert sweep.ledger is not None and isinstance(sweep.search, SearchPlan)
+    sweep.ledger.folder.parent.mkdir(parents=True)
+    replace(sweep.ledger, rounds=[]).append(sweep.ledger.rounds[0])
+    make_search(tmp_path, budget={"runs": 9}, trials_at_once=2)  # these may change
+    with pytest.raises(SweepError, match=r"search.seed has changed since the search began \(.*\); give it another name"):
+        make_search(tmp_path, seed=3)
+    with pytest.raises(SweepError, match="seeds has changed"):
+        make_search(tmp_path, seeds=2)
