@@ -87,7 +87,7 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize("places", [1, 4, 16, 50])
 @pytest.mark.parametrize("halving", [None, {"epochs": [1, 3]}, {"epochs": [2, 4, 8], "keep": 0.5}])
 def test_the_budget_is_kept_and_used(tmp_path: Path, score: Score, places: int, halving: dict[str, Any] | None) -> None:
-    more = {"halving": halving} if halving else {}
+    more: dict[str, Any] = {"halving": halving} if halving else {}
     sweep = make_search(tmp_path, seeds=2, budget={"runs": 20}, trials_at_once=places, **more)
     plan = sweep.search
     assert plan is not None
