@@ -104,6 +104,11 @@ class AugmentConfig(Section):
         9, ge=0, le=30, description="randaugment: their strength, a bin of 0 to 30; _timm: its mean, 0 to 10"
     )
     randaugment_magnitude_std: Float = Field(0.5, ge=0, le=100, description="randaugment_timm: its standard deviation")
+    color_jitter: tuple[Annotated[Float, Field(ge=0, le=1e3)], ...] = Field(
+        (),
+        description="brightness, contrast, saturation and, if wanted, hue, as of torchvision's ColorJitter, after the policy; "
+        "[] for none",
+    )
     erase_prob: Float = Field(0.0, ge=0, le=1, description="share of the images of which a random rectangle is erased")
     erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
     erase_scale: tuple[Float, Float] = Field((0.02, 0.33), description="erased: range of the rectangle's share of area")
@@ -128,6 +133,13 @@ class AugmentConfig(Section):
                 raise ValueError(f"augment.{name}=[{low}, {high}] is not a range of positive numbers")
             if name.endswith("_scale") and high > 1:
                 raise ValueError(f"augment.{name}=[{low}, {high}] goes beyond the whole image (1.0)")
+        if self.color_jitter and len(self.color_jitter) not in (3, 4):
+            raise ValueError(
+                f"augment.color_jitter={list(self.color_jitter)}: expected [brightness, contrast, saturation], "
+                "[brightness, contrast, saturation, hue], or [] for none"
+            )
+        if any(hue > 0.5 for hue in self.color_jitter[3:]):
+            raise ValueError(f"augment.color_jitter={list(self.color_jitter)}: the hue, the last, must be at most 0.5")
         if self.policy == "randaugment_timm" and self.randaugment_magnitude > 10:
             raise ValueError(
                 f"augment.randaugment_magnitude={self.randaugment_magnitude}: augment.policy=randaugment_timm takes 0 to 10"
@@ -313,6 +325,8 @@ class RunConfig(Section):
             del document["train"]["order"]
         if not self.train.holdout:
             del document["train"]["holdout"]
+        if not self.augment.color_jitter:
+            del document["augment"]["color_jitter"]
         if not self.augment.permute_block_px:
             del document["augment"]["permute_block_px"]
         if self.model.global_pool == "token":

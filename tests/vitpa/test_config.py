@@ -60,6 +60,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "augment.randaugment_num_ops": "1",
     "augment.randaugment_magnitude": "10",
     "augment.randaugment_magnitude_std": "1",
+    "augment.color_jitter": "[0.3, 0.3, 0.3]",
     "augment.erase_prob": "0.25",
     "augment.erase_mode": "pixel",
     "augment.erase_scale": "[0.02, 0.4]",
@@ -335,6 +336,9 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
             "model.kind=resnet18 model.attention=positional",
             r"model\.attention=positional is for model\.kind=vit; model\.kind=resnet18 has no attention",
         ),
+        ("augment.color_jitter=[0.3]", r"augment\.color_jitter=\[0\.3\]: expected \[brightness, .* or \[\] for none"),
+        ("augment.color_jitter=[0.3,0.3,0.3,0.6]", r"augment\.color_jitter=.*: the hue, the last, must be at most 0\.5"),
+        ("augment.color_jitter=[0.3,-1,0.3]", r"augment\.color_jitter"),
         ("model.kind=resnet18 runtime.accum_steps=2", r"runtime\.accum_steps=2: the batch norm of .*; it must be 1"),
         (
             "model.kind=resnet18 train.global_batch_size=1",
@@ -474,7 +478,14 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
 
 @pytest.mark.parametrize(
     "as_it_was",
-    ["train.order=random", "train.holdout=0.0", "augment.permute_block_px=0", "model.kind=vit", "model.global_pool=token"],
+    [
+        "train.order=random",
+        "train.holdout=0.0",
+        "augment.permute_block_px=0",
+        "model.kind=vit",
+        "model.global_pool=token",
+        "augment.color_jitter=[]",
+    ],
 )
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
     assert config(as_it_was).signature == SMALL_SIGNATURE

@@ -32,7 +32,8 @@ PLAIN = {"augment": {"policy": "none"}}
 AUGMENTS = [
     {"crop": "padded", "policy": "autoaugment_cifar10", "erase_prob": 0.5, "erase_mode": "const", "cutout_px": 4},
     {"policy": "randaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-    {"policy": "randaugment_timm", "erase_prob": 0.5, "erase_mode": "pixel", "permute_block_px": 4},
+    {"policy": "randaugment_timm", "erase_prob": 0.5, "erase_mode": "pixel", "permute_block_px": 4,
+     "color_jitter": [0.3, 0.3, 0.3, 0.1]},
 ]
 
 

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     SHUFFLE_BUFFER = 11
     BLOCKS = 12
     HOLDOUT = 13
+    COLOR_JITTER = 14
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -130,7 +130,7 @@ class Operations:
         # Crops are channels_last, and torch 2.11's compiler, on a GPU, sharpened such images wrongly at 28, 31, 33 and 63 px.
         images = materialize(images.contiguous())
         pixels, kind, ratios = images.reshape(B, C, H * W), self.kind[choice], self.ratios[choice]
-        grey = _grey(pixels)  # B, 1, P
+        grey = brightness_of(pixels)  # B, 1, P
         whole = pixels.int()  # torch 2.14's compiled minimum of uint8 on the CPU is 0
         histogram = torch.zeros(B, C, 256, dtype=torch.int32, device=pixels.device)
         histogram = histogram.scatter_add(2, pixels.long(), torch.ones_like(pixels, dtype=torch.int32))
@@ -223,8 +223,8 @@ def blend(image: Num[Tensor, " ..."], other: Num[Tensor, " ..."], ratios: Float6
     return ((weight * image).float() + (rest * other).float()).clamp(0, 255).to(torch.uint8)
 
 
-def _grey(pixels: Tensor) -> Tensor:
-    """The brightness of each of the pixels (B, 3, P) uint8, cut to whole numbers: (B, 1, P) int32. For rounding see blend."""
+def brightness_of(pixels: UInt8[Tensor, "B 3 P"]) -> Int32[Tensor, "B 1 P"]:
+    """The brightness of each of the pixels, cut to whole numbers. For rounding see blend."""
     red, green, blue = ((weight * pixels[:, c].double()).float() for c, weight in enumerate(_GREY))
     return (red + green + blue).int()[:, None]
 

@@ -1,8 +1,8 @@
 """Augmentation on the device: batched, per sample, every parameter drawn from (seed, epoch, sample).
 
-In torchvision's usual order: padded crop, flip, policy, all on uint8; normalisation; random erasing and cutout; mixing. Last
-of all, and at evaluation, too, blocks are permuted. No shape depends on the data, nothing is copied from the host and nothing
-waits for the device, so that a CUDA graph can hold it.
+In the usual order of torchvision and timm: padded crop, flip, policy, colour jitter, all on uint8; normalisation; random
+erasing and cutout; mixing. Last of all, and at evaluation, too, blocks are permuted. No shape depends on the data, nothing is
+copied from the host and nothing waits for the device, so that a CUDA graph can hold it.
 
 Axes: B batch, C channels, H W pixels, P purposes of random numbers.
 """
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vitpa.config import AugmentConfig
 from vitpa.data.augment.auto_augment import Policy
+from vitpa.data.augment.color_jitter import ColorJitter
 from vitpa.data.augment.mixup import Mixup, partners_of
 from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.augment.rand_augment import RandAugment
@@ -56,6 +57,7 @@ class Augmentation:
         self.block_order: Tensor | None = None
         if options.permute_block_px:
             self.block_order = block_order(img_size // options.permute_block_px).to(device)
+        self.jitter = ColorJitter(options.color_jitter, device=device) if any(options.color_jitter) else None
         self.policy: Policy | RandAugment | None = None
         if options.policy == "randaugment_timm":
             self.policy = RandAugment(
@@ -132,6 +134,8 @@ class Augmentation:
             images = horizontal_flip(images, samples, stream=keys[:, Purpose.FLIP])
         if self.policy is not None:
             images = self.policy(images, samples, keys[:, Purpose.POLICY])
+        if self.jitter is not None:
+            images = self.jitter(images, samples, keys[:, Purpose.COLOR_JITTER])
         return images
 
     def normalize(self, images: Images) -> Normalized:

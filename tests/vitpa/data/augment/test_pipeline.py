@@ -18,7 +18,12 @@ from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.rng import Purpose, key, randint, random_bits, uniform
 
 CPU = torch.device("cpu")
-EVERYTHING: dict[str, Any] = {"policy": "autoaugment_cifar10", "erase_prob": 0.5, "cutout_px": 6}
+EVERYTHING: dict[str, Any] = {
+    "policy": "autoaugment_cifar10",
+    "color_jitter": (0.3, 0.3, 0.3),
+    "erase_prob": 0.5,
+    "cutout_px": 6,
+}
 BARE: dict[str, Any] = {"crop": "none", "hflip": False}
 
 
@@ -38,18 +43,20 @@ def test_no_purpose_takes_the_number_of_another() -> None:
     # the streams of runs that are done already depend on these
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "INIT": 1, "ORDER": 2, "CROP": 3, "FLIP": 4, "DROP_PATH": 5, "POLICY": 6, "ERASE": 7, "CUTOUT": 8, "MIX": 9,
-        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11, "BLOCKS": 12, "HOLDOUT": 13,
+        "ERASE_NOISE": 10, "SHUFFLE_BUFFER": 11, "BLOCKS": 12, "HOLDOUT": 13, "COLOR_JITTER": 14,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("policy", ["none", "autoaugment_svhn", "randaugment", "randaugment_timm"])
-def test_crop_then_flip_then_policy(policy: str) -> None:
+def test_crop_then_flip_then_policy_then_jitter(policy: str) -> None:
     images, samples, keys = random_images(50), torch.arange(900, 950), epoch_keys([4], 2)
-    whole = augmentation(policy=policy, crop_padding_px=3)
+    whole = augmentation(policy=policy, crop_padding_px=3, color_jitter=(0.4, 0.4, 0.4))
     expected = pipeline.padded_crop(images, samples, padding=3, stream=key(4, Purpose.CROP, 2))
     expected = pipeline.horizontal_flip(expected, samples, stream=key(4, Purpose.FLIP, 2))
     if whole.policy is not None:
         expected = whole.policy(expected, samples, torch.tensor([key(4, Purpose.POLICY, 2)]))
+    assert whole.jitter is not None
+    expected = whole.jitter(expected, samples, torch.tensor([key(4, Purpose.COLOR_JITTER, 2)]))
     got = whole.uint8(images, samples, keys)
     assert got.dtype == torch.uint8
     assert torch.equal(got, expected)
