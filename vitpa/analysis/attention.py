@@ -26,11 +26,11 @@ def patch_attention(
     Of the positional model, whose attention is the same for every image, no image is needed. None: there is no image.
     """
     if isinstance(model, PositionalVisionTransformer):
-        matrices = among_patches(model.attention_maps(), model.num_prefix_tokens)
+        matrices = among_patches(model.attention_scores(), model.num_prefix_tokens)
         return matrices, entropy(matrices)
     count, matrices, entropies = 0, torch.zeros(()), torch.zeros(())
     for images in batches:
-        with attention_matrices(model) as layers:
+        with attention_scores(model) as layers:
             model(images)
         its = torch.stack([among_patches(each, model.num_prefix_tokens) for each in layers], 1)  # B, L, H, n, n
         count, matrices, entropies = count + len(images), matrices + its.sum(0), entropies + entropy(its).sum(0)
@@ -38,8 +38,8 @@ def patch_attention(
 
 
 @contextmanager
-def attention_matrices(model: Any) -> Iterator[list[Float[Tensor, "B H N N"]]]:
-    """While it is open, a forward pass of timm's ViT appends each layer's attention, which timm itself does not keep."""
+def attention_scores(model: Any) -> Iterator[list[Float[Tensor, "B H N N"]]]:
+    """While it is open, a forward pass of timm's ViT appends each layer's attention before the softmax, which it does not keep."""
     found: list[Tensor] = []
 
     def keep(attention: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -48,7 +48,7 @@ def attention_matrices(model: Any) -> Iterator[list[Float[Tensor, "B H N N"]]]:
         heads = attention.num_heads
         q, k, _ = attention.qkv(x).view(B, N, 3, heads, D // heads).permute(2, 0, 3, 1, 4)  # each B, H, N, d
         q, k = attention.q_norm(q), attention.k_norm(k)
-        found.append(torch.softmax(attention.scale * (q @ k.transpose(-2, -1)), dim=-1))
+        found.append(attention.scale * (q @ k.transpose(-2, -1)))
 
     hooks = [block.attn.register_forward_pre_hook(keep) for block in model.blocks]
     try:

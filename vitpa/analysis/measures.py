@@ -52,10 +52,13 @@ def scaled_products(vectors: Float[Tensor, "n D"]) -> Float64[Tensor, "n n"]:
     return products / products.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def among_patches(attention: Float[Tensor, "*M N N"], num_prefix_tokens: int = 1) -> Float64[Tensor, "*M n n"]:
-    """The attention that patches pay to patches: without the class token, the first, and with rows that sum to 1 again."""
-    inner = attention[..., num_prefix_tokens:, num_prefix_tokens:].double()
-    return inner / inner.sum(-1, keepdim=True)
+def among_patches(scores: Float[Tensor, "*M N N"], num_prefix_tokens: int = 1) -> Float64[Tensor, "*M n n"]:
+    """The attention that patches pay to patches: without the class token, the first, and with rows that sum to 1 again.
+
+    From `scores`, the attention before the softmax: where the class token takes all of it, as float32 rounds it, the ratio of
+    what is left would be 0 / 0.
+    """
+    return torch.softmax(scores[..., num_prefix_tokens:, num_prefix_tokens:].double(), dim=-1)
 
 
 def chosen(matrices: Matrices, count: int) -> Matrices:

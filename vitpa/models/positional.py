@@ -30,11 +30,16 @@ class PositionalAttention(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def attention(self, pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "H N N"]:
-        """The attention matrices, rows summing to 1, of the positional encoding."""
+    def scores(self, pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "H N N"]:
+        """The attention before the softmax, of the positional encoding."""
         _, N, D = pos_embed.shape
         q, k = self.qk(pos_embed).view(N, 2, self.num_heads, D // self.num_heads).permute(1, 2, 0, 3)  # each H, N, d
-        return torch.softmax(self.scale * (q @ k.transpose(-2, -1)), dim=-1)
+        scores: Tensor = self.scale * (q @ k.transpose(-2, -1))
+        return scores
+
+    def attention(self, pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "H N N"]:
+        """The attention matrices, rows summing to 1, of the positional encoding."""
+        return torch.softmax(self.scores(pos_embed), dim=-1)
 
     def forward(self, x: Float[Tensor, "B N D"], pos_embed: Float[Tensor, "1 N D"]) -> Float[Tensor, "B N D"]:
         """Mix the tokens x with the attention of `pos_embed`."""
@@ -74,4 +79,8 @@ class PositionalVisionTransformer(VisionTransformer):
 
     def attention_maps(self) -> Float[Tensor, "depth H N N"]:
         """The attention of every layer and head: the same for every image."""
-        return torch.stack([block.attn.attention(self.pos_embed) for block in self.blocks])
+        return torch.softmax(self.attention_scores(), dim=-1)
+
+    def attention_scores(self) -> Float[Tensor, "depth H N N"]:
+        """The same before the softmax."""
+        return torch.stack([block.attn.scores(self.pos_embed) for block in self.blocks])

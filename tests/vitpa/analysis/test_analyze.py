@@ -16,7 +16,7 @@ import torch
 import vitpa
 from tests.support.repository import ROOT
 from tests.support.trainings import arguments, config_of
-from vitpa.analysis.attention import attention_matrices, patch_attention
+from vitpa.analysis.attention import attention_scores, patch_attention
 from vitpa.analysis.command import main as analyze
 from vitpa.analysis.record import recorded, write_record
 from vitpa.analysis.structure import Structure, structure
@@ -250,11 +250,11 @@ def test_attention_is_what_the_model_mixes_with(attention: str, global_pool: Lit
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     attn = model.blocks[1].attn
     attn.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
-    with torch.no_grad(), attention_matrices(model) as layers:
+    with torch.no_grad(), attention_scores(model) as layers:
         model(images)
         x, output = seen[0]
         v = attn.qkv(x)[..., 16:].view(3, -1, 2, 4).transpose(1, 2)
-        mixed = attn.proj((layers[1] @ v).transpose(1, 2).flatten(2))
+        mixed = attn.proj((layers[1].softmax(-1) @ v).transpose(1, 2).flatten(2))
     assert layers[1].shape[-1] == (17 if global_pool == "token" else 16)
     torch.testing.assert_close(mixed, output)
     assert patch_attention(model, []) is None

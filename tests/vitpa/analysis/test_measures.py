@@ -132,11 +132,19 @@ def test_a_permutation_and_its_inverse_give_equal_numbers() -> None:
 
 
 def test_attention_among_patches_leaves_the_class_token_out() -> None:
-    attention = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    got = measures.among_patches(attention)
+    scores = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    attention, got = scores.softmax(-1), measures.among_patches(scores)
     for i, j in itertools.product(range(4), range(4)):
         expected = attention[..., i + 1, j + 1] / attention[..., i + 1, 1:].sum(-1)
         torch.testing.assert_close(got[..., i, j], expected.double())
+
+
+def test_attention_among_patches_is_known_where_the_class_token_takes_it_all() -> None:
+    """A head of a content model trained on CIFAR-100 did so: exp(-200) is 0 in float32."""
+    scores = torch.tensor([[200.0, 0.0, math.log(3)]]).expand(3, 3)
+    assert scores.softmax(-1)[0].tolist() == [1, 0, 0]
+    got = measures.among_patches(scores)
+    torch.testing.assert_close(got, torch.tensor([[0.25, 0.75]], dtype=torch.float64).expand(2, 2), atol=1e-7, rtol=0)
 
 
 def test_products_are_scaled_by_the_largest() -> None:
