@@ -195,12 +195,15 @@ class TrainedSweep:
     def frame(self) -> pd.DataFrame:
         """A row per run, indexed by its signature: what it is, whether it is finished, and its result (NaN before that).
 
+        `attention` is missing (NaN) where the network has none.
         Other settings that differ between the runs have a column each, such as train.epochs. Accuracies are fractions, of
         the images that `evaluated_on` names.
         """
         rows = []
         for run, settings in zip(self.runs, differing_settings(self.runs), strict=True):
-            its = {"dataset": run.config.dataset, "attention": run.config.model.attention, "seed": run.config.seed}
+            model = run.config.model
+            attention = model.attention if model.kind == "vit" else None
+            its = {"dataset": run.config.dataset, "attention": attention, "seed": run.config.seed}
             found = {name: getattr(run.result, name) if run.result else float("nan") for name in COLUMNS}
             signature = run.directory.signature
             done = {"finished": run.result is not None, "evaluated_on": run.config.evaluated_on}

@@ -39,7 +39,7 @@ def patch_attention(
 
 @contextmanager
 def attention_scores(model: Any) -> Iterator[list[Float[Tensor, "B H N N"]]]:
-    """While it is open, a forward pass of timm's ViT appends each layer's attention before the softmax, which it does not keep."""
+    """While it is open, a forward pass of timm's ViT appends each layer's attention before the softmax."""
     found: list[Tensor] = []
 
     def keep(attention: Any, inputs: tuple[Tensor, ...]) -> None:

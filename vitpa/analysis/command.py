@@ -26,10 +26,19 @@ from vitpa.trained import TrainedRun, TrainedSweep, load_run, load_sweep
 
 ALL = {**TITLES, **ASSOCIATION}
 LOGGER = logging.getLogger(__name__)
+
+
+def listed(titles: dict[str, tuple[str, str]]) -> str:
+    """The measures, a line each."""
+    return "\n".join(f"  {name:30}{title} ({unit})" for name, (title, unit) in titles.items())
+
+
 DESCRIPTION = f"""What runs have learnt of their images' spatial structure: from checkpoints, on the CPU; nothing is trained.
 
 Measured at initialisation (made again from the seed), after the epochs of runtime.keep_epochs and at the end:
-{chr(10).join(f"  {name:24}{title} ({unit})" for name, (title, unit) in TITLES.items())}
+{listed(TITLES)}
+With --block also:
+{listed(ASSOCIATION)}
 Similarity maps: P^T P, scaled and cut as in the paper's figure 1. The numbers are the field's measures and ours, not the
 paper's. Chance: the patches change places at random; the exact expectation, and the interval of 95 % of 1,000 orders.
 Attention is that between patches, without the class token; the content model's is a mean over images that

@@ -23,6 +23,7 @@ class StructureRecord(Record):
     grid: int
     neighbours: int
     images: int | None
+    images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
     block: int
     findings: list[dict[str, Any]]
 
@@ -41,6 +42,7 @@ def document_of(found: Structure) -> dict[str, Any]:
         "grid": found.grid,
         "neighbours": found.neighbours,
         "images": found.images,
+        "images_wanted": found.images_wanted,
         "images_of": config.evaluated_on,
         "block": found.block,
         "measures": MEASURES,
@@ -65,7 +67,8 @@ def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> St
         return None
     wanted = (run.result.weights_sha256, neighbours, block)
     needed = images or None if run.config.model.attention == "content" else None
-    fits = (record.weights_sha256, record.neighbours, record.block) == wanted and record.images == needed
+    images_wanted = record.images if record.images_wanted is None else record.images_wanted
+    fits = (record.weights_sha256, record.neighbours, record.block) == wanted and images_wanted == needed
     if not fits or not kept <= {each.epoch for each in found}:
         return None
-    return Structure(run, record.grid, neighbours, record.images, block, found, {})
+    return Structure(run, record.grid, neighbours, record.images, images_wanted, block, found, {})

@@ -94,6 +94,7 @@ class Structure:
         grid: Patches along a side of the image.
         neighbours: How many neighbours the recall asks for.
         images: Of those that the run is evaluated on, over which content attention is a mean; None: no image was needed.
+        images_wanted: As many as were asked for; there may be fewer.
         block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
         maps: By epoch, the first and the last; none if it was read from a file.
@@ -103,6 +104,7 @@ class Structure:
     grid: int
     neighbours: int
     images: int | None
+    images_wanted: int | None
     block: int
     findings: list[Finding]
     maps: dict[float, Maps]
@@ -141,16 +143,17 @@ def structure(
     Args:
         run: Finished or not.
         neighbours: How many neighbours the recall asks for.
-        images: Of those that the run is evaluated on, for content attention; 0: leave it out. They are spread evenly.
+        images: Of those that the run is evaluated on, for content attention; 0: leave it out. They are spread evenly, and
+            all of them if there are fewer.
         data_dir: Where the data set is; None: where the run says.
         block: Measure patch association, too, with squares of block x block patches as sets; 0: do not.
 
     Raises:
-        RunError: the network has no positional encodings, or weights are missing or damaged.
+        RunError: the network has no positional encodings, or weights are missing, damaged or not finite.
         BetonError: the images cannot be used.
     """
-    config, initial = run.config, run.model(0)
-    if not hasattr(initial, "pos_embed"):
+    config = run.config
+    if config.model.kind != "vit":
         raise RunError(f"{run.path}: its network has no positional encodings to analyse")
     side = config.model.img_size // config.model.patch_size
     if not 1 <= neighbours < side * side:
@@ -165,13 +168,17 @@ def structure(
     found: list[Finding] = []
     maps = {}
     for epoch in epochs:
-        its, entropies = maps_of(run.model(epoch), batches, undone(config))
+        model = run.model(epoch)
+        if not all(value.isfinite().all() for value in model.state_dict().values()):
+            raise RunError(f"{run.path}: its weights after epoch {epoch:g} are not finite numbers: the training has diverged")
+        its, entropies = maps_of(model, batches, undone(config))
         if epoch in (epochs[0], epochs[-1]):
             maps[epoch] = its
         first = {(each.measure, each.layer, each.head): each.value for each in found if each.epoch == 0}
         for measure, layer, head, value, *chance in measured(its, entropies, geometry):
             found.append(Finding(epoch, measure, layer, head, value, first.get((measure, layer, head), value), *chance))
-    return Structure(run, side, neighbours, needed or None, block, found, maps)
+    used = sum(map(len, batches))
+    return Structure(run, side, neighbours, used or None, needed or None, block, found, maps)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,8 +22,9 @@ from vitpa.analysis.attention import attention_scores, patch_attention
 from vitpa.analysis.command import main as analyze
 from vitpa.analysis.record import recorded, write_record
 from vitpa.analysis.structure import Structure, structure
+from vitpa.config_file import record_config
 from vitpa.models import build_model
-from vitpa.records import RunError, write_json
+from vitpa.records import RunError, with_checksum, write_json
 from vitpa.train_command import main as train
 from vitpa.trained import TrainedRun, TrainedSweep, differing_settings
 
@@ -139,6 +142,62 @@ def test_what_was_found_before_is_read_if_it_was_asked_in_the_same_way(sweep: Pa
 
 
 @pytest.mark.slow
+def test_more_images_than_there_are_mean_all_of_them(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run_folder(sweep, 0)
+    assert analyze([str(folder), "--images", "1000"]) == 0
+    assert "360 val images" in capsys.readouterr().out
+    assert json.loads((folder / "analysis" / "structure.json").read_text())["images"] == 360
+    run = vitpa.load_run(folder)
+    again = recorded(run, neighbours=4, images=1000, block=0)
+    assert again is not None
+    assert again.images == 360
+    assert recorded(run, neighbours=4, images=360, block=0) is None
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_one_line(
+    sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = TrainedRun.model
+
+    def diverged(run: TrainedRun, epoch: float | None = None) -> torch.nn.Module:
+        model = right(run, epoch)
+        if epoch == EPOCHS:
+            model.get_parameter("pos_embed").data[0, 0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(TrainedRun, "model", diverged)
+    assert analyze([str(run_folder(sweep, 2))]) == 1
+    assert f"its weights after epoch {EPOCHS} are not finite numbers" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_network_without_positions_is_left_out(
+    sweep: Path, digits: Path, warned: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = sweep.parent.parent
+    config = config_of(arguments(digits, root, f"train.epochs={EPOCHS}", "model.kind=resnet18"))
+    record_config(config)  # and what another run has left behind: the weights are not asked for
+    other = vitpa.load_run(run_folder(sweep, 0))
+    for name in ("env.json", "metrics.jsonl"):
+        shutil.copy(other.path / name, config.run_dir.path)
+    assert other.result is not None
+    config_sha256 = hashlib.sha256(config.run_dir.config_yaml.read_bytes()).hexdigest()
+    result = other.result.model_copy(update={"signature": config.signature, "config_sha256": config_sha256})
+    write_json(config.run_dir.result_json, with_checksum(result.model_dump()))
+    resnet = {"signature": config.signature, "label": "digits-resnet18-s0"}
+    folder = sweep.parent / "kinds"
+    folder.mkdir()
+    write_json(folder / "runs.json", {"runs": [json.loads((sweep / "runs.json").read_text())["runs"][2], resnet]})
+    assert analyze([str(folder)]) == 4
+    assert warned("digits-resnet18-s0 is left out: .*its network has no positional encodings to analyse")
+    assert vitpa.load_sweep(folder).frame()["attention"].isna().tolist() == [False, True]
+    capsys.readouterr()
+    assert analyze([resnet["signature"], "--root", str(root)]) == 1
+    assert "its network has no positional encodings to analyse" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_table_for_people(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ["--root", str(sweep.parent.parent)]
     assert analyze(["demo", "--images", "20", *root]) == 0
@@ -225,7 +284,7 @@ def test_settings_that_differ_have_the_values_of_defaults_and_only_those_that_co
 @pytest.mark.parametrize(("block_px", "undone"), [(0, False), (2, False), (4, True), (8, True)])
 def test_only_blocks_of_whole_patches_are_put_back(block_px: int, undone: bool) -> None:
     config = config_of(["digits", f"augment.permute_block_px={block_px}", "model.patch_size=4"])
-    found = Structure(TrainedRun(config.run_dir, config, None), 2, 1, None, 0, [], {})
+    found = Structure(TrainedRun(config.run_dir, config, None), 2, 1, None, None, 0, [], {})
     assert found.permuted is undone
 
 
