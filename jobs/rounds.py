@@ -15,7 +15,7 @@ from jobs.report import search as report
 from jobs.search.ledger import Ledger, Round
 from jobs.standing import Standing
 from jobs.state import SUBMITTABLE, RunState
-from jobs.sweep import with_ledger
+from jobs.sweep import Sweep, with_ledger
 from vitpa.terminal import printable
 
 PARTIAL = 4  # exit code: runs failed, or are missing
@@ -38,7 +38,7 @@ def search(context: Context, start: Start) -> int:
     for override in context.overrides:
         if override.key == "runtime.stop_after_epoch":
             raise SweepError(f"{override.text}: where runs pause is for search.halving to say; leave it out")
-    context, starts = _begun(context), 0
+    starts = 0
     while True:
         states = context.states_of(context.sweep.runs)
         standing = Standing.of(context.sweep, states, context.root)
@@ -58,14 +58,16 @@ def search(context: Context, start: Start) -> int:
             return code
 
 
-def _begun(context: Context) -> Context:
-    """The search with its first round in the ledger, unless nothing is to be done."""
-    sweep = context.sweep
+def begin(sweep: Sweep) -> None:
+    """Write the first round of a search into its ledger, if there is none.
+
+    Raises:
+        SweepError: another launcher has begun it at the same time, and otherwise.
+    """
     assert sweep.ledger is not None
-    if context.options.dry_run or Ledger.read(sweep.ledger.folder).rounds:
-        return context
-    (first,) = sweep.ledger.rounds
-    return replace(context, sweep=with_ledger(sweep, replace(sweep.ledger, rounds=[]).append(first)))
+    folder, first = sweep.ledger.folder, sweep.ledger.rounds[0]
+    if Ledger(folder).append(first).rounds[0] != first:
+        raise SweepError(f"{folder}: another submit has just begun this search with other settings; submit again")
 
 
 def _go_on(context: Context, standing: Standing, following: Round) -> Context:

@@ -23,7 +23,7 @@ from jobs.report import logs, status
 from jobs.report import search as search_report
 from jobs.report.collect import MixedRunsError, collect
 from jobs.report.tables import markdown, set_report_aside, write_report
-from jobs.rounds import search
+from jobs.rounds import begin, search
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.standing import Standing, trial_number
 from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends
@@ -214,6 +214,8 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         for group in plan.groups:
             context.say("  " + " + ".join(f"{state.run.label} ({state.state})" for state in group))
         return OK
+    if context.sweep.search is not None:
+        begin(context.sweep)
     directory = SweepDir(context.root, context.sweep.name)
     if context.options.verb == "submit" or directory.recorded() is None:  # retry of what `vitpa train` has left
         directory.record(context.sweep)

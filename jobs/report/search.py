@@ -47,6 +47,9 @@ def lines(standing: Standing) -> list[str]:
     rounds = [each for each in standing.ledger.rounds if each.trials]
     over = "over after" if standing.ledger.over else "in"
     said = [f"search: {over} round {len(rounds)}; {len(trials)} trials: {', '.join(parts)}; budget: {spent}"]
+    if plan.config.halving is not None:
+        came = [f"{sum(rung in trial.scores for trial in trials)} to {rung}" for rung in plan.rungs]
+        said.append(f"came to epoch: {', '.join(came)}")
     best = standing.best
     return [*said, f"best so far: {_of_trial(best, standing)}: {settings_text(best.values)}"] if best is not None else said
 

@@ -92,7 +92,9 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
     progress = progress_of(state, root)
     eta_s = None
     if state.state == "running" and progress.step is not None and progress.steps_total and progress.images_per_s:
-        images = max(0, progress.steps_total - progress.step) * state.run.config.train.global_batch_size
+        epochs = state.run.config.train.epochs
+        last_step = progress.steps_total * (state.run.stop_after_epoch or epochs) / epochs
+        images = max(0.0, last_step - progress.step) * state.run.config.train.global_batch_size
         eta_s = round(images / progress.images_per_s, 1)
     return {
         "run": state.run.label,

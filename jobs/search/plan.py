@@ -63,7 +63,7 @@ class SearchPlan:
         if len(rungs) > 1 and rungs[-2] >= rungs[-1]:
             raise SweepError(f"{where}: search.halving.epochs: {rungs[-2]} is not before the end, train.epochs={rungs[-1]}")
         kept = config.model_dump(mode="json", include={"space", "sampler", "seed", "halving"})
-        settings = {**kept, "attentions": list(attentions), "seeds": list(seeds)}
+        settings = {**kept, "attentions": list(attentions), "seeds": list(seeds), "recipe and overrides": base.signature}
         plan = SearchPlan(config, dimensions, rungs, len(attentions) * len(seeds), settings)
         if config.budget.runs is not None and plan.most_trials(0.0, 0) < 1:
             raise SweepError(
@@ -116,8 +116,8 @@ class SearchPlan:
         begun = (ledger.rounds[0].settings if ledger.rounds else None) or self.settings
         for key, value in self.settings.items():
             if begun.get(key) != value:
-                name = key if key in ("attentions", "seeds") else f"search.{key}"
-                raise SweepError(f"{where}: {name} has changed since the search began ({ledger.folder}); give it another name")
+                name = f"search.{key}" if key in SearchConfig.model_fields else key
+                raise SweepError(f"{where}: not as when the search began: {name}; undo that, or give the search another name")
 
     def next_round(self, ledger: Ledger, scores: Mapping[int, list[float]], out: Mapping[int, str], gpu_hours: float) -> Round:
         """The round that follows when all trials of the last one have a score, or are given up.

@@ -102,7 +102,9 @@ def test_round_by_round_without_waiting(tmp_path: Path, capsys: pytest.CaptureFi
     assert "search (random): 3 trials at most, as much training as 4.0 runs, 2 at a time, x 2 runs; epochs 2 -> 4" in text
     assert "submit would start 4 runs" in text
     assert "would start 4 runs" in launch(tmp_path, 2, "submit", "--dry-run").stdout
-    assert not ledger_of(tmp_path)
+    nowhere = launch(tmp_path, 2, "submit", "--data-dir", str(tmp_path))
+    assert "digits/train.beton: no such file" in nowhere.stderr
+    assert not ledger_of(tmp_path), "what is not begun can still be changed"
     assert "submitted 4 of 4 runs" in launch(tmp_path, 2).stdout
     settle(tmp_path, now(tmp_path))
     assert "round 2: 1 new up to epoch 2" in launch(tmp_path, 2, "submit", "--dry-run").stdout
@@ -118,6 +120,9 @@ def test_round_by_round_without_waiting(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["sweep", "collect", "small", "--root", str(tmp_path)]) == 0
     assert f"| digits   | content   | {best}  |" in capsys.readouterr().out
     assert main(["sweep", "status", "small", f"trial={best}", "--root", str(tmp_path)]) == 0
+    assert "came to epoch: 3 to 2, 1 to 4" in capsys.readouterr().out
+    make_search(tmp_path, seeds=2, epochs=4, budget={"runs": 8}, halving={"epochs": [2]}, trials_at_once=2)
+    assert "2 new up to epoch 2" in launch(tmp_path, 2, "submit", "--dry-run").stdout, "a larger budget goes on"
 
 
 def test_failures_wait_for_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.errors import SweepError
 from jobs.search.halving import epochs_of, share_of, trials_within
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
-from jobs.sweep import Sweep
+from jobs.sweep import Sweep, load_sweep
 from tests.support.search_sweeps import SPACE, make_search
 from vitpa.arguments import ConfigError
 from vitpa.cli import main
@@ -219,7 +220,26 @@ def test_settings_that_a_search_began_with_stay(tmp_path: Path) -> None:
     sweep.ledger.folder.parent.mkdir(parents=True)
     replace(sweep.ledger, rounds=[]).append(sweep.ledger.rounds[0])
     make_search(tmp_path, budget={"runs": 9}, trials_at_once=2)  # these may change
-    with pytest.raises(SweepError, match=r"search.seed has changed since the search began \(.*\); give it another name"):
-        make_search(tmp_path, seed=3)
-    with pytest.raises(SweepError, match="seeds has changed"):
-        make_search(tmp_path, seeds=2)
+    changed: list[tuple[str, dict[str, Any]]] = [
+        ("search.seed", {"seed": 3}),
+        ("search.space", {"space": {"optim.lr": [1e-3, 2e-3]}}),
+        ("seeds", {"seeds": 2}),
+        ("recipe and overrides", {"epochs": 8}),
+    ]
+    for name, change in changed:
+        with pytest.raises(
+            SweepError, match=f"not as when the search began: {name}; undo that, or give the search another name"
+        ):
+            make_search(tmp_path, **change)
+
+
+def test_a_search_has_no_axes_and_one_recipe(tmp_path: Path) -> None:
+    make_search(tmp_path)
+    document = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    for more, message in (
+        ({"axes": {"optim.lr": [1e-3]}}, "axes and search: a search has trials instead; leave one of the two out"),
+        ({"recipes": ["recipe.yaml", "cifar10"]}, "recipes: a search is for one recipe; take a sweep for each"),
+    ):
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump(document | more))
+        with pytest.raises(SweepError, match=message):
+            load_sweep(str(tmp_path / "more.yaml"), tmp_path)
