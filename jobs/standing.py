@@ -114,7 +114,7 @@ def accuracy_at(state: RunState, root: Path) -> float | None:
     if state.state in LIVE:
         return None
     if state.result is not None and epoch is None:
-        return state.result.val_top1
+        return state.result.top1
     directory = state.run.directory(root)
     pause = directory.paused()
     if epoch is None or (state.result is None and (pause is None or pause.epoch < epoch)):
@@ -123,7 +123,8 @@ def accuracy_at(state: RunState, root: Path) -> float | None:
         rows = read_metrics(directory.metrics_jsonl)
     except OSError as error:
         raise RunError(f"{directory.metrics_jsonl}: cannot be read ({error.strerror})") from error
-    found = next((row["val/top1"] for row in rows if "val/top1" in row and row.get("epoch", 0) > epoch - 1e-6), None)
+    top1 = state.run.config.top1_metric
+    found = next((row[top1] for row in rows if top1 in row and row.get("epoch", 0) > epoch - 1e-6), None)
     if found is None:
         raise RunError(f"{directory.metrics_jsonl}: has no evaluation after epoch {epoch}; delete the run's folder and submit")
     return float(found)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vitpa import snapshot
 from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, step_of, write_archive
-from vitpa.metrics_file import EVALUATED
+from vitpa.metrics_file import EMA_EVALUATED, EVALUATED
 from vitpa.rundir import RunDir
 
 LOGGER = logging.getLogger(__name__)
@@ -56,10 +56,13 @@ class Checkpoint(BaseModel):
     optimizer: dict[str, Any]  # torch.optim.AdamW's state_dict()
     model: dict[str, Tensor]
     metrics: str | None = None
+    ema: dict[str, Tensor] | None = None  # the average of the parameters, with train.ema_decay
 
     def state(self) -> dict[str, Any]:
         """As plain data for torch.save."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
+        if self.ema is None:
+            del fields["ema"]
         return {**fields, "progress": self.progress.model_dump()}
 
 
@@ -72,10 +75,20 @@ class Layout:
     total_steps: int
 
     @staticmethod
-    def of(model: Mapping[str, Tensor], optimizer: Mapping[str, Any], total_steps: int) -> Layout:
-        """That of a model's and an optimiser's state_dict()."""
-        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in _tensors(model, optimizer)}
+    def of(
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Any],
+        total_steps: int,
+        ema: Mapping[str, Tensor] | None = None,
+    ) -> Layout:
+        """That of a model's and an optimiser's state_dict(), and of an average of the parameters if there is one."""
+        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in _tensors(model, optimizer, ema)}
         return Layout(tensors, [group["params"] for group in optimizer["param_groups"]], total_steps)
+
+    @property
+    def evaluated(self) -> set[str]:
+        """The metrics of an evaluation."""
+        return {*EVALUATED, *(EMA_EVALUATED if any(name.startswith("ema ") for name in self.tensors) else ())}
 
     @property
     def max_bytes(self) -> int:
@@ -83,8 +96,11 @@ class Layout:
         return SLACK_BYTES + 2 * sum(dtype.itemsize * shape.numel() for dtype, shape in self.tensors.values())
 
 
-def _tensors(model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    model: Mapping[str, Tensor], optimizer: Mapping[str, Any], ema: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
     yield from ((f"model {name}", tensor) for name, tensor in model.items())
+    yield from ((f"ema {name}", tensor) for name, tensor in (ema or {}).items())
     for number, moments in optimizer["state"].items():
         yield from ((f"optimizer {number} {name}", tensor) for name, tensor in moments.items())
 
@@ -185,10 +201,10 @@ def _misfits(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
     progress, optimizer = checkpoint.progress, checkpoint.optimizer
     if progress.step > layout.total_steps:
         yield f"step {progress.step} of {layout.total_steps}"
-    if set(progress.val) not in ({*EVALUATED}, set()) or (progress.step == layout.total_steps and not progress.val):
+    if set(progress.val) not in (layout.evaluated, set()) or (progress.step == layout.total_steps and not progress.val):
         yield f"an evaluation of {', '.join(progress.val) or 'nothing'}"
     try:
-        found = dict(_tensors(checkpoint.model, optimizer))
+        found = dict(_tensors(checkpoint.model, optimizer, checkpoint.ema))
         groups = [group["params"] for group in optimizer["param_groups"]]
         types = {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()}
     except (AttributeError, KeyError, TypeError):

@@ -180,6 +180,9 @@ class TrainConfig(Section):
     global_batch_size: int = Field(
         128, ge=1, le=1_048_576, description="images per optimiser step over all processes and accumulation steps"
     )
+    ema_decay: Float = Field(
+        0.0, ge=0, lt=1, description="of a moving average of the weights, evaluated beside them, which then counts; 0: none"
+    )
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="autocast type of the forward pass")
     order: Literal["random", "quasi_random"] = Field(
         "random",
@@ -296,15 +299,6 @@ class RunConfig(Section):
                 raise ValueError(
                     f"augment.{name}_scale=[{low}, {high}] is less than a pixel of model.img_size={self.model.img_size}"
                 )
-        if self.model.kind != "vit" and self.train.global_batch_size == 1:
-            raise ValueError(
-                f"train.global_batch_size=1: the batch norm of model.kind={self.model.kind} takes 2 images at least"
-            )
-        if self.model.kind != "vit" and self.runtime.accum_steps > 1:
-            raise ValueError(
-                f"runtime.accum_steps={self.runtime.accum_steps}: the batch norm of model.kind={self.model.kind} takes the "
-                "statistics of a whole batch; it must be 1"
-            )
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
@@ -317,12 +311,33 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_batch_norm(self) -> Self:
+        kind = self.model.kind
+        if kind == "vit":
+            return self
+        if self.train.global_batch_size == 1:
+            raise ValueError(f"train.global_batch_size=1: the batch norm of model.kind={kind} takes 2 images at least")
+        if self.runtime.accum_steps > 1:
+            raise ValueError(
+                f"runtime.accum_steps={self.runtime.accum_steps}: the batch norm of model.kind={kind} takes the "
+                "statistics of a whole batch; it must be 1"
+            )
+        if self.train.ema_decay:
+            raise ValueError(
+                f"train.ema_decay={self.train.ema_decay}: the batch norm of model.kind={kind} has no statistics of averaged "
+                "weights; it must be 0"
+            )
+        return self
+
     def experiment(self) -> dict[str, Any]:
         """Everything that may change the numbers: the whole resolved document without `runtime`."""
         document = self.model_dump(mode="json", exclude={"runtime"})
         # these keys are younger than many runs, which were all so
         if self.train.order == "random":
             del document["train"]["order"]
+        if not self.train.ema_decay:
+            del document["train"]["ema_decay"]
         if not self.train.holdout:
             del document["train"]["holdout"]
         if not self.augment.color_jitter:
@@ -361,7 +376,12 @@ class RunConfig(Section):
     @property
     def top1_name(self) -> str:
         """What a line about the run calls its accuracy."""
-        return "held-out top-1" if self.train.holdout else "val top-1"
+        return f"{'held-out' if self.train.holdout else 'val'} top-1{' (EMA)' if self.train.ema_decay else ''}"
+
+    @property
+    def top1_metric(self) -> str:
+        """The metric in the rows of metrics.jsonl that counts."""
+        return "ema_val/top1" if self.train.ema_decay else "val/top1"
 
     @property
     def network_name(self) -> str:

@@ -70,7 +70,7 @@ class Metrics:
         self._closed_step = step
 
     def evaluated(self, step: int, sums: Tensor) -> None:
-        """Take the sums (R, 4) over all processes of an evaluation at `step`, as `ReplicaSteps.evaluate` gives them."""
+        """Take the sums (R, 4 or 8) over all processes of an evaluation at `step`, as `ReplicaSteps.evaluate` gives them."""
         self._evaluation = _OpenRow(step, 0, AsyncHostCopy.start(sums.clone()))
 
     def poll(self) -> dict[int, int]:
@@ -125,7 +125,8 @@ class Metrics:
             replica.progress.val = found[number]
             if replica.logs is not None:
                 replica.logs.row(step, step // self._epoch_steps, found[number])
-        self._show([found[number] for number, _ in self._written()])
+        counts = self._replicas[0].config.top1_metric
+        self._show([{**found[number], "val/top1": found[number][counts]} for number, _ in self._written()])
 
     def _written(self) -> Iterator[tuple[int, Replica]]:
         """The replicas that rows are written of, with their numbers."""
@@ -143,9 +144,17 @@ class Metrics:
 
 
 def evaluation_metrics(sums: Tensor, *, num_samples: int) -> list[dict[str, float]]:
-    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes (R, 4)."""
+    """Per replica: top-1, top-5 (fractions) and cross-entropy without smoothing, from the sums over all processes.
+
+    `sums` are (R, 4), or (R, 8) with those of the weights' average after those of the weights.
+    """
     metrics = []
-    for loss_sum, top1, top5, count in sums.tolist():
-        assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
-        metrics.append({"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count})
+    for values in sums.tolist():
+        found: dict[str, float] = {}
+        for prefix, at in zip(("", "ema_"), range(0, len(values), 4), strict=False):
+            loss_sum, top1, top5, count = values[at : at + 4]
+            assert count == num_samples, f"evaluated {count} of {num_samples} images"  # every image once
+            its = {"val/loss": loss_sum / count, "val/top1": top1 / count, "val/top5": top5 / count}
+            found |= {prefix + name: value for name, value in its.items()}
+        metrics.append(found)
     return metrics

@@ -20,6 +20,7 @@ from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes, r
 
 LOGGER = logging.getLogger(__name__)
 EVALUATED = ("val/top1", "val/top5", "val/loss")
+EMA_EVALUATED = tuple(f"ema_{name}" for name in EVALUATED)  # of the average that train.ema_decay keeps, in the same rows
 TAIL_BYTES = 16_384
 METRICS_BYTES = 1 << 30  # some millions of rows
 CRC = b'"crc32": "'

@@ -53,6 +53,9 @@ class Replica:
             val_top1=progress.val["val/top1"],
             val_top5=progress.val["val/top5"],
             val_loss=progress.val["val/loss"],
+            ema_val_top1=progress.val.get("ema_val/top1"),
+            ema_val_top5=progress.val.get("ema_val/top5"),
+            ema_val_loss=progress.val.get("ema_val/loss"),
             train_time_s=progress.train_time_s,
             gpu_hours=progress.gpu_time_s / 3600,
             images_per_s=progress.step * config.train.global_batch_size / progress.train_time_s,
@@ -69,7 +72,7 @@ class Replica:
         """Write result.json, the last act of a training to its end; a line about it."""
         result = self.result(beton_sha256)
         write_json(self.run.result_json, with_checksum(result.model_dump()))
-        accuracy = f"{self.config.top1_name} {100 * result.val_top1:.2f} % after {result.epochs} epochs"
+        accuracy = f"{self.config.top1_name} {100 * result.top1:.2f} % after {result.epochs} epochs"
         return f"finished: {accuracy}; {self.run.result_json}"
 
     def record_pause(self, epoch_steps: int) -> str:
@@ -84,5 +87,5 @@ class Replica:
             utc=utc_now(),
         )
         write_json(self.run.paused_json, with_checksum(pause.model_dump()))
-        accuracy = f"{self.config.top1_name} {100 * progress.val['val/top1']:.2f} %"
+        accuracy = f"{self.config.top1_name} {100 * progress.val[self.config.top1_metric]:.2f} %"
         return f"paused after epoch {pause.epoch} of {self.config.train.epochs}: {accuracy}; without the pause it goes on"

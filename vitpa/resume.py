@@ -34,7 +34,8 @@ def resume_points(t: Training) -> dict[int, Path | None]:
 
 def layout(t: Training) -> checkpoint.Layout:
     """The tensors that a checkpoint of any of the runs has, since they differ in the seed only."""
-    return checkpoint.Layout.of(t.replicas[0].model.state_dict(), t.steps.optimizer_state(0, 0), t.total_steps)
+    model, steps = t.replicas[0].model.state_dict(), t.steps
+    return checkpoint.Layout.of(model, steps.optimizer_state(0, 0), t.total_steps, steps.ema_state(0))
 
 
 def resume(t: Training, paths: Sequence[Path]) -> None:
@@ -56,6 +57,7 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
             )
         replica.model.load_state_dict(state.model)
         t.steps.load_optimizer(number, state.optimizer)
+        t.steps.load_ema(number, state.ema)
         replica.progress, replica.rows = state.progress, state.metrics
         if t.group.is_main:  # the sums are over all processes
             t.steps.accumulator.sums[number] = state.window.to(t.group.device)

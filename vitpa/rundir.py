@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import files_by_step, is_plausible
-from vitpa.metrics_file import last_evaluation
+from vitpa.metrics_file import EMA_EVALUATED, EVALUATED, last_evaluation
 from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_atomic, write_json
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
@@ -47,8 +47,26 @@ class Result(BaseModel):
     code_version: str = Field(min_length=1)
     beton_sha256: dict[str, Sha256] = Field(min_length=1)
     finished_utc: str = Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
+    ema_val_top1: float | None = Field(None, ge=0, le=1)  # of the average of train.ema_decay, which then counts
+    ema_val_top5: float | None = Field(None, ge=0, le=1)
+    ema_val_loss: float | None = Field(None, ge=0)
     holdout: float | None = Field(None, ge=0, le=0.5)  # share of train that val_* are of; 0: val; older ones have none
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
+
+    @property
+    def top1(self) -> float:
+        """The accuracy that counts, a fraction: that of the weights' average if the run keeps one, else val_top1."""
+        return self.val_top1 if self.ema_val_top1 is None else self.ema_val_top1
+
+    @property
+    def top5(self) -> float:
+        """The top-5 accuracy that counts."""
+        return self.val_top5 if self.ema_val_top5 is None else self.ema_val_top5
+
+    @property
+    def loss(self) -> float:
+        """The loss that counts."""
+        return self.val_loss if self.ema_val_loss is None else self.ema_val_loss
 
 
 class Pause(BaseModel):
@@ -216,7 +234,8 @@ class RunDir:
             return f"cannot be verified: {name} cannot be read ({error.strerror})"
         if row is None:
             return f"cannot be verified: the end of {name} is damaged, or holds no evaluation"
-        says = {"step": result.steps, **{f"val/{key}": getattr(result, f"val_{key}") for key in ("top1", "top5", "loss")}}
+        metrics = {name: getattr(result, name.replace("/", "_")) for name in (*EVALUATED, *EMA_EVALUATED)}
+        says = {"step": result.steps, **metrics}
         for key, value in says.items():
             if row.get(key) != value:
                 return f"says {key} {value}, the last evaluation in {name} {row.get(key)}"

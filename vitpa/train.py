@@ -145,7 +145,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         )
         replica.logs = stack.enter_context(logs)
         if not step:
-            logs.hparams(replica.config.model_dump(mode="json", exclude={"runtime"}), {"val/top1": 0.0})
+            logs.hparams(replica.config.model_dump(mode="json", exclude={"runtime"}), {t.config.top1_metric: 0.0})
             logs.image("augmented", make_grid(t.data.preview(replica.config.seed)), step)
     if not step:
         show_positions(t)
@@ -292,6 +292,7 @@ def save(t: Training) -> None:
                 optimizer=t.steps.optimizer_state(number, t.step),
                 model=dict(replica.model.state_dict()),
                 metrics=replica.logs.rows,
+                ema=t.steps.ema_state(number),
             )
             assert t.checkpoints is not None
             t.checkpoints.save(replica.run, state)

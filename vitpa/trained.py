@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from vitpa import checkpoint, snapshot
 from vitpa.checkpoint_file import CheckpointError, files_by_step, name_of
@@ -30,7 +30,7 @@ from vitpa.models import build_model
 from vitpa.records import Record, RunError, read_json, read_record
 from vitpa.rundir import Result, RunDir
 
-COLUMNS = ("val_top1", "val_top5", "val_loss", "epochs", "steps", "train_time_s", "gpu_hours", "images_per_s")
+COLUMNS = ("val_top1", "val_top5", "val_loss", "top1", "epochs", "steps", "train_time_s", "gpu_hours", "images_per_s")
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,21 @@ class TrainedRun:
         found = {step / self.steps_per_epoch for step in files_by_step(self.directory.snapshots)}
         return sorted({0.0, *found, self._newest_step / self.steps_per_epoch})
 
-    def model(self, epoch: float | None = None) -> nn.Module:
+    def model(self, epoch: float | None = None, *, ema: bool = False) -> nn.Module:
         """The model with the weights after `epoch` epochs, on the CPU, ready to evaluate; None: the newest there are.
 
-        Epoch 0 is the initialisation, made again from the seed.
+        Epoch 0 is the initialisation, made again from the seed. With `ema` it has the newest average that train.ema_decay
+        keeps, whatever `epoch` is: the weights that count for such a run.
 
         Raises:
             RunError: there are none of that epoch, or they are damaged.
         """
         model: nn.Module = copy.deepcopy(self._initial)
+        if ema:
+            if self._newest.ema is None:
+                raise RunError(f"{self.path}: keeps no average of the weights; train it with train.ema_decay")
+            model.load_state_dict(self._newest.ema)
+            return model.eval()
         step = self._newest_step if epoch is None else round(epoch * self.steps_per_epoch)
         if step:
             model.load_state_dict(self._weights(step))
@@ -123,8 +129,8 @@ class TrainedRun:
         return model
 
     @cached_property
-    def _newest(self) -> dict[str, Tensor]:
-        """The weights of the newest checkpoint; of a finished run those whose checksum is in its result."""
+    def _newest(self) -> checkpoint.Checkpoint:
+        """The newest checkpoint; of a finished run that of the weights whose checksum is in its result."""
         path = self.directory.checkpoints / name_of(self._newest_step)
         try:
             state, _ = checkpoint.load(path, self.directory.signature)
@@ -132,18 +138,18 @@ class TrainedRun:
             raise RunError(f"{path}: {error}; restore it, or train the run again") from error
         if self.result is not None and checkpoint.weights_sha256(state.model) != self.result.weights_sha256:
             raise RunError(f"{path}: its weights are not those that {self.directory.result_json.name} is about; restore it")
-        return state.model
+        return state
 
     @property
     def _num_classes(self) -> int:
         for name in ("head.weight", "fc.weight"):  # of timm's ViTs; of its ResNets
-            if name in self._newest:
-                return len(self._newest[name])
+            if name in self._newest.model:
+                return len(self._newest.model[name])
         raise RunError(f"{self.path}: its newest checkpoint has no classifier; train the run again")
 
     def _weights(self, step: int) -> dict[str, Any]:
         if step == self._newest_step:
-            return self._newest
+            return self._newest.model
         path = files_by_step(self.directory.snapshots).get(step)
         if path is None:
             there = ", ".join(f"{epoch:g}" for epoch in self.epochs())
@@ -197,7 +203,8 @@ class TrainedSweep:
 
         `attention` is missing (NaN) where the network has none.
         Other settings that differ between the runs have a column each, such as train.epochs. Accuracies are fractions, of
-        the images that `evaluated_on` names.
+        the images that `evaluated_on` names. `top1` is the one that counts: of the weights' average if a run keeps one, else
+        val_top1.
         """
         rows = []
         for run, settings in zip(self.runs, differing_settings(self.runs), strict=True):

@@ -241,7 +241,7 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         network=run.config.network_name,
         settings=run.settings,
         wanted=len(members),
-        val_top1=Estimate.of([result.val_top1 for result in results]),
+        val_top1=Estimate.of([result.top1 for result in results]),
         seeds=sorted(result.seed for result in results),
         gpu_hours=math.fsum(result.gpu_hours for result in results),
         code_versions=sorted({_code(result) for result in results}),
@@ -254,7 +254,7 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
 
 def _scores(members: list[RunState]) -> Scores:
     run = members[0].run
-    val_top1 = {state.run.seed: state.result.val_top1 if state.result else None for state in members}
+    val_top1 = {state.run.seed: state.result.top1 if state.result else None for state in members}
     return Scores(run.dataset, {"attention": run.config.network_name, **run.settings}, val_top1)
 
 

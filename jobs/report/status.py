@@ -30,7 +30,7 @@ from vitpa.terminal import printable
 REFRESH_S = 1.0
 REFRESH_SLURM_S = 10.0  # squeue is a burden on everybody's scheduler
 TAIL_BYTES = 16_384
-PROGRESS = {name: f'"{name}"'.encode() for name in ("step", "epoch", "val/top1", "perf/images_per_s")}  # as in the file
+PROGRESS = {name: f'"{name}"'.encode() for name in ("step", "epoch", "perf/images_per_s")}  # as in the file
 COLOURS = {"done": "green", "running": "cyan", "pending": "blue", "failed": "red", "broken": "red", "lost": "yellow"}
 STYLES = {state: Style(color=colour) for state, colour in COLOURS.items()}
 
@@ -51,18 +51,19 @@ def progress_of(state: RunState, root: Path) -> Progress:
     """Progress of a run: from its result, or else from the ends of its records."""
     if state.result is not None:
         result = state.result
-        return Progress(result.steps, result.steps, result.epochs, result.val_top1, result.images_per_s)
+        return Progress(result.steps, result.steps, result.epochs, result.top1, result.images_per_s)
     if state.attempt is None:
         return Progress()
     directory = state.run.directory(root)
-    last, damaged = _last_values(directory)
+    top1 = state.run.config.top1_metric
+    last, damaged = _last_values(directory, top1)
     total = made_with(directory.env_json).get("steps_total")
     total = total if isinstance(total, int) else None
-    return Progress(last.get("step"), total, last.get("epoch"), last.get("val/top1"), last.get("perf/images_per_s"), damaged)
+    return Progress(last.get("step"), total, last.get("epoch"), last.get(top1), last.get("perf/images_per_s"), damaged)
 
 
-def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
-    """The last value of each metric in PROGRESS, from the end of metrics.jsonl, and whether a line there is damaged.
+def _last_values(directory: RunDir, top1: str) -> tuple[dict[str, Any], bool]:
+    """The last value of each metric in PROGRESS and of `top1`, from the end of metrics.jsonl; whether a line there is damaged.
 
     A line cut at either end is left out.
     """
@@ -71,7 +72,7 @@ def _last_values(directory: RunDir) -> tuple[dict[str, Any], bool]:
     except OSError:
         return {}, False
     found: dict[str, Any] = {}
-    wanted, damaged = dict(PROGRESS), any(b"\0" in line for line in lines)
+    wanted, damaged = PROGRESS | {top1: f'"{top1}"'.encode()}, any(b"\0" in line for line in lines)
     for number, line in reversed(list(enumerate(lines))):
         if not any(key in line for key in wanted.values()):  # to parse every line takes longer than all the rest of `status`
             continue

@@ -82,6 +82,7 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "train.epochs": "4",
     "train.holdout": "0.1",
     "train.global_batch_size": "64",
+    "train.ema_decay": "0.999",
     "train.precision": "float32",
     "train.order": "quasi_random",
 }
@@ -339,6 +340,7 @@ def test_a_value_of_another_type_or_range_is_refused(tmp_path: Path, override: s
         ("augment.color_jitter=[0.3]", r"augment\.color_jitter=\[0\.3\]: expected \[brightness, .* or \[\] for none"),
         ("augment.color_jitter=[0.3,0.3,0.3,0.6]", r"augment\.color_jitter=.*: the hue, the last, must be at most 0\.5"),
         ("augment.color_jitter=[0.3,-1,0.3]", r"augment\.color_jitter"),
+        ("model.kind=resnet18 train.ema_decay=0.9", r"train\.ema_decay=0\.9: the batch norm of .*; it must be 0"),
         ("model.kind=resnet18 runtime.accum_steps=2", r"runtime\.accum_steps=2: the batch norm of .*; it must be 1"),
         (
             "model.kind=resnet18 train.global_batch_size=1",
@@ -485,6 +487,7 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
         "model.kind=vit",
         "model.global_pool=token",
         "augment.color_jitter=[]",
+        "train.ema_decay=0",
     ],
 )
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 4 + 8 + 4 + 2  # weights, AdamW's two moments, gradients, the copy for bfloat16 products
+EMA_BYTES_PER_PARAMETER = 4 + 2  # with train.ema_decay the average of the weights, and its copy
 KEPT_PER_TOKEN = 9  # vectors of D that a block keeps for its backward pass: inputs of both norms, norms, q, k, v, mixed, ...
 KEPT_PER_HIDDEN = 2  # vectors of the MLP's hidden width: before and after its non-linearity
 CLASSES = 1000  # of the head, at most; of a small data set it is nothing beside the rest
@@ -31,7 +32,8 @@ def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float
     bytes_per_value = 2 if config.train.precision == "bfloat16" else 4
     batch_size = config.train.global_batch_size // config.runtime.accum_steps
     activations = model.depth * model.num_tokens * model.embed_dim * kept * bytes_per_value * batch_size
-    per_replica = num_parameters(config) * BYTES_PER_PARAMETER + activations
+    bytes_per_parameter = BYTES_PER_PARAMETER + (EMA_BYTES_PER_PARAMETER if config.train.ema_decay else 0)
+    per_replica = num_parameters(config) * bytes_per_parameter + activations
     return MARGIN * ((replicas * per_replica + num_train_images * image_bytes) / GIB + FIXED_GIB)
 
 

@@ -31,6 +31,7 @@ from vitpa.distributed import Group
 from vitpa.step.accumulator import MetricAccumulator
 from vitpa.step.adamw import ReplicaAdamW
 from vitpa.step.drop_path import branch_scales, keep_probabilities
+from vitpa.step.ema import WeightAverage
 from vitpa.step.networks import Network, Networks
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
@@ -91,6 +92,10 @@ class ReplicaSteps:
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
+        self.ema = None
+        if config.train.ema_decay:
+            self.ema = WeightAverage(self.adamw, config.train.ema_decay, len(learning_rates))
+        self.evaluated = [(each.weights, each.copies) for each in (self, self.ema) if each is not None]
         self.keep = None
         if config.model.kind == "vit" and config.model.drop_path_rate:
             self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
@@ -104,7 +109,8 @@ class ReplicaSteps:
         self.factors = self.adamw.factors(learning_rates)
         self.losses = self.adamw.losses  # of the step
         self.accumulator = MetricAccumulator(self.R, self.device)
-        self.eval_sums = torch.zeros(self.R, 4, dtype=torch.float64, device=self.device)  # loss, top-1, top-5, images
+        # loss, top-1, top-5, images; of the weights, then of their average
+        self.eval_sums = torch.zeros(self.R, 4 * len(self.evaluated), dtype=torch.float64, device=self.device)
 
         self._functions = StepFunctions(
             make_batch=self._make_batch,
@@ -214,17 +220,30 @@ class ReplicaSteps:
         """Take over such a state."""
         self.adamw.load_state_dict(replica, state)
 
+    def ema_state(self, replica: int) -> dict[str, Tensor] | None:
+        """The moving average of a replica's parameters, by name: views; None without train.ema_decay."""
+        return None if self.ema is None else self.ema.state(replica)
+
+    def load_ema(self, replica: int, state: dict[str, Tensor] | None) -> None:
+        """Take over such a state."""
+        if self.ema is not None and state is not None:
+            self.ema.load(replica, state)
+
     def freeze(self, replica: int) -> None:
         """Leave the weights and optimiser state of a replica as they are from now on."""
         self.adamw.frozen[replica] = True
 
-    def evaluate(self) -> Float64[Tensor, "R 4"]:
+    def evaluate(self) -> Float64[Tensor, "R S"]:
         """Sums over this process's share of the val split: cross-entropy, top-1, top-5, images.
+
+        S = 4, or 8 with train.ema_decay: those of the weights, then those of their average.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
         self.eval_sums.zero_()
+        if self.ema is not None:
+            self.ema.copy_values()
         self.feed.begin_evaluation()
         for _ in range(self.feed.num_eval_batches):
             self.feed.load_eval()
@@ -257,6 +276,8 @@ class ReplicaSteps:
     def _optimizer_step(self) -> None:
         """Clip and apply the gradients, and note whether they and the losses are finite."""
         norms = self.adamw.update(self.losses, self.factors.index_select(0, self.done.view(1))[0])
+        if self.ema is not None:
+            self.ema.update(self.done)
         self.done += 1
         self.accumulator.check(self.done, self.losses, norms)
 
@@ -303,8 +324,9 @@ class ReplicaSteps:
         functions = self._functions
         with torch.no_grad():
             images, labels = functions.make_eval_batch(self.feed.eval_inputs())
-            logits = functions.eval_network(self.weights, self.copies, images.expand(self.R, *images.shape))
-            self.eval_sums += functions.score(logits, labels)
+            images = images.expand(self.R, *images.shape)
+            logits = [functions.eval_network(*weights, images) for weights in self.evaluated]
+            self.eval_sums += torch.cat([functions.score(each, labels) for each in logits], dim=1)
             self.feed.advance_eval()
 
     def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -326,6 +348,8 @@ class ReplicaSteps:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
         changed = [*self.adamw.state_tensors(), *self.buffers, *self.feed.positions(), self.done, self.eval_sums]
         changed += [self.accumulator.sums, self.accumulator.grad_norm, self.accumulator.first_nonfinite_step]
+        if self.ema is not None:
+            changed.append(self.ema.values)
         before = [tensor.clone() for tensor in changed]
         try:
             return function(*arguments)

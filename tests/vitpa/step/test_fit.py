@@ -14,13 +14,15 @@ def configured(*overrides: str) -> RunConfig:
 
 
 def test_memory_by_hand() -> None:
-    config = configured(
-        "model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=2.0", "model.patch_size=16"
-    )
+    small = ["model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.mlp_ratio=2.0", "model.patch_size=16"]
+    config = configured(*small)
     assert num_parameters(config) == 8 * 8 * 8 + 8 * (3 * 256 + 5 + 1000)
     activations = 1 * 5 * 8 * 13 * 2 * 128  # blocks x tokens x D x kept x bfloat16 x batch
     expected = 3 * (num_parameters(config) * 18 + activations) + 100 * 3 * 32 * 32
     assert memory_gib(config, 3, 100) == pytest.approx(MARGIN * (expected / GIB + FIXED_GIB))
+    averaged = configured(*small, "train.ema_decay=0.999")
+    more = memory_gib(averaged, 3, 100) - memory_gib(config, 3, 100)
+    assert more == pytest.approx(MARGIN * 3 * num_parameters(config) * 6 / GIB)
     without_class_token = configured(
         "model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.patch_size=16", "model.global_pool=avg"
     )
