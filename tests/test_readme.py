@@ -293,7 +293,7 @@ def hundreds(rate: float) -> str:
     return f"{round(rate, -2):,.0f}"
 
 
-@pytest.mark.parametrize("sweep", ["cifar10", "cifar10_short"])
+@pytest.mark.parametrize("sweep", ["cifar10", "cifar100", "cifar10_short"])
 def test_accuracies_are_those_of_the_files(sweep: str) -> None:
     document = read(f"jobs/sweeps/results/{sweep}.json")
     top1: dict[str, dict[int, float]] = {"content": {}, "positional": {}}
@@ -332,8 +332,9 @@ def test_the_readmes_speeds_are_among_them() -> None:
     assert [figure for figure in figures if figure not in SPEED] == []
 
 
-def test_structure_is_that_of_the_files() -> None:
-    document, text = read("vitpa/analysis/results/cifar10.json"), TEXTS["vitpa/analysis/results/README.md"]
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_structure_is_that_of_the_files(name: str) -> None:
+    document, text = read(f"vitpa/analysis/results/{name}.json"), TEXTS["vitpa/analysis/results/README.md"]
     last = [row for row in document["cells"] if row["layer"] is None and row["epoch"] == 300]
     pairs = [row for row in document["differences_content_minus_positional"] if row["epoch"] == 300]
     assert (len(last), len(pairs)) == (12, 6)
