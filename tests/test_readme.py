@@ -93,7 +93,7 @@ def test_training_commands_load(command: str) -> None:
         assert (launch.module, launch.training_script) == (True, "vitpa.train")
         words = ["train", *launch.training_script_args]
     options = command_parser().parse_intermixed_args(words[1:])
-    assert all(config.signature for config in configs_of(options.config, options.overrides, options.seeds))
+    assert all(config.signature for config in configs_of([options.config, *options.others], options.overrides, options.seeds))
 
 
 @pytest.mark.parametrize("command", those("vitpa bench "))

@@ -104,7 +104,7 @@ class Metrics:
             metrics = {
                 "train/loss": loss_sum / images,
                 "train/top1": correct / images,
-                "train/lr": self._steps.learning_rate(step - 1),
+                "train/lr": self._steps.learning_rate(number, step - 1),
                 "train/grad_norm": grad_norm,
                 "perf/images_per_s": images_per_s,
                 "time_s": replica.train_time_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -58,23 +58,25 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def learning_rates(config: RunConfig, epoch_steps: int) -> Tensor:
-    """The learning rate of each step of the whole run: (steps,) float64.
+def learning_rates(configs: Sequence[RunConfig], epoch_steps: int) -> Tensor:
+    """The learning rate of each step of whole runs of one length: (steps, R) float64, or (steps, 1) if all have the same.
 
     Raises:
         ConfigError: more than MAX_STEPS.
     """
-    optim, total_steps = config.optim, config.train.epochs * epoch_steps
+    train = configs[0].train
+    total_steps = train.epochs * epoch_steps
     if total_steps > MAX_STEPS:
         raise ConfigError(
-            f"train.epochs={config.train.epochs} are {total_steps:,} steps at "
-            f"train.global_batch_size={config.train.global_batch_size}; at most {MAX_STEPS:,}: lower one or raise the other"
+            f"train.epochs={train.epochs} are {total_steps:,} steps at "
+            f"train.global_batch_size={train.global_batch_size}; at most {MAX_STEPS:,}: lower one or raise the other"
         )
-    rate = partial(
-        learning_rate,
-        peak=optim.lr,
-        minimum=optim.min_lr,
-        warmup_steps=round(optim.warmup_epochs * epoch_steps),
-        total_steps=total_steps,
-    )
+    schedules = [(config.optim.lr, config.optim.min_lr, config.optim.warmup_epochs) for config in configs]
+    rates = {each: _learning_rates(*each, epoch_steps, total_steps) for each in dict.fromkeys(schedules)}
+    return torch.stack([rates[each] for each in schedules] if len(rates) > 1 else list(rates.values()), dim=1)
+
+
+def _learning_rates(peak: float, minimum: float, warmup_epochs: float, epoch_steps: int, total_steps: int) -> Tensor:
+    warmup_steps = round(warmup_epochs * epoch_steps)
+    rate = partial(learning_rate, peak=peak, minimum=minimum, warmup_steps=warmup_steps, total_steps=total_steps)
     return torch.tensor([rate(step) for step in range(total_steps)], dtype=torch.float64)

@@ -22,6 +22,7 @@ class Replica:
     config: RunConfig
     run: RunDir
     model: Any  # timm's VisionTransformer or ResNet: the weights
+    name: str = ""  # what tells it from the others, such as `seed 0`
     progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint, but for the newest evaluation
     rows: str | None = ""  # of metrics.jsonl up to there; None: as the file has them
     logs: Logs | None = None  # in the main process

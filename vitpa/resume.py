@@ -11,6 +11,7 @@ from vitpa.attempt import record_left
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.environment import environment
 from vitpa.records import RunError, with_checksum, write_json
+from vitpa.together import settings_apart
 from vitpa.training import Training
 
 LOGGER = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ def resume_points(t: Training) -> dict[int, Path | None]:
     for number, replica in enumerate(t.replicas):
         if number not in paths:
             reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
-            LOGGER.info(f"seed {replica.config.seed} is left out: {reason}")
+            LOGGER.info(f"{replica.name} is left out: {reason}")
             record_left(replica.run, "apart", reason)
     return paths
 
 
 def layout(t: Training) -> checkpoint.Layout:
-    """The tensors that a checkpoint of any of the runs has, since they differ in the seed only."""
+    """The tensors that a checkpoint of any of the runs has, since what differs between them has no tensors."""
     model, steps = t.replicas[0].model.state_dict(), t.steps
     return checkpoint.Layout.of(model, steps.optimizer_state(0, 0), t.total_steps, steps.ema_state(0))
 
@@ -69,7 +70,12 @@ def record_environment(t: Training) -> None:
     """Record what this attempt runs with: code, libraries, device, data, sizes."""
     facts = environment(t.group.device)
     sizes = {"steps_total": t.total_steps, "steps_per_epoch": t.epoch_steps, "processes": t.group.world_size}
-    together = {"trained_with_seeds": [replica.config.seed for replica in t.replicas], "resumed_at_step": t.step}
+    configs = [replica.config for replica in t.replicas]
+    together = {
+        "trained_with_seeds": [config.seed for config in configs],
+        "trained_with_settings": settings_apart(configs),  # beside the seeds
+        "resumed_at_step": t.step,
+    }
     data = {"beton_sha256": t.data.beton_sha256, "num_samples": t.data.num_samples, "evaluated_on": t.config.evaluated_on}
     document = with_checksum({**facts, **sizes, **together, **data})
     for replica in t.replicas:

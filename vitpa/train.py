@@ -1,12 +1,13 @@
 """The whole story of a training run, top to bottom: set-up, resume, loop, evaluation, checkpoint, result.
 
-    python -m vitpa.train CONFIG [a.b=c ...] [--seeds 0,1,2]
+    python -m vitpa.train CONFIG [a.b=c ...] [--seeds 0,1,2] [--with CONFIG ...]
     torchrun --nproc-per-node=4 -m vitpa.train CONFIG [a.b=c ...]
 
 A run killed at any moment and started again continues from its newest checkpoint; on the CPU it ends with weights
 bit-identical to the weights of an undisturbed run, because everything random is a function of (seed, epoch, step, sample).
 
-Several seeds may be trained together. Each is then a replica: a run with files of its own, which can be resumed alone.
+Several runs may be trained together that differ in their seeds, or in what else vitpa/together.py names. Each is then a
+replica: a run with files of its own, which can be resumed alone.
 
 The loop is `train_epoch`; the arithmetic of a step is in vitpa/step/step.py, the command line in vitpa/train_command.py.
 """
@@ -43,6 +44,7 @@ from vitpa.resume import resume, resume_points
 from vitpa.step.accumulator import NEVER
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
+from vitpa.together import check_together, group_name, replica_names
 from vitpa.training import Training, say
 
 LOGGER = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class TrainError(UserError):
 
 
 def train(configs: Sequence[RunConfig], group: Group) -> bool:
-    """Train one run per seed to completion, resuming from checkpoints; each writes its result.json, last of all.
+    """Train runs to completion, several in one step, resuming from checkpoints; each writes its result.json, last of all.
 
     Returns:
         whether the runs are finished; False if they pause or a stop was requested, the state being in checkpoints.
@@ -85,25 +87,28 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
 
 def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
     """Open the data and build the models and optimisers, as they are before the first step."""
+    check_together(configs)
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
     data = open_data(configs, group)
     epoch_steps = steps_per_epoch(data.num_samples["train"], config.train.global_batch_size)
     models = [
-        build_model(**dict(config.model), num_classes=data.num_classes, seed=key(each.seed, Purpose.INIT)).to(group.device)
+        build_model(**dict(each.model), num_classes=data.num_classes, seed=key(each.seed, Purpose.INIT)).to(group.device)
         for each in configs
     ]
     steps = ReplicaSteps(
-        config,
+        configs,
         group,
-        seeds=[each.seed for each in configs],
         models=models,
-        optimizers=[make_optimizer(config, model) for model in models],
+        optimizers=[make_optimizer(each, model) for each, model in zip(configs, models, strict=True)],
         feed=data.feed,
         augmentation=data.augmentation,
-        learning_rates=learning_rates(config, epoch_steps),
+        learning_rates=learning_rates(configs, epoch_steps),
     )
-    replicas = [Replica(each, each.run_dir, model) for each, model in zip(configs, models, strict=True)]
+    replicas = [
+        Replica(each, each.run_dir, model, name)
+        for each, model, name in zip(configs, models, replica_names(configs), strict=True)
+    ]
     metrics = Metrics(
         replicas,
         steps,
@@ -126,16 +131,16 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     if not t.group.is_main:
         return
     config, step = t.config, t.step
-    seeds = ",".join(str(replica.config.seed) for replica in t.replicas)
-    name = f"{config.dataset}-{config.network_name}-s{seeds}"
+    name = group_name([replica.config for replica in t.replicas])
     t.line = stack.enter_context(ProgressLine(name, t.total_steps, step, config.top1_name))
-    where = ", ".join(str(replica.run.path) for replica in t.replicas)
+    where = ", ".join(f"{replica.run.path}{f' ({replica.name})' if len(t.replicas) > 1 else ''}" for replica in t.replicas)
     images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
     place = f"on {t.group.device} ({images} images, evaluated on {config.evaluated_on}) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)
-    for replica in t.replicas:
+    previews = None if step else t.data.previews([replica.config.seed for replica in t.replicas])
+    for number, replica in enumerate(t.replicas):
         logs = Logs(
             replica.run,
             restored_step=step,
@@ -144,9 +149,9 @@ def open_logs(t: Training, stack: ExitStack) -> None:
             tensorboard=config.runtime.tensorboard,
         )
         replica.logs = stack.enter_context(logs)
-        if not step:
+        if previews is not None:
             logs.hparams(replica.config.model_dump(mode="json", exclude={"runtime"}), {t.config.top1_metric: 0.0})
-            logs.image("augmented", make_grid(t.data.preview(replica.config.seed)), step)
+            logs.image("augmented", make_grid(previews[number]), step)
     if not step:
         show_positions(t)
 
@@ -207,12 +212,11 @@ def drop_nonfinite(t: Training, first_nonfinite_steps: Mapping[int, int]) -> Non
     """
     if not first_nonfinite_steps:
         return
-    hint = f"lower optim.lr={t.config.optim.lr}, lengthen optim.warmup_epochs"
-    if t.config.train.precision != "float32":
-        hint += ", or set train.precision=float32"
+    precision = "" if t.config.train.precision == "float32" else ", or set train.precision=float32"
     reasons = {
         number: f"{t.replicas[number].run.path}: the loss or its gradient became non-finite at step {step} "
-        f"(epoch {step / t.epoch_steps:.2f}); {hint}"
+        f"(epoch {step / t.epoch_steps:.2f}); lower optim.lr={t.replicas[number].config.optim.lr}, lengthen "
+        f"optim.warmup_epochs{precision}"
         for number, step in first_nonfinite_steps.items()
     }
     if len(reasons) == len(t.active):
@@ -230,7 +234,7 @@ def drop(t: Training, number: int, state: str, reason: str) -> None:
     replica = t.replicas[number]
     replica.left, replica.failed = reason, state == "failed"
     t.steps.freeze(number)
-    say(t, f"seed {replica.config.seed} is not trained any more, the others go on: {reason}")
+    say(t, f"{replica.name} is not trained any more, the others go on: {reason}")
     if t.group.is_main:
         record_left(replica.run, state, reason)
 
@@ -325,7 +329,7 @@ def finish(t: Training) -> None:
         assert replica.logs is not None
         replica.logs.flush()
         record = replica.record_result(t.data.beton_sha256) if t.step == t.total_steps else replica.record_pause(t.epoch_steps)
-        say(t, f"seed {replica.config.seed} {record}")
+        say(t, f"{replica.name} {record}")
 
 
 def check_left(t: Training) -> None:
@@ -336,7 +340,7 @@ def check_left(t: Training) -> None:
     """
     for replica in t.replicas:
         if replica.left and not replica.failed and t.group.is_main:
-            LOGGER.info(f"seed {replica.config.seed} is not finished: {replica.left}")
+            LOGGER.info(f"{replica.name} is not finished: {replica.left}")
     failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
         raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))

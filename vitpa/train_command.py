@@ -7,6 +7,7 @@ itself is vitpa/train.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import warnings
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ from vitpa import distributed
 from vitpa.arguments import ConfigError, path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
 from vitpa.config import RunConfig
-from vitpa.config_file import keys_help, load_config, record_config
+from vitpa.config_file import Override, keys_help, load_config, record_config
 from vitpa.data.beton import open_splits
 from vitpa.data.manifest import BetonError
 from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError
 from vitpa.terminal import printable_output
+from vitpa.together import check_together, keys_that_may_differ, may_differ
 from vitpa.train import TrainError, train
 
 LOGGER = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
 
     def run() -> int:
-        configs = configs_of(options.config, options.overrides, options.seeds)
+        configs = configs_of([options.config, *options.others], options.overrides, options.seeds)
         group = distributed.init_process_group(configs[0].runtime.device)
         try:
             return train_unfinished(configs, group)
@@ -55,31 +57,64 @@ def command_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="vitpa train",
-        description="Train one run, or several seeds of it together, from the newest checkpoints if there are any.",
+        description="Train one run, or several together that differ in their seeds or in settings that do not shape the step, "
+        "from the newest checkpoints if there are any.",
         epilog="examples: vitpa train cifar10 model.attention=positional seed=3 train.epochs=30\n"
-        f"          vitpa train cifar10 --seeds 0,1,2,3,4\n\nkeys:\n{keys_help()}",
+        "          vitpa train cifar10 --seeds 0,1,2,3,4\n"
+        "          vitpa train cifar10 optim.lr=5e-4,1e-3 optim.weight_decay=0.05,0.1 --seeds 0,1   (8 runs in one step)\n\n"
+        f"settings that may differ between runs in one step:\n  {', '.join(keys_that_may_differ())}\n\nkeys:\n{keys_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=path_argument, help="a YAML file, or the name of a shipped recipe such as cifar10")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="change a value of the configuration")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="change a value of the configuration; several, with commas between, of a setting that may differ: a run for each",
+    )
     parser.add_argument(
         "--seeds", type=seed_list, metavar="S,S,...", help="train these seeds together, each as a run of its own"
+    )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        type=path_argument,
+        metavar="CONFIG",
+        help="train the run of this file in the same step, too; may be given several times",
     )
     return parser
 
 
-def configs_of(path: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
-    """The runs that a command asks for: that of the configuration, or one for each of `seeds`.
+def configs_of(paths: Sequence[Path], overrides: Sequence[str], seeds: Sequence[int] | None) -> list[RunConfig]:
+    """The runs that a command asks for: of each configuration one for every combination of values and seeds.
 
     Raises:
-        ConfigError: the configuration cannot be used, or asks for a seed itself.
+        ConfigError: a configuration cannot be used, the runs cannot train together, or a seed is asked for twice.
     """
-    if seeds is None:
-        return [load_config(path, overrides)]
     for override in overrides:
-        if override.startswith("seed="):
+        if seeds is not None and override.startswith("seed="):
             raise ConfigError(f"{override} and --seeds: say one of the two")
-    return [load_config(path, [*overrides, f"seed={seed}"]) for seed in seeds]
+    chosen = [alternatives(override) for override in overrides]
+    if seeds is not None:
+        chosen.append([Override("seed", seed) for seed in seeds])
+    configs = [load_config(path, each) for path in paths for each in itertools.product(*chosen)]
+    check_together(configs)
+    return configs
+
+
+def alternatives(text: str) -> list[str | Override]:
+    """The overrides that `a.b=value`, or `a.b=value,value` of a key that may differ between replicas, stands for.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    key, _, written = text.partition("=")
+    if "," not in written or not may_differ(key):
+        return [text]
+    values = Override.parse(f"{key}=[{written}]").value
+    return [Override(key, value) for value in values] if isinstance(values, list) and len(values) > 1 else [text]
 
 
 def seed_list(text: str) -> list[int]:
@@ -102,7 +137,7 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
         if group.is_main:  # it alone looks: on NFS a node may see the files of another one seconds later
             try:
                 if len(configs) > 1 and group.world_size > 1:
-                    raise ConfigError("--seeds: several seeds are trained by one process, without torchrun")
+                    raise ConfigError("several runs are trained together by one process, without torchrun")
                 unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
             except (ConfigError, BetonError, RunError, OSError) as error:
                 refused = error
@@ -142,8 +177,8 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
 
 def out_of_memory_line(error: torch.OutOfMemoryError, configs: Sequence[RunConfig]) -> str:
     """What to do about a GPU whose memory is too small, in a line."""
-    first, num_seeds = str(error).partition(". ")[0], len(configs)
-    if num_seeds > 1:
-        return f"the GPU's memory is too small for {num_seeds} seeds together; train fewer (in a sweep: replicas) ({first})"
+    first, num_runs = str(error).partition(". ")[0], len(configs)
+    if num_runs > 1:
+        return f"the GPU's memory is too small for {num_runs} runs together; train fewer (in a sweep: replicas) ({first})"
     advice = "raise runtime.accum_steps" if configs[0].model.kind == "vit" else "lower train.global_batch_size"
     return f"the GPU's memory is too small; {advice} ({first})"

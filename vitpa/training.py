@@ -21,7 +21,7 @@ LOGGER = logging.getLogger(__name__)
 class Training:
     """Everything one process needs to train its runs."""
 
-    config: RunConfig  # of the first; the others differ in the seed
+    config: RunConfig  # of the first; the others may differ as vitpa/together.py says
     group: Group
     data: Data
     replicas: list[Replica]

@@ -46,7 +46,7 @@ class Case:
             Replica(RunConfig(dataset="digits", seed=seed), cast(Any, None), None, logs=cast(Logs, rows))
             for seed, rows in enumerate(self.logs)
         ]
-        steps = SimpleNamespace(accumulator=self.accumulator, learning_rate=lambda step: step / 100)
+        steps = SimpleNamespace(accumulator=self.accumulator, learning_rate=lambda _, step: step / 100)
         self.metrics = Metrics(
             self.replicas,
             cast(ReplicaSteps, steps),

@@ -28,8 +28,8 @@ def test_more_steps_than_can_be_listed_are_one_line() -> None:
     with pytest.raises(
         ConfigError, match=r"^train\.epochs=100000 are 71,900,000 steps at train\.global_batch_size=2; at most 20"
     ):
-        learning_rates(config, 719)
-    assert len(learning_rates(config, 1)) == 100_000 < MAX_STEPS
+        learning_rates([config], 719)
+    assert len(learning_rates([config], 1)) == 100_000 < MAX_STEPS
 
 
 def test_only_weight_matrices_decay() -> None:

@@ -57,11 +57,12 @@ def train(attention, augment, global_pool):
     logits = models[0](torch.zeros(2, 3, 16, 16))
     assert logits.shape == (2, 10)
     options = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "fused": False}
-    augmentation = Augmentation(config.augment, facts_of("cifar10"), img_size=16, device=CPU)
+    augmentation = Augmentation([config.augment], facts_of("cifar10"), img_size=16, device=CPU)
     steps = ReplicaSteps(
-        config, group, seeds=range(R), models=models, optimizers=[adamw(model, **options) for model in models],
+        [config.model_copy(update={"seed": seed}) for seed in range(R)], group, models=models,
+        optimizers=[adamw(model, **options) for model in models],
         feed=ResidentFeed(images, group, seeds=range(R), batch_size=4, accum_steps=1), augmentation=augmentation,
-        learning_rates=torch.full((8,), 1e-3, dtype=torch.float64),
+        learning_rates=torch.full((8, 1), 1e-3, dtype=torch.float64),
     )
     steps.prepare(0)
     steps.begin_epoch(0, 0)

@@ -126,7 +126,7 @@ def loader_batches(feed: StreamedFeed) -> Generator[Batch, None, None]:
 def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
     """The steps of a training by `config`, not yet compiled."""
     device, seeds, num_classes = group.device, range(config.seed, config.seed + case.replicas), num_classes_of(config)
-    augmentation = Augmentation(config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=device)
+    augmentation = Augmentation([config.augment], facts_of(config.dataset), img_size=config.model.img_size, device=device)
     models = [build_model(**dict(config.model), num_classes=num_classes, seed=seed).to(device) for seed in seeds]
     fused = device.type == "cuda"
     optimizers = [
@@ -135,14 +135,13 @@ def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> Repli
     if case.model == "timm":
         return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
     return ReplicaSteps(
-        config,
+        [config.model_copy(update={"seed": seed}) for seed in seeds],
         group,
-        seeds=seeds,
         models=models,
         optimizers=optimizers,
         feed=feed,
         augmentation=augmentation,
-        learning_rates=torch.full((MAX_STEPS,), LEARNING_RATE, dtype=torch.float64),
+        learning_rates=torch.full((MAX_STEPS, 1), LEARNING_RATE, dtype=torch.float64),
     )
 
 

@@ -43,22 +43,22 @@ class Data:
     beton_sha256: dict[str, str]  # checksum of each split
     num_classes: int  # K, the same for both
 
-    def preview(self, seed: int) -> Tensor:
-        """The first images of the training set as the first epoch of a run with `seed` sees them: (B, 3, H, W) uint8."""
+    def previews(self, seeds: Sequence[int]) -> Tensor:
+        """The first images of train, as the first epoch of the runs with `seeds` sees them: (R, B, 3, H, W) uint8."""
         samples = torch.arange(min(PREVIEW_IMAGES, self.num_samples["train"]))
-        device = self.feed.group.device
-        keys = epoch_keys([seed], 0).to(device)
+        count, device = len(samples), self.feed.group.device
         if isinstance(self.feed, ResidentFeed):
-            samples = samples.to(device)
-            images = self.feed.images["train"].images[samples]
-            return self.augmentation.permuted(self.augmentation.uint8(images, samples, keys))
-        with closing(self.feed.images["train"].train_batches([samples], epoch=0)) as batches:
-            batch = next(batches)
-            return self.augmentation.permuted(self.augmentation.uint8(batch.images.clone(), batch.samples, keys))
+            images = self.feed.images["train"].images[samples.to(device)]
+        else:
+            with closing(self.feed.images["train"].train_batches([samples], epoch=0)) as batches:
+                images = next(batches).images.clone()
+        samples, keys = samples.to(device).repeat(len(seeds)), epoch_keys(seeds, 0).to(device).repeat_interleave(count, dim=0)
+        images = self.augmentation.uint8(images.repeat(len(seeds), 1, 1, 1), samples, keys)
+        return self.augmentation.permuted(images).view(len(seeds), count, *images.shape[1:])
 
 
 def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
-    """Open the data of runs that differ in their seeds.
+    """Open the data of runs that may train together (vitpa/together.py).
 
     Raises:
         ConfigError: the configuration does not fit the data, the processes or the device.
@@ -75,7 +75,7 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
     resident = images_are_resident(config, betons, group)
     reason = replicas_unsupported_reason(config) or (None if resident else "their images do not stay on the device")
     if reason is not None and len(configs) > 1:
-        raise ConfigError(f"{len(configs)} seeds cannot be trained together: {reason}; train them one by one, without --seeds")
+        raise ConfigError(f"{len(configs)} runs cannot be trained together: {reason}; train them one by one")
     if resident:
         size, accum_steps = config.model.img_size, config.runtime.accum_steps
         images = {split: ResidentImages(*decoded(beton, size), device=group.device) for split, beton in betons.items()}
@@ -86,7 +86,10 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
     return Data(
         feed=feed,
         augmentation=Augmentation(
-            config.augment, facts_of(config.dataset), img_size=config.model.img_size, device=group.device
+            [each.augment for each in configs],
+            facts_of(config.dataset),
+            img_size=config.model.img_size,
+            device=group.device,
         ),
         num_samples=num_samples,
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},

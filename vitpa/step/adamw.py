@@ -1,14 +1,15 @@
 """AdamW for the replicas of vitpa/step/step.py: all parameters of R models in one buffer, updated by one elementwise function.
 
 torch's fused AdamW takes one replica after the other, because each has its own clipping, and a small model does not fill a
-GPU: over one buffer the update runs at the speed of the memory. Its state is shown as that of torch.optim.AdamW, so that a
-checkpoint is the one of a run alone.
+GPU: over one buffer the update runs at the speed of the memory. Each replica has the settings of its own optimiser. Its state
+is shown as that of torch.optim.AdamW, so that a checkpoint is the one of a run alone.
 
 Axes: R replicas, P parameters of a model, padded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from vitpa.optim import load_moments
+from vitpa.per_replica import Setting, setting
 
 ALIGNMENT = 64  # parameters start at multiples of so many numbers: matrix products want 16 bytes at least
 
@@ -25,16 +27,19 @@ class ReplicaAdamW:
     """The parameters, gradients and moments of R models, in the order of torch's AdamW: the decayed ones first."""
 
     def __init__(
-        self, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.AdamW], dtype: torch.dtype, max_norm: float | None
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.AdamW],
+        dtype: torch.dtype,
+        max_norms: Sequence[float | None],
     ) -> None:
-        """`dtype` is that of the products' weights, `max_norm` the largest norm of a replica's gradient (None: any).
+        """`dtype` is that of the products' weights, `max_norms` the largest norms of the replicas' gradients (None: any).
 
         From now on the parameters of each model are views into `values`.
         """
-        self.optimizers, self.max_norm, self.R = optimizers, max_norm, len(models)
+        self.optimizers, self.R = optimizers, len(models)
         names = {id(parameter): name for name, parameter in models[0].named_parameters()}
         groups = optimizers[0].param_groups
-        self.options = {key: groups[0][key] for key in ("betas", "eps", "weight_decay")}
         self.spans: dict[str, tuple[int, torch.Size]] = {}  # where a parameter starts, and its shape
         end = 0
         for number, group in enumerate(groups):
@@ -56,6 +61,12 @@ class ReplicaAdamW:
                 parameter.data = view
         self.copies = None if dtype == like.dtype else self.values.to(dtype)
         self.frozen = torch.zeros(self.R, dtype=torch.bool, device=like.device)  # these replicas are not updated any more
+        own = [optimizer.param_groups[0] for optimizer in optimizers]
+        self.betas = tuple(setting([each["betas"][index] for each in own]) for index in (0, 1))
+        self.weight_decay, eps = (setting([each[key] for each in own]) for key in ("weight_decay", "eps"))
+        norms = setting([math.inf if norm is None else norm for norm in max_norms])
+        first, second = self.betas
+        self._rows = tuple(self._on_rows(each) for each in (norms, 1 - first, second, 1 - second, eps))
         self._gradients_by_replica = [view for r in range(self.R) for view in self.of_replica(self.gradients, r).values()]
         self._show_state(0)
 
@@ -81,28 +92,32 @@ class ReplicaAdamW:
         if self.copies is not None:
             self.copies.copy_(self.values)
 
-    def factors(self, learning_rates: Float64[Tensor, " steps"]) -> Float[Tensor, "steps 3"]:
-        """What an update needs of its step, from the learning rates of the whole run.
+    def _on_rows(self, value: Setting) -> Setting:
+        """A setting as it meets the buffers (R, P): a number as it is, or (R, 1)."""
+        return value.to(self.values)[:, None] if isinstance(value, Tensor) else value
+
+    def factors(self, learning_rates: Float64[Tensor, " steps #R"]) -> Float[Tensor, "steps 3 #R 1"]:
+        """What an update needs of its step, from the learning rates of the whole run, of all replicas or of each.
 
         Columns: the factor of decayed parameters, the learning rate by the bias correction of the first moment, the root of
         that of the second (Kingma & Ba 2015, section 3; Loshchilov & Hutter 2019, algorithm 2).
         """
-        (beta1, beta2), numbers = self.options["betas"], torch.arange(1, len(learning_rates) + 1, dtype=torch.float64)
-        decay = 1 - learning_rates * self.options["weight_decay"]
-        return torch.stack([decay, learning_rates / (1 - beta1**numbers), (1 - beta2**numbers).sqrt()], dim=1).to(self.values)
+        (beta1, beta2), numbers = self.betas, torch.arange(1, len(learning_rates) + 1, dtype=torch.float64)[:, None]
+        decay = 1 - learning_rates * self.weight_decay
+        columns = torch.broadcast_tensors(decay, learning_rates / (1 - beta1**numbers), (1 - beta2**numbers).sqrt())
+        return torch.stack(columns, dim=1)[..., None].to(self.values)
 
-    def update(self, losses: Float[Tensor, " R"], factors: Float[Tensor, " 3"]) -> Float[Tensor, " R"]:
+    def update(self, losses: Float[Tensor, " R"], factors: Float[Tensor, " 3 #R 1"]) -> Float[Tensor, " R"]:
         """Clip and apply the gradients, with the row of `factors` that belongs to the step.
 
         Replicas whose loss or gradient is not finite are frozen. Returns the gradients' norms, before clipping.
         """
-        (beta1, beta2), eps, (decay, rate, root) = self.options["betas"], self.options["eps"], factors.unbind()
+        (max_norm, rest1, beta2, rest2, eps), (decay, rate, root) = self._rows, factors.unbind()
         norms: Tensor = torch.linalg.vector_norm(self.gradients, dim=1)
         self.frozen |= ~(norms.isfinite() & losses.isfinite())
-        scale = torch.ones_like(norms) if self.max_norm is None else (self.max_norm / (norms + 1e-6)).clamp(max=1)
-        gradients = self.gradients * scale[:, None]
-        first = torch.lerp(self.exp_avg, gradients, 1 - beta1)
-        second = self.exp_avg_sq * beta2 + gradients * gradients * (1 - beta2)
+        gradients = self.gradients * (max_norm / (norms + 1e-6)[:, None]).clamp(max=1)
+        first = torch.lerp(self.exp_avg, gradients, rest1)
+        second = self.exp_avg_sq * beta2 + gradients * gradients * rest2
         columns = torch.arange(self.values.shape[1], device=self.values.device)
         kept = torch.where(columns < self.decayed, decay, 1.0)
         values = self.values * kept - rate * first / (second.sqrt() / root + eps)

@@ -22,15 +22,16 @@ def keep_probabilities(drop_path_rate: float, depth: int) -> Float[Tensor, " dep
 
 
 def branch_scales(
-    samples: Int64[Tensor, " B"], stream: int | Int64[Tensor, " B"], keep: Float[Tensor, " depth"]
+    samples: Int64[Tensor, " B"], stream: int | Int64[Tensor, " B"], keep: Float[Tensor, " depth"] | Float[Tensor, "depth B"]
 ) -> Float32[Tensor, "depth 2 B"]:
     """What each branch of each image is multiplied by: 0 or 1 / `keep`, the probability that it stays.
 
-    `samples` are indices of the images in the data set, `stream` the key of the random numbers, or each image's own.
+    `samples` are indices of the images in the data set, `stream` the key of the random numbers, or each image's own; so is
+    `keep` of all images, or each image's own.
     """
     depth = len(keep)
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
     draws = materialize(uniform(streams, samples[:, None], draw=torch.arange(depth * BRANCHES, device=samples.device)))
-    keep = keep.to(samples.device)[:, None, None]
+    keep = keep.to(samples.device).view(depth, 1, -1)
     draws = draws.T.reshape(depth, BRANCHES, len(samples))
     return torch.where(draws < keep, 1 / keep, 0.0).contiguous()  # once here, not before each use of a row

@@ -1,7 +1,7 @@
-"""The training step and the evaluation: of one run on one or several processes, or of several seeds on one device.
+"""The training step and the evaluation: of one run on one or several processes, or of several runs on one device.
 
-R replicas of one configuration are trained as if each were alone: with its own weights, order of images, augmentation,
-gradient clipping and optimiser state; only the arithmetic is shared, as products batched over the replicas. On one GPU
+R replicas are trained as if each were alone: with its own weights, order of images, augmentation, settings (those that
+vitpa/together.py names) and optimiser state; only the arithmetic is shared, as products batched over the replicas. On one GPU
 everything between two steps, from choosing or augmenting the images to the optimiser, is one CUDA graph, so that the host
 only says "again". Several processes share the batches of a run and add up their gradients, once per step, in one buffer:
 between two graphs, since with NCCL inside of one a process did not end.
@@ -28,6 +28,7 @@ from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.loader import Feed
 from vitpa.data.rng import Purpose
 from vitpa.distributed import Group
+from vitpa.per_replica import setting
 from vitpa.step.accumulator import MetricAccumulator
 from vitpa.step.adamw import ReplicaAdamW
 from vitpa.step.drop_path import branch_scales, keep_probabilities
@@ -73,22 +74,25 @@ class ReplicaSteps:
 
     def __init__(
         self,
-        config: RunConfig,
+        configs: Sequence[RunConfig],
         group: Group,
         *,
-        seeds: Sequence[int],
         models: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.AdamW],
         feed: Feed,
         augmentation: Augmentation,
-        learning_rates: Float64[Tensor, " steps"],
+        learning_rates: Float64[Tensor, " steps #R"],
     ) -> None:
-        """`learning_rates` are those of each step of the whole run."""
-        self.config, self.group, self.seeds, self.feed, self.augmentation = config, group, seeds, feed, augmentation
-        self.device, self.R, self.B = group.device, len(seeds), feed.batch_size
-        networks = Networks.of(config, models, device=self.device, num_images=self.R * self.B)
+        """`learning_rates` are those of each step of the whole run, of all replicas or of each."""
+        self.config = config = configs[0]  # of the others beside what may differ
+        self.seeds = [each.seed for each in configs]
+        self.group, self.feed, self.augmentation = group, feed, augmentation
+        self.device, self.R, self.B = group.device, len(configs), feed.batch_size
+        deepest = max(configs, key=lambda each: each.model.drop_path_rate)  # if one drops branches, all are scaled
+        networks = Networks.of(deepest, models, device=self.device, num_images=self.R * self.B)
         self.notes, self.buffers = networks.notes, networks.buffers
-        self.adamw = ReplicaAdamW(models, optimizers, networks.copies_dtype, config.optim.grad_clip_norm)
+        max_norms = [each.optim.grad_clip_norm for each in configs]
+        self.adamw = ReplicaAdamW(models, optimizers, networks.copies_dtype, max_norms)
         values = self.adamw.by_name(self.adamw.values)
         self.weights = {name: value.detach().requires_grad_() for name, value in values.items()}
         self.copies = {} if self.adamw.copies is None else self.adamw.by_name(self.adamw.copies)  # for products
@@ -96,16 +100,17 @@ class ReplicaSteps:
         if config.train.ema_decay:
             self.ema = WeightAverage(self.adamw, config.train.ema_decay, len(learning_rates))
         self.evaluated = [(each.weights, each.copies) for each in (self, self.ema) if each is not None]
+        self.label_smoothing = setting([each.optim.label_smoothing for each in configs], self.device)
         self.keep = None
-        if config.model.kind == "vit" and config.model.drop_path_rate:
-            self.keep = keep_probabilities(config.model.drop_path_rate, config.model.depth).to(self.device)
+        if config.model.kind == "vit" and deepest.model.drop_path_rate:
+            self.keep = self._keep_probabilities([each.model.drop_path_rate for each in configs])
 
         self.accum_steps = config.runtime.accum_steps
         loss_scale = 1 / (self.accum_steps * group.world_size)  # the share of a micro-batch in the loss of the step
         self.loss_scale = torch.tensor(loss_scale).to(self.device).expand(self.R)
         self.keys = torch.zeros(self.R, max(Purpose) + 1, dtype=torch.int64, device=self.device)
         self.done = torch.zeros((), dtype=torch.int64, device=self.device)  # steps since the start of the run
-        self.learning_rate = learning_rates.tolist().__getitem__
+        self.learning_rates = learning_rates.expand(-1, self.R)
         self.factors = self.adamw.factors(learning_rates)
         self.losses = self.adamw.losses  # of the step
         self.accumulator = MetricAccumulator(self.R, self.device)
@@ -124,6 +129,11 @@ class ReplicaSteps:
         )
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
         self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def _keep_probabilities(self, drop_path_rates: Sequence[float]) -> Tensor:
+        """The probability that a branch stays: (depth,), or where replicas differ that of each image, (depth, R * B)."""
+        keep = [keep_probabilities(rate, self.config.model.depth).to(self.device) for rate in drop_path_rates]
+        return keep[0] if len(set(drop_path_rates)) == 1 else torch.stack(keep, 1).repeat_interleave(self.B, 1)
 
     @property
     def compiles(self) -> bool:
@@ -211,6 +221,10 @@ class ReplicaSteps:
     def step(self) -> None:
         """One optimiser step of every replica on what `load` has put there; returns before the device has done it."""
         self._run_step()
+
+    def learning_rate(self, replica: int, step: int) -> float:
+        """The learning rate of a replica in the step after `step` steps."""
+        return float(self.learning_rates[step, replica])
 
     def optimizer_state(self, replica: int, step: int) -> dict[str, Any]:
         """The optimiser's state of a replica after `step` steps, as torch.optim.AdamW's state_dict()."""
@@ -316,7 +330,9 @@ class ReplicaSteps:
 
     def _cross_entropy(self, logits: Float[Tensor, "R B K"], labels: Int64[Tensor, "R B"]) -> Float[Tensor, "R B"]:
         """The loss of each image, with smoothed labels."""
-        smoothing = self.config.optim.label_smoothing
+        smoothing = self.label_smoothing
+        if isinstance(smoothing, Tensor):
+            return smoothed_cross_entropy(logits, labels, smoothing)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
         return losses.view(labels.shape)
 
@@ -389,6 +405,16 @@ class ReplicaSteps:
             function()
         self._graphs.append(graph)
         return graph.replay
+
+
+def smoothed_cross_entropy(
+    logits: Float[Tensor, "R B K"], labels: Int64[Tensor, "R B"], smoothing: Float64[Tensor, " R"]
+) -> Float[Tensor, "R B"]:
+    """The loss of each image, as F.cross_entropy has it with the `label_smoothing` of its replica."""
+    log_probs = torch.log_softmax(logits, dim=2)
+    own = -log_probs.gather(2, labels[:, :, None])[:, :, 0]
+    of_label, of_all = (share.to(logits.dtype)[:, None] for share in (1 - smoothing, smoothing / logits.shape[2]))
+    return of_label * own - of_all * log_probs.sum(2)
 
 
 def _first_line(error: Exception) -> str:

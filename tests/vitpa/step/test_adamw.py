@@ -44,7 +44,9 @@ def optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 def together(seeds: Sequence[int], max_norm: float | None) -> tuple[list[nn.Module], ReplicaAdamW]:
     networks = models(seeds)
-    return networks, ReplicaAdamW(networks, [optimizer(network) for network in networks], torch.float64, max_norm)
+    return networks, ReplicaAdamW(
+        networks, [optimizer(network) for network in networks], torch.float64, [max_norm] * len(seeds)
+    )
 
 
 def rate(step: int) -> float:
@@ -65,7 +67,7 @@ def update(replicas: ReplicaAdamW, step: int, gradients: Sequence[Gradients], lo
     """Step number `step` (0 is the first); the norms."""
     replicas.take_gradients(torch.stack([each[name] for each in gradients]) for name in replicas.spans)
     loss = torch.ones(len(gradients)) if losses is None else torch.tensor(losses)
-    rates = torch.tensor([rate(each) for each in range(step + 1)], dtype=torch.float64)
+    rates = torch.tensor([[rate(each)] for each in range(step + 1)], dtype=torch.float64)
     return replicas.update(loss, replicas.factors(rates)[step])
 
 
@@ -233,7 +235,7 @@ def test_the_models_parameters_are_views_of_the_buffer() -> None:
 
 def test_copies_for_products_follow_the_weights() -> None:
     networks = models(range(R), torch.float32)
-    replicas = ReplicaAdamW(networks, [optimizer(network) for network in networks], torch.bfloat16, 1.0)
+    replicas = ReplicaAdamW(networks, [optimizer(network) for network in networks], torch.bfloat16, [1.0] * R)
     assert replicas.copies is not None
     assert torch.equal(replicas.copies, replicas.values.bfloat16())
     before = replicas.copies.clone()

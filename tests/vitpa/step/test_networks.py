@@ -37,12 +37,12 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained_in_the_usual_way(config: RunConfig, data: Path) -> tuple[torch.nn.Module, float]:
     """The module and its mean loss on val."""
     splits = {split: decoded(Beton.open(beton_path(data, "digits", split)), 8) for split in ("train", "val")}
-    augmentation = Augmentation(config.augment, facts_of("digits"), img_size=8, device=torch.device("cpu"))
+    augmentation = Augmentation([config.augment], facts_of("digits"), img_size=8, device=torch.device("cpu"))
     model = build_model(**dict(config.model), num_classes=10, seed=key(config.seed, Purpose.INIT))
     optim, batch_size, (images, labels) = config.optim, config.train.global_batch_size, splits["train"]
     optimizer = adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=False)
     order, keys = permutation(key(config.seed, Purpose.ORDER, 0), len(labels)), epoch_keys([config.seed], 0)
-    for step, rate in enumerate(learning_rates(config, len(labels) // batch_size).tolist()):
+    for step, rate in enumerate(learning_rates([config], len(labels) // batch_size)[:, 0].tolist()):
         samples = order[step * batch_size : (step + 1) * batch_size]
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -144,5 +144,5 @@ class TestOnGpu:
 def test_seeds_are_trained_one_by_one(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments(digits, tmp_path, *RESNET), "--seeds", "0,1"]) == 1
     error = capsys.readouterr().err
-    reason = "model.kind=resnet18: replicas are ViTs; train them one by one, without --seeds"
-    assert error == f"vitpa train: 2 seeds cannot be trained together: {reason}\n"
+    reason = "model.kind=resnet18: replicas are ViTs; train them one by one"
+    assert error == f"vitpa train: 2 runs cannot be trained together: {reason}\n"

@@ -226,11 +226,11 @@ def test_a_group_computes_what_timms_module_and_torchs_adamw_do(
 def trained_in_the_usual_way(config: RunConfig, data: Path) -> VisionTransformer:
     beton = Beton.open(beton_path(data, "digits", "train"))
     images, labels = decoded(beton, 8)
-    augmentation = Augmentation(config.augment, facts_of("digits"), img_size=8, device=torch.device("cpu"))
+    augmentation = Augmentation([config.augment], facts_of("digits"), img_size=8, device=torch.device("cpu"))
     model = build_model(**dict(config.model), num_classes=10, seed=key(config.seed, Purpose.INIT))
     optim, batch_size = config.optim, config.train.global_batch_size
     optimizer = adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=False)
-    rates = learning_rates(config, EPOCH_STEPS).tolist()
+    rates = learning_rates([config], EPOCH_STEPS)[:, 0].tolist()
     for step in range(config.train.epochs * EPOCH_STEPS):
         epoch, number = divmod(step, EPOCH_STEPS)
         order = permutation(key(config.seed, Purpose.ORDER, epoch), len(labels))
@@ -240,7 +240,7 @@ def trained_in_the_usual_way(config: RunConfig, data: Path) -> VisionTransformer
         keys = epoch_keys([config.seed], epoch)
         batch, targets = augmentation(images[samples], samples, keys), F.one_hot(labels[samples], 10).float()
         if config.augment.mixes:
-            batch, partners, share = Mixup(config.augment, device=batch.device)(batch, labels[samples], samples, keys)
+            batch, partners, share = Mixup([config.augment], device=batch.device)(batch, labels[samples], samples, keys)
             targets = share[:, None] * targets + (1 - share[:, None]) * F.one_hot(partners, 10).float()
         optimizer.zero_grad()
         F.cross_entropy(model(batch), targets, label_smoothing=optim.label_smoothing).backward()
@@ -537,8 +537,8 @@ def test_what_cannot_be_trained_together_is_one_line(
 ) -> None:
     assert together(arguments(digits, tmp_path, *overrides)) == 1
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"vitpa train: 3 seeds cannot be trained together: {reason}")
-    assert error.endswith("; train them one by one, without --seeds")
+    assert error.startswith(f"vitpa train: 3 runs cannot be trained together: {reason}")
+    assert error.endswith("; train them one by one")
     assert "\n" not in error
 
 
@@ -554,7 +554,7 @@ def test_several_processes_do_not_take_several_seeds(digits: Path, tmp_path: Pat
     process = start(words, "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vitpa.train")
     output = finish(process)[0]
     assert process.returncode == 1
-    assert output.count("vitpa train: --seeds: several seeds are trained by one process, without torchrun") == 1
+    assert output.count("vitpa train: several runs are trained together by one process, without torchrun") == 1
 
 
 def test_images_that_do_not_fit_are_streamed(
@@ -568,7 +568,7 @@ def test_images_that_do_not_fit_are_streamed(
     assert error.count("the images take 0.00 GiB, more than 0 % of the ") == 1
     assert "(streamed images, evaluated on val)" in error
     assert together(words, [1, 2]) == 1
-    assert "2 seeds cannot be trained together: their images do not stay on the device" in capfd.readouterr().err
+    assert "2 runs cannot be trained together: their images do not stay on the device" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms import functional as tvf
 
 from vitpa.data.rng import materialize, randint, random_bits, uniform
+from vitpa.per_replica import numbered, per_sample
 
 Operation = tuple[str, float]  # a name and a magnitude in torchvision's units
 
@@ -67,36 +68,30 @@ def magnitudes(num_bins: int, height: int, width: int) -> dict[str, list[float]]
 class Policy:
     """Which operations an image gets: one row of operations per image (AutoAugment) or per operation (RandAugment)."""
 
-    def __init__(self, name: str, *, num_ops: int, magnitude: int, img_size: int, device: torch.device):
-        """`name` is a value of augment.policy other than none; `num_ops` and `magnitude` are RandAugment's."""
+    def __init__(self, name: str, *, num_ops: int, strengths: Sequence[int], img_size: int, device: torch.device):
+        """`name` is a value of augment.policy other than none; `num_ops` and the replicas' `strengths` are RandAugment's."""
         self.one_row = name != "randaugment"
-        rows: list[list[tuple[str, float, float]]]  # for each row and place: operation, probability, magnitude
-        if self.one_row:
-            table = magnitudes(AUTOAUGMENT_BINS, img_size, img_size)
-            policies = AutoAugment(AutoAugmentPolicy(name.removeprefix("autoaugment_"))).policies
-            rows = [[(op, prob, table[op][bin_ or 0]) for op, prob, bin_ in row] for row in policies]
-        else:
-            table = magnitudes(RANDAUGMENT_BINS, img_size, img_size)
-            rows = [[(op, 1.0, values[magnitude])] * num_ops for op, values in table.items() if op != "Invert"]
-        self.num_rows, self.num_ops = len(rows), len(rows[0])
+        different, self.strength = ([0], 0) if self.one_row else numbered(strengths, device)
         found: dict[Operation, int] = {IDENTITY: 0}
 
         def index(op: str, value: float) -> int:
             return found.setdefault((op, value), len(found))
 
-        signs = [[[index(op, m), index(op, -m if op in SIGNED else m)] for op, _, m in row] for row in rows]
-        self.signed = torch.tensor(signs).to(device)  # rows, num_ops, 2: the operation as it is, and negated
-        self.prob = torch.tensor([[prob for _, prob, _ in row] for row in rows]).to(device)  # rows, num_ops
+        rows = [_rows(name, num_ops, strength, img_size) for strength in different]
+        signs = [[[[index(op, m), index(op, -m if op in SIGNED else m)] for op, _, m in row] for row in each] for each in rows]
+        self.signed = torch.tensor(signs).to(device)  # strengths, rows, num_ops, 2: the operation as it is, and negated
+        self.num_rows, self.num_ops = self.signed.shape[1:3]
+        self.prob = torch.tensor([[prob for _, prob, _ in row] for row in rows[0]]).to(device)  # rows, num_ops
         self.operations = Operations(list(found), height=img_size, width=img_size, device=device)
 
     def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
         """For each of num_ops places the operation, an index of `operations`, of each sample, whose key is in `stream`."""
-        found = []
+        found, strength = [], per_sample(self.strength, len(samples))
         for place in range(self.num_ops):
             row = randint(stream, samples, self.num_rows, draw=0 if self.one_row else 3 * place)
             applied = uniform(stream, samples, draw=3 * place + 1) < self.prob[row, place]
             negated = (random_bits(stream + (3 * place + 2), samples) < 0).long()
-            found.append(materialize(self.signed[row, place, negated] * applied))
+            found.append(materialize(self.signed[strength, row, place, negated] * applied))
         return found
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], samples: Tensor, stream: Tensor) -> UInt8[Tensor, "B 3 H W"]:
@@ -104,6 +99,16 @@ class Policy:
         for choice in self.choices(samples, stream):
             images = self.operations(images, choice)
         return images
+
+
+def _rows(name: str, num_ops: int, strength: int, img_size: int) -> list[list[tuple[str, float, float]]]:
+    """For each row and place of a policy: operation, probability, magnitude."""
+    if name == "randaugment":
+        table = magnitudes(RANDAUGMENT_BINS, img_size, img_size)
+        return [[(op, 1.0, values[strength])] * num_ops for op, values in table.items() if op != "Invert"]
+    table = magnitudes(AUTOAUGMENT_BINS, img_size, img_size)
+    policies = AutoAugment(AutoAugmentPolicy(name.removeprefix("autoaugment_"))).policies
+    return [[(op, prob, table[op][bin_ or 0]) for op, prob, bin_ in row] for row in policies]
 
 
 class Operations:

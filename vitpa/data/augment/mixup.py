@@ -2,13 +2,16 @@
 
 As timm's Mixup in mode `pair`, with neighbours for partners: the order of samples is random already, and neighbours stay
 together however a batch is divided. The draws of a pair depend on (seed, epoch, its first sample). A Beta distribution is
-replaced by 16,384 equally likely quantiles of it, so that every device draws the same.
+replaced by 16,384 equally likely quantiles of it, so that every device draws the same. Each replica of a batch has its own;
+where one does not mix, an image's weight is always 1.
 
 Sources: Zhang et al. 2018 (mixup, arXiv 1710.09412); Yun et al. 2019 (CutMix, arXiv 1905.04899); timm/data/mixup.py.
 Axes: B batch, H W pixels, P purposes of random numbers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,17 +20,23 @@ from torch import Tensor
 
 from vitpa.config import AugmentConfig
 from vitpa.data.rng import Purpose, materialize, randint, uniform
+from vitpa.per_replica import numbered, per_sample, setting
 
 LEVELS = 2**14  # quantiles of an image's weight
 
 
 class Mixup:
-    """What `options` ask for; one of mixup_alpha and cutmix_alpha at least must be above 0."""
+    """What the replicas' `options` ask for; one of mixup_alpha and cutmix_alpha at least must be above 0 in one of them."""
 
-    def __init__(self, options: AugmentConfig, *, device: torch.device):
-        mixup, cutmix = options.mixup_alpha, options.cutmix_alpha
-        self.cutmix_prob = options.mixup_switch_prob if mixup and cutmix else float(cutmix > 0)
-        self.quantiles = torch.stack([_quantiles(alpha or 1.0) for alpha in (mixup, cutmix)]).to(device)  # 2, LEVELS
+    def __init__(self, options: Sequence[AugmentConfig], *, device: torch.device):
+        alphas, self.distribution = numbered([(each.mixup_alpha, each.cutmix_alpha) for each in options], device)
+        cutmix = [
+            each.mixup_switch_prob if each.mixup_alpha and each.cutmix_alpha else float(each.cutmix_alpha > 0)
+            for each in options
+        ]
+        self.cutmix_prob = setting(cutmix, device, torch.float32)
+        quantiles = [torch.stack([_quantiles(alpha) for alpha in both]) for both in alphas]
+        self.quantiles = torch.stack(quantiles).to(device)  # distributions, 2, LEVELS
 
     def __call__(
         self,
@@ -71,8 +80,9 @@ class Mixup:
                 f"mixup of {B} images: they are no pairs; change train.global_batch_size to give each process an even number"
             )
         samples, stream = samples[::2], keys[:, Purpose.MIX].expand(B)[::2]
-        cutmix = uniform(stream, samples) < self.cutmix_prob
-        share = self.quantiles[cutmix.long(), randint(stream, samples, LEVELS, draw=1)]
+        cutmix = uniform(stream, samples) < per_sample(self.cutmix_prob, B // 2)
+        distribution = per_sample(self.distribution, B // 2)
+        share = self.quantiles[distribution, cutmix.long(), randint(stream, samples, LEVELS, draw=1)]
         y, x = randint(stream, samples, H, draw=2), randint(stream, samples, W, draw=3)
         height, width = ((n * (1 - share).sqrt()).long() for n in (H, W))
         top, bottom = ((y + part).clamp(0, H) for part in (-(height // 2), (height + 1) // 2))
@@ -87,8 +97,14 @@ def partners_of(labels: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
     return labels.view(-1, 2).flip(1).flatten()
 
 
+def _cutmix_prob(options: AugmentConfig) -> float:
+    return options.mixup_switch_prob if options.mixup_alpha and options.cutmix_alpha else float(options.cutmix_alpha > 0)
+
+
 def _quantiles(alpha: float) -> Tensor:
-    """LEVELS equally likely values of Beta(alpha, alpha), float64."""
+    """LEVELS equally likely values of Beta(alpha, alpha), float64; 1 for alpha 0, which stands for no mixing."""
+    if not alpha:
+        return torch.ones(LEVELS, dtype=torch.float64)
     from scipy.special import betaincinv  # noqa: PLC0415 - half a second that only this needs
 
     return torch.from_numpy(betaincinv(alpha, alpha, (np.arange(LEVELS) + 0.5) / LEVELS))

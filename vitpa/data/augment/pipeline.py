@@ -2,7 +2,9 @@
 
 In the usual order of torchvision and timm: padded crop, flip, policy, colour jitter, all on uint8; normalisation; random
 erasing and cutout; mixing. Last of all, and at evaluation, too, blocks are permuted. No shape depends on the data, nothing is
-copied from the host and nothing waits for the device, so that a CUDA graph can hold it.
+copied from the host and nothing waits for the device, so that a CUDA graph can hold it. Replicas may differ in a policy's
+strength, erasing, cutout and mixing: a batch then holds the images of all of them, one replica after the other
+(vitpa/per_replica.py).
 
 Axes: B batch, C channels, H W pixels, P purposes of random numbers.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -25,6 +28,7 @@ from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.augment.rand_augment import RandAugment
 from vitpa.data.rng import Purpose, key, materialize, randint, random_bits, uniform
 from vitpa.datasets import DatasetFacts
+from vitpa.per_replica import Setting, per_sample, setting
 
 _ERASE_TRIES = 10
 _NORMALS = 2**16  # equally likely values in place of the normal distribution's
@@ -42,37 +46,60 @@ def epoch_keys(seeds: Sequence[int], epoch: int) -> Int64[Tensor, "R P"]:
     return torch.tensor([[0, *(key(seed, purpose, epoch) for purpose in purposes)] for seed in seeds])
 
 
-class Augmentation:
-    """What `options` do to training images of one size."""
+class Erasing(NamedTuple):
+    """How a random rectangle is erased, of each replica or of all: what is drawn uniformly as its first value and its span."""
 
-    def __init__(self, options: AugmentConfig, facts: DatasetFacts, *, img_size: int, device: torch.device):
-        self.options = options
+    prob: Setting
+    scale: tuple[Setting, Setting]  # share of the image's area
+    log_ratio: tuple[Setting, Setting]  # logarithm of height / width
+
+    @classmethod
+    def of(cls, options: Sequence[AugmentConfig], device: torch.device) -> Self:
+        """As the replicas' options say."""
+        scales = [each.erase_scale for each in options]
+        ratios = [(math.log(low), math.log(high)) for low, high in (each.erase_ratio for each in options)]
+        scale, log_ratio = (
+            (setting([low for low, _ in ranges], device), setting([high - low for low, high in ranges], device))
+            for ranges in (scales, ratios)
+        )
+        return cls(setting([each.erase_prob for each in options], device, torch.float32), scale, log_ratio)
+
+
+class Augmentation:
+    """What the replicas' `options` do to training images of one size."""
+
+    def __init__(self, options: Sequence[AugmentConfig], facts: DatasetFacts, *, img_size: int, device: torch.device):
+        """`options` are those of each replica, or of all; they may differ as vitpa/together.py says."""
+        self.options = shape = options[0]  # beside what may differ
         shift = [mean / std for mean, std in zip(facts.mean, facts.std, strict=True)]
         self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
         self.shift = torch.tensor(shift)[:, None, None].to(device)
         self.normals = torch.special.ndtri((torch.arange(_NORMALS).double() + 0.5) / _NORMALS).float().to(device)
-        if options.erase_mode == "const":  # for the kernel that erases and mixes
+        if shape.erase_mode == "const":  # for the kernel that erases and mixes
             self.normals.zero_()
-        self.mixup = Mixup(options, device=device) if options.mixes else None
+        self.erases = any(each.erase_prob for each in options)
+        self.erasing = Erasing.of(options, device)
+        self.cuts_out = any(each.cutout_px for each in options)
+        self.cutout_px = setting([each.cutout_px for each in options], device, torch.int64)
+        self.mixup = Mixup(options, device=device) if any(each.mixes for each in options) else None
         self.block_order: Tensor | None = None
-        if options.permute_block_px:
-            self.block_order = block_order(img_size // options.permute_block_px).to(device)
-        self.jitter = ColorJitter(options.color_jitter, device=device) if any(options.color_jitter) else None
+        if shape.permute_block_px:
+            self.block_order = block_order(img_size // shape.permute_block_px).to(device)
+        self.jitter = ColorJitter(shape.color_jitter, device=device) if any(shape.color_jitter) else None
         self.policy: Policy | RandAugment | None = None
-        if options.policy == "randaugment_timm":
+        if shape.policy == "randaugment_timm":
             self.policy = RandAugment(
-                num_ops=options.randaugment_num_ops,
-                magnitude=options.randaugment_magnitude,
-                std=options.randaugment_magnitude_std,
+                num_ops=shape.randaugment_num_ops,
+                strengths=[(each.randaugment_magnitude, each.randaugment_magnitude_std) for each in options],
                 fill=[round(255 * mean) for mean in facts.mean],
                 img_size=img_size,
                 device=device,
             )
-        elif options.policy != "none":
+        elif shape.policy != "none":
             self.policy = Policy(
-                options.policy,
-                num_ops=options.randaugment_num_ops,
-                magnitude=options.randaugment_magnitude,
+                shape.policy,
+                num_ops=shape.randaugment_num_ops,
+                strengths=[each.randaugment_magnitude for each in options],
                 img_size=img_size,
                 device=device,
             )
@@ -95,15 +122,15 @@ class Augmentation:
         return permute_blocks(images, self.block_order, self.options.permute_block_px)
 
     def _unpermuted(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
-        images, options = self.uint8(images, samples, keys), self.options
-        if options.erase_prob and options.erase_mode == "pixel":
+        images = self.uint8(images, samples, keys)
+        if self.erases and self.options.erase_mode == "pixel":
             out = self._normalize_and_erase(images, samples, keys)
         else:
             out = self.normalize(images)
-            if options.erase_prob:
-                out = random_erase(out, samples, options, stream=keys[:, Purpose.ERASE])
-        if options.cutout_px:
-            out = cutout(out, samples, side=options.cutout_px, stream=keys[:, Purpose.CUTOUT])
+            if self.erases:
+                out = random_erase(out, samples, self.erasing, stream=keys[:, Purpose.ERASE])
+        if self.cuts_out:
+            out = cutout(out, samples, side=self.cutout_px, stream=keys[:, Purpose.CUTOUT])
         return out
 
     def mixed(
@@ -115,7 +142,7 @@ class Augmentation:
             ValueError: B is odd.
         """
         assert self.mixup is not None
-        if not images.is_cuda or self.options.cutout_px:
+        if not images.is_cuda or self.cuts_out:
             out, partners, lam = self.mixup(self._unpermuted(images, samples, keys), labels, samples, keys)
             return self.permuted(out), partners, lam
         from vitpa.kernels.erase import normalize_erase_and_mix  # noqa: PLC0415 - Triton is needed on a GPU only
@@ -154,7 +181,7 @@ class Augmentation:
     def _erasing(self, images: Tensor, samples: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The boxes (B, 4), the words (B,) and the numbers (65536,) that noise is made of."""
         size = (images.shape[2], images.shape[3])
-        boxes = erased_boxes(samples, self.options, size=size, stream=keys[:, Purpose.ERASE])
+        boxes = erased_boxes(samples, self.erasing, size=size, stream=keys[:, Purpose.ERASE])
         return torch.stack(boxes, 1), materialize(random_bits(keys[:, Purpose.ERASE_NOISE], samples)), self.normals
 
 
@@ -178,48 +205,52 @@ def horizontal_flip(images: Images, samples: Samples, *, stream: Stream) -> Imag
     return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
-def random_erase(images: Normalized, samples: Samples, options: AugmentConfig, *, stream: Stream) -> Normalized:
-    """Set a random rectangle of each image to 0, with probability erase_prob.
+def random_erase(images: Normalized, samples: Samples, erasing: Erasing, *, stream: Stream) -> Normalized:
+    """Set a random rectangle of each image to 0, with a probability.
 
     By the rule of torchvision's RandomErasing (Zhong et al. 2017, arXiv 1708.04896, algorithm 1), in whose order the
     numbers of each try are drawn.
     """
-    top, left, height, width = erased_boxes(samples, options, size=(images.shape[2], images.shape[3]), stream=stream)
+    top, left, height, width = erased_boxes(samples, erasing, size=(images.shape[2], images.shape[3]), stream=stream)
     return _blank(images, top, left, height, width)
 
 
 def erased_boxes(
-    samples: Samples, options: AugmentConfig, *, size: tuple[int, int], stream: Stream
+    samples: Samples, erasing: Erasing, *, size: tuple[int, int], stream: Stream
 ) -> tuple[Int64[Tensor, " B"], Int64[Tensor, " B"], Int64[Tensor, " B"], Int64[Tensor, " B"]]:
     """Top, left, height and width of what is erased of images of `size` (H, W); 0 x 0 for nothing."""
     H, W = size
-    (scale_low, scale_high), (ratio_low, ratio_high) = options.erase_scale, options.erase_ratio
+    num_samples = len(samples)
+    (low, span), (log_low, log_span) = (
+        [per_sample(each, num_samples, ndim=2) for each in pair] for pair in (erasing.scale, erasing.log_ratio)
+    )
     streams = stream[:, None] if isinstance(stream, Tensor) else stream
     tries = torch.arange(_ERASE_TRIES, device=samples.device)
     numbers = torch.arange(1 + 4 * _ERASE_TRIES, device=samples.device)
     draws = materialize(uniform(streams, samples[:, None], draw=numbers))  # B, numbers
     area, ratio, top, left = draws[:, 1:].view(-1, _ERASE_TRIES, 4).double().unbind(2)  # B, tries; devices agree in float64
-    area = H * W * (scale_low + area * (scale_high - scale_low))
-    ratio = torch.exp(math.log(ratio_low) + ratio * (math.log(ratio_high) - math.log(ratio_low)))
+    area = H * W * (low + area * span)
+    ratio = torch.exp(log_low + ratio * log_span)
     height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     top, left = (top * (H - height + 1)).floor(), (left * (W - width + 1)).floor()
     first = tries.masked_fill((height >= H) | (width >= W), _ERASE_TRIES).amin(1)  # B: the first that fits
-    erased = (first < _ERASE_TRIES) & (draws[:, 0] < options.erase_prob)
+    erased = (first < _ERASE_TRIES) & (draws[:, 0] < per_sample(erasing.prob, num_samples))
     first = first.clamp(max=_ERASE_TRIES - 1)[:, None]
     boxes = (materialize(values.gather(1, first)[:, 0].long() * erased) for values in (top, left, height, width))
     top, left, height, width = boxes
     return top, left, height, width
 
 
-def cutout(images: Normalized, samples: Samples, *, side: int, stream: Stream) -> Normalized:
+def cutout(images: Normalized, samples: Samples, *, side: Setting, stream: Stream) -> Normalized:
     """Set a square of `side` pixels of each image to 0, as far as it lies in the image.
 
     Its centre is a random pixel (DeVries & Taylor 2017, arXiv 1708.04552).
     """
+    sides = per_sample(side, len(samples))
     top, left = (
-        materialize(randint(stream, samples, size, draw=draw) - side // 2) for draw, size in enumerate(images.shape[2:])
+        materialize(randint(stream, samples, size, draw=draw) - sides // 2) for draw, size in enumerate(images.shape[2:])
     )
-    length = torch.full_like(top, side)
+    length = torch.zeros_like(top) + sides
     return _blank(images, top, left, length, length)
 
 

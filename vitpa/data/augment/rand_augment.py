@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vitpa.data.augment.auto_augment import IDENTITY, Operation, blend, blurred
 from vitpa.data.rng import materialize, randint, random_bits
+from vitpa.per_replica import numbered, per_sample
 
 KINDS = ("Copy", "Table", "Color", "Sharpness", "Move", "Contrast", "AutoContrast", "Equalize")  # in vitpa/kernels/policy.py
 LEVELS = 1024  # quantiles of the magnitude
@@ -62,27 +63,35 @@ class RandAugment:
     """`num_ops` operations, each of the 15 as likely as any other and then applied to every second image."""
 
     def __init__(
-        self, *, num_ops: int, magnitude: float, std: float, fill: Sequence[int], img_size: int, device: torch.device
+        self,
+        *,
+        num_ops: int,
+        strengths: Sequence[tuple[float, float]],
+        fill: Sequence[int],
+        img_size: int,
+        device: torch.device,
     ):
-        """`fill` is the colour (R, G, B) that geometric operations leave outside the image."""
+        """`strengths`: the replicas' means and standard deviations of the magnitude; `fill`: the colour (R, G, B) outside."""
+        different, self.strength = numbered(strengths, device)
         found: dict[Operation, int] = {IDENTITY: 0}
         index = [
-            [[found.setdefault((name, argument(name, m, negated=negated, img_size=img_size)), len(found)) for m in values]
-             for negated in (False, True)]
-            for values in [quantiles(magnitude, std)] for name in NAMES
+            [[[found.setdefault((name, argument(name, m, negated=negated, img_size=img_size)), len(found)) for m in values]
+              for negated in (False, True)]
+             for name in NAMES]
+            for values in (quantiles(mean, std) for mean, std in different)
         ]  # fmt: skip
-        self.index = torch.tensor(index).to(device)  # 15, 2, LEVELS
+        self.index = torch.tensor(index).to(device)  # strengths, 15, 2, LEVELS
         self.num_ops = num_ops
         self.operations = PillowOperations(list(found), fill=fill, height=img_size, width=img_size, device=device)
 
     def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
         """For each of num_ops places the operation, an index of `operations`, of each sample, whose key is in `stream`."""
-        found = []
+        found, strength = [], per_sample(self.strength, len(samples))
         for place in range(self.num_ops):
             name = randint(stream, samples, len(NAMES), draw=4 * place)
             negated, applied = ((random_bits(stream + (4 * place + draw), samples) < 0).long() for draw in (1, 2))
             level = randint(stream, samples, LEVELS, draw=4 * place + 3)
-            found.append(materialize(self.index[name, negated, level] * applied))
+            found.append(materialize(self.index[strength, name, negated, level] * applied))
         return found
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], samples: Tensor, stream: Tensor) -> UInt8[Tensor, "B 3 H W"]:

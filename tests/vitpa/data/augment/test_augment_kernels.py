@@ -27,7 +27,7 @@ ERASING: dict[str, Any] = {"crop": "none", "hflip": False, "erase_prob": 0.7, "m
 
 def timm_table(size: int, count: int) -> list[Operation]:
     """`count` operations of each name of timm's RandAugment."""
-    policy = RandAugment(num_ops=1, magnitude=9, std=0.5, fill=FILL, img_size=size, device=CPU)
+    policy = RandAugment(num_ops=1, strengths=[(9, 0.5)], fill=FILL, img_size=size, device=CPU)
     table = list(policy.operations.names)
     return [table[index] for index in some(table, count)]
 
@@ -64,7 +64,7 @@ def main() -> None:
     images, keys = random_images(20, 17), epoch_keys([3], 1)
     for mode in ("const", "pixel"):
         config = AugmentConfig.model_validate({**ERASING, "erase_mode": mode})
-        whole, samples = Augmentation(config, CIFAR10, img_size=17, device=CPU), torch.arange(20)
+        whole, samples = Augmentation([config], CIFAR10, img_size=17, device=CPU), torch.arange(20)
         single, mixed = whole(images, samples, keys), whole.mixed(images, samples, samples, keys)[0]
         report[f"erased {mode}"] = float((erased(images, whole, keys, mixed=False) - single).abs().max())
         report[f"mixed {mode}"] = float((erased(images, whole, keys, mixed=True) - mixed).abs().max())
@@ -140,7 +140,7 @@ def test_a_gpu_augments_large_images_as_the_cpu_does_in_a_cuda_graph_too(policy:
     config = AugmentConfig.model_validate(
         {**ERASING, "hflip": True, "policy": policy, "erase_mode": "pixel", "permute_block_px": 8}
     )
-    on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=96, device=torch.device(name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (Augmentation([config], CIFAR10, img_size=96, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
     for function in (on_gpu, torch.compile(on_gpu, fullgraph=True, dynamic=False)):
         torch.testing.assert_close(function(*inputs).cpu(), on_cpu(images, samples, keys), rtol=0, atol=1e-5)

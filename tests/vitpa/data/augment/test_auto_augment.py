@@ -69,7 +69,7 @@ def test_magnitudes_are_torchvisions(transform: AutoAugment | RandAugment, size:
 
 
 def make(name: str, *, num_ops: int = 2, magnitude: int = 9, img_size: int = 32) -> Policy:
-    return Policy(name, num_ops=num_ops, magnitude=magnitude, img_size=img_size, device=CPU)
+    return Policy(name, num_ops=num_ops, strengths=[magnitude], img_size=img_size, device=CPU)
 
 
 def signed(operation: str, value: float) -> list[Operation]:

@@ -22,7 +22,7 @@ BOTH = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 
 
 def make(**options: Any) -> Mixup:
-    return Mixup(AugmentConfig.model_validate({**BOTH, **options}), device=CPU)
+    return Mixup([AugmentConfig.model_validate({**BOTH, **options})], device=CPU)
 
 
 def batch(n: int, height: int = 12, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +44,7 @@ def test_pairs_are_mixed_as_timm_does(monkeypatch: pytest.MonkeyPatch, size: tup
     assert not boxes[~cutmixes].any()
     for pair, cutmix in enumerate(cutmixes.tolist()):
         i, j, first = 2 * pair, 2 * pair + 1, samples[2 * pair]
-        share = mixup.quantiles[int(cutmix), randint(stream, first, LEVELS, draw=1)].item()
+        share = mixup.quantiles[0, int(cutmix), randint(stream, first, LEVELS, draw=1)].item()
         centre = [int(randint(stream, first, length, draw=draw)) for draw, length in zip((2, 3), size, strict=True)]
         monkeypatch.setattr(np.random, "randint", lambda *_, size, places=centre: places.pop(0))
         theirs = timms.Mixup(**BOTH, mode="pair", num_classes=1000)
@@ -79,7 +79,7 @@ def test_shares_are_of_the_beta_distribution(name: str, alpha: float) -> None:
     other = {"mixup": "cutmix", "cutmix": "mixup"}[name]
     mixup, n = make(**{f"{name}_alpha": alpha, f"{other}_alpha": 0.0}), 100_000
     beta = stats.beta(alpha, alpha).cdf
-    table = mixup.quantiles[int(name == "cutmix")]
+    table = mixup.quantiles[0, int(name == "cutmix")]
     assert stats.kstest(table.numpy(), beta).statistic < 1 / LEVELS
     size = (10_000, 10_000)  # so large that a box's rounding does not show
     lam, weight, box = mixup.draws(torch.arange(2 * n), epoch_keys([1], 0), size=size)
@@ -137,7 +137,7 @@ def test_compiled_equals_eager() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_mixes_as_the_cpu_does_in_a_cuda_graph_too() -> None:
     mixup, (images, labels, samples), keys = make(), batch(256, 32, 32), epoch_keys([0], 0)
-    there = Mixup(AugmentConfig.model_validate(BOTH), device=torch.device("cuda"))
+    there = Mixup([AugmentConfig.model_validate(BOTH)], device=torch.device("cuda"))
     inputs = [tensor.cuda() for tensor in (images, labels, samples, keys)]
     compiled = torch.compile(there, fullgraph=True, dynamic=False)
     for function in (there, compiled):

@@ -35,7 +35,7 @@ def slowly_permuted(images: Tensor, block_px: int) -> Tensor:
 
 
 def augmentation(**options: Any) -> Augmentation:
-    return Augmentation(AugmentConfig.model_validate(options), CIFAR10, img_size=32, device=CPU)
+    return Augmentation([AugmentConfig.model_validate(options)], CIFAR10, img_size=32, device=CPU)
 
 
 def test_the_order_is_fixed_for_ever() -> None:
@@ -107,6 +107,6 @@ def test_the_preview_shows_permuted_images(digits: Path, tmp_path: Path, loader:
         config = config_of(arguments(digits, tmp_path, *options))
         data = open_data([config], Group(0, 1, 0, 1, CPU))
         with closing(data.feed):
-            return data.preview(seed=3)
+            return data.previews([3])[0]
 
     assert torch.equal(preview(4), slowly_permuted(preview(0), 4))

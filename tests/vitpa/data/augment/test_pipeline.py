@@ -28,7 +28,7 @@ BARE: dict[str, Any] = {"crop": "none", "hflip": False}
 
 
 def augmentation(*, img_size: int = 32, **options: Any) -> Augmentation:
-    return Augmentation(AugmentConfig.model_validate(options), CIFAR10, img_size=img_size, device=CPU)
+    return Augmentation([AugmentConfig.model_validate(options)], CIFAR10, img_size=img_size, device=CPU)
 
 
 def test_the_keys_of_an_epoch_are_those_of_each_seed_and_purpose() -> None:
@@ -162,7 +162,7 @@ def slow_box(stream: int, sample: int, options: AugmentConfig, H: int, W: int) -
 def test_erasing_equals_the_slow_rule(options: dict[str, Any]) -> None:
     config, stream = AugmentConfig.model_validate(options), key(3, Purpose.ERASE, 4)
     samples, ones = torch.arange(70, 270), torch.ones(200, 3, 20, 14)
-    erased = pipeline.random_erase(ones, samples, config, stream=stream)
+    erased = pipeline.random_erase(ones, samples, pipeline.Erasing.of([config], CPU), stream=stream)
     found = [rectangle(image) for image in erased]
     assert found == [slow_box(stream, sample, config, 20, 14) for sample in samples.tolist()]
     assert 0 < found.count(None) < 200
@@ -171,8 +171,10 @@ def test_erasing_equals_the_slow_rule(options: dict[str, Any]) -> None:
 
 def test_erased_areas_ratios_and_places_are_spread_as_asked() -> None:
     n, size = 40_000, 1000
-    options = AugmentConfig(erase_prob=0.25, erase_scale=(0.02, 0.3))  # of these all fit: sqrt(0.3 * 3.3) < 1
-    boxes = pipeline.erased_boxes(torch.arange(n), options, size=(size, size), stream=key(0, Purpose.ERASE, 0))
+    erasing = pipeline.Erasing.of(
+        [AugmentConfig(erase_prob=0.25, erase_scale=(0.02, 0.3))], CPU
+    )  # of these all fit: sqrt(0.3 * 3.3) < 1
+    boxes = pipeline.erased_boxes(torch.arange(n), erasing, size=(size, size), stream=key(0, Purpose.ERASE, 0))
     top, left, height, width = (values.double() for values in boxes)
     erased = height > 0
     assert abs(erased.double().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n)
@@ -213,9 +215,8 @@ def test_centres_of_cutouts_reach_every_pixel_equally() -> None:
 
 def test_erasing_and_cutout_leave_the_mean_colour_in_the_normalised_image() -> None:
     images, samples, keys = random_images(40), torch.arange(40), epoch_keys([2], 3)
-    options = AugmentConfig(crop="none", hflip=False, erase_prob=0.5, cutout_px=8)
     whole = augmentation(**BARE, erase_prob=0.5, cutout_px=8)
-    ones = pipeline.random_erase(torch.ones(40, 3, 32, 32), samples, options, stream=key(2, Purpose.ERASE, 3))
+    ones = pipeline.random_erase(torch.ones(40, 3, 32, 32), samples, whole.erasing, stream=key(2, Purpose.ERASE, 3))
     mask = pipeline.cutout(ones, samples, side=8, stream=key(2, Purpose.CUTOUT, 3))
     assert torch.equal(whole(images, samples, keys), torch.where(mask == 1, whole.normalize(images), 0.0))
     assert torch.equal(whole.uint8(images, samples, keys), images)
@@ -225,7 +226,7 @@ def test_noise_is_in_the_erased_rectangles_alone_and_the_same_in_any_batch() -> 
     images, samples, keys = random_images(200), torch.arange(200), epoch_keys([2], 3)
     const, pixel = (augmentation(**BARE, erase_prob=0.5, erase_mode=mode) for mode in ("const", "pixel"))
     got, normalised = pixel(images, samples, keys), pixel.normalize(images)
-    top, left, height, width = pipeline.erased_boxes(samples, const.options, size=(32, 32), stream=key(2, Purpose.ERASE, 3))
+    top, left, height, width = pipeline.erased_boxes(samples, const.erasing, size=(32, 32), stream=key(2, Purpose.ERASE, 3))
     for i in range(200):
         box = torch.zeros(32, 32, dtype=torch.bool)
         box[top[i] : top[i] + height[i], left[i] : left[i] + width[i]] = True
@@ -286,7 +287,7 @@ def test_a_gpu_augments_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None
     images, samples = random_images(640), torch.arange(640)
     keys = epoch_keys([5, 6], 1).repeat_interleave(320, 0)
     config = AugmentConfig.model_validate({**EVERYTHING, "policy": policy, "permute_block_px": 4})
-    on_cpu, on_gpu = (Augmentation(config, CIFAR10, img_size=32, device=torch.device(name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (Augmentation([config], CIFAR10, img_size=32, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
     compiled = torch.compile(on_gpu, fullgraph=True, dynamic=False)
     for function in (on_gpu.uint8, torch.compile(on_gpu.uint8, fullgraph=True, dynamic=False)):

@@ -38,7 +38,7 @@ THEIR_NAMES = {
 
 
 def make(*, num_ops: int = 2, magnitude: float = 9, std: float = 0.5, img_size: int = 32) -> RandAugment:
-    return RandAugment(num_ops=num_ops, magnitude=magnitude, std=std, fill=FILL, img_size=img_size, device=CPU)
+    return RandAugment(num_ops=num_ops, strengths=[(magnitude, std)], fill=FILL, img_size=img_size, device=CPU)
 
 
 def by_timm(image: Tensor, operation: Operation) -> Tensor:
