@@ -22,6 +22,7 @@ from tests.support.slurm_sweeps import processes_below
 from tests.support.waiting import wait_for
 from vitpa.cli import main
 from vitpa.config_file import load_config
+from vitpa.records import made_with
 
 pytestmark = pytest.mark.slow
 
@@ -161,23 +162,28 @@ DIGITS = """
 name: small
 recipes: [digits]
 attentions: [content]
-seeds: [0]
+seeds: [0, 1]
 overrides: {train.holdout: 0.2, train.epochs: 3, train.global_batch_size: 16, model.depth: 1, optim.warmup_epochs: 0}
 search:
   space: {optim.lr: {low: 5.0e-4, high: 5.0e-2, log: true}, optim.weight_decay: [0.0, 0.05]}
   halving: {epochs: [2]}
-  budget: {runs: 2}
+  budget: {runs: 4}
 """
 
 
 def test_on_the_digits(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Killed in its midst, resumed: the same ledger as undisturbed. The command it ends with trains on all of train."""
+    """Killed in its midst, resumed: the same ledger as undisturbed. The command it ends with trains on all of train.
+
+    The two seeds of a trial share a step.
+    """
     ledgers = []
     for name in ("undisturbed", "killed"):
         root = tmp_path / name
         root.mkdir()
         (root / "small.yaml").write_text(DIGITS)
-        (root / "profile.yaml").write_text(f"slots: 1\nruntime: {{device: cpu, data_dir: {digits}, tensorboard: false}}\n")
+        (root / "profile.yaml").write_text(
+            f"slots: 1\nreplicas: 2\nruntime: {{device: cpu, data_dir: {digits}, tensorboard: false}}\n"
+        )
         words = ["sweep", "submit", str(root / "small.yaml"), "--root", str(root), "--profile", str(root / "profile.yaml")]
         if name == "killed":
             assert main(words) == 0
@@ -189,15 +195,20 @@ def test_on_the_digits(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ledgers.append(ledger_of(root))
     assert ledgers[0] == ledgers[1]
     assert [len(each["trials"]) for each in ledgers[0]] == [2, 1, 0]
+    together = {tuple(made_with(run.directory(root).env_json)["trained_with_seeds"]) for run in now(root).runs}
+    assert together == {(0, 1)}
     said = capsys.readouterr().out
     best = now(root).ledger.trials[ledgers[0][1]["trials"][0]["number"]]  # type: ignore[union-attr]
-    assert f"best so far: {best.label} {100 * best.score(3):.2f} % held-out top-1 (epoch 3 of 3, 1 run" in said
+    first, second = (100 * score for score in best.scores[3])
+    of = f"best so far: {best.label} {(first + second) / 2:.2f} ± {abs(first - second) / 2**0.5:.2f} % held-out top-1"
+    assert f"{of} (epoch 3 of 3, 2 runs, 0.00 GPU-hours): optim.lr={best.values['optim.lr']}" in said
     line = next(line for line in said.splitlines() if line.startswith("  vitpa sweep submit digits"))
     chosen = shlex.split(line)[1:]
     assert main([*chosen, "--dry-run", "--data-dir", str(digits)]) == 0
-    assert "would start 1 runs" in capsys.readouterr().out
-    assert main([*chosen, "--profile", str(root / "profile.yaml"), "--wait"]) == 0
-    (path,) = (root / "sweeps/small-chosen/by-name").iterdir()
-    config = load_config(path / "config.yaml")
-    assert (config.train.holdout, config.train.epochs, config.optim.lr) == (0.0, 3, best.values["optim.lr"])
+    assert "would start 2 runs" in capsys.readouterr().out
+    assert main([*chosen, "--profile", str(root / "profile.yaml")]) == 0
+    config = next((root / "sweeps/small-chosen/by-name").iterdir()) / "config.yaml"
+    trained = load_config(config)
+    assert (trained.train.holdout, trained.train.epochs, trained.optim.lr) == (0.0, 3, best.values["optim.lr"])
     assert yaml.safe_load((root / "sweeps/small-chosen/sweep.yaml").read_text())["search"] is None
+    kill_all(root)
