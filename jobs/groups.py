@@ -1,7 +1,7 @@
-"""Which runs train together: seeds of one configuration as replicas, in one process that takes one step for all of them.
+"""Which runs train together as replicas, in one process that takes one step for all of them.
 
-A group is one task of a submission. Its runs differ in nothing but the seed, have a checkpoint of a common step (or none at
-all), and fit the memory of a GPU together. A run that nothing can be stacked with is a group of one.
+A group is one task of a submission. Its runs differ in nothing that shapes the step (vitpa/together.py), have a checkpoint of
+a common step (or none at all), and fit the memory of a GPU together. A run that nothing can be stacked with is a group of one.
 """
 
 from __future__ import annotations
@@ -19,29 +19,36 @@ from vitpa.datasets import facts_of, num_held_out
 from vitpa.records import RunError, read_json
 from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
+from vitpa.together import differing, may_differ, step_shape
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
 MAX_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
+MostRuns = Callable[[RunConfig, int], int]
 T = TypeVar("T")
 
 
-def group_seeds(configs: Sequence[RunConfig], most: Callable[[RunConfig, int], int]) -> list[list[int]]:
-    """The groups of runs, as indices into `configs`, in the order of their first runs; seeds keep their order.
+def group_runs(configs: Sequence[RunConfig], most: MostRuns) -> list[list[int]]:
+    """The groups of runs, as indices into `configs`, in the order of their first runs; in a group they keep their order.
 
     Args:
         configs: With the runtime section that they will run with.
-        most: How many of so many runs of a configuration may be in one group.
+        most: How many of so many runs of one shape may be in one group; a configuration stands for them.
     """
-    alike: dict[str, list[int]] = {}
-    for index, config in enumerate(configs):
-        alike.setdefault(config.model_copy(update={"seed": 0}).model_dump_json(), []).append(index)
     groups = []
-    for indices in alike.values():
+    for indices in by_shape(configs):
         size = most(configs[indices[0]], len(indices))
         same_steps = in_step([configs[index].run_dir for index in indices]) if size > 1 else [list(range(len(indices)))]
         for positions in same_steps:
             groups += evenly([indices[position] for position in positions], size)
     return sorted(groups)
+
+
+def by_shape(configs: Sequence[RunConfig]) -> list[list[int]]:
+    """Runs that could share a step, as indices into `configs`."""
+    alike: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        alike.setdefault(step_shape(config), []).append(index)
+    return list(alike.values())
 
 
 def in_step(runs: Sequence[RunDir]) -> list[list[int]]:
@@ -58,6 +65,30 @@ def in_step(runs: Sequence[RunDir]) -> list[list[int]]:
     return [indices for _, indices in found]
 
 
+def notes_on_steps(configs: Sequence[RunConfig], groups: Sequence[Sequence[int]], most: MostRuns) -> list[str]:
+    """How runs that differ in more than the seed share steps, and what keeps them from sharing more; for people.
+
+    Of each network and data set by itself, since those are never mixed. `groups` and `most` as for `group_runs`.
+    """
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    networks: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        networks.setdefault(f"{config.dataset} {config.network_name}", []).append(index)
+    told: dict[str, list[str]] = {}
+    for name, indices in networks.items():
+        runs = [configs[index] for index in indices]
+        keys = differing(runs)
+        size, steps = most(runs[0], len(runs)), len({group_of[index] for index in indices})
+        if size == 1 or keys in ([], ["seed"]):
+            continue
+        line = f"{len(runs)} runs that differ in {', '.join(keys)} train in {steps} step{'s' if steps > 1 else ''}"
+        shaping, needed = [key for key in keys if not may_differ(key)], math.ceil(len(runs) / size)
+        if shaping and steps > needed:
+            line += f"; {needed} would do, but for {', '.join(shaping)}, which shape{'s' if len(shaping) == 1 else ''} a step"
+        told.setdefault(line, []).append(name)
+    return [f"{', '.join(names)}: {line}" for line, names in told.items()]
+
+
 def evenly(items: Sequence[T], most: int) -> list[list[T]]:
     """`items` in as few parts of at most `most` as will do, of sizes that differ by one at the most."""
     parts = math.ceil(len(items) / most)
@@ -69,13 +100,13 @@ def evenly(items: Sequence[T], most: int) -> list[list[T]]:
 
 
 def most_replicas(
-    config: RunConfig, seeds: int, wanted: int | Literal["auto"], *, processes: int, gpu_memory_gib: float | None
+    config: RunConfig, runs: int, wanted: int | Literal["auto"], *, processes: int, gpu_memory_gib: float | None
 ) -> int:
-    """How many of `seeds` runs of a configuration may train together.
+    """How many of so many runs of one shape may train together.
 
     Args:
         config: Of one of them, with the runtime section that they will run with.
-        seeds: At most so many.
+        runs: At most so many.
         wanted: As the profile says it.
         processes: Training processes of a run; several of them cannot train replicas.
         gpu_memory_gib: Of the GPU that they will have; None if they will have none.
@@ -93,12 +124,12 @@ def most_replicas(
     if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
         return 1
     share_gib = gpu_memory_gib / config.runtime.runs_per_gpu
-    counts = range(1, min(seeds, MAX_BY_ITSELF) + 1)
+    counts = range(1, min(runs, MAX_BY_ITSELF) + 1)
     return max((count for count in counts if memory_gib(config, count, images) <= share_gib), default=1)
 
 
 def unsupported_reason(config: RunConfig) -> str | None:
-    """Why a run of this configuration has to train alone; None if other seeds can train with it."""
+    """Why a run of this configuration has to train alone; None if others can train with it."""
     reason, size = replicas_unsupported_reason(config), facts_of(config.dataset).image_size_px
     if reason is None and streaming_setting(config, [None if size is None else (size, size)]) is not None:
         return f"{config.dataset}: its images may not stay on the device as they are; say so with runtime.loader=resident"

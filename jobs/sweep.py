@@ -29,6 +29,7 @@ from vitpa.documents import to_yaml
 from vitpa.installation import CODE
 from vitpa.records import RunError, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
+from vitpa.together import value_of
 
 TRIAL = "trial"  # the axis of a search
 
@@ -113,10 +114,7 @@ class Run:
 
 def _value_text(config: RunConfig, key: str) -> str:
     """The value of a dotted key, as a part of a file's name."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value_text(value)
+    return value_text(value_of(config, key))
 
 
 def value_text(value: Any) -> str:

@@ -146,8 +146,8 @@ class Training:
         """Start the training; what it prints goes to `log`."""
         first, *others = self.active
         arguments = [literal_path(first.attempt.config_yaml)]
-        if others:
-            arguments += ["--seeds", ",".join(str(load_config(member.attempt.config_yaml).seed) for member in self.active)]
+        for member in others:
+            arguments += ["--with", literal_path(member.attempt.config_yaml)]
         for member in self.active:
             if member.attempt.log != self.log:
                 with suppress(FileExistsError):
@@ -205,7 +205,7 @@ class Training:
             else:
                 fit.append(member)
         for indices in in_step([member.run for member in fit])[1:]:
-            reason = "no checkpoint of a step that the seeds trained with it have, too: submit again, and it goes on by itself"
+            reason = "no checkpoint of a step that the runs trained with it have, too: submit again, and it goes on by itself"
             refused += [(fit[index], Outcome("interrupted", None, reason)) for index in indices]
         return refused
 

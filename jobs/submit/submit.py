@@ -38,7 +38,7 @@ from jobs.errors import SweepError
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import training_command
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
-from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_seeds, most_replicas
+from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_runs, most_replicas, notes_on_steps
 from jobs.profile import LocalProfile, Profile, SlurmProfile
 from jobs.records import Place
 from jobs.scheduler.client import Scheduler, scheduler_environment
@@ -149,11 +149,12 @@ def _prepare_local(
     memory_gib = (gpu_memory_gib() or ASSUMED_GPU_MEMORY_GIB) if slots[0].gpus else None
     for_each_slot = math.ceil(len(chosen) / len(slots))  # replicas beyond that would leave a slot idle
 
-    def most(config: RunConfig, seeds: int) -> int:
-        fitting = most_replicas(config, seeds, profile.replicas, processes=len(slots[0].gpus), gpu_memory_gib=memory_gib)
+    def most(config: RunConfig, runs: int) -> int:
+        fitting = most_replicas(config, runs, profile.replicas, processes=len(slots[0].gpus), gpu_memory_gib=memory_gib)
         return min(fitting, for_each_slot) if profile.replicas == "auto" else fitting
 
-    return SubmissionPlan([Batch(chosen, configs, group_seeds(configs, most), how)], len(slots))
+    groups = group_runs(configs, most)
+    return SubmissionPlan([Batch(chosen, configs, groups, how)], len(slots), notes_on_steps(configs, groups, most))
 
 
 def _prepare_slurm(
@@ -173,7 +174,9 @@ def _prepare_slurm(
     for states in same_resources.values():
         resources = by_dataset[states[0].run.dataset]
         configs = [_configure(state.run, resources.runtime, root, overrides) for state in states]
-        groups = group_seeds(configs, partial(_most_in_a_job, resources))
+        most = partial(_most_in_a_job, resources)
+        groups = group_runs(configs, most)
+        notes += notes_on_steps(configs, groups, most)
         for first in range(0, len(groups), limit):
             parts.append((resources, states, configs, groups[first : first + limit]))
     _check_per_dataset(profile, [config for _, _, configs, _ in parts for config in configs])
@@ -215,10 +218,10 @@ def _cluster_of(scheduler: Scheduler) -> dict[str, str]:
     return found
 
 
-def _most_in_a_job(resources: SlurmProfile, config: RunConfig, seeds: int) -> int:
+def _most_in_a_job(resources: SlurmProfile, config: RunConfig, runs: int) -> int:
     memory_gib = (resources.gpu_memory_gib or ASSUMED_GPU_MEMORY_GIB) if resources.gpus_per_node else None
     processes = resources.nodes * resources.processes
-    return most_replicas(config, seeds, resources.replicas, processes=processes, gpu_memory_gib=memory_gib)
+    return most_replicas(config, runs, resources.replicas, processes=processes, gpu_memory_gib=memory_gib)
 
 
 def _part(batch: Batch, kept: Sequence[int]) -> Batch:

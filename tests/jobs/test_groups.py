@@ -7,12 +7,13 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs.execute.slots import Slot, gpu_memory_gib, take_slot
-from jobs.groups import evenly, group_seeds, in_step, most_replicas, num_images, unsupported_reason
+from jobs.groups import evenly, group_runs, in_step, most_replicas, num_images, unsupported_reason
 from jobs.profile import LocalProfile, SlurmProfile
 from jobs.records import Intent, WantedRun
 from jobs.scheduler.client import Scheduler
@@ -67,25 +68,59 @@ def test_seeds_are_split_evenly(count: int, most: int, sizes: list[int]) -> None
 
 def test_cells_are_never_mixed_and_seeds_keep_their_order(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=3)
-    assert labels(sweep, group_seeds(configs(tmp_path, sweep), lambda config, seeds: seeds)) == [
+    assert labels(sweep, group_runs(configs(tmp_path, sweep), lambda config, seeds: seeds)) == [
         ["content-s0", "content-s1", "content-s2"],
         ["positional-s0", "positional-s1", "positional-s2"],
     ]
-    assert labels(sweep, group_seeds(configs(tmp_path, sweep), lambda config, seeds: 2)) == [
+    assert labels(sweep, group_runs(configs(tmp_path, sweep), lambda config, seeds: 2)) == [
         ["content-s0", "content-s1"],
         ["positional-s0", "positional-s1"],
         ["content-s2"],
         ["positional-s2"],
     ]
     alone = [[index] for index in range(6)]
-    assert group_seeds(configs(tmp_path, sweep), lambda config, seeds: 1) == alone
+    assert group_runs(configs(tmp_path, sweep), lambda config, seeds: 1) == alone
+
+
+def test_settings_that_do_not_shape_the_step_share_it(tmp_path: Path) -> None:
+    axes = {
+        "optim.lr": [5e-4, 1e-3],
+        "mixing": {"none": {}, "both": {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0}},
+        "train.global_batch_size": [64, 128],
+    }
+    sweep = make_sweep(tmp_path, seeds=2, axes=axes)
+    groups = group_runs(configs(tmp_path, sweep), lambda config, runs: runs)
+    assert [len(group) for group in groups] == [8] * 4
+    for group in groups:
+        runs = [sweep.runs[index].config for index in group]
+        assert len({(run.model.attention, run.train.global_batch_size) for run in runs}) == 1
+        assert len({(run.optim.lr, run.augment.mixup_alpha, run.seed) for run in runs}) == 8
+
+
+def test_plan_says_which_keys_split_the_steps(tmp_path: Path) -> None:
+    def notes(seeds: int, axes: dict[str, Any], **profile: Any) -> list[str]:
+        states = [RunState(run, "missing") for run in make_sweep(tmp_path, seeds=seeds, axes=axes).runs]
+        slurm = SlurmProfile.model_validate({"executor": "slurm", "time": "60", **profile})
+        return prepare(states, slurm, tmp_path, [], Cluster()).notes
+
+    one: dict[str, Any] = {"optim.lr": [5e-4, 1e-3]}
+    both = {**one, "train.global_batch_size": [64, 128]}
+    assert notes(2, {}) == []  # seeds alone: as always
+    assert notes(2, one) == ["digits content, digits positional: 4 runs that differ in optim.lr, seed train in 1 step"]
+    assert notes(2, both) == [
+        "digits content, digits positional: 8 runs that differ in optim.lr, train.global_batch_size, seed train in 2 steps; "
+        "1 would do, but for train.global_batch_size, which shapes a step"
+    ]
+    assert notes(1, {"train.global_batch_size": [64, 128]})[0].startswith("digits content, digits positional: 2 runs")
+    assert notes(2, both, gpus_per_node=0) == []  # each trains alone in any case
+    assert notes(10, one) == ["digits content, digits positional: 20 runs that differ in optim.lr, seed train in 2 steps"]
 
 
 def test_runs_with_other_runtime_settings_are_not_mixed(tmp_path: Path) -> None:
     first, _, second, *_ = configs(tmp_path, make_sweep(tmp_path, seeds=2))
     other = second.model_copy(update={"runtime": second.runtime.model_copy(update={"workers": 3})})
-    assert group_seeds([first, second], lambda config, seeds: 9) == [[0, 1]]
-    assert group_seeds([first, other], lambda config, seeds: 9) == [[0], [1]]
+    assert group_runs([first, second], lambda config, seeds: 9) == [[0, 1]]
+    assert group_runs([first, other], lambda config, seeds: 9) == [[0], [1]]
 
 
 def test_only_runs_with_a_common_checkpoint_go_on_together(tmp_path: Path) -> None:
@@ -98,8 +133,8 @@ def test_only_runs_with_a_common_checkpoint_go_on_together(tmp_path: Path) -> No
     directories = [run.directory(tmp_path) for run in content]
     assert in_step(directories) == [[0, 3], [1, 2, 5], [4]]
     chosen = [config for config in configs(tmp_path, sweep) if config.model.attention == "content"]
-    assert group_seeds(chosen, lambda config, seeds: seeds) == [[0, 3], [1, 2, 5], [4]]
-    assert group_seeds(chosen, lambda config, seeds: 2) == [[0, 3], [1, 2], [4], [5]]
+    assert group_runs(chosen, lambda config, seeds: seeds) == [[0, 3], [1, 2, 5], [4]]
+    assert group_runs(chosen, lambda config, seeds: 2) == [[0, 3], [1, 2], [4], [5]]
 
 
 def most(config: RunConfig, wanted: object = "auto", *, seeds: int = 5, processes: int = 1, gib: float | None = 80) -> int:
@@ -373,6 +408,6 @@ def test_a_bad_configuration_and_a_withdrawn_claim_do_not_hurt_the_others(tmp_pa
     states = group.settle()
     assert [state.state for state in states] == ["failed", "cancelled", "done", "interrupted"]
     assert "not valid YAML" in states[0].reason
-    assert states[3].reason.startswith("no checkpoint of a step that the seeds trained with it have, too: submit again")
+    assert states[3].reason.startswith("no checkpoint of a step that the runs trained with it have, too: submit again")
     group.vitpa("submit", "--wait")
     assert group.states() == ["failed", "cancelled", "done", "done"]

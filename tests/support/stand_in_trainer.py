@@ -1,13 +1,14 @@
 """Stands in for `python -m vitpa.train` where a test needs dozens of runs: standard library only, keeps the contract.
 
 Takes `train.epochs` steps of 50 ms, keeps a checkpoint after each, stops if asked to, resumes, and writes result.json last.
-With `--seeds 0,1` it does so for the runs of these seeds together. `<root>/trace` gets a file per run and process with the
+With `--with CONFIG` it does so for those runs, too, together. `<root>/trace` gets a file per run and process with the
 time it was alive; a file `<root>/fail/<signature>` makes it fail, `<root>/leave/<signature>` makes that run leave the others,
 `<root>/score-by-name` gives every run an accuracy that follows from its signature,
 `<root>/hold` keeps all before their last step. An epoch is a step; it pauses after `runtime.stop_after_epoch`.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -108,11 +109,10 @@ class Run:
 
 
 def main() -> int:
-    first = Path(sys.argv[1].replace("$$", "$")).parents[2]  # as the trainer reads it
-    seeds = sys.argv[sys.argv.index("--seeds") + 1].split(",") if "--seeds" in sys.argv else []
-    runs = [Run(path) for path in ([first, *siblings(first, seeds[1:])])]
+    others = [file for option, file in itertools.pairwise(sys.argv) if option == "--with"]
+    runs = [Run(Path(file.replace("$$", "$")).parents[2]) for file in (sys.argv[1], *others)]  # as the trainer reads them
+    seeds = [run.config["seed"] for run in runs] if others else []
     assert Path(os.environ["VITPA_ATTEMPT"]) == runs[0].attempt
-    assert not seeds or [run.config["seed"] for run in runs] == seeds
     assert len({run.step for run in runs}) == 1, "no common step"
     if any((run.root / "fail" / run.path.name).exists() for run in runs):
         raise RuntimeError("the test wants this run to fail")
@@ -140,14 +140,6 @@ def main() -> int:
     for run in runs:
         run.finish()
     return int(failed)
-
-
-def siblings(first: Path, seeds: list[str]) -> list[Path]:
-    """The directories of the runs that differ from `first` in the seed only."""
-    text = (first / "config.yaml").read_text()
-    wanted = [re.sub(r"^seed: \d+$", f"seed: {seed}", text, flags=re.MULTILINE) for seed in seeds]
-    there = {path.read_text(): path.parent for path in first.parent.glob("*/config.yaml")} if seeds else {}
-    return [there[document] for document in wanted]
 
 
 def replace(path: Path, document: object) -> None:
