@@ -53,7 +53,7 @@ class LocalProfile(Section):
     )
     replicas: Count = Field(
         "auto",
-        description="seeds of one configuration trained together in one step; auto: as many as fit the GPU's memory (up to "
+        description="runs of one shape trained together in one step; auto: as many as fit the GPU's memory (up to "
         "16), but so that no slot is idle; 1 without a GPU",
     )
     cpus_per_slot: int = Field(1, ge=1, le=MAX_CPUS, description="without a GPU: CPUs of one run")
@@ -118,7 +118,7 @@ class SlurmProfile(Section):
     )
     replicas: Count = Field(
         "auto",
-        description="seeds of one configuration trained together in one step, by one job; auto: as many as fit the GPU's "
+        description="runs of one shape trained together in one step, by one job; auto: as many as fit the GPU's "
         "memory (up to 16), since GPU-hours count; 1 without a GPU",
     )
     gpu_memory_gib: Float | None = Field(

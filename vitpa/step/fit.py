@@ -1,4 +1,4 @@
-"""How much memory of a GPU seeds of one configuration take that train together as replicas.
+"""How much memory of a GPU runs of one shape take that train together as replicas.
 
 Arithmetic on the configuration; nothing is measured, and no torch is needed.
 """
