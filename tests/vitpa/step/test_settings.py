@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.support.checkpoints import load_newest
 from tests.support.trainings import arguments, config_of
 from vitpa.config import RunConfig
 from vitpa.distributed import Group
 from vitpa.step.step import smoothed_cross_entropy
 from vitpa.train import set_up
+from vitpa.train_command import main
 
 STEPS = 50
 CPU = torch.device("cpu")
@@ -166,3 +169,33 @@ def test_the_smoothed_loss_is_torchs() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     ours, theirs = (torch.autograd.grad(losses.sum(), logits)[0] for losses in (got, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_a_replica_that_diverges_leaves_and_the_others_resume_alone(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["train.epochs=2", "optim.warmup_epochs=0", "runtime.cpu_threads=1", "runtime.poll_every_steps=1"]
+    words = arguments(digits, tmp_path, *options, "optim.grad_clip_norm=null")
+    assert main([*words, "optim.lr=1e-3,1e37", "model.drop_path_rate=0,0.2", "runtime.checkpoint_every_steps=10"]) == 1
+    told = capfd.readouterr().err
+    assert "vitpa train: 2 of 4 runs have failed: " in told
+    assert "model.drop_path_rate 0.2, optim.lr 1e+37 is not trained any more, the others go on: " in told
+    for rate in ("0", "0.2"):
+        good, bad = ([*words, f"optim.lr={lr}", f"model.drop_path_rate={rate}"] for lr in ("1e-3", "1e37"))
+        assert "lower optim.lr=1e+37" in json.loads(config_of(bad).run_dir.attempts()[-1].left_json.read_text())["reason"]
+        assert not config_of(bad).run_dir.result_json.exists()
+        ours = load_newest(config_of(good).run_dir)
+        assert ours is not None
+        alone = arguments(digits, tmp_path / "alone", *good[1:])
+        assert main(alone) == 0
+        theirs = load_newest(config_of(alone).run_dir)
+        assert theirs is not None
+        assert distance(ours[1].model, theirs[1].model) < 1e-6
+        assert ours[1].optimizer["param_groups"] == theirs[1].optimizer["param_groups"]
+        (config_of(good).run_dir.checkpoints / "step_000000044.pt").unlink()
+        config_of(good).run_dir.result_json.unlink()
+        assert main(good) == 0
+        assert "resumed at step 40 of 44" in capfd.readouterr().err
+        resumed = load_newest(config_of(good).run_dir)
+        assert resumed is not None
+        assert distance(resumed[1].model, theirs[1].model) < 1e-6
