@@ -27,7 +27,7 @@ from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
 from vitpa.arguments import literal_path
 from vitpa.cli import main as vitpa
-from vitpa.metrics_file import EVALUATED, to_line
+from vitpa.metrics_file import EMA_EVALUATED, EVALUATED, to_line
 from vitpa.records import RunError, read_json, write_atomic
 from vitpa.rundir import Result
 
@@ -98,7 +98,8 @@ def result_document(run: Run, **values: object) -> dict[str, object]:
 
 def evaluation_line(result: Mapping[str, object]) -> str:
     """The row of metrics.jsonl that a run with this result ends with."""
-    evaluated = {name: result[f"val_{name.removeprefix('val/')}"] for name in EVALUATED}
+    fields = {name: name.replace("/", "_") for name in (*EVALUATED, *EMA_EVALUATED)}
+    evaluated = {name: result[field] for name, field in fields.items() if field in result}
     return to_line({"step": result["steps"], "epoch": result["epochs"], **evaluated})
 
 

@@ -67,6 +67,20 @@ def test_equal_to_a_hand_calculation(tmp_path: Path) -> None:
     assert table.complete
 
 
+def test_a_run_that_averages_its_weights_is_judged_by_the_average(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2, overrides={"train.ema_decay": 0.999})
+    for run in sweep.runs:
+        ema = {"ema_val_top1": 0.8 + 0.1 * run.seed, "ema_val_top5": 0.95, "ema_val_loss": 0.5}
+        write_result(tmp_path, run, val_top1=0.1, **ema)
+    table = table_of(tmp_path, sweep)
+    assert [cell.val_top1.mean for cell in table.cells] == [pytest.approx(0.85)] * 2
+    write_report(table, tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines()))
+    assert sorted(float(row["val_top1_fraction"]) for row in rows) == [0.8, 0.8, 0.9, 0.9]
+    assert {row["val_loss"] for row in rows} == {"0.5"}
+    assert row_of(StateReader(tmp_path).state(sweep.runs[0]), tmp_path)["val_top1"] == 0.8
+
+
 def test_each_point_of_the_axes_has_a_mean_and_a_difference(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2, axes={"augment.permute_block_px": [0, 4], "model.depth": [1, 2]})
     top1 = {}

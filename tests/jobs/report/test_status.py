@@ -133,6 +133,13 @@ def test_progress_is_the_last_of_each_metric(tmp_path: Path) -> None:
     assert (progress.step, progress.epoch, progress.val_top1, progress.images_per_s) == (3, 1.0, 0.2, None)
 
 
+def test_the_progress_of_a_run_that_averages_its_weights_is_of_the_average(tmp_path: Path) -> None:
+    run = make_sweep(tmp_path, seeds=1, overrides={"train.ema_decay": 0.9}).runs[0]
+    claimed(tmp_path, run, {})
+    run.directory(tmp_path).metrics_jsonl.write_text('{"step": 1, "val/top1": 0.1, "ema_val/top1": 0.3}\n')
+    assert progress_of(StateReader(tmp_path).state(run), tmp_path).val_top1 == 0.3
+
+
 def test_slurm_is_not_asked_every_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     survey = StateReader(tmp_path)
     assert pause_s(survey) <= 1

@@ -34,6 +34,7 @@ Function = Callable[..., Any]
 Sizes = tuple[int, int, int, int, int]  # R, B, N, H, d
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 INTERPRETED: list[Sizes] = [(2, 3, 17, 2, 16), (1, 17, 17, 1, 32), (1, 1, 65, 1, 64), (1, 1, 197, 2, 64), (2, 5, 70, 1, 32)]
+INTERPRETED += [(1, 2, 64, 1, 32)]  # without a class token
 EPS = 1e-6
 RESULTS = {  # how many outputs and gradients
     "attention": 3,
@@ -318,6 +319,7 @@ GPU_SIZES: list[Sizes] = [
     (3, 5, 33, 2, 64),
     (1, 7, 65, 6, 64),
     (2, 260, 65, 4, 32),
+    (1, 40, 64, 12, 32),
     (1, 40, 197, 3, 64),
     (1, 340, 197, 1, 64),
     (3, 5, 70, 1, 16),

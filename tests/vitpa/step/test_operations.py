@@ -114,7 +114,7 @@ SHAPES: list[dict[str, Any]] = [  # legal ones besides those of the shipped reci
     {"img_size": 33, "patch_size": 11, "embed_dim": 50, "num_heads": 5, "mlp_ratio": 0.1},  # head_dim 10
     {"patch_size": 32, "embed_dim": 64, "num_heads": 2},  # 2 tokens
     {"global_pool": "avg"},  # 64 tokens
-    {"global_pool": "avg", "patch_size": 32, "embed_dim": 64, "num_heads": 2, "drop_path_rate": 0.1},  # 1 token
+    {"global_pool": "avg", "patch_size": 16, "embed_dim": 64, "num_heads": 2, "drop_path_rate": 0.1},  # 4 tokens
     {"patch_size": 16, "embed_dim": 128, "num_heads": 1},  # head_dim 128
     {"embed_dim": 30, "num_heads": 1},
     {"embed_dim": 8, "num_heads": 1},
