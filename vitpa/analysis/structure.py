@@ -158,8 +158,12 @@ def structure(
     side = config.model.img_size // config.model.patch_size
     if not 1 <= neighbours < side * side:
         raise RunError(f"{run.path}: {neighbours} neighbours of a patch: it has {side * side - 1} others")
-    if block and side % block:
-        raise RunError(f"{run.path}: squares of {block} x {block} patches do not divide its {side} x {side} patches")
+    if block and (side % block or not 1 < block < side):
+        sizes = ", ".join(str(size) for size in range(2, side) if side % size == 0) or "there is none"
+        raise RunError(
+            f"{run.path}: squares of {block} x {block} patches do not divide its {side} x {side} patches into several sets of "
+            f"several patches; sides that do: {sizes}"
+        )
     needed = images if config.model.attention == "content" else 0
     batches = list(val_images(config, needed, data_dir)) if needed else []
     sets = squares(side, block) if block else None

@@ -172,6 +172,13 @@ def test_weights_that_are_not_finite_are_one_line(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_squares_have_to_be_several_of_several_patches(sweep: Path, capsys: pytest.CaptureFixture[str], block: int) -> None:
+    assert analyze([str(run_folder(sweep, 2)), "--block", str(block)]) == 1
+    assert "sides that do: 2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_network_without_positions_is_left_out(
     sweep: Path, digits: Path, warned: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
