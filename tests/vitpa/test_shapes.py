@@ -24,11 +24,14 @@ with install_import_hook(MODULES, "beartype.int_is_float"):
     from vitpa.distributed import Group
     from vitpa.models import build_model
     from vitpa.models.stacked import plain_mix
-    from vitpa.optim import adamw
+    from vitpa.optim import adamw, learning_rates
     from vitpa.step.step import ReplicaSteps
 
 CPU, N, R = torch.device("cpu"), 16, 2
 PLAIN = {"augment": {"policy": "none"}}
+OTHERS = ["optim.lr=2e-4", "optim.betas=[0.8,0.9]", "optim.grad_clip_norm=null", "optim.label_smoothing=0.3",
+          "model.drop_path_rate=0.3", "augment.erase_prob=0.9", "augment.cutout_px=2", "augment.cutmix_alpha=0.5",
+          "augment.randaugment_magnitude=3"]
 AUGMENTS = [
     {"crop": "padded", "policy": "autoaugment_cifar10", "erase_prob": 0.5, "erase_mode": "const", "cutout_px": 4},
     {"policy": "randaugment", "mixup_alpha": 0.8, "cutmix_alpha": 1.0},
@@ -45,24 +48,25 @@ def refused(function, *arguments):
     raise AssertionError(f"{function} takes what it should not")
 
 
-def train(attention, augment, global_pool):
+def train(attention, augment, global_pool, others=()):
     model = {"attention": attention, "global_pool": global_pool}
     model |= {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
-    config = parse_config({"dataset": "cifar10", "augment": augment, "model": {**model, "drop_path_rate": 0.1},
-                           "train": {"global_batch_size": 4}, "runtime": {"device": "cpu", "step": "eager"}}, "here")
+    document = {"dataset": "cifar10", "augment": augment, "model": {**model, "drop_path_rate": 0.1},
+                "train": {"global_batch_size": 4}, "runtime": {"device": "cpu", "step": "eager"}}
+    config, *_ = configs = [parse_config(document, "here", each) for each in (["seed=0"], ["seed=1", *others])]
     group = Group(0, 1, 0, 1, CPU)
     images = {split: ResidentImages(torch.randint(256, (N, 3, 16, 16)).to(torch.uint8), torch.arange(N) % 10, device=CPU)
               for split in ("train", "val")}
     models = [build_model(**dict(config.model), num_classes=10, seed=seed) for seed in range(R)]
     logits = models[0](torch.zeros(2, 3, 16, 16))
     assert logits.shape == (2, 10)
-    options = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "fused": False}
-    augmentation = Augmentation([config.augment], facts_of("cifar10"), img_size=16, device=CPU)
+    augmentation = Augmentation([each.augment for each in configs], facts_of("cifar10"), img_size=16, device=CPU)
     steps = ReplicaSteps(
-        [config.model_copy(update={"seed": seed}) for seed in range(R)], group, models=models,
-        optimizers=[adamw(model, **options) for model in models],
+        configs, group, models=models,
+        optimizers=[adamw(model, lr=each.optim.lr, weight_decay=each.optim.weight_decay, betas=each.optim.betas,
+                          eps=each.optim.eps, fused=False) for each, model in zip(configs, models)],
         feed=ResidentFeed(images, group, seeds=range(R), batch_size=4, accum_steps=1), augmentation=augmentation,
-        learning_rates=torch.full((8, 1), 1e-3, dtype=torch.float64),
+        learning_rates=learning_rates(configs, 8),
     )
     steps.prepare(0)
     steps.begin_epoch(0, 0)
@@ -74,6 +78,7 @@ def train(attention, augment, global_pool):
 
 
 for attention, augment, global_pool in zip(("content", "positional", "content"), AUGMENTS, ("token", "avg", "token")):
+    train(attention, augment, global_pool, OTHERS)
     model, augmentation = train(attention, augment, global_pool)
     if attention == "positional":
         model.attention_maps()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -53,8 +53,8 @@ class Erasing(NamedTuple):
     scale: tuple[Setting, Setting]  # share of the image's area
     log_ratio: tuple[Setting, Setting]  # logarithm of height / width
 
-    @classmethod
-    def of(cls, options: Sequence[AugmentConfig], device: torch.device) -> Self:
+    @staticmethod
+    def of(options: Sequence[AugmentConfig], device: torch.device) -> Erasing:
         """As the replicas' options say."""
         scales = [each.erase_scale for each in options]
         ratios = [(math.log(low), math.log(high)) for low, high in (each.erase_ratio for each in options)]
@@ -62,7 +62,7 @@ class Erasing(NamedTuple):
             (setting([low for low, _ in ranges], device), setting([high - low for low, high in ranges], device))
             for ranges in (scales, ratios)
         )
-        return cls(setting([each.erase_prob for each in options], device, torch.float32), scale, log_ratio)
+        return Erasing(setting([each.erase_prob for each in options], device, torch.float32), scale, log_ratio)
 
 
 class Augmentation:
