@@ -30,11 +30,7 @@ class Mixup:
 
     def __init__(self, options: Sequence[AugmentConfig], *, device: torch.device):
         alphas, self.distribution = numbered([(each.mixup_alpha, each.cutmix_alpha) for each in options], device)
-        cutmix = [
-            each.mixup_switch_prob if each.mixup_alpha and each.cutmix_alpha else float(each.cutmix_alpha > 0)
-            for each in options
-        ]
-        self.cutmix_prob = setting(cutmix, device, torch.float32)
+        self.cutmix_prob = setting([_cutmix_prob(each) for each in options], device, torch.float32)
         quantiles = [torch.stack([_quantiles(alpha) for alpha in both]) for both in alphas]
         self.quantiles = torch.stack(quantiles).to(device)  # distributions, 2, LEVELS
 
@@ -98,6 +94,7 @@ def partners_of(labels: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
 
 
 def _cutmix_prob(options: AugmentConfig) -> float:
+    """The share of the pairs that are for cutmix."""
     return options.mixup_switch_prob if options.mixup_alpha and options.cutmix_alpha else float(options.cutmix_alpha > 0)
 
 
