@@ -96,7 +96,7 @@ def configs_of(data: Path, root: Path, case: tuple[list[str], list[list[str]]], 
 def trained(configs: Sequence[RunConfig], steps: int = STEPS) -> list[dict[str, Tensor]]:
     """The weights of runs after so many steps in one stack."""
     t = set_up(configs, Group(0, 1, 0, 1, torch.device(configs[0].runtime.device)))
-    t.steps.prepare(0)
+    assert not [note for note in t.steps.prepare(0) if "could be" in note or "could not be" in note]  # compiled, captured
     for step in range(steps):
         if step % t.epoch_steps == 0:
             t.steps.begin_epoch(step // t.epoch_steps, 0)
