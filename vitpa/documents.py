@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -152,6 +153,9 @@ def _json_integer(text: str) -> int:
 
 
 def _json_float(text: str) -> float:
+    found = float(text)  # JSON's numbers are Python's
+    if found and math.isfinite(found):
+        return found
     number = parse_float(text, digits=JSON_BYTES)
     if number is None:
         raise DocumentError(f"{_short(text)} is no number that float64 can hold")

@@ -39,7 +39,7 @@ def test_a_program_that_trains_can_silence_vitpa(digits: Path, tmp_path: Path) -
     said, silenced = got.stderr.split("trained\n")[:2]
     assert (got.stdout, silenced) == ("", "")
     assert re.search(r"^vitpa\.data\.staging\|digits: copying ", said, re.MULTILINE)
-    assert re.search(r"^vitpa\.train\|digits-content-s1: starts at step 0 of 22 on cpu", said, re.MULTILINE)
+    assert re.search(r"^vitpa\.training\|digits-content-s1: starts at step 0 of 22 on cpu", said, re.MULTILINE)
     assert re.search(r"^vitpa\.checkpoint\|.*/step_x\.pt: .*; it is passed over$", said, re.MULTILINE)
 
 
