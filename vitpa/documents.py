@@ -24,6 +24,7 @@ import yaml
 from vitpa.arguments import FLOAT, INTEGER, parse_float, parse_integer
 
 MAX_DEPTH = 64
+TOO_DEEP = f"nested deeper than {MAX_DEPTH}"
 SMALL_BYTES = 64 << 10
 TAIL_BYTES = 100_000  # of a log, to find its last lines
 JSON_BYTES = 64 << 20  # a sweep of 25,000 runs has a runs.json of this size
@@ -132,9 +133,11 @@ def parse_json(text: str | bytes) -> Any:
     except json.JSONDecodeError as error:
         raise DocumentError(f"not valid JSON ({error.msg} at line {error.lineno}); it was cut or edited") from None
     except RecursionError:
-        raise DocumentError(f"nested deeper than {MAX_DEPTH}") from None
-    if not (text.isascii() and _is_plain(text)):
+        raise DocumentError(TOO_DEEP) from None
+    if "\\u" in text or not text.isascii():
         _walk(document)
+    elif not _is_plain(text):
+        _check_depth(document)
     return document
 
 
@@ -194,6 +197,20 @@ def _is_plain(text: str) -> bool:
     return text.count("[") + text.count("{") <= MAX_DEPTH and "\\u" not in text
 
 
+def _check_depth(document: object) -> None:
+    """The depth alone, of a document without half a character: in a third of the time."""
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(MAX_DEPTH - 1):
+        level = [
+            value
+            for each in level
+            for value in (each.values() if isinstance(each, dict) else each)
+            if isinstance(value, dict | list)
+        ]
+    if any(level):
+        raise DocumentError(TOO_DEEP)
+
+
 def _walk(document: object) -> None:
     level: list[object] = [document]
     for _ in range(MAX_DEPTH):
@@ -209,7 +226,7 @@ def _walk(document: object) -> None:
         if not below:
             return
         level = below
-    raise DocumentError(f"nested deeper than {MAX_DEPTH}")
+    raise DocumentError(TOO_DEEP)
 
 
 # --- YAML

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config, read_yaml
-from vitpa.documents import JSON_BYTES, DocumentError, parse_json, parse_yaml, read_bytes, to_yaml
+from vitpa.documents import JSON_BYTES, MAX_DEPTH, DocumentError, parse_json, parse_yaml, read_bytes, to_yaml
 from vitpa.installation import CODE
 from vitpa.records import RunError, read_json
 
@@ -266,3 +266,21 @@ def test_nothing_else_reads_json_or_yaml_without_bounds() -> None:
     sources = [path for room in ("vitpa", "jobs", "data_prep", "slurm") for path in (CODE / room).rglob("*.py")]
     reading = re.compile(r"\bjson\.loads?\(|\byaml\.(safe_)?load\(")
     assert {path.relative_to(CODE).as_posix() for path in sources if reading.search(path.read_text())} == OF_OURSELVES
+
+
+@pytest.mark.parametrize("innermost", ["", "1", '"a"', "[]", '{"a": 1}'])
+@pytest.mark.parametrize("depth", [MAX_DEPTH - 2, MAX_DEPTH - 1, MAX_DEPTH, MAX_DEPTH + 1])
+@pytest.mark.parametrize(("opens", "closes"), [("[", "]"), ('{"a": ', "}")])
+def test_depth_is_counted_alike_in_ascii_and_beyond(opens: str, closes: str, depth: int, innermost: str) -> None:
+    """Plain ASCII takes the shorter way, a text with an umlaut the longer one; few brackets are not counted at all."""
+    inner = innermost or ("1" if opens != "[" else "")
+    ends = []
+    for word in ("a", "\u00e4"):
+        text = f'["{word}", {"[], " * MAX_DEPTH}{opens * depth}{inner}{closes * depth}]'
+        try:
+            parse_json(text)
+            ends.append("read")
+        except DocumentError as error:
+            ends.append(str(error))
+    assert ends[0] == ends[1]
+    assert (ends[0] == "read") == (depth + 1 + bool(inner) + (inner[:1] == "{") <= MAX_DEPTH)
