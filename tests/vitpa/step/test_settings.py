@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,9 @@ def test_a_mixture_of_settings(digits: Path, tmp_path: Path, options: list[str])
 
 
 @pytest.mark.slow
-def test_a_mixture_that_is_compiled(digits: Path, tmp_path: Path) -> None:
+def test_a_mixture_that_is_traced(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the compiler, in one graph; to compile it for a CPU takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     eager, compiled = (
         trained(configs_of(digits, tmp_path, MIXTURE, f"runtime.step={step}"), 10) for step in ("eager", "compile")
     )
