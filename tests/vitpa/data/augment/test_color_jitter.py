@@ -92,7 +92,7 @@ def test_compiled_equals_eager_but_for_a_level_of_hue(strengths: tuple[float, ..
     images, jitter = pictures(31).repeat(4, 1, 1, 1), ColorJitter(strengths, device=CPU)
     samples = torch.arange(len(images))
     compiled = torch.compile(jitter.__call__, fullgraph=True, dynamic=False)
-    check(compiled(images, samples, STREAM), jitter(images, samples, STREAM), jitter)
+    assert_alike(compiled(images, samples, STREAM), jitter(images, samples, STREAM), jitter)
 
 
 @pytest.mark.gpu
@@ -104,16 +104,16 @@ def test_a_gpu_changes_colours_as_the_cpu_does_in_a_cuda_graph_too(strengths: tu
     inputs = [tensor.cuda() for tensor in (images, samples, STREAM)]
     compiled = torch.compile(on_gpu.__call__, fullgraph=True, dynamic=False)
     for function in (on_gpu, compiled):
-        check(function(*inputs).cpu(), on_cpu(images, samples, STREAM), on_cpu)
+        assert_alike(function(*inputs).cpu(), on_cpu(images, samples, STREAM), on_cpu)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = compiled(*inputs)
     inputs[1].add_(1000)  # the same graph, other samples
     graph.replay()
-    check(out.cpu(), on_cpu(images, samples + 1000, STREAM), on_cpu)
+    assert_alike(out.cpu(), on_cpu(images, samples + 1000, STREAM), on_cpu)
 
 
-def check(got: Tensor, expected: Tensor, jitter: ColorJitter) -> None:
+def assert_alike(got: Tensor, expected: Tensor, jitter: ColorJitter) -> None:
     """Equal, but for a level in a few places where hue is turned: what follows may double it."""
     if not jitter.hue:
         assert torch.equal(got, expected)
