@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import vitpa.analysis.command
 import vitpa.bench.command
 import vitpa.cli
+import vitpa.export.command
 import vitpa.theory_command.command
 from jobs.profile import load_profile
 from jobs.sweep import load_sweep
@@ -73,7 +74,7 @@ def those(pattern: str) -> list[str]:
 def test_there_are_commands_of_every_kind() -> None:
     assert {command.split()[0] for command in COMMANDS} == {"make", "vitpa", "torchrun", "tensorboard", "export"}
     kinds = {command.split()[1] for command in those("vitpa ")}
-    assert kinds == {"prep", "train", "analyze", "bench", "sweep", "doctor", "devcluster", "theory"}
+    assert kinds == {"prep", "train", "analyze", "bench", "export", "sweep", "doctor", "devcluster", "theory"}
 
 
 @pytest.mark.parametrize("command", those("make "))
@@ -106,6 +107,11 @@ def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
 def test_analyses_parse(command: str) -> None:
     options = vitpa.analysis.command.command_parser().parse_args(shlex.split(command)[2:])
     assert load_sweep(str(options.target), ROOT).config
+
+
+@pytest.mark.parametrize("command", those("vitpa export "))
+def test_exports_parse(command: str) -> None:
+    assert vitpa.export.command.command_parser().parse_args(shlex.split(command)[2:]).out
 
 
 @pytest.mark.parametrize("command", those("vitpa theory "))
@@ -176,6 +182,7 @@ OPTIONS = {
     **dict(parsers(command_parser(), ("train",))),
     **dict(parsers(vitpa.analysis.command.command_parser(), ("analyze",))),
     **dict(parsers(vitpa.bench.command.command_parser(), ("bench",))),
+    **dict(parsers(vitpa.export.command.command_parser(), ("export",))),
     **dict(parsers(vitpa.theory_command.command.command_parser(), ("theory",))),
 }
 

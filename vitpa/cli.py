@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import data_prep.command
 import jobs.command
 import jobs.doctor.command
 import slurm.command
 from vitpa.terminal import printable_output
+
+WITH_TORCH = {  # the commands that parse their own arguments; torch is imported only for them
+    "train": "vitpa.train_command",
+    "bench": "vitpa.bench.command",
+    "analyze": "vitpa.analysis.command",
+    "export": "vitpa.export.command",
+    "theory": "vitpa.theory_command.command",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one run, or several seeds of it together", add_help=False)
     commands.add_parser("bench", help="how fast the pieces are on this machine", add_help=False)
     commands.add_parser("analyze", help="what runs have learnt of the spatial structure", add_help=False)
+    commands.add_parser("export", help="a run's weights with timm's names and a model card", add_help=False)
     commands.add_parser("theory", help="the experiments of the paper's theory, in minutes on a CPU", add_help=False)
     jobs.command.add_parser(commands)
     jobs.doctor.command.add_parser(commands)
@@ -40,22 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        if words[:1] == ["train"]:  # it parses its own arguments; torch is imported only for it
-            from vitpa.train_command import main as train
-
-            return train(words[1:])
-        if words[:1] == ["bench"]:  # likewise
-            from vitpa.bench.command import main as bench
-
-            return bench(words[1:])
-        if words[:1] == ["analyze"]:  # likewise
-            from vitpa.analysis.command import main as analyze
-
-            return analyze(words[1:])
-        if words[:1] == ["theory"]:  # likewise
-            from vitpa.theory_command.command import main as theory
-
-            return theory(words[1:])
+        if words and words[0] in WITH_TORCH:
+            return int(import_module(WITH_TORCH[words[0]]).main(words[1:]))
         options = parser().parse_args(words)
         return int(options.run(options))
     except KeyboardInterrupt:

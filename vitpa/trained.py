@@ -123,9 +123,7 @@ class TrainedRun:
     @cached_property
     def _initial(self) -> nn.Module:
         config = self.config
-        model: nn.Module = build_model(
-            **dict(config.model), num_classes=self._num_classes, seed=key(config.seed, Purpose.INIT)
-        )
+        model: nn.Module = build_model(**dict(config.model), num_classes=self.num_classes, seed=key(config.seed, Purpose.INIT))
         return model
 
     @cached_property
@@ -141,7 +139,12 @@ class TrainedRun:
         return state
 
     @property
-    def _num_classes(self) -> int:
+    def num_classes(self) -> int:
+        """Classes of its data set, by its classifier.
+
+        Raises:
+            RunError: the run has no checkpoint.
+        """
         for name in ("head.weight", "fc.weight"):  # of timm's ViTs; of its ResNets
             if name in self._newest.model:
                 return len(self._newest.model[name])
@@ -279,3 +282,20 @@ def load_sweep(path: str | os.PathLike[str]) -> TrainedSweep:
         else:
             missing.append(each.label)
     return TrainedSweep(folder, runs, missing)
+
+
+def found_target(target: Path, root: Path) -> TrainedRun | TrainedSweep:
+    """The run or the sweep that the user means: a folder, else a name below `root`.
+
+    Raises:
+        RunError: there is none.
+    """
+    for folder in (target, root / "sweeps" / target, root / "runs" / target):
+        if (folder / "runs.json").is_file():
+            return load_sweep(folder)
+        if (folder / "config.yaml").is_file():
+            return load_run(folder)
+    there = ", ".join(sorted(path.parent.name for path in root.glob("sweeps/*/runs.json"))) or "none"
+    raise RunError(
+        f"{target}: neither a run's folder nor a sweep's, and no run or sweep of that name in {root} (its sweeps: {there})"
+    )

@@ -22,7 +22,7 @@ from vitpa.errors import run_command
 from vitpa.logs import EventFile
 from vitpa.records import RunError, write_atomic, write_json
 from vitpa.terminal import printable_output
-from vitpa.trained import TrainedRun, TrainedSweep, load_run, load_sweep
+from vitpa.trained import TrainedRun, TrainedSweep, found_target
 
 ALL = {**TITLES, **ASSOCIATION}
 LOGGER = logging.getLogger(__name__)
@@ -109,23 +109,6 @@ def analyze(options: argparse.Namespace) -> int:
     found.write()
     print(json.dumps(found.document()) if options.json else found.table())
     return 4 if found.left_out else 0
-
-
-def found_target(target: Path, root: Path) -> TrainedRun | TrainedSweep:
-    """The run or the sweep that the user means: a folder, else a name below `root`.
-
-    Raises:
-        RunError: there is none.
-    """
-    for folder in (target, root / "sweeps" / target, root / "runs" / target):
-        if (folder / "runs.json").is_file():
-            return load_sweep(folder)
-        if (folder / "config.yaml").is_file():
-            return load_run(folder)
-    there = ", ".join(sorted(path.parent.name for path in root.glob("sweeps/*/runs.json"))) or "none"
-    raise RunError(
-        f"{target}: neither a run's folder nor a sweep's, and no run or sweep of that name in {root} (its sweeps: {there})"
-    )
 
 
 def structures_of(sweep: TrainedSweep, wanted: dict[str, Any], *, again: bool) -> tuple[list[Structure], dict[str, str]]:

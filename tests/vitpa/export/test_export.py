@@ -1,0 +1,137 @@
+"""`vitpa export` of real, small trainings: what others load is the run's model, and the card tells the truth about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.trainings import arguments, config_of
+from vitpa.config_file import load_config, shipped_configs
+from vitpa.export.command import export
+from vitpa.export.command import main as vitpa_export
+from vitpa.export.files import check, check_images, write_network
+from vitpa.records import RunError, write_json
+from vitpa.rundir import Result
+from vitpa.train_command import main as train
+from vitpa.trained import TrainedRun, load_run
+
+SMALL = ["runtime.cpu_threads=1", "runtime.step=eager"]
+KINDS = {
+    "content": ["model.global_pool=avg"],
+    "positional": ["model.attention=positional", "train.ema_decay=0.9", "augment.permute_block_px=4"],
+    "resnet18": ["model.kind=resnet18"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainedRun]:
+    """A finished run of each kind; of content there is one more seed, in the same sweep."""
+    root, found, pair = tmp_path_factory.mktemp("export"), {}, []
+    for kind, changes in KINDS.items():
+        words = arguments(
+            digits, root, "train.epochs=1", "optim.warmup_epochs=0", "runtime.cpu_threads=1", "runtime.step=eager", *changes
+        )
+        seeds = (1, 2) if kind == "content" else (0,)
+        assert train([*words, "--seeds", ",".join(map(str, seeds))]) == 0
+        configs = [config_of([*words, f"seed={seed}"]) for seed in seeds]
+        found[kind] = load_run(configs[0].run_dir.path)
+        pair += [{"signature": each.signature, "label": "a label"} for each in configs if kind == "content"]
+    folder = root / "sweeps" / "pair"
+    folder.mkdir(parents=True)
+    write_json(folder / "runs.json", {"name": "pair", "runs": pair})
+    return found
+
+
+def result_of(run: TrainedRun) -> Result:
+    assert run.result is not None
+    return run.result
+
+
+BARE = """import os, sys, torch
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    sys.path[0] = folder
+    exec(open("python.txt").read())
+    torch.save(model(torch.load("images.pt")), "logits.pt")
+assert not [name for name in sys.modules if name.partition(".")[0] == "vitpa"]
+"""
+
+
+@pytest.mark.slow
+def test_the_cards_python_loads_the_judged_weights_without_vitpa(runs: dict[str, TrainedRun], tmp_path: Path) -> None:
+    for kind, run in runs.items():
+        out = tmp_path / kind
+        assert vitpa_export([str(run.path), "--out", str(out)]) == 0
+        (python,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+        (out / "python.txt").write_text(python)
+        torch.save(check_images(run.config.model.img_size), out / "images.pt")
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", BARE, *(str(tmp_path / kind) for kind in KINDS)], env=bare, check=True)
+    for kind, run in runs.items():
+        out, is_average = tmp_path / kind, run.config.train.ema_decay > 0
+        images, expected = torch.load(out / "images.pt"), run.model(ema=is_average)
+        assert (torch.load(out / "logits.pt") - expected(images)).abs().max() <= 1e-6
+        assert load_file(out / "model.safetensors").keys() == expected.state_dict().keys()  # timm's, by tests of the models
+        if is_average:
+            assert (run.model()(images) - expected(images)).abs().max() > 1e-4
+        card, document = (out / "README.md").read_text(), json.loads((out / "config.json").read_text())
+        assert ("moving average" in card) == is_average
+        assert document["pretrained_cfg"]["mean"] == [0.3058] * 3
+        assert ("permute_block_order" in document) == bool(run.config.augment.permute_block_px) == ("permuted images" in card)
+
+
+@pytest.mark.slow
+def test_the_card_has_the_interval_over_seeds_and_the_command(runs: dict[str, TrainedRun]) -> None:
+    run = runs["content"]
+    out, difference = export(run, run.path / "export")
+    assert difference <= 1e-6
+    card, result = (out / "README.md").read_text(), result_of(run)
+    pair = [path for path in run.path.parent.iterdir() if load_run(path).config.model == run.config.model]
+    top1 = [100 * result_of(load_run(path)).top1 for path in pair]
+    assert len(top1) == 2
+    mean, std = statistics.mean(top1), statistics.stdev(top1)
+    half = 12.7062047 * std / 2**0.5  # Student's t, 97.5 %, 1 degree of freedom
+    assert f"seeds 1, 2 of the sweep pair (2 of 2): top-1 {mean:.2f} ± {std:.2f} %" in card
+    found = re.findall(r"by Student's t \[(-?[\d.]+), ([\d.]+)\] %", card)[0]
+    assert [float(number) for number in found] == pytest.approx([mean - half, mean + half], abs=0.01)
+    for digest in (*result.beton_sha256.values(), result.weights_sha256):
+        assert digest in card
+    assert load_config(out / "run.yaml").signature == result.signature
+    (command,) = re.findall(r"it is `vitpa train ([^`]*)`", card)
+    recipe, *changes = shlex.split(command)
+    assert load_config(shipped_configs()[recipe], changes).signature == result.signature
+    assert "runtime" not in (out / "run.yaml").read_text()
+    assert export(run, out)[0] == out  # again, over itself
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    runs: dict[str, TrainedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["positional"]
+    write_network(run.config, run.model(), 10, tmp_path)  # not the average
+    with pytest.raises(RunError, match="not exported: reloaded, the weights give other logits"):
+        check(run.model(ema=True), run.config.model.img_size, tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert vitpa_export([str(run.path), "--out", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"vitpa export: {tmp_path}: holds notes.txt, which is not of an export; name a new folder with --out\n"
+    )
+    assert vitpa_export([str(run.path.parent.parent / "sweeps" / "pair")]) == 1
+    assert "is a sweep; name one of its runs, such as" in capsys.readouterr().err
+    with pytest.raises(RunError, match="is not finished; train it to its end"):
+        export(TrainedRun(run.directory, run.config, None), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(RunError, match="not exported: the files do not load"):
+        check(run.model(), run.config.model.img_size, tmp_path)
