@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn import functional as F
 
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
@@ -31,42 +28,13 @@ from vitpa.distributed import Group
 from vitpa.per_replica import setting
 from vitpa.step.accumulator import MetricAccumulator
 from vitpa.step.adamw import ReplicaAdamW
-from vitpa.step.drop_path import branch_scales, keep_probabilities
+from vitpa.step.batches import EvalBatches, TrainBatches, kept_branches
 from vitpa.step.ema import WeightAverage
-from vitpa.step.networks import Network, Networks
+from vitpa.step.functions import EvalFunctions, StepFunctions, compiled
+from vitpa.step.losses import Targets, evaluation_sums, training_loss
+from vitpa.step.networks import Networks
 
 WARM_UP_STEPS = 3  # before a graph is captured: libraries choose their algorithms and take their workspace
-
-
-class Targets(NamedTuple):
-    """What images show: a label, and where images are mixed another one, and the share of the first."""
-
-    labels: Int64[Tensor, "R B"]
-    partners: Int64[Tensor, "R B"] | None = None
-    share: Float[Tensor, "R B"] | None = None
-
-
-@dataclass(frozen=True)
-class StepFunctions:
-    """What a step and an evaluation are made of: functions of tensors, as they are written or compiled."""
-
-    make_batch: Callable[..., tuple[Tensor, Targets, Tensor | None]]
-    network: Network
-    eval_network: Network
-    loss: Callable[..., tuple[Tensor, Tensor]]
-    count: Callable[..., None]
-    optimizer_step: Callable[..., None]
-    make_eval_batch: Callable[..., tuple[Tensor, Tensor]]
-    score: Callable[..., Tensor]
-
-    def compiled(self) -> StepFunctions:
-        """The same, each of which is compiled when it is first called."""
-        compiler = partial(torch.compile, dynamic=False, fullgraph=True)
-        networks = ("network", "eval_network")
-        others = {field.name: compiler(getattr(self, field.name)) for field in fields(self) if field.name not in networks}
-        network = self.network.compiled(compiler)
-        same = self.eval_network is self.network
-        return StepFunctions(network=network, eval_network=network if same else self.eval_network.compiled(compiler), **others)
 
 
 class ReplicaSteps:
@@ -86,7 +54,7 @@ class ReplicaSteps:
         """`learning_rates` are those of each step of the whole run, of all replicas or of each."""
         self.config = config = configs[0]  # of the others beside what may differ
         self.seeds = [each.seed for each in configs]
-        self.group, self.feed, self.augmentation = group, feed, augmentation
+        self.group, self.feed = group, feed
         self.device, self.R, self.B = group.device, len(configs), feed.batch_size
         deepest = max(configs, key=lambda each: each.model.drop_path_rate)  # if one drops branches, all are scaled
         networks = Networks.of(deepest, models, device=self.device, num_images=self.R * self.B)
@@ -101,9 +69,6 @@ class ReplicaSteps:
             self.ema = WeightAverage(self.adamw, config.train.ema_decay, len(learning_rates))
         self.evaluated = [(each.weights, each.copies) for each in (self, self.ema) if each is not None]
         self.label_smoothing = setting([each.optim.label_smoothing for each in configs], self.device)
-        self.keep = None
-        if config.model.kind == "vit" and deepest.model.drop_path_rate:
-            self.keep = self._keep_probabilities([each.model.drop_path_rate for each in configs])
 
         self.accum_steps = config.runtime.accum_steps
         loss_scale = 1 / (self.accum_steps * group.world_size)  # the share of a micro-batch in the loss of the step
@@ -118,22 +83,15 @@ class ReplicaSteps:
         self.eval_sums = torch.zeros(self.R, 4 * len(self.evaluated), dtype=torch.float64, device=self.device)
 
         self._functions = StepFunctions(
-            make_batch=self._make_batch,
+            make_batch=TrainBatches(feed, augmentation, kept_branches(configs, self.B, self.device), self.R).make,
             network=networks.train,
-            eval_network=networks.evaluate,
             loss=self._compute_loss,
             count=self._count_batch,
             optimizer_step=self._optimizer_step,
-            make_eval_batch=self._make_eval_batch,
-            score=self._compute_scores,
         )
+        self._eval_functions = EvalFunctions(EvalBatches(feed, augmentation).make, networks.evaluate, evaluation_sums)
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
         self._graphs: list[torch.cuda.CUDAGraph] = []
-
-    def _keep_probabilities(self, drop_path_rates: Sequence[float]) -> Tensor:
-        """The probability that a branch stays: (depth,), or where replicas differ that of each image, (depth, R * B)."""
-        keep = [keep_probabilities(rate, self.config.model.depth).to(self.device) for rate in drop_path_rates]
-        return keep[0] if len(set(drop_path_rates)) == 1 else torch.stack(keep, 1).repeat_interleave(self.B, 1)
 
     @property
     def compiles(self) -> bool:
@@ -167,8 +125,8 @@ class ReplicaSteps:
 
     def _compile(self) -> str | None:
         """Compile the functions, by running them once; why it failed, if it did: then they are as before."""
-        eager = self._functions
-        self._functions = eager.compiled()
+        eager = self._functions, self._eval_functions
+        self._functions, self._eval_functions = compiled(self._functions), compiled(self._eval_functions)
         try:
             with warnings.catch_warnings():
                 # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
@@ -177,7 +135,7 @@ class ReplicaSteps:
                 self._leaving_no_trace(self._step)
                 self._leaving_no_trace(self._evaluate_batch)
         except TorchDynamoException as error:
-            self._functions = eager
+            self._functions, self._eval_functions = eager
             return _first_line(error)
         return None
 
@@ -300,65 +258,20 @@ class ReplicaSteps:
         self.losses += losses
         self.accumulator.add(losses, correct, self.B)
 
-    def _make_batch(self, inputs: tuple[Tensor, ...], keys: Tensor) -> tuple[Tensor, Targets, Tensor | None]:
-        """The next images (R, B, 3, H, W), augmented and normalised, what they show, and the scales of their branches."""
-        images, samples, labels = self.feed.gather(*inputs)
-        own_keys = keys.repeat_interleave(self.B, dim=0)
-        if self.augmentation.mixup is None:
-            batch, shown = self.augmentation(images, samples, own_keys), [labels]
-        else:
-            batch, *mixed = self.augmentation.mixed(images, labels, samples, own_keys)
-            shown = [labels, *mixed]
-        targets = Targets(*(each.view(self.R, self.B) for each in shown))
-        scales = None
-        if self.keep is not None:
-            scales = branch_scales(samples, own_keys[:, Purpose.DROP_PATH], self.keep)
-            scales = scales.view(*scales.shape[:2], self.R, self.B)  # depth, branches, R, B
-        return batch.view(self.R, self.B, *batch.shape[1:]), targets, scales
-
     def _compute_loss(
         self, logits: Float[Tensor, "R B K"], targets: Targets
     ) -> tuple[Float[Tensor, " R"], Int64[Tensor, " R"]]:
         """The mean loss, and the number of predictions of what an image shows most of."""
-        logits = logits.float()
-        labels, partners, share = targets
-        losses = self._cross_entropy(logits, labels)
-        if partners is not None and share is not None:
-            losses = share * losses + (1 - share) * self._cross_entropy(logits, partners)
-            labels = torch.where(share < 0.5, partners, labels)
-        return losses.mean(1), (logits.detach().argmax(2) == labels).sum(1)
-
-    def _cross_entropy(self, logits: Float[Tensor, "R B K"], labels: Int64[Tensor, "R B"]) -> Float[Tensor, "R B"]:
-        """The loss of each image, with smoothed labels."""
-        smoothing = self.label_smoothing
-        if isinstance(smoothing, Tensor):
-            return smoothed_cross_entropy(logits, labels, smoothing)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing, reduction="none")
-        return losses.view(labels.shape)
+        return training_loss(logits, targets, self.label_smoothing)
 
     def _evaluate_batch(self) -> None:
-        functions = self._functions
+        functions = self._eval_functions
         with torch.no_grad():
-            images, labels = functions.make_eval_batch(self.feed.eval_inputs())
+            images, labels = functions.make_batch(self.feed.eval_inputs())
             images = images.expand(self.R, *images.shape)
-            logits = [functions.eval_network(*weights, images) for weights in self.evaluated]
+            logits = [functions.network(*weights, images) for weights in self.evaluated]
             self.eval_sums += torch.cat([functions.score(each, labels) for each in logits], dim=1)
             self.feed.advance_eval()
-
-    def _make_eval_batch(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """The next val images (E, 3, H, W) as the network takes them, and their labels (E,)."""
-        images, _, labels = self.feed.gather_eval(*inputs)
-        return self.augmentation.evaluated(images), labels
-
-    def _compute_scores(self, logits: Float[Tensor, "R E K"], labels: Int64[Tensor, " E"]) -> Float64[Tensor, "R 4"]:
-        """Sums over images: cross-entropy, top-1, top-5, images."""
-        logits = logits.float()
-        real = labels >= 0  # the others fill up the last batch
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.R), ignore_index=-1, reduction="none")
-        hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]  # R, E, 5
-        loss = losses.view(self.R, -1).double().sum(1)
-        images_counted = real.double().sum().expand(self.R)
-        return torch.stack([loss, hits[:, :, 0].sum(1).double(), hits.sum((1, 2)).double(), images_counted], dim=1)
 
     def _leaving_no_trace(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call `function`, and put everything that a step or an evaluation changes back as it was."""
@@ -405,16 +318,6 @@ class ReplicaSteps:
             function()
         self._graphs.append(graph)
         return graph.replay
-
-
-def smoothed_cross_entropy(
-    logits: Float[Tensor, "R B K"], labels: Int64[Tensor, "R B"], smoothing: Float64[Tensor, " R"]
-) -> Float[Tensor, "R B"]:
-    """The loss of each image, as F.cross_entropy has it with the `label_smoothing` of its replica."""
-    log_probs = torch.log_softmax(logits, dim=2)
-    own = -log_probs.gather(2, labels[:, :, None])[:, :, 0]
-    of_label, of_all = (share.to(logits.dtype)[:, None] for share in (1 - smoothing, smoothing / logits.shape[2]))
-    return of_label * own - of_all * log_probs.sum(2)
 
 
 def _first_line(error: Exception) -> str:

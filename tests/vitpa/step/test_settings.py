@@ -17,7 +17,7 @@ from tests.support.checkpoints import load_newest
 from tests.support.trainings import arguments, config_of
 from vitpa.config import RunConfig
 from vitpa.distributed import Group
-from vitpa.step.step import smoothed_cross_entropy
+from vitpa.step.losses import smoothed_cross_entropy
 from vitpa.train import set_up
 from vitpa.train_command import main
 
