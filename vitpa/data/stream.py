@@ -47,37 +47,43 @@ class StreamedImages:
         workers: int,
         decoder: Literal["cpu", "gpu"] = "cpu",
     ):
-        """`workers` is the number of threads that decode, or for a GPU read; `decoder` "gpu" needs a CUDA `device`."""
+        """`img_size` is that of an evaluation, and of training images unless `train_batches` is told another one.
+
+        `workers` is the number of threads that decode, or for a GPU read; `decoder` "gpu" needs a CUDA `device`.
+        """
         self.beton, self.options = beton, options
         self.img_size, self.seed, self.device = img_size, seed, device
         make = GpuDecoder if decoder == "gpu" else CpuDecoder
-        self.decoder = make(beton, img_size=img_size, device=device, workers=workers)
+        self.decoder = make(beton, device=device, workers=workers)
 
-    def train_batches(self, indices: Iterable[Tensor], epoch: int) -> Generator[Batch, None, None]:
-        """A batch for each int64 tensor of sample indices (B,) on the CPU, as `epoch` crops them.
+    def train_batches(
+        self, indices: Iterable[Tensor], epoch: int, img_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """A batch for each int64 tensor of sample indices (B,) on the CPU, as `epoch` crops them, of `img_size` pixels.
 
         A batch is to be used before the next one is asked for: its memory is used again.
 
         Raises:
             BetonError: an image cannot be decoded.
         """
-        with closing(self.decoder.batches(indices, partial(self.train_crops, epoch=epoch))) as batches:
+        size = img_size or self.img_size
+        crops_of = partial(self.train_crops, epoch=epoch, img_size=size)
+        with closing(self.decoder.batches(indices, crops_of, size)) as batches:
             yield from batches  # Python 3.12 leaves it open otherwise
 
     def eval_batches(self, indices: Iterable[Tensor]) -> Generator[Batch, None, None]:
         """The same for an evaluation; index -1 gives a black image with the label -1."""
-        with closing(self.decoder.batches(indices, self.eval_crops)) as batches:
+        with closing(self.decoder.batches(indices, self.eval_crops, self.img_size)) as batches:
             yield from batches
 
-    def train_crops(self, samples: Tensor, epoch: int) -> Crops:
-        """What epoch `epoch` sees of `samples` (B,)."""
+    def train_crops(self, samples: Tensor, epoch: int, img_size: int) -> Crops:
+        """What epoch `epoch` sees of `samples` (B,), with `img_size` pixels; a crop's place does not depend on that."""
         if self.options.crop != "random_resized":
+            assert img_size == self.img_size  # whole images have one size
             return self.eval_crops(samples)
         streams = [key(self.seed, Purpose.CROP, epoch, sample) for sample in samples.tolist()]
         heights, widths = self.beton.heights[samples.numpy()], self.beton.widths[samples.numpy()]
-        return crop_boxes.random_resized(
-            torch.tensor(streams, dtype=torch.int64), heights, widths, self.options, self.img_size
-        )
+        return crop_boxes.random_resized(torch.tensor(streams, dtype=torch.int64), heights, widths, self.options, img_size)
 
     def eval_crops(self, samples: Tensor) -> Crops:
         """What an evaluation sees of `samples` (B,)."""
@@ -93,17 +99,19 @@ class CpuDecoder:
     Pillow's by 0.97 grey levels on the average, 9 at most (crops of 548 photos, quality 90).
     """
 
-    def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
-        self.beton, self.img_size, self.device, self.workers = beton, img_size, device, workers
+    def __init__(self, beton: Beton, *, device: torch.device, workers: int):
+        self.beton, self.device, self.workers = beton, device, workers
         self.buffers = threading.local()  # .pixels: where a thread decodes, again and again
 
-    def batches(self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops]) -> Generator[Batch, None, None]:
-        """The crops that `crops_of` finds for each of `indices` (B,), in order, BATCHES_AHEAD batches ahead."""
+    def batches(
+        self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops], img_size: int
+    ) -> Generator[Batch, None, None]:
+        """The crops of `img_size` that `crops_of` finds for each of `indices` (B,), in order, BATCHES_AHEAD batches ahead."""
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
             waiting: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
             try:
                 for samples in indices:
-                    shape = (len(samples), self.img_size, self.img_size, 3)
+                    shape = (len(samples), img_size, img_size, 3)
                     images = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
                     parts = np.array_split(np.arange(len(samples)), self.workers)
                     work = [
@@ -134,7 +142,7 @@ class CpuDecoder:
                 continue
             region = self._pixels(index)[top : top + height, left : left + width]
             image = Image.fromarray(region).resize((to_width, to_height), Image.Resampling.BILINEAR)
-            window = (window_left, window_top, window_left + self.img_size, window_top + self.img_size)
+            window = (window_left, window_top, window_left + out.shape[2], window_top + out.shape[1])
             out[row] = np.asarray(image if image.size == out.shape[1:3] else image.crop(window))
 
     def _pixels(self, index: int) -> Pixels:

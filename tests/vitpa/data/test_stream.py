@@ -40,9 +40,9 @@ def stream(
     return StreamedImages(beton, options, img_size=img_size, seed=seed, device=CPU, workers=workers)
 
 
-def cropped(images: StreamedImages, samples: Tensor, epoch: int) -> Tensor:
+def cropped(images: StreamedImages, samples: Tensor, epoch: int, img_size: int | None = None) -> Tensor:
     """What epoch `epoch` sees of `samples` (B,), before augmentation: (B, 3, H, W) uint8."""
-    with closing(images.train_batches([samples], epoch)) as batches:
+    with closing(images.train_batches([samples], epoch, img_size)) as batches:
         return next(batches).images.clone()
 
 
@@ -127,9 +127,10 @@ def assert_equal(got: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
 
 @pytest.mark.parametrize("img_size", [8, 32, 48])
 def test_training_crops_equal_torchvisions(train: Beton, img_size: int) -> None:
-    images = stream(train, img_size=img_size)
+    """Of whatever size, which need not be that of an evaluation."""
+    images = stream(train)
     for epoch in range(3):
-        got = cropped(images, torch.arange(len(train)), epoch)
+        got = cropped(images, torch.arange(len(train)), epoch, img_size)
         assert (got.dtype, got.shape) == (torch.uint8, (len(train), 3, img_size, img_size))
         for index in range(len(train)):
             photo = pil(train, index)
@@ -239,7 +240,7 @@ def test_boxes_of_a_batch_are_those_of_its_images_one_by_one(train: Beton, optio
     found = boxes(options, heights, widths, epoch=7).tolist()
     sides = zip(heights.tolist(), widths.tolist(), strict=True)
     assert found == [slow_crop_box(options, index, 7, *size) for index, size in enumerate(sides)]
-    crop = stream(train, options).train_crops(torch.arange(len(train)).flip(0), 7)
+    crop = stream(train, options).train_crops(torch.arange(len(train)).flip(0), 7, IMG_SIZE)
     sizes = zip(train.heights.tolist(), train.widths.tolist(), strict=True)
     slow = [slow_crop_box(options, index, 7, *size) for index, size in enumerate(sizes)]
     assert np.stack(crop[:4], axis=1).tolist() == slow[::-1]

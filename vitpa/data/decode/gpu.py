@@ -8,7 +8,7 @@ kernels cannot decode (FFCV writes none) are decoded by the threads.
 Each batch in the making has a stream and memory of its own. Nothing is allocated once the memory is large enough: an
 allocation waits for all that the device has to do.
 
-Axes: B batch, J JPEGs of it that the device decodes, S img_size.
+Axes: B batch, J JPEGs of it that the device decodes, S height and width of what comes out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -56,10 +57,10 @@ class Stored:
 class Slot:
     """Stream and memory of one batch, used again and again: it grows until it is large enough for all."""
 
-    def __init__(self, device: torch.device, img_size: int):
+    def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device, priority=-1)  # its kernels are short, or small
         with torch.cuda.stream(self.stream):
-            self.images = torch.empty(0, 3, img_size, img_size, dtype=torch.uint8, device=device)
+            self.pixels = torch.empty(0, dtype=torch.uint8, device=device)  # of what comes out, images of any one size
             self.numbers = torch.empty(0, 2, dtype=torch.int64, device=device)  # samples and labels
             self.bits, self.damaged = (torch.empty(0, dtype=torch.int32, device=device) for _ in range(2))  # J
             self.stored, self.rgb = (torch.empty(0, dtype=torch.uint8, device=device) for _ in range(2))
@@ -69,6 +70,7 @@ class Slot:
         self.pinned = torch.empty(0, dtype=torch.uint8)
         self.was_damaged = torch.empty(0, dtype=torch.int32)  # pinned
         self.batch: Stored | None = None
+        self.images = self.pixels  # (B, 3, S, S): the batch, in `pixels`
         self.jpegs: Ints = np.empty(0, np.int64)  # (J,) which of the batch
         self.ready, self.used = (torch.cuda.Event(blocking=True) for _ in range(2))
 
@@ -87,11 +89,11 @@ class Slot:
 class GpuDecoder:
     """Decodes the images of one .beton on a CUDA device."""
 
-    def __init__(self, beton: Beton, *, img_size: int, device: torch.device, workers: int):
+    def __init__(self, beton: Beton, *, device: torch.device, workers: int):
         """`workers` threads read, MAX_READERS at most."""
         from vitpa.kernels import jpeg, resize  # noqa: PLC0415 - Triton is needed on a GPU only
 
-        self.beton, self.img_size, self.jpeg, self.resize = beton, img_size, jpeg, resize
+        self.beton, self.jpeg, self.resize = beton, jpeg, resize
         self.workers = min(workers, MAX_READERS)
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.free: list[Slot] = []
@@ -109,13 +111,13 @@ class GpuDecoder:
         self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
         torch.cuda.current_stream(self.device).synchronize()  # slots have streams of their own
 
-    def check(self) -> None:
-        """Decode one image; raises whatever goes wrong."""
+    def check(self, img_size: int) -> None:
+        """Decode one image to `img_size` pixels; raises whatever goes wrong."""
         first_jpeg = torch.tensor([int(self.beton.is_jpeg.argmax())])  # or 0
         if self.beton.is_jpeg.any():
             self.find_segments(first_jpeg)
-        crops = self._whole(first_jpeg)._replace(to_width=np.full(1, self.img_size), to_height=np.full(1, self.img_size))
-        for _ in self._batches([first_jpeg], lambda _: crops):
+        crops = self._whole(first_jpeg)._replace(to_width=np.full(1, img_size), to_height=np.full(1, img_size))
+        for _ in self._batches([first_jpeg], lambda _: crops, img_size):
             torch.cuda.synchronize(self.device)
 
     def prepare(self) -> None:
@@ -148,8 +150,10 @@ class GpuDecoder:
                     raise self.beton.undecodable(int(slot.batch.samples[slot.jpegs[damaged.argmax()]]))
                 self.is_known[slot.batch.samples.numpy()] = True
 
-    def batches(self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops]) -> Generator[Batch, None, None]:
-        """The crops that `crops_of` finds for each of `indices` (B,), in order, BATCHES_AHEAD batches ahead.
+    def batches(
+        self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops], img_size: int
+    ) -> Generator[Batch, None, None]:
+        """The crops of `img_size` that `crops_of` finds for each of `indices` (B,), in order, BATCHES_AHEAD batches ahead.
 
         A batch may be used, on the stream that is current, until the next one is asked for.
 
@@ -157,18 +161,21 @@ class GpuDecoder:
             BetonError: an image cannot be decoded, of whatever batch.
         """
         self.prepare()
-        with closing(self._batches(indices, crops_of)) as batches:
+        with closing(self._batches(indices, crops_of, img_size)) as batches:
             yield from batches
 
-    def _batches(self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops]) -> Generator[Batch, None, None]:
+    def _batches(
+        self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops], img_size: int
+    ) -> Generator[Batch, None, None]:
         """The same, of samples that are known."""
-        with closing(self._ahead(indices, crops_of, self._read, self._decode)) as slots:
+        decode = partial(self._decode, img_size=img_size)
+        with closing(self._ahead(indices, crops_of, self._read, decode)) as slots:
             for slot in slots:
                 slot.ready.synchronize()
                 torch.cuda.current_stream(self.device).wait_event(slot.ready)
                 assert slot.batch is not None
                 B = len(slot.batch.samples)
-                yield Batch(slot.images[:B], *slot.numbers[:B].unbind(1))
+                yield Batch(slot.images, *slot.numbers[:B].unbind(1))
 
     def _ahead(
         self,
@@ -181,7 +188,7 @@ class GpuDecoder:
         readers = ThreadPoolExecutor(self.workers, thread_name_prefix="decode-read")
         decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         waiting: deque[Future[Slot]] = deque()
-        slots = [self.free.pop() if self.free else Slot(self.device, self.img_size) for _ in range(BATCHES_AHEAD + 1)]
+        slots = [self.free.pop() if self.free else Slot(self.device) for _ in range(BATCHES_AHEAD + 1)]
         spare = deque(slots)
 
         def hand_over() -> Generator[Slot, None, None]:
@@ -274,13 +281,14 @@ class GpuDecoder:
             slot.ready.record(slot.stream)
         return slot
 
-    def _decode(self, located: Future[Stored], reads: list[Future[None]], slot: Slot) -> Slot:
+    def _decode(self, located: Future[Stored], reads: list[Future[None]], slot: Slot, *, img_size: int) -> Slot:
         """Let the device decode a batch into its slot, when its bytes are there."""
         batch = self._read_by(located, reads)
-        B = len(batch.samples)
+        B, S = len(batch.samples), img_size
         with self.turn, torch.cuda.stream(slot.stream):
             slot.stream.wait_event(slot.used)
-            slot.images, slot.numbers = slot.ensure_capacity(slot.images, B), slot.ensure_capacity(slot.numbers, B)
+            slot.pixels, slot.numbers = slot.ensure_capacity(slot.pixels, B * 3 * S * S), slot.ensure_capacity(slot.numbers, B)
+            slot.images = slot.pixels[: B * 3 * S * S].view(B, 3, S, S)
             plan, table = self._unstuff(batch, slot)
             self._decode_jpegs(plan, table, slot)
             first = batch.ends[:-1] + slot.stored.data_ptr() + 3 * batch.crops.left  # address of the first byte of each crop
@@ -294,8 +302,8 @@ class GpuDecoder:
             on_device = resize_plan(batch.crops, first, widths, is_planar).pin_memory().to(self.device, non_blocking=True)
             crops = batch.crops
             taps = most_taps(crops.height, crops.width, crops.to_height, crops.to_width)
-            slot.weights = slot.ensure_capacity(slot.weights, self.resize.room(B, self.img_size, taps))
-            self.resize.resize(on_device, slot.weights, slot.images[:B], taps=taps)
+            slot.weights = slot.ensure_capacity(slot.weights, self.resize.room(B, S, taps))
+            self.resize.resize(on_device, slot.weights, slot.images, taps=taps)
             numbers = torch.stack([batch.samples, labels_of(self.beton.labels, batch.samples)], 1).pin_memory()
             slot.numbers[:B].copy_(numbers, non_blocking=True)
             slot.ready.record(slot.stream)
@@ -377,8 +385,8 @@ def gpu_unsupported_reason(beton: Beton, *, img_size: int, device: torch.device)
     if device.type != "cuda":
         return "there is no GPU"
     try:
-        decoder = GpuDecoder(beton, img_size=img_size, device=device, workers=1)
-        decoder.check()
+        decoder = GpuDecoder(beton, device=device, workers=1)
+        decoder.check(img_size)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no C compiler, a GPU that is too old: any of theirs

@@ -103,7 +103,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
     def make(beton: Beton) -> GpuDecoder:
-        decoder = GpuDecoder(beton, img_size=32, device=torch.device("cuda:0"), workers=2)
+        decoder = GpuDecoder(beton, device=torch.device("cuda:0"), workers=2)
         decoder.device = CPU
         monkeypatch.setattr(decoder, "resize", SimpleNamespace(resize=slow_resize, room=lambda *_: 0))
         monkeypatch.setattr(decoder, "jpeg", SlowJpeg(decoder))
@@ -123,9 +123,9 @@ class PillowDecoder(CpuDecoder):
 
 def stream(beton: Beton, device: torch.device = CPU) -> StreamedImages:
     images = StreamedImages(beton, OPTIONS, img_size=32, seed=0, device=CPU, workers=2)
-    images.decoder = PillowDecoder(beton, img_size=32, device=CPU, workers=2)
+    images.decoder = PillowDecoder(beton, device=CPU, workers=2)
     if device != CPU:
-        images.device, images.decoder = device, GpuDecoder(beton, img_size=32, device=device, workers=3)
+        images.device, images.decoder = device, GpuDecoder(beton, device=device, workers=3)
     return images
 
 
@@ -155,6 +155,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     """The same, to a grey level where Pillow goes along columns first."""
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got.samples, wanted.samples) and torch.equal(got.labels, wanted.labels)
+        assert got.images.shape == wanted.images.shape
         difference = (got.images.int() - wanted.images.int()).abs().float()
         if difference.numel():
             assert difference.max() <= 1
@@ -176,6 +177,8 @@ def check_batches(images: StreamedImages, reference: StreamedImages) -> None:
     for _ in range(2):  # with memory that is used again
         assert_same(kept(images.train_batches(BATCHES, 3)), kept(reference.train_batches(BATCHES, 3)))
         assert_same(kept(images.eval_batches(EVAL)), kept(reference.eval_batches(EVAL)))
+    for size in (16, 40, 24):  # in memory that was used for others
+        assert_same(kept(images.train_batches(BATCHES, 3, size)), kept(reference.train_batches(BATCHES, 3, size)))
     black = kept(images.eval_batches([torch.tensor([-1, 2])]))[0].images
     assert not black[0].any() and black[1].any()
 
