@@ -102,7 +102,6 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         models=models,
         optimizers=[make_optimizer(each, model) for each, model in zip(configs, models, strict=True)],
         feed=data.feed,
-        augmentation=data.augmentation,
         learning_rates=learning_rates(configs, epoch_steps),
     )
     replicas = [
@@ -139,7 +138,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)
-    previews = None if step else t.data.previews([replica.config.seed for replica in t.replicas])
+    previews = None if step else t.data.previews([replica.config for replica in t.replicas])
     for number, replica in enumerate(t.replicas):
         logs = Logs(
             replica.run,

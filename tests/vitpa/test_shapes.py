@@ -20,7 +20,6 @@ with install_import_hook(MODULES, "beartype.int_is_float"):
     from vitpa.data.loader import ResidentFeed
     from vitpa.data.resident import ResidentImages
     from vitpa.data.sampler import train_batches
-    from vitpa.datasets import facts_of
     from vitpa.distributed import Group
     from vitpa.models import build_model
     from vitpa.models.stacked import plain_mix
@@ -60,12 +59,12 @@ def train(attention, augment, global_pool, others=()):
     models = [build_model(**dict(config.model), num_classes=10, seed=seed) for seed in range(R)]
     logits = models[0](torch.zeros(2, 3, 16, 16))
     assert logits.shape == (2, 10)
-    augmentation = Augmentation([each.augment for each in configs], facts_of("cifar10"), img_size=16, device=CPU)
+    augmentation = Augmentation.of(configs, img_size=16, device=CPU)
     steps = ReplicaSteps(
         configs, group, models=models,
         optimizers=[adamw(model, lr=each.optim.lr, weight_decay=each.optim.weight_decay, betas=each.optim.betas,
                           eps=each.optim.eps, fused=False) for each, model in zip(configs, models)],
-        feed=ResidentFeed(images, group, seeds=range(R), batch_size=4, accum_steps=1), augmentation=augmentation,
+        feed=ResidentFeed(images, group, seeds=range(R), batch_size=4, accum_steps=1),
         learning_rates=learning_rates(configs, 8),
     )
     steps.prepare(0)

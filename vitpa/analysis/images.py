@@ -16,7 +16,6 @@ from vitpa.data.beton import Beton
 from vitpa.data.holdout import without_val
 from vitpa.data.manifest import beton_path
 from vitpa.data.stream import StreamedImages
-from vitpa.datasets import facts_of
 
 BATCH_SIZE = 32
 
@@ -34,7 +33,7 @@ def val_images(config: RunConfig, count: int, data_dir: str | None = None) -> It
     """
     folder = config.runtime.data_path if data_dir is None else expand_path(data_dir, "--data-dir")
     cpu = torch.device("cpu")
-    augmentation = Augmentation([config.augment], facts_of(config.dataset), img_size=config.model.img_size, device=cpu)
+    augmentation = Augmentation.of([config], img_size=config.model.img_size, device=cpu)
     split = "train" if config.train.holdout else "val"
     with closing(Beton.open(beton_path(folder, config.dataset, split), config.dataset, split)) as beton:
         if config.train.holdout:

@@ -126,13 +126,13 @@ def loader_batches(feed: StreamedFeed) -> Generator[Batch, None, None]:
 def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
     """The steps of a training by `config`, not yet compiled."""
     device, seeds, num_classes = group.device, range(config.seed, config.seed + case.replicas), num_classes_of(config)
-    augmentation = Augmentation([config.augment], facts_of(config.dataset), img_size=config.model.img_size, device=device)
     models = [build_model(**dict(config.model), num_classes=num_classes, seed=seed).to(device) for seed in seeds]
     fused = device.type == "cuda"
     optimizers = [
         adamw(model, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=fused) for model in models
     ]
     if case.model == "timm":
+        augmentation = Augmentation.of([config], img_size=config.model.img_size, device=device)
         return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
     return ReplicaSteps(
         [config.model_copy(update={"seed": seed}) for seed in seeds],
@@ -140,7 +140,6 @@ def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> Repli
         models=models,
         optimizers=optimizers,
         feed=feed,
-        augmentation=augmentation,
         learning_rates=torch.full((MAX_STEPS, 1), LEARNING_RATE, dtype=torch.float64),
     )
 

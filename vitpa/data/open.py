@@ -25,7 +25,7 @@ from vitpa.data.residency import replicas_unsupported_reason, streaming_setting
 from vitpa.data.resident import ResidentImages, decoded
 from vitpa.data.staging import open_copy, staged
 from vitpa.data.stream import StreamedImages
-from vitpa.datasets import SPLITS, facts_of
+from vitpa.datasets import SPLITS
 from vitpa.distributed import Group
 
 LOGGER = logging.getLogger(__name__)
@@ -38,23 +38,24 @@ class Data:
     """The open data of the runs that are trained together."""
 
     feed: Feed  # the source of their batches
-    augmentation: Augmentation  # what turns a batch into the network's input
     num_samples: dict[str, int]  # images of each split
     beton_sha256: dict[str, str]  # checksum of each split
     num_classes: int  # K, the same for both
 
-    def previews(self, seeds: Sequence[int]) -> Tensor:
-        """The first images of train, as the first epoch of the runs with `seeds` sees them: (R, B, 3, H, W) uint8."""
+    def previews(self, configs: Sequence[RunConfig]) -> Tensor:
+        """The first images of train, as the first epoch of the runs sees them: (R, B, 3, H, W) uint8."""
+        seeds, img_size = [each.seed for each in configs], configs[0].model.img_size
         samples = torch.arange(min(PREVIEW_IMAGES, self.num_samples["train"]))
         count, device = len(samples), self.feed.group.device
         if isinstance(self.feed, ResidentFeed):
             images = self.feed.images["train"].images[samples.to(device)]
         else:
-            with closing(self.feed.images["train"].train_batches([samples], epoch=0)) as batches:
+            with closing(self.feed.images["train"].train_batches([samples], 0, img_size)) as batches:
                 images = next(batches).images.clone()
         samples, keys = samples.to(device).repeat(len(seeds)), epoch_keys(seeds, 0).to(device).repeat_interleave(count, dim=0)
-        images = self.augmentation.uint8(images.repeat(len(seeds), 1, 1, 1), samples, keys)
-        return self.augmentation.permuted(images).view(len(seeds), count, *images.shape[1:])
+        augmentation = Augmentation.of(configs, img_size=img_size, device=device)
+        images = augmentation.uint8(images.repeat(len(seeds), 1, 1, 1), samples, keys)
+        return augmentation.permuted(images).view(len(seeds), count, *images.shape[1:])
 
 
 def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
@@ -85,12 +86,6 @@ def open_data(configs: Sequence[RunConfig], group: Group) -> Data:
         feed = open_streamed(config, betons, group, batch_size=batch_size)
     return Data(
         feed=feed,
-        augmentation=Augmentation(
-            [each.augment for each in configs],
-            facts_of(config.dataset),
-            img_size=config.model.img_size,
-            device=group.device,
-        ),
         num_samples=num_samples,
         beton_sha256={split: beton.manifest.beton_sha256 for split, beton in betons.items()},
         num_classes=len(betons["train"].manifest.class_names),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +15,45 @@ from vitpa.step.operations import choose_operations
 Network = StackedViT | OneNetwork
 
 
-class Networks(NamedTuple):
-    """How the models are called."""
+class Networks:
+    """How the models of replicas of one configuration are called, which depends on the size of the images.
 
-    train: Network
-    evaluate: Network  # the same where a network does the same in both
-    copies_dtype: torch.dtype  # of the copies of the weights that enter products; that of the weights: there are none
-    buffers: list[Tensor]  # that a training step changes
-    notes: list[str]  # what the user should know
+    Models that are no ViTs are called one by one, so that there is one.
 
-    @staticmethod
-    def of(config: RunConfig, models: Sequence[nn.Module], *, device: torch.device, num_images: int) -> Networks:
-        """Those of replicas of one configuration, for `num_images` images of a step, of all replicas.
+    Attributes:
+        copies_dtype: Of the copies of the weights that enter products; that of the weights: there are none.
+        buffers: What a training step changes.
+        notes: What the user should know of the networks that have been asked for.
+    """
 
-        Models that are no ViTs are called one by one, so that there is one.
-        """
-        products = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+    def __init__(self, config: RunConfig, models: Sequence[nn.Module], *, device: torch.device, num_images: int) -> None:
+        """`num_images` are those of a step, of all replicas."""
+        self.config, self.models, self.device, self.num_images = config, models, device, num_images
+        self.products = torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
+        self.copies_dtype, self.buffers = self.products, list[Tensor]()
+        self.notes: list[str] = []
+        self._vits: dict[int, StackedViT] = {}
         if config.model.kind != "vit":
             (model,) = models
             torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in the products of a ViT
-            train, evaluate = (OneNetwork(model, training, products) for training in (True, False))
-            return Networks(train, evaluate, torch.float32, list(model.buffers()), [])
-        operations, notes = choose_operations(config.model, device=device, dtype=products, num_images=num_images)
-        sizes = config.model.patch_size, config.model.depth, config.model.num_heads
-        network = StackedViT(config.model.attention, *sizes, operations, config.model.global_pool)
-        return Networks(network, network, products, [], notes)
+            self.copies_dtype, self.buffers = torch.float32, list(model.buffers())
+
+    def train(self, img_size: int) -> Network:
+        """The network in training, for images of `img_size` pixels."""
+        return self._vit(img_size) if self.config.model.kind == "vit" else self._module(training=True)
+
+    def evaluate(self) -> Network:
+        """The network in evaluation, for images of the model's size; a ViT does the same in both."""
+        return self._vit(self.config.model.img_size) if self.config.model.kind == "vit" else self._module(training=False)
+
+    def _module(self, *, training: bool) -> OneNetwork:
+        return OneNetwork(self.models[0], training, self.products)
+
+    def _vit(self, img_size: int) -> StackedViT:
+        if img_size not in self._vits:
+            model = self.config.model.model_copy(update={"img_size": img_size})
+            operations, notes = choose_operations(model, device=self.device, dtype=self.products, num_images=self.num_images)
+            self.notes += [note for note in notes if note not in self.notes]
+            sizes = model.patch_size, model.depth, model.num_heads
+            self._vits[img_size] = StackedViT(model.attention, *sizes, operations, model.global_pool)
+        return self._vits[img_size]

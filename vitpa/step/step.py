@@ -48,7 +48,6 @@ class ReplicaSteps:
         models: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.AdamW],
         feed: Feed,
-        augmentation: Augmentation,
         learning_rates: Float64[Tensor, " steps #R"],
     ) -> None:
         """`learning_rates` are those of each step of the whole run, of all replicas or of each."""
@@ -57,7 +56,7 @@ class ReplicaSteps:
         self.group, self.feed = group, feed
         self.device, self.R, self.B = group.device, len(configs), feed.batch_size
         deepest = max(configs, key=lambda each: each.model.drop_path_rate)  # if one drops branches, all are scaled
-        networks = Networks.of(deepest, models, device=self.device, num_images=self.R * self.B)
+        networks = Networks(deepest, models, device=self.device, num_images=self.R * self.B)
         self.notes, self.buffers = networks.notes, networks.buffers
         max_norms = [each.optim.grad_clip_norm for each in configs]
         self.adamw = ReplicaAdamW(models, optimizers, networks.copies_dtype, max_norms)
@@ -82,14 +81,15 @@ class ReplicaSteps:
         # loss, top-1, top-5, images; of the weights, then of their average
         self.eval_sums = torch.zeros(self.R, 4 * len(self.evaluated), dtype=torch.float64, device=self.device)
 
+        augmentation = Augmentation.of(configs, img_size=config.model.img_size, device=self.device)
         self._functions = StepFunctions(
             make_batch=TrainBatches(feed, augmentation, kept_branches(configs, self.B, self.device), self.R).make,
-            network=networks.train,
+            network=networks.train(config.model.img_size),
             loss=self._compute_loss,
             count=self._count_batch,
             optimizer_step=self._optimizer_step,
         )
-        self._eval_functions = EvalFunctions(EvalBatches(feed, augmentation).make, networks.evaluate, evaluation_sums)
+        self._eval_functions = EvalFunctions(EvalBatches(feed, augmentation).make, networks.evaluate(), evaluation_sums)
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
         self._graphs: list[torch.cuda.CUDAGraph] = []
 

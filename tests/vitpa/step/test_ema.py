@@ -17,6 +17,7 @@ from tests.support.waiting import finish
 from vitpa.checkpoint import load
 from vitpa.checkpoint_file import CheckpointError
 from vitpa.config import RunConfig
+from vitpa.data.augment.pipeline import Augmentation
 from vitpa.data.open import open_data
 from vitpa.distributed import Group
 from vitpa.logs import Logs
@@ -85,12 +86,12 @@ def test_both_are_evaluated_and_the_average_counts(digits: Path, tmp_path: Path,
     assert main(words) == 0
     config, result = config_of(words), result_of(words)
     run, data = load_run(config.run_dir.path), open_data([config], GROUP)
-    images = data.feed.images["val"]
+    images, augmentation = data.feed.images["val"], Augmentation.of([config], img_size=8, device=GROUP.device)
     found = []
     for ema in (False, True):
         model = run.model(ema=ema)
         with torch.no_grad():
-            logits = model(data.augmentation.evaluated(images.images))  # type: ignore[union-attr]
+            logits = model(augmentation.evaluated(images.images))  # type: ignore[union-attr]
         hits = (logits.argmax(1) == images.labels).float().mean()  # type: ignore[union-attr]
         found.append((hits.item(), F.cross_entropy(logits, images.labels).item()))  # type: ignore[union-attr]
     assert found[0] != found[1]

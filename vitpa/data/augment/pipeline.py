@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitpa.config import AugmentConfig
+from vitpa.config import AugmentConfig, RunConfig
 from vitpa.data.augment.auto_augment import Policy
 from vitpa.data.augment.color_jitter import ColorJitter
 from vitpa.data.augment.mixup import Mixup, partners_of
 from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.augment.rand_augment import RandAugment
 from vitpa.data.rng import Purpose, key, materialize, randint, random_bits, uniform
-from vitpa.datasets import DatasetFacts
+from vitpa.datasets import DatasetFacts, facts_of
 from vitpa.per_replica import Setting, per_sample, setting
 
 _ERASE_TRIES = 10
@@ -103,6 +103,11 @@ class Augmentation:
                 img_size=img_size,
                 device=device,
             )
+
+    @classmethod
+    def of(cls, configs: Sequence[RunConfig], *, img_size: int, device: torch.device) -> Self:
+        """That of runs that train together, for images of `img_size` pixels."""
+        return cls([each.augment for each in configs], facts_of(configs[0].dataset), img_size=img_size, device=device)
 
     def __call__(self, images: Images, samples: Samples, keys: Keys) -> Normalized:
         """Images as the model takes them: augmented, normalised, permuted.

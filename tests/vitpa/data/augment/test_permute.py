@@ -107,6 +107,6 @@ def test_the_preview_shows_permuted_images(digits: Path, tmp_path: Path, loader:
         config = config_of(arguments(digits, tmp_path, *options))
         data = open_data([config], Group(0, 1, 0, 1, CPU))
         with closing(data.feed):
-            return data.previews([3])[0]
+            return data.previews([config])[0]
 
     assert torch.equal(preview(4), slowly_permuted(preview(0), 4))
