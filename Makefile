@@ -36,7 +36,7 @@ slurm-setup:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing Python packages into .venv (PyTorch is several GB: minutes)"
-	$(BIN)/python -m pip install --quiet --editable '.[dev,search]' --config-settings editable_mode=compat
+	$(BIN)/python -m pip install --quiet --editable '.[dev,search,parquet]' --config-settings editable_mode=compat
 	touch $@
 
 clean:

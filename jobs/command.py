@@ -31,6 +31,10 @@ VERBS = {
     "cancel": ("stop runs; what is in training writes a checkpoint first", "vitpa sweep cancel demo seed=2"),
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
     "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
+    "frame": (
+        "all results, or all curves, as one table for other programs: CSV or Parquet",
+        "vitpa sweep frame demo --out demo.csv\n         vitpa sweep frame demo --curves --out curves.parquet",
+    ),
 }
 EPILOG = """exit codes: 0 ok, 1 an error that is yours to fix, 2 usage, 3 SLURM does not answer, 4 partial (some runs failed
 or are missing), 130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and
@@ -153,6 +157,11 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
         parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
         parser.add_argument("--lines", type=whole_number(1, 1_000_000), default=15, help="lines of each log (default: 15)")
+    if verb == "frame":
+        parser.add_argument("--curves", action="store_true", help="the rows of all metrics.jsonl instead of the results")
+        parser.add_argument(
+            "--out", type=name_or_path, metavar="FILE", help="Parquet if it ends in .parquet, else CSV (default: CSV, printed)"
+        )
     if verb == "collect":
         parser.add_argument(
             "--compare",

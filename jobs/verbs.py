@@ -22,6 +22,7 @@ from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
 from jobs.report import search as search_report
 from jobs.report.collect import MixedRunsError, collect
+from jobs.report.frame import frame
 from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.rounds import begin, search
 from jobs.scheduler.client import Scheduler, SchedulerError
@@ -398,4 +399,5 @@ VERBS: dict[str, Callable[[Context], int]] = {
     "cancel": cancel,
     "retry": _retry,
     "collect": _collect,
+    "frame": frame,
 }
