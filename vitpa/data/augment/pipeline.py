@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -104,10 +104,10 @@ class Augmentation:
                 device=device,
             )
 
-    @classmethod
-    def of(cls, configs: Sequence[RunConfig], *, img_size: int, device: torch.device) -> Self:
+    @staticmethod
+    def of(configs: Sequence[RunConfig], *, img_size: int, device: torch.device) -> Augmentation:
         """That of runs that train together, for images of `img_size` pixels."""
-        return cls([each.augment for each in configs], facts_of(configs[0].dataset), img_size=img_size, device=device)
+        return Augmentation([each.augment for each in configs], facts_of(configs[0].dataset), img_size=img_size, device=device)
 
     def __call__(self, images: Images, samples: Samples, keys: Keys) -> Normalized:
         """Images as the model takes them: augmented, normalised, permuted.
