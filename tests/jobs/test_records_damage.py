@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.sweep import Sweep
-from tests.support.jobs_sweeps import launch, make_sweep, result_document, settle
+from tests.support.jobs_sweeps import assert_no_process_left, launch, make_sweep, result_document, settle
 from vitpa.cli import main as vitpa
 from vitpa.metrics_file import EVALUATED, to_line
 from vitpa.records import to_json, with_checksum
@@ -77,6 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "fail" / failed.signature).touch()
     launch(root, 2, "submit", "seed=0,1,2,3")
     settle(root, sweep)
+    assert_no_process_left(root)  # a result comes before the last records of its attempt
     for place, run in enumerate(sweep.runs):
         if run is not failed:
             write_records(root, sweep, place)
