@@ -35,6 +35,10 @@ VERBS = {
         "all results, or all curves, as one table for other programs: CSV or Parquet",
         "vitpa sweep frame demo --out demo.csv\n         vitpa sweep frame demo --curves --out curves.parquet",
     ),
+    "tensorboard": (
+        "each cell's mean over the seeds, with its band, and final accuracies along the axes, in TensorBoard on this machine",
+        "vitpa sweep tensorboard demo --port 6007",
+    ),
 }
 EPILOG = """exit codes: 0 ok, 1 an error that is yours to fix, 2 usage, 3 SLURM does not answer, 4 partial (some runs failed
 or are missing), 130 interrupted by Ctrl-C; a sweep that was never submitted under --root is an error, save for plan and
@@ -157,6 +161,12 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--follow", action="store_true", help="print what is being written until nothing is in progress")
         parser.add_argument("--failed", action="store_true", help="the last traceback of each kind of failure")
         parser.add_argument("--lines", type=whole_number(1, 1_000_000), default=15, help="lines of each log (default: 15)")
+    if verb == "tensorboard":
+        parser.add_argument(
+            "--port", type=whole_number(0, 65_535), default=6006, help="on 127.0.0.1; 0: any that is free (default: 6006)"
+        )
+        parser.add_argument("--no-serve", action="store_true", help="write or update what it would show, and return")
+        parser.add_argument("--runs", action="store_true", help="show the single runs, too, with their images")
     if verb == "frame":
         parser.add_argument("--curves", action="store_true", help="the rows of all metrics.jsonl instead of the results")
         parser.add_argument(

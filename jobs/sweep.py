@@ -174,6 +174,7 @@ class SweepDir:
         self.submissions = self.path / "submissions"
         self.by_name = self.path / "by-name"
         self.report = self.path / "report"
+        self.tensorboard = self.path / "tb"  # views of the runs' metrics: `vitpa sweep tensorboard`
         self.search = self.path / "search"  # the ledger of a search
 
     def recorded(self, known: Iterable[Run] = ()) -> list[Run] | None:

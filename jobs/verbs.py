@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import shlex
 from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import replace
@@ -32,7 +31,6 @@ from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
 from jobs.submit.submit import SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir
-from vitpa.arguments import as_argument
 from vitpa.errors import run_command
 from vitpa.records import RunError, read_json
 from vitpa.terminal import printable
@@ -293,11 +291,10 @@ def _say_left_alone(context: Context, states: list[RunState]) -> None:
 
 
 def _say_next(context: Context) -> None:
-    folder = SweepDir(Path(context.options.root), context.sweep.name).path
     context.say("next:")
     context.say(f"  vitpa sweep status {context.suffix} --watch")
     context.say(f"  vitpa sweep collect {context.suffix}")
-    context.say(f"  tensorboard --logdir {shlex.quote(as_argument(folder))}")
+    context.say(f"  vitpa sweep tensorboard {context.suffix}")
 
 
 def _say_left(context: Context, left: list[RunState]) -> None:
@@ -391,6 +388,12 @@ def _collect(context: Context) -> int:
     return OK if table.complete else PARTIAL
 
 
+def _tensorboard(context: Context) -> int:
+    from jobs.report.tensorboard import show  # noqa: PLC0415 - brings tensorboard, which no other verb has to wait for
+
+    return show(context)
+
+
 VERBS: dict[str, Callable[[Context], int]] = {
     "plan": _plan,
     "submit": _submit,
@@ -400,4 +403,5 @@ VERBS: dict[str, Callable[[Context], int]] = {
     "retry": _retry,
     "collect": _collect,
     "frame": frame,
+    "tensorboard": _tensorboard,
 }

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from vitpa.console import PrintableConsole
 from vitpa.documents import open_regular
+from vitpa.event_file import EventFile, naming
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
@@ -67,7 +63,7 @@ class Logs:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        with suppress(OSError) if error is not None else _naming(self._path):  # a full disk has been said
+        with suppress(OSError) if error is not None else naming(self._path):  # a full disk has been said
             self._file.close()
         if self._board is not None:
             with suppress(OSError) if error is not None else nullcontext():
@@ -87,7 +83,7 @@ class Logs:
         """Record `metrics` after `step` optimiser steps: one row, one point on each curve."""
         line = to_line({"step": step, "epoch": round(epoch, 4), **metrics})
         self._lines.append(line)
-        with _naming(self._path):
+        with naming(self._path):
             self._file.write(line)
         if self._board is not None:
             for name, value in metrics.items():
@@ -114,19 +110,10 @@ class Logs:
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        with _naming(self._path):
+        with naming(self._path):
             self._file.flush()
         if self._board is not None:
             self._board.flush()
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Have errors of writing name the file, which an open file's errors do not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
@@ -142,51 +129,6 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         what = f"damaged, cut or edited from line {same + 1} on; its rows up to step {step} are restored from the checkpoint"
         LOGGER.warning(f"{path}: {what}")
-
-
-class EventFile:
-    """An event file of TensorBoard, which sorts after those that are there; the times in it never go back.
-
-    torch's SummaryWriter names and dates its events by the clock alone: after a clock was put back TensorBoard loses points.
-    """
-
-    def __init__(self, folder: Path, purge_step: int, not_before_s: float) -> None:
-        """Points from `purge_step` on that other files in `folder` have are not shown."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.wall_time_s = not_before_s
-        second = max(int(time.time()), _newest_second(folder) + 1)  # TensorBoard reads the files in the order of their names
-        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._path = folder / name
-        self._file = self._path.open("xb")
-        self._records = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
-        self.flush()
-
-    def add(self, values: Any, step: int | None = None) -> None:
-        """Write a Summary."""
-        self._write(Event(summary=values, step=step))
-
-    def _write(self, event: Event) -> None:
-        self.wall_time_s = event.wall_time = max(time.time(), self.wall_time_s)
-        with _naming(self._path):
-            self._records.write(event.SerializeToString())
-
-    def flush(self) -> None:
-        """Hand everything to the operating system."""
-        with _naming(self._path):
-            self._records.flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        with _naming(self._path):
-            self._records.close()
-
-
-def _newest_second(folder: Path) -> int:
-    """The largest number among the names of event files; 0 without any."""
-    numbers = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-    return max((int(number) for number in numbers if number.isascii() and number.isdigit() and len(number) == 10), default=0)
 
 
 class ProgressLine:

@@ -93,13 +93,13 @@ def _identities(states: Sequence[RunState]) -> list[Row]:
         its: Row = {"run": run.label, "signature": run.signature, "dataset": run.dataset, "attention": attention}
         rows.append({**its, **run.settings, "seed": run.seed})
     for axis in states[0].run.settings if states else ():
-        kind = _kind_of_texts([row[axis] for row in rows])
+        kind = kind_of_texts([row[axis] for row in rows])
         for row in rows:
             row[axis] = kind(row[axis])
     return rows
 
 
-def _kind_of_texts(texts: Sequence[str]) -> type[int] | type[float] | type[str]:
+def kind_of_texts(texts: Sequence[str]) -> type[int] | type[float] | type[str]:
     """What all of them are, as we write numbers."""
     if all(parse_integer(text) is not None and text.isdigit() for text in texts):
         return int

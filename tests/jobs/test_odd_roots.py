@@ -44,8 +44,8 @@ def test_what_is_suggested_works(tmp_path: Path, name: str) -> None:
     for line in suggested[:2]:
         done = in_a_shell(tmp_path, line)
         assert (done.returncode, done.stderr) == (0, "")
-    folder = in_a_shell(tmp_path, suggested[2].replace("tensorboard --logdir", "ls"))
-    assert "runs.json" in folder.stdout, folder.stderr
+    done = in_a_shell(tmp_path, f"{suggested[2]} --no-serve")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow

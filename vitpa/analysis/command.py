@@ -19,7 +19,7 @@ from vitpa.analysis.seeds import differences, findings, over_seeds
 from vitpa.analysis.structure import ASSOCIATION, IMAGES, NEIGHBOURS, TITLES, Structure, structure
 from vitpa.arguments import path_argument, whole_number
 from vitpa.errors import run_command
-from vitpa.logs import EventFile
+from vitpa.event_file import EventFile
 from vitpa.records import RunError, write_atomic, write_json
 from vitpa.terminal import printable_output
 from vitpa.trained import TrainedRun, TrainedSweep, found_target
