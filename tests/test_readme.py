@@ -26,6 +26,7 @@ from jobs.sweep import load_sweep
 from slurm.devcluster import PACKAGES, default_root
 from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
+from vitpa.bench import small
 from vitpa.bench.schema import RECIPES, Case
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.documents import parse_yaml
@@ -100,7 +101,10 @@ def test_training_commands_load(command: str) -> None:
 @pytest.mark.parametrize("command", those("vitpa bench "))
 def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
     options = vitpa.bench.command.parse(shlex.split(command)[2:])
-    assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
+    if options.name == "small":
+        assert small.cases(options)
+    else:
+        assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
 
 
 @pytest.mark.parametrize("command", those("vitpa analyze "))

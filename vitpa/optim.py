@@ -37,6 +37,12 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
+def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
+    """The optimiser of a configuration."""
+    optim, fused = config.optim, next(model.parameters()).device.type == "cuda"
+    return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
 def load_moments(optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
     """Restore the running averages and step counts from another optimiser's state_dict(), but none of its settings.
 

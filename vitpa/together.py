@@ -12,7 +12,7 @@ from typing import Any
 
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
-from vitpa.config_file import fields_of
+from vitpa.config_file import Override, fields_of
 
 # Of each section the keys that may differ between replicas.
 PER_REPLICA: dict[str, set[str]] = {
@@ -50,6 +50,19 @@ def may_differ(key: str) -> bool:
 def keys_that_may_differ() -> list[str]:
     """The dotted keys that may differ, in the order of the configuration."""
     return [key for key, _ in fields_of(RunConfig) if may_differ(key)]
+
+
+def alternatives(text: str) -> list[str | Override]:
+    """The overrides that `a.b=value`, or `a.b=value,value` of a key that may differ between replicas, stands for.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    key, _, written = text.partition("=")
+    if "," not in written or not may_differ(key):
+        return [text]
+    values = Override.parse(f"{key}=[{written}]").value
+    return [Override(key, value) for value in values] if isinstance(values, list) and len(values) > 1 else [text]
 
 
 def value_of(config: RunConfig, key: str) -> Any:

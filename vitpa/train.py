@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torchvision.utils import make_grid
@@ -38,7 +37,7 @@ from vitpa.errors import UserError
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.models import build_model
-from vitpa.optim import adamw, learning_rates
+from vitpa.optim import learning_rates, make_optimizer
 from vitpa.replica import Replica
 from vitpa.resume import resume, resume_points
 from vitpa.step.accumulator import NEVER
@@ -117,12 +116,6 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         epoch_steps=epoch_steps,
     )
     return Training(config, group, data, replicas, steps, metrics, epoch_steps)
-
-
-def make_optimizer(config: RunConfig, model: Any) -> torch.optim.AdamW:
-    """The optimiser of a configuration."""
-    optim, fused = config.optim, next(model.parameters()).device.type == "cuda"
-    return adamw(model, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
 def open_logs(t: Training, stack: ExitStack) -> None:

@@ -27,7 +27,7 @@ from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError
 from vitpa.terminal import printable_output
-from vitpa.together import check_together, keys_that_may_differ, may_differ
+from vitpa.together import alternatives, check_together, keys_that_may_differ
 from vitpa.train import TrainError, train
 
 LOGGER = logging.getLogger(__name__)
@@ -102,19 +102,6 @@ def configs_of(paths: Sequence[Path], overrides: Sequence[str], seeds: Sequence[
     configs = [load_config(path, each) for path in paths for each in itertools.product(*chosen)]
     check_together(configs)
     return configs
-
-
-def alternatives(text: str) -> list[str | Override]:
-    """The overrides that `a.b=value`, or `a.b=value,value` of a key that may differ between replicas, stands for.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    key, _, written = text.partition("=")
-    if "," not in written or not may_differ(key):
-        return [text]
-    values = Override.parse(f"{key}=[{written}]").value
-    return [Override(key, value) for value in values] if isinstance(values, list) and len(values) > 1 else [text]
 
 
 def seed_list(text: str) -> list[int]:

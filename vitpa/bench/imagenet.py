@@ -187,9 +187,10 @@ def line_of(case: Case, config: RunConfig, bench: Bench, betons: Mapping[str, Be
     """Measure `case` with images of its own, which are freed."""
     group, batch_size = bench.group, case.batch_size // case.gpus
     if case.decoder is not None:
-        return measure(case, config, bench, streamed_feed(config, betons, group, batch_size=batch_size, decoder=case.decoder))
+        feed = streamed_feed(config, betons, group, batch_size=batch_size, decoder=case.decoder)
+        return measure(case, [config], bench, feed)
     num_images = {"train": SYNTHETIC_STEPS * case.batch_size, "val": batch_size}
-    return measure(case, config, bench, synthetic_feed(case, config, group, num_images))
+    return measure(case, [config], bench, synthetic_feed(case, config, group, num_images))
 
 
 def decoders_of(config: RunConfig, beton: Beton, group: Group) -> list[Decoder]:

@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +26,12 @@ from vitpa.datasets import facts_of
 from vitpa.distributed import Group, init_process_group
 from vitpa.environment import environment
 from vitpa.models import build_model
-from vitpa.optim import adamw
+from vitpa.optim import make_optimizer
 from vitpa.step.step import ReplicaSteps
 
 WINDOWS = 5  # their median is quoted
 MIN_STEPS, MIN_LOADER_BATCHES = 3, 24  # of a window
-LEARNING_RATE = 1e-4
+LEARNING_RATE_SHARE = 0.1  # of the recipe's peak: there is no warm-up
 MAX_STEPS = 1_000_000  # of one benchmark
 LOG_EVERY_STEPS = 50
 
@@ -66,8 +66,8 @@ class Bench:
         return facts
 
 
-def measure(case: Case, config: RunConfig, bench: Bench, feed: Feed) -> Line:
-    """Build what `case` says, run it on the images of `feed` and time it."""
+def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed) -> Line:
+    """Build what `case` says of the runs that share a step, run it on the images of `feed` and time it."""
     group, on_gpu = bench.group, bench.group.device.type == "cuda"
     torch._dynamo.reset()
     if on_gpu:
@@ -81,7 +81,7 @@ def measure(case: Case, config: RunConfig, bench: Bench, feed: Feed) -> Line:
             batches = stack.enter_context(closing(loader_batches(feed)))
             run, least = lambda count: deque(itertools.islice(batches, count), maxlen=0), MIN_LOADER_BATCHES
         else:
-            steps = stack.enter_context(closing(make_steps(case, config, group, feed)))
+            steps = stack.enter_context(closing(make_steps(case, configs, group, feed)))
             notes = steps.prepare(0)
             train = feed.images["train"]
             num_images = len(train.labels if isinstance(train, ResidentImages) else train.beton)
@@ -98,7 +98,7 @@ def measure(case: Case, config: RunConfig, bench: Bench, feed: Feed) -> Line:
         spread=(max(found) - min(found)) / median,
         peak_memory_gib=torch.cuda.max_memory_allocated(group.device) / 2**30 if on_gpu else None,
         start_s=start_s,
-        mfu=None if case.model is None else median * gflop_per_image(config) / peak_gflops,
+        mfu=None if case.model is None else median * gflop_per_image(configs[0]) / peak_gflops,
         notes=tuple(notes),
     )
 
@@ -123,24 +123,23 @@ def loader_batches(feed: StreamedFeed) -> Generator[Batch, None, None]:
             yield from batches
 
 
-def make_steps(case: Case, config: RunConfig, group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
-    """The steps of a training by `config`, not yet compiled."""
-    device, seeds, num_classes = group.device, range(config.seed, config.seed + case.replicas), num_classes_of(config)
-    models = [build_model(**dict(config.model), num_classes=num_classes, seed=seed).to(device) for seed in seeds]
-    fused = device.type == "cuda"
-    optimizers = [
-        adamw(model, lr=LEARNING_RATE, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, fused=fused) for model in models
-    ]
+def replicas_of(config: RunConfig, count: int) -> list[RunConfig]:
+    """So many runs that differ in their seeds alone."""
+    return [config.model_copy(update={"seed": config.seed + number}) for number in range(count)]
+
+
+def make_steps(case: Case, configs: Sequence[RunConfig], group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
+    """The steps of a training by `configs`, not yet compiled."""
+    device, num_classes, config = group.device, num_classes_of(configs[0]), configs[0]
+    models = [build_model(**dict(each.model), num_classes=num_classes, seed=each.seed).to(device) for each in configs]
+    optimizers = [make_optimizer(each, model) for each, model in zip(configs, models, strict=True)]
     if case.model == "timm":
         augmentation = Augmentation.of([config], img_size=config.model.img_size, device=device)
         return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
+    rates = torch.tensor([each.optim.lr for each in configs], dtype=torch.float64) * LEARNING_RATE_SHARE
+    rates = rates if "optim.lr" in case.differing else rates[:1]
     return ReplicaSteps(
-        [config.model_copy(update={"seed": seed}) for seed in seeds],
-        group,
-        models=models,
-        optimizers=optimizers,
-        feed=feed,
-        learning_rates=torch.full((MAX_STEPS, 1), LEARNING_RATE, dtype=torch.float64),
+        configs, group, models=models, optimizers=optimizers, feed=feed, learning_rates=rates.expand(MAX_STEPS, -1)
     )
 
 

@@ -54,7 +54,7 @@ def with_ratios(lines: Sequence[Line]) -> list[Line]:
     """The lines with their ratios.
 
     Timm's is the first line of its module with the same attention, and with the same augmentation if there is one. That of one
-    GPU has the same batch per GPU or in all.
+    GPU has the same batch per GPU or in all. The ratio to one run is how many runs a step trains in the time of one alone.
     """
 
     def rate(**wanted: Any) -> float | None:
@@ -66,10 +66,12 @@ def with_ratios(lines: Sequence[Line]) -> list[Line]:
         case = line.case
         timm = {"model": "timm", "attention": case.attention}
         one_gpu = {**case.model_dump(exclude={"batch_size"}), "gpus": 1}
+        one_run = {**case.model_dump(exclude={"differing"}), "replicas": 1}
         synthetic = {**case.model_dump(), "images": "synthetic", "decoder": None}
         others = {
             "times_timm": rate(**timm, augmentation=case.augmentation) or rate(**timm),
             "times_one_gpu": rate(**one_gpu) if case.gpus > 1 else None,
+            "times_one_run": rate(**one_run) if case.replicas > 1 else None,
             "of_synthetic": rate(**synthetic) if case.decoder else None,
         }
         ratios = {name: None if other is None else line.images_per_s / other for name, other in others.items()}
@@ -85,13 +87,14 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "case": lambda line: line.case.name,
     "attention": lambda line: line.case.attention or "-",
     "step": lambda line: line.case.step or "-",
-    "seeds": lambda line: str(line.case.replicas),
+    "runs": lambda line: str(line.case.replicas),
     "GPUs": lambda line: str(line.case.gpus),
     "batch": lambda line: str(line.case.batch_size),
     "images/s": lambda line: f"{line.images_per_s:,.0f}",
     "spread": lambda line: f"{line.spread:.1%}",
     "x timm": lambda line: _number(line.times_timm),
     "x 1 GPU": lambda line: _number(line.times_one_gpu),
+    "x 1 run": lambda line: _number(line.times_one_run),
     "of synth": lambda line: _number(line.of_synthetic),
     "MFU": lambda line: _number(line.mfu, ".1%"),
     "GiB": lambda line: _number(line.peak_memory_gib),

@@ -32,7 +32,8 @@ class Case(BaseModel):
     decoder: Decoder | None = None  # of the images of a .beton
     gpus: int = Field(ge=1)  # or processes on the CPU
     batch_size: int = Field(ge=1)  # of one seed, over all GPUs
-    replicas: int = Field(ge=1)  # seeds in a step
+    replicas: int = Field(ge=1)  # runs in a step, which differ in their seeds
+    differing: tuple[str, ...] = ()  # and in these keys
 
     @classmethod
     def of(cls, config: RunConfig, *, gpus: int = 1, replicas: int = 1, **values: Any) -> Self:
@@ -60,6 +61,8 @@ class Case(BaseModel):
             words = ["model"]
         else:
             words = ["loader" if self.model is None else "training", self.images, *([self.decoder] if self.decoder else [])]
+        if self.differing:
+            words.append(f"by {' x '.join(self.differing)}")
         return ", ".join(["timm", *words] if self.model == "timm" else words)
 
     def __str__(self) -> str:
@@ -81,4 +84,5 @@ class Line(BaseModel):
     notes: tuple[str, ...] = ()
     times_timm: float | None = None  # rate / that of timm's module
     times_one_gpu: float | None = None  # rate / that of the same on one GPU
+    times_one_run: float | None = None  # rate / that of one run in a step
     of_synthetic: float | None = None  # rate / that of the same on images that lie on the device

@@ -396,10 +396,10 @@ def test_what_it_says_to_measure_is_of_the_network_and_batch_of_the_job(
     assert words in (None, command)
     options = parse(shlex.split(command))
     wanted = (config.model.attention, gpus, replicas, config.train.global_batch_size)
-    cases = small.cases(options) if options.name == "small" else imagenet.cases(options, gpus)
+    of_small = {case: configs[0] for case, configs in small.cases(options).items()} if options.name == "small" else {}
     (measured,) = [
         config
-        for case, config in cases.items()
+        for case, config in (of_small or imagenet.cases(options, gpus)).items()
         if (case.attention, case.gpus, case.replicas, case.batch_size) == wanted
         and (case.model, case.augmentation, case.images) == ("vitpa", True, "synthetic")
     ]

@@ -27,6 +27,8 @@ from vitpa.bench.schema import ATTENTIONS, Case, Line
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
+from vitpa.distributed import Group
+from vitpa.step.step import ReplicaSteps
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
 
@@ -136,6 +138,8 @@ def test_ratios_are_to_timm_to_one_gpu_and_to_images_on_the_device() -> None:
     bare = line(8, "timm", step="eager", augmentation=False)
     small_lines = [eager, compiled, line(50, replicas=5), bare, line(80, replicas=5, augmentation=False)]
     assert [each.times_timm for each in with_ratios(small_lines)] == [1, 2, 10, 1, 10]
+    settings = [line(10), line(40, replicas=4), line(36, replicas=4, differing=("optim.lr",)), line(9, attention="positional")]
+    assert [each.times_one_run for each in with_ratios(settings)] == [None, 4, 3.6, None]
 
 
 def test_each_line_is_in_the_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +160,7 @@ def test_the_table_has_a_row_for_each_line() -> None:
     head, row = table([line(12345.6, images="JPEG", decoder="gpu", replicas=5)]).splitlines()
     assert re.split(r" {2,}", head.strip()) == list(COLUMNS)
     assert re.split(r" {2,}", row.strip()) == [
-        "training, JPEG, gpu", "content", "auto", "5", "1", "4", "12,346", "1.5%", "-", "-", "-", "31.4%", "-", "1.2",
+        "training, JPEG, gpu", "content", "auto", "5", "1", "4", "12,346", "1.5%", "-", "-", "-", "-", "31.4%", "-", "1.2",
     ]  # fmt: skip
 
 
@@ -197,9 +201,10 @@ def test_the_cases_of_small() -> None:
     assert [(case.attention, case.augmentation, case.model, case.step, case.replicas) for case in found] == [
         (attention, augmentation, *way) for attention in ATTENTIONS for augmentation in (True, False) for way in ways
     ]
-    for case, config in found.items():
-        assert (config.augment.policy == "none") != case.augmentation
-        assert (config.model.attention, config.runtime.step) == (case.attention, case.step)
+    for case, configs in found.items():
+        assert [config.seed for config in configs] == list(range(case.replicas))
+        assert {(config.augment.policy == "none") for config in configs} == {not case.augmentation}
+        assert {(config.model.attention, config.runtime.step) for config in configs} == {(case.attention, case.step)}
     fewer = ["--attention", "positional", "--replicas", "5", "--no-ablation"]
     assert [str(case) for case in small.cases(parse(["small", *fewer]))] == [
         "timm, training, synthetic positional eager",
@@ -209,6 +214,36 @@ def test_the_cases_of_small() -> None:
     assert [str(case) for case in small.cases(parse(["small", *fewer, "--only-graph"]))] == [
         "training, synthetic positional graph R=5"
     ]
+
+
+def test_the_cases_of_settings() -> None:
+    words = ["small", "--only-graph", "--no-ablation", "--attention", "content", "--replicas", "1"]
+    found = small.cases(parse([*words, "optim.lr=5e-4,1e-3", "optim.weight_decay=0.02,0.1"]))
+    assert [str(case) for case in found] == [
+        "training, synthetic content graph",
+        "training, synthetic content graph R=4",
+        "training, synthetic, by optim.lr x optim.weight_decay content graph R=4",
+    ]
+    alone, equal, apart = found.values()
+    assert {(each.optim.lr, each.optim.weight_decay) for each in (*alone, *equal)} == {(5e-4, 0.02)}
+    assert [(each.optim.lr, each.optim.weight_decay, each.seed) for each in apart] == [
+        (5e-4, 0.02, 0), (5e-4, 0.1, 0), (1e-3, 0.02, 0), (1e-3, 0.1, 0)
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_step_of_settings_has_the_settings_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MAX_STEPS", 4)
+    words = ["small", *TINY, "--only-graph", "--no-ablation", "--attention", "content", "--replicas", "1"]
+    cases = small.cases(parse([*words, "optim.lr=5e-4,1e-3", "optim.label_smoothing=0.0,0.2"]))
+    group = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"))
+    found = []
+    for case, configs in cases.items():
+        feed = measure.synthetic_feed(case, configs[0], group, {"train": 40, "val": 8})
+        steps = measure.make_steps(case, configs, group, feed)
+        assert isinstance(steps, ReplicaSteps)
+        found.append((steps.learning_rates[0].tolist(), torch.as_tensor(steps.label_smoothing).tolist()))
+    assert found == [([5e-5], 0.0), ([5e-5] * 4, 0.0), ([5e-5, 5e-5, 1e-4, 1e-4], [0.0, 0.2, 0.0, 0.2])]
 
 
 def test_the_cases_of_imagenet() -> None:
