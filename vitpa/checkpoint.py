@@ -39,6 +39,7 @@ class Progress(BaseModel):
     step: int = Field(0, ge=0)
     train_time_s: float = Field(0.0, ge=0)
     gpu_time_s: float = Field(0.0, ge=0)
+    energy_j: float | None = Field(None, ge=0)  # of its GPUs; None: not known, as of steps without a counter
     code_versions: list[str] = []
     val: dict[str, float] = {}  # the newest evaluation
     wall_time_s: float = Field(0.0, ge=0)  # the last time in TensorBoard's files, in seconds since the epoch
@@ -63,7 +64,7 @@ class Checkpoint(BaseModel):
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         if self.ema is None:
             del fields["ema"]
-        return {**fields, "progress": self.progress.model_dump()}
+        return {**fields, "progress": self.progress.model_dump(exclude_none=True)}
 
 
 @dataclass(frozen=True)

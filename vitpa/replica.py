@@ -23,7 +23,9 @@ class Replica:
     run: RunDir
     model: Any  # timm's VisionTransformer or ResNet: the weights
     name: str = ""  # what tells it from the others, such as `seed 0`
-    progress: Progress = field(default_factory=Progress)  # as of the newest checkpoint, but for the newest evaluation
+    progress: Progress = field(
+        default_factory=lambda: Progress(energy_j=0.0)
+    )  # as of the newest checkpoint, but for the newest evaluation
     rows: str | None = ""  # of metrics.jsonl up to there; None: as the file has them
     logs: Logs | None = None  # in the main process
     left: str = ""  # why it is not trained any more, while the others are
@@ -35,11 +37,13 @@ class Replica:
         """Wall-clock time of training over all attempts: steps, evaluations and checkpoints that led to this state."""
         return self.progress.train_time_s + time.monotonic() - self.counted_s
 
-    def count_time(self, now_s: float, gpus: float) -> None:
-        """Add the time up to `now_s` (time.monotonic()) to what the run has taken, of so many GPUs."""
+    def count(self, now_s: float, gpus: float, energy_j: float | None) -> None:
+        """Add the time up to `now_s` (time.monotonic()), of so many GPUs, and their energy to what the run has taken."""
         new_s, self.counted_s = now_s - self.counted_s, now_s
         self.progress.train_time_s += new_s
         self.progress.gpu_time_s += new_s * gpus
+        before_j = self.progress.energy_j
+        self.progress.energy_j = None if before_j is None or energy_j is None else before_j + energy_j
 
     def result(self, beton_sha256: dict[str, str]) -> Result:
         """What its result.json says, once it is trained to its end on these data."""
@@ -66,13 +70,15 @@ class Replica:
             beton_sha256=beton_sha256,
             finished_utc=utc_now(),
             holdout=config.train.holdout,
+            energy_j=progress.energy_j,
             config_sha256=hashlib.sha256(read_bytes(self.run.config_yaml, YAML_BYTES)).hexdigest(),
         )
 
     def record_result(self, beton_sha256: dict[str, str]) -> str:
         """Write result.json, the last act of a training to its end; a line about it."""
         result = self.result(beton_sha256)
-        write_json(self.run.result_json, with_checksum(result.model_dump()))
+        without = {"energy_j"} if result.energy_j is None else None
+        write_json(self.run.result_json, with_checksum(result.model_dump(exclude=without)))
         accuracy = f"{self.config.top1_name} {100 * result.top1:.2f} % after {result.epochs} epochs"
         return f"finished: {accuracy}; {self.run.result_json}"
 

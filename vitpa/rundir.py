@@ -51,6 +51,7 @@ class Result(BaseModel):
     ema_val_top5: float | None = Field(None, ge=0, le=1)
     ema_val_loss: float | None = Field(None, ge=0)
     holdout: float | None = Field(None, ge=0, le=0.5)  # share of train that val_* are of; 0: val; older ones have none
+    energy_j: float | None = Field(None, ge=0)  # its share of what its GPUs took; None: not all of it was counted
     config_sha256: Sha256 | None = None  # of the bytes of config.yaml; older ones have none
 
     @property

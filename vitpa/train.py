@@ -33,6 +33,7 @@ from vitpa.data.open import open_data, random_reads_note
 from vitpa.data.rng import Purpose, key
 from vitpa.data.sampler import steps_per_epoch
 from vitpa.distributed import Group
+from vitpa.energy import Counter, EnergyMeter, gpu_counter
 from vitpa.errors import UserError
 from vitpa.logs import Logs, ProgressLine
 from vitpa.metrics import Metrics
@@ -54,8 +55,10 @@ class TrainError(UserError):
     """Training cannot go on: one line with what, where and what to do about it."""
 
 
-def train(configs: Sequence[RunConfig], group: Group) -> bool:
+def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = None) -> bool:
     """Train runs to completion, several in one step, resuming from checkpoints; each writes its result.json, last of all.
+
+    `counter` is of the energy that this process takes; None: its GPU's, if it has one.
 
     Returns:
         whether the runs are finished; False if they pause or a stop was requested, the state being in checkpoints.
@@ -77,6 +80,7 @@ def train(configs: Sequence[RunConfig], group: Group) -> bool:
         open_logs(t, stack)
         stack.callback(t.steps.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
+        t.meter = EnergyMeter(group, counter or gpu_counter(group.device))
         prepare_steps(t)
         if all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.last_epoch)):
             finish(t)
@@ -166,6 +170,8 @@ def prepare_steps(t: Training) -> None:
             say(t, note)
     t.metrics.begin(t.step, t.line)
     t.saved_s = time.monotonic()
+    if t.meter is not None:
+        t.meter.begin()
     for replica in t.replicas:
         replica.counted_s = t.saved_s
 
@@ -274,7 +280,7 @@ def save(t: Training) -> None:
     first = t.group.all_reduce_min(accumulator.first_nonfinite_step.clone()).tolist()
     drop_nonfinite(t, {number: first[number] for number, _ in t.active if first[number] < NEVER})
     sums = t.group.all_reduce_sum(accumulator.sums.clone())
-    count_time(t)
+    count(t)
     for number, replica in t.active:
         replica.progress.step = t.step
         if replica.logs is not None:
@@ -303,12 +309,13 @@ def keep(t: Training) -> None:
             t.checkpoints.keep(replica.run, t.step, dict(replica.model.state_dict()))
 
 
-def count_time(t: Training) -> None:
-    """Add the time since the last call to what the replicas have taken; they share the GPUs of this attempt."""
+def count(t: Training) -> None:
+    """Add time and energy since the last call to what the replicas have taken: equal shares of this attempt's GPUs."""
     gpus = t.group.world_size if t.group.device.type == "cuda" else 0
     now_s, sharing = time.monotonic(), t.config.runtime.runs_per_gpu * len(t.active)
+    energy_j = None if t.meter is None else t.meter.taken_j()
     for _, replica in t.active:
-        replica.count_time(now_s, gpus / sharing)
+        replica.count(now_s, gpus / sharing, None if energy_j is None else energy_j / sharing)
 
 
 def finish(t: Training) -> None:

@@ -9,6 +9,7 @@ from vitpa import checkpoint
 from vitpa.config import RunConfig
 from vitpa.data.open import Data
 from vitpa.distributed import Group
+from vitpa.energy import EnergyMeter
 from vitpa.logs import ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.replica import Replica
@@ -30,6 +31,7 @@ class Training:
     epoch_steps: int
     step: int = 0  # done, by all
     line: ProgressLine | None = None  # in the main process
+    meter: EnergyMeter | None = None
     checkpoints: checkpoint.Writer | None = None  # in the main process
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
 

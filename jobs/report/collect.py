@@ -26,6 +26,8 @@ from vitpa.records import utc_now
 from vitpa.rundir import Result
 from vitpa.statistics import Estimate
 
+JOULES_PER_KWH = 3.6e6
+
 
 class MixedRunsError(SweepError):
     """Runs of one data set were made by different code or from different data."""
@@ -48,6 +50,7 @@ class Cell:
     reference_val_top1: float | None
     reference_source: str
     evaluated_on: str = "val"  # or the part of train that was held out
+    energy_kwh: float | None = None  # of the GPUs; None: not all of it was counted
 
     @property
     def complete(self) -> bool:
@@ -249,7 +252,13 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         reference_val_top1=reference.val_top1 if reference else None,
         reference_source=reference.source if reference else "",
         evaluated_on=run.config.evaluated_on,
+        energy_kwh=_energy_kwh(results),
     )
+
+
+def _energy_kwh(results: Sequence[Result]) -> float | None:
+    joules = [result.energy_j for result in results if result.energy_j is not None]
+    return math.fsum(joules) / JOULES_PER_KWH if joules and len(joules) == len(results) else None
 
 
 def _scores(members: list[RunState]) -> Scores:

@@ -79,6 +79,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
             "reference_val_top1_fraction": cell.reference_val_top1,
             "reference_source": cell.reference_source,
             "gpu_hours": round(cell.gpu_hours, 4),
+            "energy_kwh": cell.energy_kwh,
             "code_version": "; ".join(cell.code_versions),
             "data_version": "; ".join(cell.data_versions),
         }
@@ -126,6 +127,7 @@ def _run_rows(table: CollectedTable) -> list[dict[str, Any]]:
             "steps": result.steps,
             "train_time_s": result.train_time_s,
             "gpu_hours": result.gpu_hours,
+            "energy_j": result.energy_j,
             "images_per_s": result.images_per_s,
             "attempts": result.attempts,
             "weights_sha256": result.weights_sha256,
@@ -164,7 +166,9 @@ def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     axes = [short_name(axis) for axis in table.axes]
     first, *others = sorted(set(table.evaluated_on.values())) or ["val"]
     top1 = "top-1 %" if others else f"{first} top-1 %" if first == "val" else f"{first}, top-1 %"  # the notes have each
+    energy = any(cell.energy_kwh is not None for cell in table.cells)
     header = ["data set", "attention", *axes, top1, "95 % interval", "seeds", "reference %", "GPU-hours"]
+    header += ["kWh (GPUs)"] if energy else []
     yield [header] + [
         [
             cell.dataset,
@@ -173,6 +177,7 @@ def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
             *_accuracy(table, cell),
             _percent(cell.reference_val_top1),
             f"{cell.gpu_hours:.2f}",
+            *(["-" if cell.energy_kwh is None else f"{cell.energy_kwh:.3g}"] if energy else []),
         ]
         for cell in table.cells
     ]

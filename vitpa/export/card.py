@@ -150,6 +150,8 @@ def _training(config: RunConfig, its: Result) -> str:
     took = (
         f"{its.train_time_s:,.0f} s, {its.gpu_hours:.2f} GPU-hours, {its.images_per_s:,.0f} images/s, attempts: {its.attempts}"
     )
+    if its.energy_j is not None:
+        took += f"; {its.energy_j / 3.6e6:.3g} kWh of the GPUs"
     return f"""## Training
 
 ```bash

@@ -81,6 +81,28 @@ def test_a_run_that_averages_its_weights_is_judged_by_the_average(tmp_path: Path
     assert row_of(StateReader(tmp_path).state(sweep.runs[0]), tmp_path)["val_top1"] == 0.8
 
 
+def test_energy_is_that_of_the_runs_where_all_of_it_was_counted(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2)
+    for run in sweep.runs:
+        counted = {"energy_j": 1.8e6 * (1 + run.seed)} if run.attention == "content" or run.seed else {}
+        write_result(tmp_path, run, **counted)
+    table = table_of(tmp_path, sweep)
+    assert [cell.energy_kwh for cell in table.cells] == [pytest.approx(1.5), None]
+    text = markdown(table)
+    assert re.search(r"\| GPU-hours \| kWh \(GPUs\) \|", text)
+    assert re.search(r"\| content .*\| 1\.5 +\|", text)
+    write_report(table, tmp_path / "report")
+    rows = list(csv.DictReader((tmp_path / "report" / "runs.csv").read_text().splitlines()))
+    energy = {(row["attention"], row["seed"]): row["energy_j"] for row in rows}
+    assert energy == {
+        ("content", "0"): "1800000.0",
+        ("content", "1"): "3600000.0",
+        ("positional", "0"): "",
+        ("positional", "1"): "3600000.0",
+    }
+    assert "kWh" not in markdown(table_of(tmp_path, fill(tmp_path)))
+
+
 def test_each_point_of_the_axes_has_a_mean_and_a_difference(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2, axes={"augment.permute_block_px": [0, 4], "model.depth": [1, 2]})
     top1 = {}
