@@ -10,7 +10,7 @@ The pass has three parts, so that a compiler need not take each block anew: what
 its own weights by the names they have in it; and the last block with the head.
 
 Axes: R replicas, B batch, P patches, N tokens (the class token first, if there is one, and P patches), D embed_dim, H heads,
-d = D / H, K classes.
+d = D / H, K classes; Q patches of images of another size than the model's.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def norm(
 
 @dataclass(frozen=True)
 class StackedViT:
-    """The forward pass of R networks of one architecture. Holds sizes only; the weights come with each call."""
+    """The forward pass of R networks of one architecture. Holds sizes only; the weights come with each call.
+
+    With `resampling` it takes images of another size than the model's (vitpa/models/resampling.py).
+    """
 
     attention: Literal["content", "positional"]
     patch_size: int
@@ -96,6 +99,7 @@ class StackedViT:
     num_heads: int
     operations: Operations = PLAIN
     global_pool: Literal["token", "avg"] = "token"  # avg: there is no class token
+    resampling: Float[Tensor, "Q P"] | None = None  # of the positional encodings; None: images have the model's size
     parts: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None  # compiled
 
     def __call__(
@@ -188,8 +192,16 @@ class StackedViT:
         if self.global_pool == "token":
             tokens = torch.cat([w["cls_token"].expand(-1, B, -1, -1), embedded], dim=2)  # R, B, 1 + P, D
         if self.attention == "content":
-            tokens = tokens + w["pos_embed"]
+            tokens = tokens + self._positions(w)
         return tokens.to(w.dtype).flatten(1, 2)
+
+    def _positions(self, w: _Weights) -> Tensor:
+        """The positional encodings (R, 1, N, D) of an image's tokens; that of the class token is no patch's, and stays."""
+        pos_embed = w["pos_embed"]
+        if self.resampling is None:
+            return pos_embed
+        P = self.resampling.shape[1]
+        return torch.cat([pos_embed[:, :, :-P], self.resampling.to(pos_embed.dtype) @ pos_embed[:, :, -P:]], dim=2)
 
     def _attend(self, w: _Weights, batch: int, normed: Tensor, matrix: Tensor | None) -> Tensor:
         """A block's attention without its last bias: (R, B*N, D) -> (R, B*N, D). `matrix`: that of `_positional`, if any."""
@@ -222,7 +234,7 @@ class StackedViT:
         names = [f"blocks.{index}.attn.qk" for index in range(self.depth)]
         pairs = [w.pair(name) for name in names]
         weight, copy = (torch.cat(each, dim=1) for each in zip(*pairs, strict=True))  # R, depth*2*D, D
-        pos_embed = w["pos_embed"][:, 0]  # R, N, D
+        pos_embed = self._positions(w)[:, 0]  # R, N, D
         R, N, D = pos_embed.shape
         qk = product(pos_embed.to(w.dtype), weight, copy).view(R, N, self.depth, 2, self.num_heads, -1)
         q, k = qk.permute(3, 2, 0, 4, 1, 5)  # each depth, R, H, N, d

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpa.config import RunConfig
+from vitpa.models.resampling import resampling_matrix
 from vitpa.models.resnet import OneNetwork
 from vitpa.models.stacked import StackedViT
 from vitpa.step.operations import choose_operations
@@ -54,6 +55,9 @@ class Networks:
             model = self.config.model.model_copy(update={"img_size": img_size})
             operations, notes = choose_operations(model, device=self.device, dtype=self.products, num_images=self.num_images)
             self.notes += [note for note in notes if note not in self.notes]
-            sizes = model.patch_size, model.depth, model.num_heads
-            self._vits[img_size] = StackedViT(model.attention, *sizes, operations, model.global_pool)
+            sizes, resampling = (model.patch_size, model.depth, model.num_heads), None
+            if img_size != self.config.model.img_size:
+                sides = (px // model.patch_size for px in (self.config.model.img_size, img_size))
+                resampling = resampling_matrix(*sides).to(self.device)
+            self._vits[img_size] = StackedViT(model.attention, *sizes, operations, model.global_pool, resampling)
         return self._vits[img_size]
