@@ -134,8 +134,11 @@ def _warn_if_others(run: RunDir, step: int, rows: str) -> None:
 class ProgressLine:
     """One live line on a terminal; elsewhere a plain line every ten seconds."""
 
-    def __init__(self, name: str, steps_total: int, step: int, top1_name: str = "val top-1") -> None:
-        self._name, self._total, self._top1_name = name, steps_total, top1_name
+    def __init__(
+        self, name: str, steps_total: int, step: int, top1_name: str = "val top-1", *, work: Callable[[int], float] = float
+    ) -> None:
+        """`work` is what the first so many steps take, in any unit: steps on larger images take longer."""
+        self._name, self._total, self._top1_name, self._work = name, steps_total, top1_name, work
         self._shown: dict[str, float] = {}
         self._first_step, self._started_s, self._printed_s = step, time.monotonic(), time.monotonic()
         self._live: Progress | None = None
@@ -148,7 +151,8 @@ class ProgressLine:
             )
             shown = TextColumn("{task.fields[metrics]}", markup=False)
             self._live = Progress(*columns, shown, console=PrintableConsole(stderr=True))
-            self._task = self._live.add_task(name, total=steps_total, completed=step, metrics="")
+            self._task = self._live.add_task(name, total=work(steps_total), metrics="")
+            self._live.update(self._task, completed=work(step))
             self._live.start()
             # as they are: print() takes [this] for markup and breaks long paths
             LINES.print_above = partial(self._live.console.out, highlight=False)
@@ -169,10 +173,13 @@ class ProgressLine:
         """The run has done `step` steps."""
         now_s = time.monotonic()
         if self._live is not None:
-            self._live.update(self._task, completed=step, metrics=self._text())
+            self._live.update(self._task, completed=self._work(step), metrics=self._text())
         elif now_s - self._printed_s >= PLAIN_LINE_EVERY_S:
             self._printed_s = now_s
-            left_s = (self._total - step) * (now_s - self._started_s) / max(1, step - self._first_step)
+            left, done = (
+                self._work(end) - self._work(begin) for begin, end in ((step, self._total), (self._first_step, step))
+            )
+            left_s = left * (now_s - self._started_s) / done if done else 0.0
             LOGGER.info(f"{self._name}: step {step}/{self._total} {self._text()} {left_s:.0f} s left")
 
     def _text(self) -> str:

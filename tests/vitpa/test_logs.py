@@ -225,6 +225,17 @@ def test_a_plain_line_says_how_far_how_good_how_fast_and_how_long_yet(
     assert capsys.readouterr().err == "digits-content-s0: step 500/1000 held-out top-1 50.00 % 100 s left\n"
 
 
+def test_the_time_left_counts_steps_by_their_work(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(step: int) -> float:  # the last 100 of 1,000 steps take ten times as long as the others
+        return step / 10 + 0.9 * max(0, step - 900)
+
+    line = ProgressLine("photos-content-s0", 1000, 400, work=work)
+    clock.now_s += 20
+    with logged_lines():
+        line.move(600)
+    assert capsys.readouterr().err == "photos-content-s0: step 600/1000  130 s left\n"
+
+
 def test_what_is_logged_stays_and_does_not_wait(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with logged_lines(), ProgressLine("digits-content-s0", 1000, 0):
         logs.LOGGER.info("starts [here]")
