@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from vitpa import image_sizes
 from vitpa.arguments import FLOAT, expand_path, parse_float, parse_integer
 from vitpa.rundir import Result, RunDir
 
@@ -188,6 +189,9 @@ class TrainConfig(Section):
         "random",
         description="of an epoch's images; quasi_random: read in shards, for a .beton larger than the node's memory",
     )
+    image_sizes: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=MAX_PX)]], ...] = Field(
+        (), description="[[epoch, px], ...]: from which epoch on (0: the first) training images have which size; []: one size"
+    )
     holdout: Float = Field(
         0.0, ge=0, le=0.5, description="share of each class of train that replaces val, to choose a recipe by; 0: val itself"
     )
@@ -299,6 +303,8 @@ class RunConfig(Section):
                 raise ValueError(
                     f"augment.{name}_scale=[{low}, {high}] is less than a pixel of model.img_size={self.model.img_size}"
                 )
+        if reason := image_sizes.unsupported_reason(self):
+            raise ValueError(reason)
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
                 f"train.global_batch_size={self.train.global_batch_size} is not a multiple of "
@@ -338,6 +344,8 @@ class RunConfig(Section):
             del document["train"]["order"]
         if not self.train.ema_decay:
             del document["train"]["ema_decay"]
+        if not self.train.image_sizes:
+            del document["train"]["image_sizes"]
         if not self.train.holdout:
             del document["train"]["holdout"]
         if not self.augment.color_jitter:
@@ -362,6 +370,11 @@ class RunConfig(Section):
             return None
         whole = "its batch norm takes the statistics of a whole batch"
         return f"model.kind={self.model.kind}: {whole}, and {processes} processes have a part of it each"
+
+    def train_img_size(self, epoch: int) -> int:
+        """Height and width of the training images of an epoch (from 0 on), pixels; an evaluation's have model.img_size."""
+        sizes = self.train.image_sizes
+        return image_sizes.size_in(sizes, epoch) if sizes else self.model.img_size
 
     @property
     def last_epoch(self) -> int:

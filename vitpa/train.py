@@ -82,7 +82,7 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         t.meter = EnergyMeter(group, counter or gpu_counter(group.device))
         prepare_steps(t)
-        if all(train_epoch(t, epoch) for epoch in range(t.step // t.epoch_steps, t.config.last_epoch)):
+        if all(train_epoch(t, epoch) for epoch in range(t.epoch, t.config.last_epoch)):
             finish(t)
     check_left(t)
     return t.step == t.total_steps
@@ -128,10 +128,12 @@ def open_logs(t: Training, stack: ExitStack) -> None:
         return
     config, step = t.config, t.step
     name = group_name([replica.config for replica in t.replicas])
-    t.line = stack.enter_context(ProgressLine(name, t.total_steps, step, config.top1_name))
+    t.line = stack.enter_context(ProgressLine(name, t.total_steps, step, config.top1_name, work=t.work))
     where = ", ".join(f"{replica.run.path}{f' ({replica.name})' if len(t.replicas) > 1 else ''}" for replica in t.replicas)
-    images = "resident" if isinstance(t.data.feed, ResidentFeed) else "streamed"
-    place = f"on {t.group.device} ({images} images, evaluated on {config.evaluated_on}) in {where}"
+    images = "resident images" if isinstance(t.data.feed, ResidentFeed) else "streamed images"
+    if config.train.image_sizes:
+        images += f" of {config.train_img_size(t.epoch)} px"
+    place = f"on {t.group.device} ({images}, evaluated on {config.evaluated_on}) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)
@@ -163,6 +165,7 @@ def show_positions(t: Training) -> None:
 def prepare_steps(t: Training) -> None:
     """Compile the step and capture its CUDA graph, as `runtime.step` says, and start the clocks."""
     if t.step < t.total_steps:
+        t.steps.use_img_size(t.config.train_img_size(t.epoch))
         if t.steps.compiles:
             check_compiler_cache()
             say(t, "compiling the step, which takes about a minute")
@@ -176,9 +179,21 @@ def prepare_steps(t: Training) -> None:
         replica.counted_s = t.saved_s
 
 
+def change_image_size(t: Training, epoch: int) -> None:
+    """Go on with training images of another size, if `epoch` has one; the time that compiling takes does not count."""
+    before, img_size = t.steps.img_size, t.config.train_img_size(epoch)
+    if img_size == before:
+        return
+    say(t, f"image size {before} -> {img_size} px from epoch {epoch}")
+    drop_nonfinite(t, t.metrics.flush())
+    count(t)
+    prepare_steps(t)
+
+
 def train_epoch(t: Training, epoch: int) -> bool:
     """Train from the present step to the end of `epoch`, and evaluate if that is due; False if a stop was requested."""
     runtime, last_step = t.config.runtime, (epoch + 1) * t.epoch_steps
+    change_image_size(t, epoch)
     t.steps.begin_epoch(epoch, t.step - epoch * t.epoch_steps)
     while t.step < last_step:
         t.steps.load()  # the batch, onto the device

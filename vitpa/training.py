@@ -10,6 +10,7 @@ from vitpa.config import RunConfig
 from vitpa.data.open import Data
 from vitpa.distributed import Group
 from vitpa.energy import EnergyMeter
+from vitpa.flops import full_size_epochs
 from vitpa.logs import ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.replica import Replica
@@ -39,6 +40,15 @@ class Training:
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
         return self.config.train.epochs * self.epoch_steps
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step, from 0 on."""
+        return self.step // self.epoch_steps
+
+    def work(self, step: int) -> float:
+        """The arithmetic of the first `step` steps, in that of a step on images of the model's size."""
+        return full_size_epochs(self.config, step / self.epoch_steps) * self.epoch_steps
 
     @property
     def active(self) -> list[tuple[int, Replica]]:

@@ -84,8 +84,10 @@ OTHER = {  # for each key outside `runtime` a value that is not SMALL's
     "train.global_batch_size": "64",
     "train.ema_decay": "0.999",
     "train.precision": "float32",
+    "train.image_sizes": "[[0,16],[2,32]]",
     "train.order": "quasi_random",
 }
+NEEDS = {"train.image_sizes": ["augment.crop=random_resized"]}  # without which they cannot be had
 OTHER_RUNTIME = {
     "runtime.keep_epochs": "[1]",
     "runtime.root": "elsewhere",
@@ -364,6 +366,36 @@ def test_a_bad_combination_names_its_keys(overrides: str, message: str) -> None:
         config(*overrides.split())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "others", "message"),
+    [
+        ("[[0,32]]", "model.kind=resnet18", r"is for model\.kind=vit, .*; model\.kind=resnet18 has none"),
+        ("[[0,16],[1,32]]", "augment.crop=padded", r"is for augment\.crop=random_resized, .* not for augment\.crop=padded"),
+        ("[[0,16],[1,32]]", "augment.permute_block_px=8", r"or set augment\.permute_block_px=8 to 0"),
+        ("[[0,16],[1,32]]", "augment.cutout_px=17", r"augment\.cutout_px=17 is more than 16 px"),
+        ("[[1,32]]", "", r"the first size must be that of epoch 0, not of epoch 1"),
+        ("[[0,16],[2,24],[1,32]]", "", r"expected \[\[epoch, px\], \.\.\.\] with rising epochs"),
+        ("[[0,16],[0,32]]", "", r"with rising epochs"),
+        ("[[0,16],[3,32]]", "", r"epoch 3 is not before the end, train\.epochs=3"),
+        ("[[0,64],[1,32]]", "", r"64 px is more than model\.img_size=32"),
+        ("[[0,16],[1,24]]", "", r"the last must be model\.img_size=32, which evaluations have"),
+        ("[[0,18],[1,32]]", "", r"18 px is not a multiple of model\.patch_size=4"),
+    ],
+)
+def test_image_sizes_that_cannot_be_are_refused_in_a_line(sizes: str, others: str, message: str) -> None:
+    said = re.escape(f"command line: train.image_sizes={sizes.replace(',', ', ')}: ")
+    crop = [] if "augment.crop" in others else ["augment.crop=random_resized"]
+    with pytest.raises(ConfigError, match=f"^{said}.*{message}"):
+        config(*crop, *others.split(), f"train.image_sizes={sizes}")
+
+
+def test_an_epochs_image_size_is_that_of_the_last_entry_before_it(tmp_path: Path) -> None:
+    text = "dataset: photos\naugment: {crop: random_resized}\ntrain: {epochs: 9, image_sizes: [[0, 16], [3, 24], [4, 32]]}\n"
+    found = load_config(write(tmp_path, text))
+    assert [found.train_img_size(epoch) for epoch in range(9)] == [16] * 3 + [24] + [32] * 5
+    assert config().train_img_size(0) == 32
+
+
 def test_null_is_written_out(tmp_path: Path) -> None:
     """`~` and nothing at all are null in YAML, too, and used to switch off what they were given for."""
     for null in ("null", "Null", "NULL", "!!null null"):
@@ -488,6 +520,7 @@ def test_the_signature_of_a_fixed_document_is_stable() -> None:
         "model.global_pool=token",
         "augment.color_jitter=[]",
         "train.ema_decay=0",
+        "train.image_sizes=[]",
     ],
 )
 def test_a_younger_key_that_is_written_out_as_it_always_was_makes_no_other_run(tmp_path: Path, as_it_was: str) -> None:
@@ -526,13 +559,14 @@ def test_the_shipped_recipes_are_the_runs_they_always_were() -> None:
 
 @pytest.mark.parametrize(("key", "value"), OTHER.items())
 def test_whatever_may_change_the_numbers_changes_the_signature(key: str, value: str) -> None:
-    other = config(f"{key}={value}")
+    needed = NEEDS.get(key, [])
+    other = config(f"{key}={value}", *needed)
     assert re.fullmatch(r"[0-9a-f]{16}", other.signature)
-    assert other.signature != SMALL_SIGNATURE
+    assert other.signature != config(*needed).signature
 
 
 def test_all_these_signatures_differ() -> None:
-    assert len({config(f"{key}={value}").signature for key, value in OTHER.items()}) == len(OTHER)
+    assert len({config(f"{key}={value}", *NEEDS.get(key, [])).signature for key, value in OTHER.items()}) == len(OTHER)
 
 
 @pytest.mark.parametrize("key", [key for key, _ in fields_of(RunConfig) if key.startswith("runtime.")])

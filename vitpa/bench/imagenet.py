@@ -39,6 +39,7 @@ REFUSED = {  # keys of the recipe that an option says, or that have no meaning h
     "dataset": "say it by --dataset",
     "model.attention": "say it by --attention",
     "model.kind": "benchmarks measure ViTs; leave it out",
+    "train.image_sizes": "benchmarks measure one size; say it by model.img_size",
     "train.global_batch_size": "say it by --batch-size",
     **{f"runtime.{key}": LEAVE_OUT for key in ("accum_steps", "device", "stage_dir", "cpu_threads")},
 }

@@ -25,6 +25,7 @@ from vitpa.data.sampler import Batch
 from vitpa.datasets import facts_of
 from vitpa.distributed import Group, init_process_group
 from vitpa.environment import environment
+from vitpa.flops import gflop_per_image
 from vitpa.models import build_model
 from vitpa.optim import make_optimizer
 from vitpa.step.step import ReplicaSteps
@@ -206,14 +207,3 @@ def peak_matmul_tflops(group: Group, window_s: float) -> float:
             torch.mm(a, b)
 
     return max(rates(run, 1, group, window_s=window_s)) * 2 * size**3 / 1e12
-
-
-def gflop_per_image(config: RunConfig) -> float:
-    """Arithmetic of a training step per image, 10^9 operations: products of matrices only, backward twice the forward pass."""
-    model = config.model
-    D, tokens = model.embed_dim, model.num_tokens
-    per_token = (4 + 2 * model.mlp_ratio) * D * D + 2 * tokens * D  # multiply-adds of a block
-    if model.attention == "positional":
-        per_token -= 2 * D * D + tokens * D  # queries, keys and scores are computed once per step, not per image
-    patches = (tokens - model.num_prefix_tokens) * 3 * model.patch_size**2 * D
-    return 3 * 2 * (tokens * model.depth * per_token + patches) / 1e9

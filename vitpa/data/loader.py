@@ -118,21 +118,23 @@ class StreamedFeed:
         num_val = len(images["val"].beton)
         self.eval_batch_size = min(EVAL_BATCH_SIZE, -(-num_val // group.world_size))
         self.num_eval_batches = -(-num_val // (group.world_size * self.eval_batch_size))
-        size, device = images["train"].img_size, group.device
-        self._slots, self._eval_slot = (
-            _slot(accum_steps * batch_size, size, device),
-            _slot(self.eval_batch_size, size, device),
-        )
+        self._eval_slot = _slot(self.eval_batch_size, images["val"].img_size, group.device)
+        self.use_img_size(images["train"].img_size)
         self._indices: Iterator[Tensor] = iter(())
         self._train: Iterator[Batch] = iter(())
         self._eval: Iterator[Batch] = iter(())
+
+    def use_img_size(self, img_size: int) -> None:
+        """Give training images of `img_size` pixels from the next `begin_epoch` on; they have another place on the device."""
+        self.img_size = img_size
+        self._slots = _slot(self.accum_steps * self.batch_size, img_size, self.group.device)
 
     def begin_epoch(self, epoch: int, step: int) -> None:
         """Begin to decode the images of `epoch`, from its step `step` on."""
         _close(self._train)
         _close(self._indices)
         self._indices = self.indices(epoch, step)
-        self._train = self.images["train"].train_batches(self._indices, epoch)
+        self._train = self.images["train"].train_batches(self._indices, epoch, self.img_size)
 
     def indices(self, epoch: int, step: int) -> Generator[Tensor, None, None]:
         """The samples (B,) of each micro-batch of this process, from step `step` of `epoch` on.

@@ -44,7 +44,7 @@ class Data:
 
     def previews(self, configs: Sequence[RunConfig]) -> Tensor:
         """The first images of train, as the first epoch of the runs sees them: (R, B, 3, H, W) uint8."""
-        seeds, img_size = [each.seed for each in configs], configs[0].model.img_size
+        seeds, img_size = [each.seed for each in configs], configs[0].train_img_size(0)
         samples = torch.arange(min(PREVIEW_IMAGES, self.num_samples["train"]))
         count, device = len(samples), self.feed.group.device
         if isinstance(self.feed, ResidentFeed):

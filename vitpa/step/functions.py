@@ -23,6 +23,7 @@ class StepFunctions:
     loss: Callable[..., tuple[Tensor, Tensor]]
     count: Callable[..., None]
     optimizer_step: Callable[..., None]
+    is_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EvalFunctions:
     make_batch: Callable[..., tuple[Tensor, Tensor]]
     network: Network
     score: Callable[..., Tensor]
+    is_compiled: bool = False
 
 
 Functions = TypeVar("Functions", StepFunctions, EvalFunctions)
@@ -39,6 +41,9 @@ Functions = TypeVar("Functions", StepFunctions, EvalFunctions)
 
 def compiled(functions: Functions) -> Functions:
     """The same, each of which is compiled when it is first called."""
+    if functions.is_compiled:
+        return functions
     compiler = partial(torch.compile, dynamic=False, fullgraph=True)
-    others = {field.name: compiler(getattr(functions, field.name)) for field in fields(functions) if field.name != "network"}
-    return replace(functions, network=functions.network.compiled(compiler), **others)
+    names = {field.name for field in fields(functions)} - {"network", "is_compiled"}
+    others = {name: compiler(getattr(functions, name)) for name in names}
+    return replace(functions, network=functions.network.compiled(compiler), is_compiled=True, **others)

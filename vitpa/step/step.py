@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
-from vitpa.data.loader import Feed
+from vitpa.data.loader import Feed, StreamedFeed
 from vitpa.data.rng import Purpose
 from vitpa.distributed import Group
 from vitpa.per_replica import setting
@@ -56,8 +56,8 @@ class ReplicaSteps:
         self.group, self.feed = group, feed
         self.device, self.R, self.B = group.device, len(configs), feed.batch_size
         deepest = max(configs, key=lambda each: each.model.drop_path_rate)  # if one drops branches, all are scaled
-        networks = Networks(deepest, models, device=self.device, num_images=self.R * self.B)
-        self.notes, self.buffers = networks.notes, networks.buffers
+        self.networks = networks = Networks(deepest, models, device=self.device, num_images=self.R * self.B)
+        self.buffers = networks.buffers
         max_norms = [each.optim.grad_clip_norm for each in configs]
         self.adamw = ReplicaAdamW(models, optimizers, networks.copies_dtype, max_norms)
         values = self.adamw.by_name(self.adamw.values)
@@ -81,17 +81,43 @@ class ReplicaSteps:
         # loss, top-1, top-5, images; of the weights, then of their average
         self.eval_sums = torch.zeros(self.R, 4 * len(self.evaluated), dtype=torch.float64, device=self.device)
 
-        augmentation = Augmentation.of(configs, img_size=config.model.img_size, device=self.device)
-        self._functions = StepFunctions(
-            make_batch=TrainBatches(feed, augmentation, kept_branches(configs, self.B, self.device), self.R).make,
-            network=networks.train(config.model.img_size),
+        self.configs, self.img_size = configs, config.model.img_size  # of training images
+        self._functions = self._functions_of(self.img_size)
+        self._other_functions: dict[int, StepFunctions] = {}  # of other image sizes, which have been used
+        evaluated = Augmentation.of(configs, img_size=config.model.img_size, device=self.device)
+        self._eval_functions = EvalFunctions(EvalBatches(feed, evaluated).make, networks.evaluate(), evaluation_sums)
+        self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._noted: set[str] = set()  # what `prepare` has said
+
+    def _functions_of(self, img_size: int) -> StepFunctions:
+        """What a step on images of `img_size` pixels is made of, not compiled."""
+        augmentation = Augmentation.of(self.configs, img_size=img_size, device=self.device)
+        keep = kept_branches(self.configs, self.B, self.device)
+        return StepFunctions(
+            make_batch=TrainBatches(self.feed, augmentation, keep, self.R).make,
+            network=self.networks.train(img_size),
             loss=self._compute_loss,
             count=self._count_batch,
             optimizer_step=self._optimizer_step,
         )
-        self._eval_functions = EvalFunctions(EvalBatches(feed, augmentation).make, networks.evaluate(), evaluation_sums)
-        self._run_step, self._run_evaluation = self._step, self._evaluate_batch  # or CUDA graphs of them
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    def use_img_size(self, img_size: int) -> None:
+        """Train on images of `img_size` pixels from the next epoch on; to be followed by `prepare`.
+
+        Evaluations stay as they are. What was compiled for a size is kept, in case it comes again.
+        """
+        if img_size == self.img_size:
+            return
+        assert isinstance(self.feed, StreamedFeed)  # images that stay on the device have one size
+        self.feed.close()
+        self._drop_graphs()
+        self.feed.use_img_size(img_size)
+        self._other_functions[self.img_size] = self._functions
+        self.img_size = img_size
+        self._functions = self._other_functions.get(img_size) or self._functions_of(img_size)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory of the graphs
 
     @property
     def compiles(self) -> bool:
@@ -103,9 +129,9 @@ class ReplicaSteps:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks.
 
         Returns:
-            what is unsupported here, and what is done instead.
+            what is unsupported here, and what is done instead; nothing that has been said before.
         """
-        notes, wanted = list(self.notes), self.config.runtime.step
+        notes, wanted = list(self.networks.notes), self.config.runtime.step
         captures = wanted in ("auto", "graph") and self.device.type == "cuda"
         if wanted == "graph" and not captures:
             notes.append("runtime.step=graph: a CPU has no CUDA graphs; compiled instead")
@@ -121,14 +147,18 @@ class ReplicaSteps:
         if captures and (reason := self._capture()):
             notes.append(f"no CUDA graph of the step could be made ({reason}); it runs without")
         self.done.fill_(step)
-        return notes
+        new = [note for note in notes if note not in self._noted]
+        self._noted.update(new)
+        return new
 
     def _compile(self) -> str | None:
         """Compile the functions, by running them once; why it failed, if it did: then they are as before."""
         eager = self._functions, self._eval_functions
         self._functions, self._eval_functions = compiled(self._functions), compiled(self._eval_functions)
         try:
-            with warnings.catch_warnings():
+            # a function is compiled once for each size of images, in training and in evaluation; 8 versions are the default
+            limit = torch._dynamo.config.patch(cache_size_limit=8 + len(self._other_functions))
+            with limit, warnings.catch_warnings():
                 # Compilers warn their developers (torch 2.11 of a module that it imports itself) and that TF32 is off, as
                 # it should be: noise for a user, and with `python -W error` the step would not be compiled at all.
                 warnings.simplefilter("ignore")
@@ -158,7 +188,13 @@ class ReplicaSteps:
     def close(self) -> None:
         """Decode no more, and let go of the CUDA graphs: NCCL waits for those that hold its work before processes part."""
         self.feed.close()
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        """Let go of the CUDA graphs, when what they do is done; steps and evaluations then run without."""
         self._run_step, self._run_evaluation = self._step, self._evaluate_batch
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()

@@ -28,6 +28,7 @@ from vitpa.config_file import load_config, shipped_configs
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
 from vitpa.distributed import Group
+from vitpa.flops import gflop_per_image
 from vitpa.step.step import ReplicaSteps
 
 TINY = ["model.depth=1", "model.embed_dim=24", "train.global_batch_size=4", "runtime.step=eager"]
@@ -93,9 +94,7 @@ def test_it_prints_a_table_and_writes_the_same(
         assert line.notes == ()
         assert line.times_timm == line.images_per_s / timm[line.case.attention, line.case.augmentation].images_per_s
         assert (line.times_one_gpu, line.of_synthetic) == (None, None)
-        gflop = measure.gflop_per_image(
-            load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line.case.attention}"])
-        )
+        gflop = gflop_per_image(load_config(shipped_configs()["cifar10"], [*TINY, f"model.attention={line.case.attention}"]))
         assert line.mfu == pytest.approx(line.images_per_s * gflop / 1000 / peak)
     assert said.out == table(written.results) + "\n"
     assert [line.split(":")[0] for line in said.err.splitlines()[-len(cases) :]] == [str(case) for case in cases]
@@ -262,14 +261,14 @@ def test_the_cases_of_imagenet() -> None:
 def test_arithmetic_of_the_papers_small_vit() -> None:
     """A step per image, 10^9 operations, summed layer by layer for 65 tokens of 384 in 7 blocks, MLP as wide as they are."""
     recipe = shipped_configs()["cifar10"]
-    content = measure.gflop_per_image(load_config(recipe))
+    content = gflop_per_image(load_config(recipe))
     assert content == pytest.approx(2.55, rel=0.01)
     qkv, scores, mixing, projection, mlp = 65 * 384 * 1152, 65 * 65 * 384, 65 * 65 * 384, 65 * 384 * 384, 2 * 65 * 384 * 384
     patches = 64 * 48 * 384
     assert content == pytest.approx(6 * (7 * (qkv + scores + mixing + projection + mlp) + patches) / 1e9)
-    positional = measure.gflop_per_image(load_config(recipe, ["model.attention=positional"]))
+    positional = gflop_per_image(load_config(recipe, ["model.attention=positional"]))
     assert positional == pytest.approx(6 * (7 * (qkv / 3 + mixing + projection + mlp) + patches) / 1e9)
-    pooled = measure.gflop_per_image(load_config(recipe, ["model.global_pool=avg"]))  # 64 tokens
+    pooled = gflop_per_image(load_config(recipe, ["model.global_pool=avg"]))  # 64 tokens
     by_token, by_pair = qkv + projection + mlp, scores + mixing
     assert pooled == pytest.approx(6 * (7 * (by_token * 64 / 65 + by_pair * (64 / 65) ** 2) + patches) / 1e9)
 
@@ -419,6 +418,10 @@ def test_what_was_measured_before_sigterm_is_kept(tmp_path: Path) -> None:
             r"runtime\.accum_steps=2: this benchmark does without; leave it out$",
         ),
         (["model.kind=resnet18", "--batch-size", "4"], r"model\.kind=resnet18: benchmarks measure ViTs; leave it out$"),
+        (
+            ["train.image_sizes=[[0,224]]", "--batch-size", "4"],
+            r"train\.image_sizes=.*: benchmarks measure one size; ",
+        ),
         (["--parts", "loader"], r"--parts loader: say with --dataset what is to be loaded$"),
         (["modle.depth=3", "--batch-size", "4"], r"command line: unknown key modle\.depth; did you mean model\.depth\?$"),
     ],
