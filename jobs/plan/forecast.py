@@ -1,8 +1,10 @@
 """How long a sweep will take and what it will cost: arithmetic on what was measured, never a guess.
 
 A run takes (training images x epochs) / (images per second of finished runs of its data set and attention), evaluation
-included, for that is how images_per_s is measured. One that goes on from a checkpoint counts as a whole one. Where runs
-share a GPU, as replicas or side by side, each counts by its share: it costs the GPU-hours that measured ones have cost.
+included, for that is how images_per_s is measured. Training images that are smaller than the model's (train.image_sizes)
+count by their share of its arithmetic (vitpa/flops.py), when measured and now. A run that goes on from a checkpoint counts as
+a whole one. Where runs share a GPU, as replicas or side by side, each counts by its share: it costs the GPU-hours that
+measured ones have cost.
 
 Where no run of a kind has finished, a benchmark's rate of training may stand in (jobs/plan/speeds.py). It has no evaluation
 in it: an image of that is counted as a third of one in training, of whose arithmetic the forward pass is a third.
@@ -27,12 +29,14 @@ from jobs.submit.submit import Batch
 from jobs.sweep import TRIAL, Run
 from vitpa.arguments import ConfigError
 from vitpa.config import ModelConfig, RunConfig
-from vitpa.config_file import parse_model, read_yaml
+from vitpa.config_file import parse_config, parse_model, read_yaml
+from vitpa.flops import full_size_epochs
 from vitpa.records import RunError, made_with, read_json
 from vitpa.rundir import Result, RunDir
 
 Kind = tuple[str, str]  # data set, network
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
+Finished = tuple[Result, float]  # a finished run's result, and its `size_share`
 EVALUATED = 1 / 3  # of an image in training is what one in an evaluation costs
 CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
 
@@ -41,7 +45,7 @@ CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: readi
 class Speed:
     """What finished runs of a kind have measured."""
 
-    images_per_s: float
+    images_per_s: float  # of the model's size
     runs: int
     hardware: str  # GPU's name, or `CPU`; empty if it was not written down
     gpus_per_run: float  # its share where several had one together; 0 on the CPU
@@ -184,7 +188,7 @@ def run_s(run: Run, speeds: Mapping[Kind, Speed], images: int | None) -> float |
     speed = speeds.get(kind_of(run))
     if speed is None or images is None:
         return None
-    return images * (run.stop_after_epoch or run.config.train.epochs) / speed.images_per_s
+    return images * full_size_epochs(run.config, run.stop_after_epoch or run.config.train.epochs) / speed.images_per_s
 
 
 def job_s(runs: Sequence[float | None], speed: Speed | None, gpus: float) -> float | None:
@@ -206,7 +210,7 @@ def benchmark_s(config: RunConfig, rate: Rate, images: tuple[int | None, int | N
         return None
     epochs = config.last_epoch
     evaluations = math.ceil(epochs / config.runtime.eval_every_epochs)
-    return rate.replicas * (train * epochs + EVALUATED * val * evaluations) / rate.images_per_s
+    return rate.replicas * (train * full_size_epochs(config, epochs) + EVALUATED * val * evaluations) / rate.images_per_s
 
 
 def gpus_of(batch: Batch) -> float:
@@ -255,10 +259,10 @@ def kind_of(run: Run) -> Kind:
 
 def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> dict[Kind, Speed]:
     """The speeds of the kinds of the `wanted` runs: of the sweep's finished runs, or else of others with the same model."""
-    finished: dict[Kind, list[Result]] = {}
+    finished: dict[Kind, list[Finished]] = {}
     for state in states:
         if state.result is not None:
-            finished.setdefault(kind_of(state.run), []).append(state.result)
+            finished.setdefault(kind_of(state.run), []).append((state.result, size_share(state.run.config)))
     models: dict[Kind, dict[str, Any]] = {kind_of(run): run.config.model.model_dump(mode="json") for run in wanted}
     elsewhere = {kind: model for kind, model in models.items() if kind not in finished}
     if elsewhere:
@@ -267,8 +271,13 @@ def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> 
     return {kind: speed for kind, speed in found.items() if speed is not None}
 
 
-def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> dict[Kind, list[Result]]:
-    found: dict[Kind, list[Result]] = {}
+def size_share(config: RunConfig) -> float:
+    """What an image of its training takes on the average, in the arithmetic of one of the model's size."""
+    return full_size_epochs(config, config.train.epochs) / config.train.epochs
+
+
+def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> dict[Kind, list[Finished]]:
+    found: dict[Kind, list[Finished]] = {}
     looked_at = dict.fromkeys(models, 0)
     for path in sorted((root / "runs").glob("*/result.json")):
         try:
@@ -281,29 +290,36 @@ def _finished_elsewhere(models: Mapping[Kind, dict[str, Any]], root: Path) -> di
             ]
             if not kinds or (result := RunDir(root, path.parent.name).result()) is None:
                 continue
-            model = _model_of(path.with_name("config.yaml"))
+            config = read_yaml(path.with_name("config.yaml"))
+            model, share = _model_of(config, str(path)), _share_of(config, str(path))
             for kind in kinds:
                 looked_at[kind] += 1
                 if models[kind] == model:
-                    found.setdefault(kind, []).append(result)
+                    found.setdefault(kind, []).append((result, share))
         except (OSError, ValidationError, ConfigError, RunError):  # `status` says what is wrong with it
             continue
     return found
 
 
-def _model_of(path: Path) -> dict[str, Any]:
+def _model_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The section `model` of a recorded configuration; what it does not say was the default when it was written, too."""
-    return parse_model(ModelConfig, read_yaml(path).get("model") or {}, str(path)).model_dump(mode="json")
+    return parse_model(ModelConfig, config.get("model") or {}, where).model_dump(mode="json")
 
 
-def _speed_of(results: list[Result], root: Path) -> Speed | None:
-    valid = [result for result in results if result.images_per_s > 0 and result.train_time_s > 0]
+def _share_of(config: Mapping[str, Any], where: str) -> float:
+    """The `size_share` of a recorded configuration; only one that has several sizes need be of this version."""
+    return size_share(parse_config(config, where)) if (config.get("train") or {}).get("image_sizes") else 1.0
+
+
+def _speed_of(finished: list[Finished], root: Path) -> Speed | None:
+    finished = [pair for pair in finished if pair[0].images_per_s > 0 and pair[0].train_time_s > 0]
+    valid = [result for result, _ in finished]
     if not valid:
         return None
     gpus = math.fsum(result.gpu_hours * 3600 / result.train_time_s for result in valid) / len(valid)
     env = made_with(RunDir(root, valid[-1].signature).env_json)
     hardware = str(env.get("gpu") or ("CPU" if env.get("device") == "cpu" else ""))
-    speed = math.fsum(result.images_per_s for result in valid) / len(valid)
+    speed = math.fsum(result.images_per_s * share for result, share in finished) / len(valid)
     return Speed(speed, len(valid), hardware, gpus)
 
 

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from jobs.groups import num_images
-from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, kind_of, makespan_s, run_s, speeds_of
+from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, kind_of, makespan_s, run_s, size_share, speeds_of
 from jobs.state import StateReader
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
+from vitpa.flops import gflop_per_image
 from vitpa.records import read_json, write_json
 
 CONTENT, POSITIONAL = ("digits", "content"), ("digits", "positional")
@@ -73,6 +74,23 @@ def test_a_run_takes_images_times_epochs_over_speed(tmp_path: Path) -> None:
     assert run_s(run, speeds, 1437) == pytest.approx(1437 * 40 / 100)
     assert run_s(run, speeds, None) is None
     assert run_s(run, {}, 1437) is None
+
+
+def test_smaller_images_count_by_their_arithmetic_when_measured_and_now(tmp_path: Path) -> None:
+    short = make_sweep(tmp_path, seeds=1, name="short").runs
+    sizes = {"augment.crop": "random_resized", "train.image_sizes": [[0, 4], [1, 8]]}
+    progressive = make_sweep(tmp_path, seeds=1, name="progressive", overrides=sizes).runs
+    share = size_share(progressive[0].config)
+    assert share == pytest.approx((gflop_per_image(progressive[0].config, 4) / gflop_per_image(short[0].config) + 3) / 4)
+    measured = {CONTENT: Speed(100, 1, "", 1)}
+    assert run_s(short[0], measured, 1000) == pytest.approx(40)
+    assert run_s(progressive[0], measured, 1000) == pytest.approx(40 * share)
+    write_result(tmp_path, progressive[0], images_per_s=100.0)
+    (progressive[0].directory(tmp_path).path / "config.yaml").write_text(
+        yaml.safe_dump(progressive[0].config.model_dump(mode="json"))
+    )
+    for states in (StateReader(tmp_path).states(progressive), []):  # of the sweep itself, or of another
+        assert speeds_of(states, progressive, tmp_path)[CONTENT].images_per_s == pytest.approx(100 * share)
 
 
 @pytest.mark.parametrize(
