@@ -27,6 +27,10 @@ VERBS = {
         "vitpa sweep submit demo --wait\n         vitpa sweep submit cifar10 optim.lr=5e-4,1e-3 seed=0,1,2",
     ),
     "status": ("show where each run is", "vitpa sweep status demo --watch"),
+    "watch": (
+        "one screen with keys: find runs, their curves and logs, cancel, retry; without a terminal as status --watch",
+        "vitpa sweep watch demo",
+    ),
     "logs": ("show what the runs printed", "vitpa sweep logs demo --failed"),
     "cancel": ("stop runs; what is in training writes a checkpoint first", "vitpa sweep cancel demo seed=2"),
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),

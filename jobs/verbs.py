@@ -31,6 +31,7 @@ from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
 from jobs.submit.submit import SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir
+from jobs.watch.command import watch
 from vitpa.errors import run_command
 from vitpa.records import RunError, read_json
 from vitpa.terminal import printable
@@ -394,6 +395,14 @@ def _tensorboard(context: Context) -> int:
     return show(context)
 
 
+def _watch(context: Context) -> int:
+    try:
+        states = watch(context)
+    except KeyboardInterrupt:
+        return OK
+    return OK if _is_well(context, states) else PARTIAL
+
+
 VERBS: dict[str, Callable[[Context], int]] = {
     "plan": _plan,
     "submit": _submit,
@@ -404,4 +413,5 @@ VERBS: dict[str, Callable[[Context], int]] = {
     "collect": _collect,
     "frame": frame,
     "tensorboard": _tensorboard,
+    "watch": _watch,
 }

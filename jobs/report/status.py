@@ -241,7 +241,12 @@ def duration(seconds: float | None) -> str:
 
 def summary(states: list[RunState]) -> str:
     """Counts per state, such as `4 of 6 done, 2 running`."""
-    counts = Counter(state.state for state in states)
+    return by_count([state.state for state in states])
+
+
+def by_count(states: Sequence[str]) -> str:
+    """The same of names of states."""
+    counts = Counter(states)
     parts = [f"{counts['done']} of {len(states)} done"]
     return ", ".join(parts + [f"{counts[name]} {name}" for name in STATES if name != "done" and counts[name]])
 

@@ -1,0 +1,1 @@
+"""`vitpa sweep watch`: a sweep on one screen, with keys."""

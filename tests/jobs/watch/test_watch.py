@@ -1,0 +1,162 @@
+"""`vitpa sweep watch`: its screen driven by keys over runs of the stand-in, a thousand rows, and without a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, Log, Sparkline, Static
+
+from jobs.command import add_parser
+from jobs.context import load_context
+from jobs.watch.app import WatchApp
+from jobs.watch.command import screen_of
+from jobs.watch.look import Look, groups_of, matching, sweep_eta_s, terms_of
+from tests.support.jobs_sweeps import command, exits, launch, make_sweep, settle
+from vitpa.cli import main
+
+SIZE = (80, 24)
+
+
+def row(name: str, seed: int, state: str = "pending", **values: Any) -> dict[str, Any]:
+    """A run as `row_of` makes it."""
+    return {
+        "run": f"{name}-s{seed}", "signature": f"{name}{seed}", "dataset": "digits", "attention": "content", "seed": seed,
+        "settings": {}, "state": state, "step": None, "steps_total": None, "epoch": None, "epochs": 10, "val_top1": None,
+        "images_per_s": None, "eta_s": None, "attempts": 0, "node": "", "job": "", "reason": "", **values,
+    }  # fmt: skip
+
+
+def screen(root: Path, *words: str) -> WatchApp:
+    """The screen that a command line opens."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return screen_of(load_context(parser.parse_args(["sweep", "watch", f"{root}/small.yaml", "--root", str(root), *words])))
+
+
+def lines(app: WatchApp) -> list[str]:
+    """The texts of the table, a line for each of its own."""
+    return [" ".join(" ".join(map(str, app.table.get_row_at(y))).split()) for y in range(app.table.row_count)]
+
+
+def text(app: WatchApp, name: str) -> str:
+    return str(app.screen.query_one(f"#{name}", Static).render())
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
+    """Wait for what the screen shows."""
+    for _ in range(1200):
+        if condition():
+            return
+        await pilot.pause(0.1)
+    raise AssertionError(lines(pilot.app)[:20])  # type: ignore[arg-type]
+
+
+def test_groups_words_and_time() -> None:
+    rows = [
+        row("a", 0, "done", val_top1=0.5, job="7_0"), row("b", 0, job="8_0", reason="Priority"),
+        row("a", 1, "done", val_top1=0.6), row("a", 2, "running", epoch=4.0, eta_s=60.0, job="7_1", node="node3"),
+    ]  # fmt: skip
+    cells = groups_of(rows, "cells")
+    assert [(each.name, each.states, each.top1, each.eta_s) for each in cells] == [
+        ("a", "2/3 done", "55.00 ± 7.07", 60.0),
+        ("b", "0/1 done", "", None),
+    ]
+    assert [(each.name, len(each.rows)) for each in groups_of(rows, "jobs")] == [
+        ("job 7", 2), ("job 8", 1), ("no job in SLURM", 1),
+    ]  # fmt: skip
+    assert [each["run"] for each in matching(rows, " NODE3  running")] == ["a-s2"]
+    assert [each["run"] for each in matching(rows, "priority")] == ["b-s0"]
+    assert len(matching(rows, "")) == 4
+    assert sweep_eta_s(rows) == pytest.approx((6 + 10) / (6 / 60))  # six epochs of one, ten of the one that waits
+    assert sweep_eta_s(rows[:2]) is None
+    said = Look(rows, "squeue: no answer").title("x")
+    assert said == "x: 2 of 4 done, 1 running, 1 pending; done in about 3 min; squeue: no answer"
+    with_axis = row("a", 0, settings={"optim.lr": "0.001"})
+    assert terms_of(with_axis) == ["dataset=digits", "attention=content", "optim.lr=0.001", "seed=0"]
+    assert terms_of(with_axis, seed=False) == ["dataset=digits", "attention=content", "optim.lr=0.001"]
+
+
+@pytest.mark.slow
+def test_find_read_cancel_and_retry(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=2, steps=5)
+    (tmp_path / "hold").touch()
+    launch(tmp_path, 4)
+    app = screen(tmp_path)
+    told = app.command("cancel", ["seed=0"])
+    assert told == [sys.executable, "-m", "vitpa.cli", "sweep", "cancel", f"{tmp_path}/small.yaml", "--root", str(tmp_path),
+                    "seed=0"]  # fmt: skip
+    app.command = lambda verb, terms: command(tmp_path, 4, verb, *terms)
+
+    async def drive() -> None:
+        async with app.run_test(size=SIZE) as pilot:
+            await until(pilot, lambda: sum(" running 4.0/5 50.00" in line for line in lines(app)) == 4)
+            assert lines(app)[0].startswith("digits-content 0/2 done")
+            assert "small: 0 of 4 done, 4 running; done in about" in text(app, "title")
+            await pilot.press("slash", *"ional s1")
+            assert [line.split()[0] for line in lines(app)] == ["digits-positional", "digits-positional-s1"]
+            await pilot.press("enter", "down", "l")
+            await until(pilot, lambda: "starts at 0" in list(app.screen.query_one(Log).lines))
+            assert "digits-positional-s1, attempt 1: " in text(app, "name")
+            await pilot.press("c", "y", "escape", "enter")
+            await until(pilot, lambda: "val/top1: 50.00 % at epoch 1" in text(app, "val-top1-text"))
+            assert app.screen.query_one(Sparkline).data == [50.0] * 4
+            await pilot.press("escape", "c", "n", "c", "y")
+            await until(pilot, lambda: "digits-positional-s1 cancelled 4.0/5 50.00" in lines(app))
+            await until(pilot, lambda: "1 asked to stop" in text(app, "said"))
+            await pilot.press("escape")
+            assert len(lines(app)) == 6
+            assert app.chosen[0]["run"] == "digits-positional-s1", "the cursor stays on its run"
+            await pilot.press("up", "up", "r", "y")  # the whole cell
+            await until(pilot, lambda: "submitted 1 of 4 runs" in text(app, "said"))
+            (tmp_path / "hold").unlink()
+            await until(pilot, lambda: "4 of 4 done" in text(app, "title"))
+            assert app.query_one("#filter", Input).value == ""
+            await pilot.press("q")
+
+    asyncio.run(drive())
+    settle(tmp_path, sweep)
+    assert exits(tmp_path, sweep) == [["done"], ["done"], ["done"], ["cancelled", "done"]]
+
+
+def test_a_thousand_runs_are_drawn_within_a_second() -> None:
+    states = ("running", "pending", "done", "failed")
+    rows = [
+        row(f"cifar10-content-lr{number // 5}", number % 5, states[number % 4], epoch=1.5, val_top1=0.5, eta_s=3.0)
+        for number in range(1000)
+    ]
+    app = WatchApp("large", Path(), lambda: Look(rows, pause_s=1000), lambda verb, terms: [])
+    hostile = row("evil[bold]\x1b[2J", 0, "failed", reason="\x1b]0;title\x07")
+
+    async def drive() -> None:
+        async with app.run_test(size=SIZE) as pilot:
+            await until(pilot, lambda: app.table.row_count == 1200)
+            taken = []
+            for seen in ([*rows, hostile], [{**each, "epoch": 2.5} for each in rows], rows):
+                began_s = time.process_time()
+                app.show(Look(seen))
+                await pilot.pause()
+                taken.append(time.process_time() - began_s)
+                if seen[-1] is hostile:
+                    assert lines(app)[-1] == "evil[bold]\\x1b[2J-s0 failed"
+            print(f"1,000 runs drawn in {taken} s")
+            assert max(taken) < 1
+            await pilot.resize_terminal(200, 50)
+            await until(pilot, lambda: len(app.table.columns) == 9)
+
+    asyncio.run(drive())
+
+
+@pytest.mark.slow
+def test_without_a_terminal_it_is_status_watch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_sweep(tmp_path, seeds=1, steps=1)
+    launch(tmp_path, 2)
+    assert main(["sweep", "watch", f"{tmp_path}/small.yaml", "--root", str(tmp_path)]) == 0
+    assert "small: 2 of 2 done" in capsys.readouterr().out
