@@ -29,7 +29,7 @@ from jobs.sweep import Run
 from vitpa.arguments import ConfigError
 from vitpa.config_file import load_config
 from vitpa.documents import YAML_BYTES, DocumentError, read_bytes
-from vitpa.records import RESTORE, ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
+from vitpa.records import RESTORE, ProcessId, RunError, create_exclusive, read_json, read_record, to_json, utc_now
 from vitpa.rundir import AttemptDir, Result, RunDir
 
 _ENDED_BADLY = ("failed", "cancelled", "broken")
@@ -37,6 +37,7 @@ STATES = ("done", "running", "pending", "paused", "interrupted", "lost", "uncert
 LIVE = frozenset({"running", "pending"})
 SUBMITTABLE = frozenset({"missing", "lost", "interrupted", "uncertain", "paused"})  # what `submit` takes
 RETRYABLE = frozenset(_ENDED_BADLY)  # what only `retry` takes
+MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,18 @@ def early_ends(state: RunState, root: Path) -> int:
             break
         number += 1
     return number
+
+
+def fails_alike(state: RunState, root: Path) -> bool:
+    """Whether the last two attempts failed for the same reason, or several jobs never came so far: another would, too."""
+    if state.ended_early:
+        return early_ends(state, root) >= MAX_EARLY_ENDS
+    try:
+        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
+    except RunError:  # nobody knows
+        return False
+    same = len(exits) == 2 and all(exits[0].get(key) == exits[1].get(key) for key in ("state", "reason"))
+    return state.state == "failed" and same
 
 
 def withdraw(attempt: AttemptDir, state: str, reason: str) -> bool:

@@ -26,14 +26,13 @@ from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.rounds import begin, search
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.standing import Standing, trial_number
-from jobs.state import LIVE, RETRYABLE, SUBMITTABLE, RunState, early_ends
+from jobs.state import LIVE, MAX_EARLY_ENDS, RETRYABLE, SUBMITTABLE, RunState, early_ends, fails_alike
 from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
 from jobs.submit.submit import SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir
 from jobs.watch.command import watch
 from vitpa.errors import run_command
-from vitpa.records import RunError, read_json
 from vitpa.terminal import printable
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 OK, ERROR, UNREACHABLE, PARTIAL, INTERRUPTED = 0, 1, 3, 4, 130
 GC_THRESHOLD = 200_000  # new objects; at the usual 700 the million of a large sweep, which stay, are looked at again and again
-MAX_EARLY_ENDS = 3  # jobs in a row that ended before they started the run
 
 
 def run_verb(options: argparse.Namespace) -> int:
@@ -177,7 +175,7 @@ def _retry(context: Context) -> int:
     _settle(context)
     states = context.look()
     chosen = [state for state in states if state.state in RETRYABLE or state.ended_early or (force and state.unseen)]
-    hopeless = [] if force else [state for state in chosen if _fails_alike(state, context.root)]
+    hopeless = [] if force else [state for state in chosen if fails_alike(state, context.root)]
     for state in hopeless:
         how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
         context.say(f"{state.run.label} is left alone: it {how} ({printable(state.reason)}); fix that, then --force")
@@ -187,18 +185,6 @@ def _retry(context: Context) -> int:
         context.say(f"nothing to retry: {status.summary(states)}")
         return PARTIAL if hopeless else OK
     return max(_start(context, states, chosen), PARTIAL if hopeless else OK)
-
-
-def _fails_alike(state: RunState, root: Path) -> bool:
-    """Whether the last two attempts failed for the same reason, or several jobs never came so far: another would, too."""
-    if state.ended_early:
-        return early_ends(state, root) >= MAX_EARLY_ENDS
-    try:
-        exits = [read_json(attempt.exit_json) or {} for attempt in state.run.directory(root).attempts()[-2:]]
-    except RunError:  # nobody knows
-        return False
-    same = len(exits) == 2 and all(exits[0].get(key) == exits[1].get(key) for key in ("state", "reason"))
-    return state.state == "failed" and same
 
 
 def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) -> int:

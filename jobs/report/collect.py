@@ -87,6 +87,7 @@ class CollectedTable:
     comparisons: list[Comparison] = field(default_factory=list)
     best: list[Best] = field(default_factory=list)  # of each data set, if the sweep has axes
     pivot: tuple[str, str] | None = None  # the axes of rows and columns
+    scores: list[Scores] = field(default_factory=list)  # the accuracies that each cell is made of, in their order
 
     @property
     def axes(self) -> list[str]:
@@ -156,15 +157,11 @@ def collect(
     mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
     if mixed and not allow_mixed:
         raise MixedRunsError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
-    groups: dict[tuple[str, str, str], list[RunState]] = {}  # in the order of the axes
-    for state in states:
-        key = (state.run.dataset, state.run.config.network_name, json.dumps(state.run.settings))
-        groups.setdefault(key, []).append(state)
-    ordered = sorted(groups, key=lambda group: (datasets.index(group[0]), group[1]))
+    groups = by_cell(states)
     absent = [
         {"run": state.run.label, "state": state.state, "reason": state.reason} for state in states if state.result is None
     ]
-    scores = [_scores(groups[key]) for key in ordered]
+    scores = [_scores(members) for members in groups]
     return CollectedTable(
         compared=compared,
         comparisons=comparisons(scores, compared) if compared else [],
@@ -174,13 +171,24 @@ def collect(
         description=sweep.config.description,
         collected_utc=utc_now(),
         mixed=mixed,
-        cells=[_cell(sweep, groups[key]) for key in ordered],
+        cells=[_cell(sweep, members) for members in groups],
+        scores=scores,
         differences=_differences(scores),
         results=[state.result for state in states if state.result is not None],
         absent=absent,
         settings={state.result.signature: state.run.settings for state in states if state.result is not None},
         damaged=[{"run": state.run.label, "reason": reason} for state in states if (reason := _damage(state, root))],
     )
+
+
+def by_cell(states: Sequence[RunState]) -> list[list[RunState]]:
+    """The states of the runs that differ in the seed alone, by data set, network and the sweep's axes in their order."""
+    datasets = list(dict.fromkeys(state.run.dataset for state in states))
+    groups: dict[tuple[str, str, str], list[RunState]] = {}
+    for state in states:
+        key = (state.run.dataset, state.run.config.network_name, json.dumps(state.run.settings))
+        groups.setdefault(key, []).append(state)
+    return [groups[key] for key in sorted(groups, key=lambda group: (datasets.index(group[0]), group[1]))]
 
 
 _MIXED_HINT = (

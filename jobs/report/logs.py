@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -60,25 +61,51 @@ def early_output(state: RunState) -> list[Path]:
     return output_of(state.attempt, state.job_id) if early and state.attempt is not None else []
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What is known of a run that failed.
+
+    Attributes:
+        state: Of the run.
+        cause: The kind of failure, with how to fix it.
+        told: The traceback, or our line; where there is none, the last lines of the log.
+        log: Where they stand.
+        alike: The same for failures that are alike.
+    """
+
+    state: RunState
+    cause: Cause
+    told: list[str]
+    log: Path
+    alike: str
+
+
+def failure_of(state: RunState, lines: int) -> Failure | None:
+    """The failure of a run, with `lines` of its log where that has no traceback; None of one that has not failed."""
+    early = early_output(state)
+    if state.attempt is None or not (state.state == "failed" or (state.state == "uncertain" and early)):
+        return None
+    of_nodes = [state.attempt.log, *sorted(state.attempt.path.glob("log.node*.txt"))]
+    log = [line for path in early or of_nodes for line in tail(path, 10_000)]
+    told = essence(log)
+    alike = without_particulars("\n".join(told) or state.reason)
+    return Failure(state, cause_of(state.reason, "\n".join(log)), told or log[-lines:], [*early, state.attempt.log][0], alike)
+
+
 def show_failures(states: list[RunState], lines: int, console: Console) -> None:
     """Failures by their cause, each with how to fix it; every different traceback once, with the runs that ended so."""
-    causes: dict[str, tuple[Cause, dict[str, list[tuple[RunState, list[str]]]]]] = {}
-    for state in states:
-        early = early_output(state)
-        if state.attempt is not None and (state.state == "failed" or (state.state == "uncertain" and early)):
-            of_nodes = [state.attempt.log, *sorted(state.attempt.path.glob("log.node*.txt"))]
-            log = [line for path in early or of_nodes for line in tail(path, 10_000)]
-            cause, told = cause_of(state.reason, "\n".join(log)), essence(log)
-            _, alike = causes.setdefault(cause.name, (cause, {}))
-            alike.setdefault(without_particulars("\n".join(told) or state.reason), []).append((state, told or log[-lines:]))
+    causes: dict[str, tuple[Cause, dict[str, list[Failure]]]] = {}
+    for found in filter(None, (failure_of(state, lines) for state in states)):
+        _, alike = causes.setdefault(found.cause.name, (found.cause, {}))
+        alike.setdefault(found.alike, []).append(found)
     for cause, alike in causes.values():
         failed = sum(len(members) for members in alike.values())
         _say(f"{cause.name}: {failed} failed. To fix it: {cause.advice}", console, style="bold")
         for members in alike.values():
-            first, told = members[0]
-            _say(f"{', '.join(state.run.label for state, _ in members)}: {first.reason}", console)
+            first = members[0].state
+            _say(f"{', '.join(each.state.run.label for each in members)}: {first.reason}", console)
             _heading(first, console, next(iter(early_output(first)), None))
-            for line in told:
+            for line in members[0].told:
                 _say(line, console)
     if not causes:
         console.print("no run has failed")

@@ -148,20 +148,21 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _percent(value: float | None, sign: bool = False) -> str:
+def percent(value: float | None, sign: bool = False) -> str:
+    """A fraction as tables have it; `-` for None."""
     return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
 
 
 def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sign: bool = False) -> list[str]:
     """Mean and standard deviation, the interval of the mean, and how many seeds are in it."""
     found = its.val_top1
-    mean = _percent(found.mean, sign) + (f" ± {_percent(found.std)}" if found.std is not None else "")
-    interval = "-" if found.ci95_low is None else f"[{_percent(found.ci95_low, sign)}, {_percent(found.ci95_high, sign)}]"
+    mean = percent(found.mean, sign) + (f" ± {percent(found.std)}" if found.std is not None else "")
+    interval = "-" if found.ci95_low is None else f"[{percent(found.ci95_low, sign)}, {percent(found.ci95_high, sign)}]"
     seeds = f"{found.n}/{its.wanted}" + ("" if found.n == its.wanted else " incomplete")
     return [mean + (" (mixed)" if its.dataset in table.mixed else ""), interval, seeds]
 
 
-def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
+def texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     """The table of the cells, and that of the differences if there are any; the first row of each is its header."""
     axes = [short_name(axis) for axis in table.axes]
     first, *others = sorted(set(table.evaluated_on.values())) or ["val"]
@@ -175,7 +176,7 @@ def _texts(table: CollectedTable) -> Iterator[list[list[str]]]:
             cell.network,
             *cell.settings.values(),
             *_accuracy(table, cell),
-            _percent(cell.reference_val_top1),
+            percent(cell.reference_val_top1),
             f"{cell.gpu_hours:.2f}",
             *(["-" if cell.energy_kwh is None else f"{cell.energy_kwh:.3g}"] if energy else []),
         ]
@@ -224,18 +225,19 @@ def _pivots(table: CollectedTable) -> Iterator[list[list[str]]]:
 
 def markdown(table: CollectedTable) -> str:
     """The tables in Markdown, readable as plain text."""
-    title = f"## {table.sweep}: {_one_line(table.description)}" if table.description else f"## {table.sweep}"
-    return "\n\n".join([title, *map(_markdown_table, _texts(table)), "\n".join(_notes(table))])
+    title = f"## {table.sweep}: {one_line(table.description)}" if table.description else f"## {table.sweep}"
+    return "\n\n".join([title, *map(_markdown_table, texts(table)), "\n".join(_notes(table))])
 
 
-def _notes(table: CollectedTable) -> list[str]:
+def about(table: CollectedTable) -> list[str]:
+    """How the numbers came to be, and what was found: a line each."""
     notes = [
         "Mean ± standard deviation (n - 1) over seeds; 95 % interval of the mean by Student's t; differences paired by seed."
     ]
     for dataset, part in table.evaluated_on.items():
         if part != "val":
             notes.append(f"HELD OUT: {dataset} was evaluated on {part}, not on val; no reference is of these images.")
-    notes += [_verdict(best) for best in table.best]
+    notes += [verdict(best) for best in table.best]
     if table.comparisons:
         notes.append("p: paired t test over the seeds, two-sided, corrected for all comparisons of the table (Holm).")
     for cell in table.cells:
@@ -248,6 +250,11 @@ def _notes(table: CollectedTable) -> list[str]:
         notes.append(f"Data {dataset}: {', '.join(short_versions(data)) or '-'}.")
     if table.mixed:
         notes.append(f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}.")
+    return [one_line(note) for note in notes]
+
+
+def _notes(table: CollectedTable) -> list[str]:
+    notes = []
     if not table.complete:
         notes.append(f"INCOMPLETE: {len(table.absent)} runs are not in these means:")
         notes += [
@@ -257,12 +264,13 @@ def _notes(table: CollectedTable) -> list[str]:
     if table.damaged:
         notes.append("DAMAGED: the curves of these runs have gaps; their results were compared with the last row, and count:")
         notes += [f"- {entry['run']}: {entry['reason']}" for entry in table.damaged]
-    return [_one_line(note) for note in notes]
+    return about(table) + [one_line(note) for note in notes]
 
 
-def _verdict(best: Best) -> str:
+def verdict(best: Best) -> str:
+    """Which cell of a data set is best, and from which it cannot be told apart."""
     ahead = best.others - len(best.alike)
-    text = f"Best of {best.dataset}: {best.cell}, {_percent(best.mean)} %; "
+    text = f"Best of {best.dataset}: {best.cell}, {percent(best.mean)} %; "
     text += f"better than {ahead} of {best.others} other cells (paired t test by seed, 5 %, Holm's correction for all pairs)"
     if best.alike:
         more = f" and {len(best.alike) - 5} more" if len(best.alike) > 5 else ""
@@ -270,7 +278,7 @@ def _verdict(best: Best) -> str:
     return f"{text}."
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text of the user's or of a record as one line: a comment in LaTeX, or an entry of a list, ends with its line."""
     return printable(" ".join(text.split()))
 
@@ -285,7 +293,7 @@ def _markdown_table(rows: list[list[str]]) -> str:
 
 def latex(table: CollectedTable) -> str:
     """The tables in LaTeX (package booktabs); the notes as comments."""
-    return "\n".join([*(f"% {note}" for note in _notes(table)), *map(_latex_table, _texts(table))]) + "\n"
+    return "\n".join([*(f"% {note}" for note in _notes(table)), *map(_latex_table, texts(table))]) + "\n"
 
 
 def _latex_table(rows: list[list[str]]) -> str:

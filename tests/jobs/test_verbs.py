@@ -11,9 +11,8 @@ import pytest
 import yaml
 
 from jobs.command import VERBS
-from jobs.state import RunState
+from jobs.state import RunState, fails_alike
 from jobs.sweep import SweepDir, shipped_sweeps
-from jobs.verbs import _fails_alike
 from tests.support.jobs_sweeps import STAND_IN, launch, make_sweep, settle, write_result
 from vitpa.cli import main
 from vitpa.records import ProcessId, read_json, write_json
@@ -346,5 +345,5 @@ def test_retry_takes_whatever_an_exit_says(tmp_path: Path) -> None:
         attempt = directory.claim_attempt(number, {})
         assert attempt is not None
         write_json(attempt.exit_json, {"state": [], "reason": {}})
-    assert not _fails_alike(RunState(run, "broken", attempt=attempt), tmp_path / "root")
-    assert _fails_alike(RunState(run, "failed", attempt=attempt), tmp_path / "root")
+    assert not fails_alike(RunState(run, "broken", attempt=attempt), tmp_path / "root")
+    assert fails_alike(RunState(run, "failed", attempt=attempt), tmp_path / "root")

@@ -14,9 +14,10 @@ import pandas as pd
 from torch.utils.tensorboard import summary
 
 from vitpa.analysis.figures import draw_run, draw_sweep
-from vitpa.analysis.record import MEASURES, document_of, recorded, write_record
+from vitpa.analysis.findings import ASSOCIATION, MEASURES, TITLES
+from vitpa.analysis.record import document_of, recorded, write_record
 from vitpa.analysis.seeds import differences, findings, over_seeds
-from vitpa.analysis.structure import ASSOCIATION, IMAGES, NEIGHBOURS, TITLES, Structure, structure
+from vitpa.analysis.structure import IMAGES, NEIGHBOURS, Structure, structure
 from vitpa.arguments import path_argument, whole_number
 from vitpa.errors import run_command
 from vitpa.event_file import EventFile
@@ -44,8 +45,9 @@ paper's. Chance: the patches change places at random; the exact expectation, and
 Attention is that between patches, without the class token; the content model's is a mean over images that
 the run is evaluated on: of val, or of the part of train that train.holdout holds out.
 
-Writes <run>/analysis/: structure.json, structure.csv, similarity, attention, layers and training as .png and .svg, and tb/ for
-TensorBoard. For a sweep also <sweep>/analysis/: means over seeds, 95 % t intervals, content - positional paired by seed.
+Writes <run>/analysis/: structure.json, structure.csv, maps.npz (the matrices after each of these epochs, for `vitpa sweep
+report`), similarity, attention, layers and training as .png and .svg, and tb/ for TensorBoard. For a sweep also
+<sweep>/analysis/: means over seeds, 95 % t intervals, content - positional paired by seed.
 """
 
 

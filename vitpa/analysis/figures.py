@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitpa.analysis.findings import TITLES
 from vitpa.analysis.seeds import CHANCE
 from vitpa.analysis.similarity import similarity_grid
-from vitpa.analysis.structure import TITLES, Structure
+from vitpa.analysis.structure import Structure
 from vitpa.figures import COLOURS, GREY, STYLE, save
 
 CUT = 0.55  # of the scaled similarities, in the paper's figure 1

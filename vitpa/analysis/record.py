@@ -1,31 +1,19 @@
-"""`<run>/analysis/structure.json`: what was found about a run, for programs, and so that a sweep need not measure it again."""
+"""`structure.json` and `maps.npz` of `<run>/analysis`: what was found, so that a sweep need not measure it again."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import TypeAdapter
+import numpy as np
 
-from vitpa.analysis.structure import ASSOCIATION, TITLES, Finding, Structure
+from vitpa.analysis import maps_file
+from vitpa.analysis.findings import MEASURES, NAME, read_structure
+from vitpa.analysis.maps_file import SavedMaps, write_maps
+from vitpa.analysis.structure import Structure, undone
 from vitpa.checkpoint_file import files_by_step
-from vitpa.records import Record, RunError, read_record, write_json
+from vitpa.records import RunError, write_json
 from vitpa.trained import TrainedRun
-
-MEASURES = {name: {"what": title, "unit": unit} for name, (title, unit) in {**TITLES, **ASSOCIATION}.items()}
-
-
-class StructureRecord(Record):
-    """What is read of the file."""
-
-    format: Literal[1]
-    weights_sha256: str | None  # of the run's result; None: it was not finished
-    grid: int
-    neighbours: int
-    images: int | None
-    images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
-    block: int
-    findings: list[dict[str, Any]]
 
 
 def document_of(found: Structure) -> dict[str, Any]:
@@ -51,19 +39,35 @@ def document_of(found: Structure) -> dict[str, Any]:
 
 
 def write_record(found: Structure) -> None:
-    """Write it into the run's folder."""
-    write_json(found.run.path / "analysis" / "structure.json", document_of(found))
+    """Write both into the run's folder `analysis`."""
+    folder = found.run.path / "analysis"
+    write_maps(folder, saved_maps(found))
+    write_json(folder / NAME, document_of(found))
+
+
+def saved_maps(found: Structure) -> SavedMaps:
+    """The matrices of a run that was just measured, as they are kept."""
+    maps, order, result = list(found.maps.values()), undone(found.run.config), found.run.result
+    attention = [each.attention for each in maps if each.attention is not None]
+    return SavedMaps(
+        epochs=np.array(list(found.maps)),
+        similarity=np.stack([each.similarity.numpy() for each in maps]).astype(np.float16),
+        attention=np.stack([each.numpy() for each in attention]).astype(np.float16) if attention else None,
+        order=None if order is None else order.numpy(),
+        weights_sha256=result.weights_sha256 if result else "",
+    )
 
 
 def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> Structure | None:
     """What was found about a finished run before, without maps; None if it was of other weights or asked otherwise."""
+    folder = run.path / "analysis"
     try:
-        record = read_record(StructureRecord, run.path / "analysis" / "structure.json")
-        if record is None or run.result is None:
+        read = read_structure(folder)
+        if read is None or run.result is None or not (folder / maps_file.NAME).is_file():
             return None
-        found = TypeAdapter(list[Finding]).validate_python(record.findings)
+        record, found = read
         kept = {step / run.steps_per_epoch for step in files_by_step(run.directory.snapshots)}
-    except (RunError, ValueError):  # it is written anew
+    except RunError:  # it is written anew
         return None
     wanted = (run.result.weights_sha256, neighbours, block)
     needed = images or None if run.config.model.attention == "content" else None

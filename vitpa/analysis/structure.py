@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitpa.analysis import measures
 from vitpa.analysis.attention import patch_attention
+from vitpa.analysis.findings import Finding
 from vitpa.analysis.images import val_images
 from vitpa.analysis.measures import Measured, Places
 from vitpa.config import RunConfig
@@ -25,47 +26,6 @@ from vitpa.trained import TrainedRun
 
 NEIGHBOURS = 4
 IMAGES = 256
-TITLES = {  # what is measured, and its unit
-    "similarity_recall": ("neighbour recall of similarity", "share"),
-    "similarity_correlation": ("correlation of similarity with distance", "Pearson's r"),
-    "attention_recall": ("neighbour recall of attention", "share"),
-    "attention_correlation": ("correlation of attention with distance", "Pearson's r"),
-    "attention_distance": ("mean attention distance", "patches"),
-    "attention_entropy": ("entropy of attention", "nats"),
-}
-ASSOCIATION = {  # of the definition 2.2, where a partition of the patches is given
-    "association_share": ("patches whose set similarity finds", "share"),
-    "association_gap": ("similarity within sets less that between", "cosine"),
-    "attention_association_share": ("patches whose set attention finds", "share"),
-    "attention_association_gap": ("attention within sets less that between", "attention"),
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One number.
-
-    Attributes:
-        epoch: After how many epochs.
-        measure: A key of TITLES.
-        layer: From 0; None: the mean over all layers, or no attention's.
-        head: From 0; None: the mean over all heads, or no attention's.
-        value: What it is.
-        initial: The same at initialisation.
-        chance: The same expected if the patches changed places at random; None where that changes nothing.
-        chance_low: 2.5 % of such orders are below.
-        chance_high: 2.5 % are above.
-    """
-
-    epoch: float
-    measure: str
-    layer: int | None
-    head: int | None
-    value: float
-    initial: float
-    chance: float | None = None
-    chance_low: float | None = None
-    chance_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +57,7 @@ class Structure:
         images_wanted: As many as were asked for; there may be fewer.
         block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
-        maps: By epoch, the first and the last; none if it was read from a file.
+        maps: By epoch; none if it was read from a file.
     """
 
     run: TrainedRun
@@ -176,8 +136,7 @@ def structure(
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise RunError(f"{run.path}: its weights after epoch {epoch:g} are not finite numbers: the training has diverged")
         its, entropies = maps_of(model, batches, undone(config))
-        if epoch in (epochs[0], epochs[-1]):
-            maps[epoch] = its
+        maps[epoch] = its
         first = {(each.measure, each.layer, each.head): each.value for each in found if each.epoch == 0}
         for measure, layer, head, value, *chance in measured(its, entropies, geometry):
             found.append(Finding(epoch, measure, layer, head, value, first.get((measure, layer, head), value), *chance))

@@ -13,10 +13,9 @@ from rich.console import Console
 from jobs.report.logs import follow, show, show_failures
 from jobs.scheduler.job_output import ended_early
 from jobs.scheduler.own_jobs import SlurmJob
-from jobs.state import RunState, StateReader, early_ends
+from jobs.state import RunState, StateReader, early_ends, fails_alike
 from jobs.submit.submit import _claim
 from jobs.sweep import Run
-from jobs.verbs import _fails_alike
 from tests.support.claims import Queue, slurm_claim
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.records import read_json
@@ -127,5 +126,5 @@ def test_it_is_not_tried_without_end(tmp_path: Path, run: Run, last_words: str, 
     for number in (1, 2, 3):
         found = look(tmp_path, run, last_words)
         assert (found.state, found.attempts, early_ends(found, tmp_path)) == (state, number, number)
-        assert _fails_alike(found, tmp_path) == (number == 3)
+        assert fails_alike(found, tmp_path) == (number == 3)
         _claim(found, run.directory(tmp_path), claim, "")

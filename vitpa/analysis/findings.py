@@ -1,0 +1,92 @@
+"""What `vitpa analyze` measures, and the file in which it stands: `<run>/analysis/structure.json`. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from vitpa.records import Record, RunError, read_record
+
+NAME = "structure.json"
+TITLES = {  # what is measured, and its unit
+    "similarity_recall": ("neighbour recall of similarity", "share"),
+    "similarity_correlation": ("correlation of similarity with distance", "Pearson's r"),
+    "attention_recall": ("neighbour recall of attention", "share"),
+    "attention_correlation": ("correlation of attention with distance", "Pearson's r"),
+    "attention_distance": ("mean attention distance", "patches"),
+    "attention_entropy": ("entropy of attention", "nats"),
+}
+ASSOCIATION = {  # of the definition 2.2, where a partition of the patches is given
+    "association_share": ("patches whose set similarity finds", "share"),
+    "association_gap": ("similarity within sets less that between", "cosine"),
+    "attention_association_share": ("patches whose set attention finds", "share"),
+    "attention_association_gap": ("attention within sets less that between", "attention"),
+}
+MEASURES = {name: {"what": title, "unit": unit} for name, (title, unit) in {**TITLES, **ASSOCIATION}.items()}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number.
+
+    Attributes:
+        epoch: After how many epochs.
+        measure: A key of TITLES.
+        layer: From 0; None: the mean over all layers, or no attention's.
+        head: From 0; None: the mean over all heads, or no attention's.
+        value: What it is.
+        initial: The same at initialisation.
+        chance: The same expected if the patches changed places at random; None where that changes nothing.
+        chance_low: 2.5 % of such orders are below.
+        chance_high: 2.5 % are above.
+    """
+
+    epoch: float
+    measure: str
+    layer: int | None
+    head: int | None
+    value: float
+    initial: float
+    chance: float | None = None
+    chance_low: float | None = None
+    chance_high: float | None = None
+
+
+class StructureRecord(Record):
+    """What is read of the file."""
+
+    format: Literal[1]
+    weights_sha256: str | None  # of the run's result; None: it was not finished
+    grid: int
+    neighbours: int
+    images: int | None
+    images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
+    block: int
+    findings: list[dict[str, Any]]
+
+    def parsed(self) -> list[Finding]:
+        """Its numbers.
+
+        Raises:
+            ValueError: they are not of this form.
+        """
+        return TypeAdapter(list[Finding]).validate_python(self.findings)
+
+
+def read_structure(folder: Path) -> tuple[StructureRecord, list[Finding]] | None:
+    """What stands in the folder `analysis` of a run; None if nothing does.
+
+    Raises:
+        RunError: it cannot be used.
+    """
+    path = folder / NAME
+    record = read_record(StructureRecord, path)
+    if record is None:
+        return None
+    try:
+        return record, record.parsed()
+    except ValidationError as error:
+        raise RunError(f"{path}: its findings cannot be used; make it again: vitpa analyze RUN") from error
