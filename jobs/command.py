@@ -35,6 +35,10 @@ VERBS = {
     "cancel": ("stop runs; what is in training writes a checkpoint first", "vitpa sweep cancel demo seed=2"),
     "retry": ("start failed, cancelled or broken runs again", "vitpa sweep retry demo state=failed"),
     "collect": ("mean and standard deviation over the seeds, as table and files", "vitpa sweep collect demo"),
+    "report": (
+        "write one HTML file, and Markdown, to send around: failures, verdict, table, curves, structure, costs, origin",
+        "vitpa sweep report demo",
+    ),
     "frame": (
         "all results, or all curves, as one table for other programs: CSV or Parquet",
         "vitpa sweep frame demo --out demo.csv\n         vitpa sweep frame demo --curves --out curves.parquet",
@@ -176,7 +180,19 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(
             "--out", type=name_or_path, metavar="FILE", help="Parquet if it ends in .parquet, else CSV (default: CSV, printed)"
         )
-    if verb == "collect":
+    if verb == "report":
+        parser.add_argument(
+            "--maps-mib",
+            type=number(0, 1024),
+            default=4,
+            metavar="MIB",
+            help="of similarity and attention maps in the file, at most; without them it is under 1 MB for 30 runs; 0: none "
+            "(default: 4)",
+        )
+        parser.add_argument(
+            "--out", type=name_or_path, metavar="FOLDER", help="where to write (default: report/ in the sweep's folder)"
+        )
+    if verb in ("collect", "report"):
         parser.add_argument(
             "--compare",
             metavar="AXIS",

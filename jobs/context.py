@@ -121,7 +121,7 @@ def load_context(options: argparse.Namespace) -> Context:
                 sweep = replace(sweep, runs=recorded)
         elif options.verb != "retry" or not any(run.directory(root).path.is_dir() for run in sweep.runs):
             raise SweepError(f"sweep {sweep.name} was never submitted under {root}; submit it, or say with --root where it is")
-    left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect") else []
+    left = runs_that_left(root, sweep.name, sweep.runs) if options.verb not in ("retry", "collect", "report") else []
     filters, overrides = parse_terms(options.terms, [*sweep.runs, *left])
     if overrides and options.verb not in ("submit", "retry"):
         raise SweepError(f"{overrides[0].key}: runtime settings are for submit and retry")

@@ -389,6 +389,12 @@ def _watch(context: Context) -> int:
     return OK if _is_well(context, states) else PARTIAL
 
 
+def _report(context: Context) -> int:
+    from jobs.report.document.command import report  # noqa: PLC0415 - jinja2 and numpy, which no other verb has to wait for
+
+    return OK if report(context) else PARTIAL
+
+
 VERBS: dict[str, Callable[[Context], int]] = {
     "plan": _plan,
     "submit": _submit,
@@ -400,4 +406,5 @@ VERBS: dict[str, Callable[[Context], int]] = {
     "frame": frame,
     "tensorboard": _tensorboard,
     "watch": _watch,
+    "report": _report,
 }
