@@ -365,12 +365,13 @@ def _collect(context: Context) -> int:
     except MixedRunsError as error:
         older = set_report_aside(folder) if whole else None
         raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error
-    if whole:
-        write_report(table, folder)
     if context.options.json:
         context.say_json(table.as_json())
     else:
         context.say(markdown(table))
+    if whole:
+        write_report(table, folder)  # of somebody else's sweep the table is printed all the same
+    if not context.options.json:
         context.say(f"written to {folder}" if whole else "a filtered table is not written to files")
     return OK if table.complete else PARTIAL
 

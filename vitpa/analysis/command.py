@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,49 @@ def analyze(options: argparse.Namespace) -> int:
     wanted = {name: getattr(options, name) for name in ("neighbours", "images", "data_dir", "block")}
     if isinstance(target, TrainedRun):
         its = structure(target, **wanted)
-        write_run(its)
+        written = Written()
+        written.attempt(lambda: write_run(its))
         print(json.dumps(document_of(its)) if options.json else run_table(its))
+        written.check()
         return 0
-    found = SweepStructure.of(target, *structures_of(target, wanted, again=options.again))
-    found.write()
+    written = Written()
+    found = SweepStructure.of(target, *structures_of(target, wanted, written, again=options.again))
+    written.attempt(found.write)
     print(json.dumps(found.document()) if options.json else found.table())
+    written.check()
     return 4 if found.left_out else 0
 
 
-def structures_of(sweep: TrainedSweep, wanted: dict[str, Any], *, again: bool) -> tuple[list[Structure], dict[str, str]]:
+class Written:
+    """Whether all could be written: what was found is printed all the same, as of runs that belong to somebody else."""
+
+    def __init__(self) -> None:
+        self.problem: OSError | None = None  # the first one
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Write something, if nothing has failed before."""
+        if self.problem is None:
+            try:
+                write()
+            except OSError as error:
+                self.problem = error
+
+    def check(self) -> None:
+        """Say what failed.
+
+        Raises:
+            RunError: something could not be written.
+        """
+        if self.problem is not None:
+            raise RunError(
+                f"{self.problem.filename}: {self.problem.strerror}; what was found is printed, but not written; "
+                "for files and figures copy the runs to a folder of yours"
+            )
+
+
+def structures_of(
+    sweep: TrainedSweep, wanted: dict[str, Any], written: Written, *, again: bool
+) -> tuple[list[Structure], dict[str, str]]:
     """What the finished runs of a sweep have learnt, written into each run's folder; and why the others are left out.
 
     What was found before, asked in the same way of the same weights, is read unless it is to be measured `again`.
@@ -130,7 +164,7 @@ def structures_of(sweep: TrainedSweep, wanted: dict[str, Any], *, again: bool) -
             its = None if again else recorded(run, **{name: wanted[name] for name in ("neighbours", "images", "block")})
             if its is None:
                 its = structure(run, **wanted)
-                write_run(its)
+                written.attempt(partial(write_run, its))
         except RunError as error:
             left_out[run.name] = str(error)
             continue

@@ -17,8 +17,9 @@ from jobs.report.collect import CollectedTable, collect
 from jobs.report.status import held_out, row_of
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
-from jobs.sweep import Reference, Sweep
+from jobs.sweep import Reference, Sweep, SweepDir
 from tests.support.jobs_sweeps import make_sweep, write_result
+from vitpa.cli import main
 from vitpa.documents import to_yaml
 from vitpa.metrics_file import to_line
 from vitpa.records import with_checksum, write_json
@@ -355,3 +356,15 @@ def test_held_out_accuracies_are_named_and_have_no_reference(tmp_path: Path) -> 
     states = StateReader(tmp_path).states(sweep.runs)
     assert {row_of(state, tmp_path)["evaluated_on"] for state in states} == {"held-out 10 % of train"}
     assert held_out(states) == ["digits: evaluated on held-out 10 % of train, not on val"]
+
+
+def test_a_table_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a sweep that belongs to somebody else."""
+    sweep = fill(tmp_path)
+    SweepDir(tmp_path, "small").record(sweep)
+    report = SweepDir(tmp_path, "small").report
+    report.touch()
+    assert main(["sweep", "collect", f"{tmp_path}/small.yaml", "--root", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert "| digits   | content    | 92.00 ± 2.00 |" in printed.out
+    assert f"{report}/" in printed.err

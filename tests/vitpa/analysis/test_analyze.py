@@ -232,6 +232,21 @@ def test_the_readmes_notebook_runs(
 
 
 @pytest.mark.slow
+def test_what_cannot_be_written_is_printed(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of runs that belong to somebody else."""
+    shutil.copytree(sweep.parent.parent, tmp_path / "theirs", symlinks=True)
+    theirs = tmp_path / "theirs" / "sweeps" / sweep.name
+    in_the_way = run_folder(theirs, 0) / "analysis"
+    shutil.rmtree(in_the_way, ignore_errors=True)
+    in_the_way.touch()
+    for target in (in_the_way.parent, theirs):
+        assert analyze([str(target), "--images", "0", "--json"]) == 1
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)
+        assert f"{in_the_way}: File exists; what was found is printed, but not written; for files" in printed.err
+
+
+@pytest.mark.slow
 def test_a_run_that_is_missing_makes_it_partial(sweep: Path, tmp_path: Path, warned: Callable[[str], str]) -> None:
     listed = json.loads((sweep / "runs.json").read_text())["runs"]
     folder = sweep.parent / "partial"
