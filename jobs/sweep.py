@@ -119,8 +119,8 @@ def _value_text(config: RunConfig, key: str) -> str:
 
 def value_text(value: Any) -> str:
     """A value of a key, as a part of a file's name."""
-    if isinstance(value, tuple | list):
-        return "_".join(map(str, value))
+    if isinstance(value, tuple | list):  # of numbers, or of several each
+        return "_".join("-".join(map(str, each)) if isinstance(each, tuple | list) else str(each) for each in value)
     if isinstance(value, float) and float(short := f"{value:g}") == value:
         return short
     return value if isinstance(value, str) else json.dumps(value)

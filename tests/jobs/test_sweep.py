@@ -16,7 +16,7 @@ from jobs.errors import SweepError
 from jobs.execute.slots import slots_of, threads_per_process, visible_gpus
 from jobs.grid import axes_of
 from jobs.profile import LocalProfile
-from jobs.sweep import SweepDir, load_sweep, shipped_sweeps
+from jobs.sweep import SweepDir, load_sweep, shipped_sweeps, value_text
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.arguments import ConfigError
 from vitpa.config_file import parse_config
@@ -81,6 +81,7 @@ def test_a_value_on_an_axis_is_a_part_of_a_files_name(tmp_path: Path) -> None:
     axes = {"optim.grad_clip_norm": [None], "optim.betas": [[0.9, 0.95]], "augment.hflip": [False], "augment.policy": ["none"]}
     (run, *_) = load_sweep(write(tmp_path, axes=axes), tmp_path).runs
     assert run.label == "digits-content-hflipfalse-policynone-betas0.9_0.95-grad_clip_normnull-s0"
+    assert value_text(((0, 96), (150, 224))) == "0-96_150-224"  # train.image_sizes
 
 
 def test_seeds_are_all_that_differs_in_a_cell(tmp_path: Path) -> None:
