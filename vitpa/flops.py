@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ def full_size_epochs(config: RunConfig, epochs: float) -> float:
     if not sizes:
         return epochs
     ends = [*(begin for begin, _ in sizes[1:]), config.train.epochs]
-    whole, done = gflop_per_image(config), 0.0
-    for (begin, img_size), end in zip(sizes, ends, strict=True):
-        done += max(0.0, min(epochs, end) - begin) * gflop_per_image(config, img_size) / whole
-    return done
+    spans = [(begin, min(epochs, end)) for (begin, _), end in zip(sizes, ends, strict=True)]
+    return math.fsum(max(0.0, end - begin) * size_share(config, begin) for begin, end in spans)
+
+
+def size_share(config: RunConfig, epoch: int) -> float:
+    """What a training image of `epoch` takes of the arithmetic of one of the model's size."""
+    if not config.train.image_sizes:
+        return 1.0
+    return gflop_per_image(config, config.train_img_size(epoch)) / gflop_per_image(config)

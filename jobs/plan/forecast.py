@@ -36,7 +36,7 @@ from vitpa.rundir import Result, RunDir
 
 Kind = tuple[str, str]  # data set, network
 JobKind = tuple[str, str, int]  # the same, and the runs that a job trains together
-Finished = tuple[Result, float]  # a finished run's result, and its `size_share`
+Finished = tuple[Result, float]  # a finished run's result, and its `mean_share`
 EVALUATED = 1 / 3  # of an image in training is what one in an evaluation costs
 CONFIGS_LOOKED_AT = 20  # of finished runs of other sweeps, for each kind: reading YAML takes time
 
@@ -262,7 +262,7 @@ def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> 
     finished: dict[Kind, list[Finished]] = {}
     for state in states:
         if state.result is not None:
-            finished.setdefault(kind_of(state.run), []).append((state.result, size_share(state.run.config)))
+            finished.setdefault(kind_of(state.run), []).append((state.result, mean_share(state.run.config)))
     models: dict[Kind, dict[str, Any]] = {kind_of(run): run.config.model.model_dump(mode="json") for run in wanted}
     elsewhere = {kind: model for kind, model in models.items() if kind not in finished}
     if elsewhere:
@@ -271,7 +271,7 @@ def speeds_of(states: Sequence[RunState], wanted: Iterable[Run], root: Path) -> 
     return {kind: speed for kind, speed in found.items() if speed is not None}
 
 
-def size_share(config: RunConfig) -> float:
+def mean_share(config: RunConfig) -> float:
     """What an image of its training takes on the average, in the arithmetic of one of the model's size."""
     return full_size_epochs(config, config.train.epochs) / config.train.epochs
 
@@ -307,8 +307,8 @@ def _model_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _share_of(config: Mapping[str, Any], where: str) -> float:
-    """The `size_share` of a recorded configuration; only one that has several sizes need be of this version."""
-    return size_share(parse_config(config, where)) if (config.get("train") or {}).get("image_sizes") else 1.0
+    """The `mean_share` of a recorded configuration; only one that has several sizes need be of this version."""
+    return mean_share(parse_config(config, where)) if (config.get("train") or {}).get("image_sizes") else 1.0
 
 
 def _speed_of(finished: list[Finished], root: Path) -> Speed | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections import Counter
@@ -21,7 +22,9 @@ from jobs.records import Claim, Intent, Start
 from jobs.report.waiting import advice, needs_action
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run
+from vitpa.config import RunConfig
 from vitpa.documents import read_end
+from vitpa.flops import full_size_epochs, size_share
 from vitpa.metrics_file import parse_line
 from vitpa.records import RunError, made_with, read_json, read_record
 from vitpa.rundir import RunDir
@@ -91,12 +94,8 @@ def _last_values(directory: RunDir, top1: str) -> tuple[dict[str, Any], bool]:
 def row_of(state: RunState, root: Path) -> dict[str, Any]:
     """One run as plain data; times in seconds, accuracy as a fraction. Empty texts where something is not known."""
     progress = progress_of(state, root)
-    eta_s = None
-    if state.state == "running" and progress.step is not None and progress.steps_total and progress.images_per_s:
-        epochs = state.run.config.train.epochs
-        last_step = progress.steps_total * (state.run.stop_after_epoch or epochs) / epochs
-        images = max(0.0, last_step - progress.step) * state.run.config.train.global_batch_size
-        eta_s = round(images / progress.images_per_s, 1)
+    config = state.run.config
+    last_epoch = state.run.stop_after_epoch or config.train.epochs
     return {
         "run": state.run.label,
         "signature": state.run.signature,
@@ -112,13 +111,23 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
         "val_top1": progress.val_top1,
         "evaluated_on": state.run.config.evaluated_on,
         "images_per_s": progress.images_per_s,
-        "eta_s": eta_s,
+        "eta_s": eta_s(config, progress, last_epoch) if state.state == "running" else None,
         "attempts": state.attempts,
         "node": _node(state),
         "job": state.job_id,
         "reason": "; ".join(filter(None, [state.reason, "metrics.jsonl has damaged lines" if progress.damaged else ""])),
         "advice": advice(state.job) if state.state == "pending" else "",
     }
+
+
+def eta_s(config: RunConfig, progress: Progress, last_epoch: int) -> float | None:
+    """Seconds of training up to the end of `last_epoch`, at the last speed; images count by their arithmetic."""
+    if progress.step is None or not progress.steps_total or not progress.images_per_s:
+        return None
+    epochs, done = config.train.epochs, progress.step * config.train.epochs / progress.steps_total
+    left = max(0.0, full_size_epochs(config, last_epoch) - full_size_epochs(config, done))
+    images = left * progress.steps_total / epochs * config.train.global_batch_size
+    return round(images / (progress.images_per_s * size_share(config, max(0, math.ceil(done) - 1))), 1)
 
 
 def _node(state: RunState) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
-from vitpa.flops import full_size_epochs, gflop_per_image
+from vitpa.flops import full_size_epochs, gflop_per_image, size_share
 
 
 def imagenet(*overrides: str) -> RunConfig:
@@ -33,4 +33,5 @@ def test_epochs_count_by_their_arithmetic() -> None:
         (300, 100 * (small + medium + 1)),
     ):
         assert full_size_epochs(config, epochs) == pytest.approx(expected)
-    assert full_size_epochs(imagenet(), 50.5) == 50.5
+    assert [size_share(config, epoch) for epoch in (0, 99, 100, 299)] == pytest.approx([small, small, medium, 1])
+    assert (full_size_epochs(imagenet(), 50.5), size_share(imagenet(), 3)) == (50.5, 1)

@@ -36,7 +36,10 @@ def test_every_key_that_may_differ_is_one_and_all_others_shape_the_step() -> Non
     assert len(keys) == 20
     assert {"seed", "optim.lr", "optim.grad_clip_norm", "augment.erase_scale", "model.pos_embed_std"} <= set(keys)
     assert not any(
-        map(may_differ, ("lr", "train.epochs", "augment.policy", "augment.erase_mode", "runtime.workers", "dataset"))
+        map(
+            may_differ,
+            ("lr", "train.epochs", "train.image_sizes", "augment.policy", "augment.erase_mode", "runtime.workers", "dataset"),
+        )
     )
     (first,) = runs()
     (same,) = runs("optim.lr=2e-3", "augment.cutmix_alpha=1", "model.drop_path_rate=0.1", "seed=4")

@@ -9,7 +9,20 @@ import pytest
 import yaml
 
 from jobs.groups import num_images
-from jobs.plan.forecast import Group, Speed, attempts, forecast, job_s, kind_of, makespan_s, run_s, size_share, speeds_of
+from jobs.plan.forecast import (
+    Group,
+    Speed,
+    attempts,
+    benchmark_s,
+    forecast,
+    job_s,
+    kind_of,
+    makespan_s,
+    mean_share,
+    run_s,
+    speeds_of,
+)
+from jobs.plan.speeds import Rate
 from jobs.state import StateReader
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.config import RunConfig
@@ -80,8 +93,10 @@ def test_smaller_images_count_by_their_arithmetic_when_measured_and_now(tmp_path
     short = make_sweep(tmp_path, seeds=1, name="short").runs
     sizes = {"augment.crop": "random_resized", "train.image_sizes": [[0, 4], [1, 8]]}
     progressive = make_sweep(tmp_path, seeds=1, name="progressive", overrides=sizes).runs
-    share = size_share(progressive[0].config)
+    share = mean_share(progressive[0].config)
     assert share == pytest.approx((gflop_per_image(progressive[0].config, 4) / gflop_per_image(short[0].config) + 3) / 4)
+    rate = Rate(100.0, "training", "", "NVIDIA X", 1, 128, 1, "", "file")
+    assert benchmark_s(progressive[0].config, rate, (1000, 300)) == pytest.approx((4000 * share + 4 * 300 / 3) / 100)
     measured = {CONTENT: Speed(100, 1, "", 1)}
     assert run_s(short[0], measured, 1000) == pytest.approx(40)
     assert run_s(progressive[0], measured, 1000) == pytest.approx(40 * share)

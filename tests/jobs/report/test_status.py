@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.report.status import HOST, pause_s, progress_of, row_of, table_of
+from jobs.report.status import HOST, Progress, eta_s, pause_s, progress_of, row_of, table_of
 from jobs.state import RunState, StateReader
 from jobs.sweep import Run
 from tests.support.jobs_sweeps import make_sweep
+from vitpa.config_file import load_config, shipped_configs
+from vitpa.flops import size_share
 from vitpa.records import ProcessId, write_json
 from vitpa.rundir import AttemptDir
 
@@ -43,6 +45,16 @@ def row(**values: Any) -> dict[str, Any]:
         "reason": "",
         **values,
     }
+
+
+def test_what_is_left_counts_images_by_their_arithmetic() -> None:
+    config = load_config(shipped_configs()["imagenet"], ["train.image_sizes=[[0,96],[100,160],[200,224]]"])
+    at_100 = Progress(step=100_000, steps_total=300_000, images_per_s=5000.0)  # measured with images of 96 px
+    small, medium = (size_share(config, epoch) for epoch in (0, 100))
+    full_size = 100_000 * 1024 * (medium + 1)
+    assert eta_s(config, at_100, 300) == pytest.approx(full_size / (5000 * small), abs=0.1)
+    assert eta_s(config, at_100, 100) == 0
+    assert eta_s(config, Progress(step=1, steps_total=300_000), 300) is None
 
 
 def claimed(root: Path, run: Run, start: dict[str, Any] | None = None) -> AttemptDir:
