@@ -283,7 +283,8 @@ def test_what_to_type_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFi
     (retry,) = [line.partition("to run again: ")[2] for line in text.splitlines() if "to run again: " in line]
     place = ["--profile", "local", "--data-dir", f"{shell.root}/data"]
     assert shlex.split(retry)[5:] == [str(shell.root), *place, "state=broken"]
-    assert shlex.split(text.splitlines()[-1]) == ["tensorboard", "--logdir", str(shell.root / "sweeps" / "small")]
+    sweep = ["vitpa", "sweep", "tensorboard", str(shell.root / "small.yaml"), "--root", str(shell.root)]
+    assert shlex.split(text.splitlines()[-1]) == sweep
 
 
 def test_where_a_sweep_runs_is_remembered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
