@@ -17,6 +17,7 @@ from jobs.drift import Drift
 from jobs.errors import SweepError
 from jobs.grid import KEYS
 from jobs.membership import runs_that_left
+from jobs.notify.outbox import Teller
 from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
@@ -48,6 +49,7 @@ class Context:
     overrides: list[Override]  # of the section runtime
     console: Console
     scheduler: Scheduler
+    tell: Teller  # of what the profile's `notify` wants to have told
     place: Place  # where it runs: as the command line says, otherwise as at the last submission
     left: list[Run] = field(default_factory=list)  # unfinished runs that were started for the sweep and have left it
     unanswered: list[str] = field(default_factory=list)  # questions to SLURM; states are then as far as the files tell
@@ -88,6 +90,9 @@ class Context:
         if reader.scheduler_error:
             LOGGER.warning(f"{reader.scheduler_error}; states are as far as the files tell")
             self.unanswered.append(reader.scheduler_error)
+        else:
+            for line in [] if getattr(self.options, "dry_run", False) else self.tell(states):
+                LOGGER.warning(line)
         for line in status.in_other_clusters(states):
             if line not in self.unanswered:
                 LOGGER.warning(line)
@@ -136,7 +141,8 @@ def load_context(options: argparse.Namespace) -> Context:
         overrides.append(Override("runtime.data_dir", literal_path(Path(place.data_dir)), "--data-dir"))
     if options.verb in ("submit", "retry"):
         _check_settings(options, sweep.runs[0], overrides)
-    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), place, left)
+    tell = Teller(root, sweep.name, sweep.runs)
+    return Context(options, root, sweep, drift, filters, overrides, _console(), Scheduler(), tell, place, left)
 
 
 def _load(options: argparse.Namespace, root: Path) -> Sweep:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from jobs.errors import SweepError
+from jobs.notify.config import Notify
 from jobs.scheduler.gres import SHARES, Gres, gpu_count, gpus_by_type, parse_gres
 from jobs.scheduler.options import check_srun_args, parse_time_s, sbatch_option
 from vitpa.arguments import ConfigError
@@ -57,6 +58,7 @@ class LocalProfile(Section):
         "16), but so that no slot is idle; 1 without a GPU",
     )
     cpus_per_slot: int = Field(1, ge=1, le=MAX_CPUS, description="without a GPU: CPUs of one run")
+    notify: Notify | None = Field(None, description="messages about the runs, to a webhook or by e-mail; null: none")
     runtime: Runtime = Field({}, description="values of the `runtime` section of every run")
 
     @model_validator(mode="after")
@@ -138,6 +140,7 @@ class SlurmProfile(Section):
     preflight: bool = Field(True, description="check GPUs, data and disk of a node before training on it")
     min_free_gib: Float = Field(1.0, ge=0, description="free space that the pre-flight wants below runtime.root")
     exclude_failed_nodes: bool = Field(True, description="leave out nodes that have failed the pre-flight")
+    notify: Notify | None = Field(None, description="messages about the runs, to a webhook or by e-mail; null: none")
     runtime: Runtime = Field({}, description="values of the `runtime` section of every run")
     per_dataset: dict[str, dict[str, Any]] = Field({}, description="other values of the keys above for a data set")
 
@@ -243,8 +246,8 @@ class SlurmProfile(Section):
             ConfigError: a key that does not exist, or values that do not fit together.
         """
         document, special = self.model_dump(mode="json", exclude={"per_dataset"}), self.per_dataset.get(dataset, {})
-        if "array_parallelism" in special:
-            raise ConfigError(f"{where}.array_parallelism: is for all runs of a submission together")
+        for key in special.keys() & {"array_parallelism", "notify"}:
+            raise ConfigError(f"{where}.{key}: is for all runs of a submission together")
         if special.get("gres") and gpus_by_type(self.resources):  # which says how many GPUs it gives
             document["gpus_per_node"] = None if "gpu" in str(special["gres"]) else self.gpus_per_node
         return parse_model(SlurmProfile, {**document, **special}, where)

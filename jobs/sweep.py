@@ -175,6 +175,7 @@ class SweepDir:
         self.by_name = self.path / "by-name"
         self.report = self.path / "report"
         self.tensorboard = self.path / "tb"  # views of the runs' metrics: `vitpa sweep tensorboard`
+        self.messages = self.path / "messages"  # what is told of it, by the profile's `notify`
         self.search = self.path / "search"  # the ledger of a search
 
     def recorded(self, known: Iterable[Run] = ()) -> list[Run] | None:

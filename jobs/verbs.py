@@ -16,6 +16,7 @@ from jobs.context import Context, load_context
 from jobs.errors import SweepError
 from jobs.execute.slots import visible_gpus
 from jobs.failures import without_particulars
+from jobs.notify.outbox import configure
 from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
@@ -205,6 +206,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     directory = SweepDir(context.root, context.sweep.name)
     if context.options.verb == "submit" or directory.recorded() is None:  # retry of what `vitpa train` has left
         directory.record(context.sweep)
+    configure(context.root, context.sweep.name, profile.notify, looked_at)
     if chosen:
         code = make_snapshot(context.root) if context.options.code == "snapshot" else None
         plan = replace(plan, place=context.place)
@@ -222,7 +224,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
     runs = [state.run for state in looked_at]
     try:
         states = (
-            status.watch(runs, context.root, context.sweep.name, context.console)
+            status.watch(runs, context.root, context.sweep.name, context.console, context.tell)
             if context.options.wait
             else context.states_of(runs)
         )
@@ -307,7 +309,7 @@ def _status(context: Context) -> int:
         _say_left(context, left)
         runs = [state.run for state in states]
         try:
-            states = status.watch(runs, context.root, context.sweep.name, context.console)
+            states = status.watch(runs, context.root, context.sweep.name, context.console, context.tell)
         except KeyboardInterrupt:
             return OK
     elif context.options.json:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jobs.execute.attempt import Member, Request, Signals, Training
 from jobs.execute.slots import Slot, take_slot
+from jobs.notify.outbox import tell_of_ended
 from jobs.records import Claim, Intent, WantedRun
 from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 from vitpa.rundir import RunDir
@@ -59,6 +60,9 @@ def work(root: str, submission: str) -> None:
             training = Training(ours, intent.train_command, environment)
             for member, ended in training.supervise(request):
                 training.record(member, ended)
+            sweep = Path(submission).parent.parent.name
+            for line in tell_of_ended(Path(root), sweep, [member.run.signature for member in ours]):
+                print(line)
 
 
 def waiting_groups(root: Path, intent: Intent) -> Iterator[tuple[int, list[Member]]]:

@@ -27,6 +27,7 @@ from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Reques
 from jobs.execute.node_check import preflight
 from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, why_nothing_to_do
 from jobs.failures import is_loss_of_peer
+from jobs.notify.outbox import tell_of_ended
 from jobs.profile import SlurmProfile
 from jobs.records import Claim, Exit, Intent, Start
 from jobs.scheduler.client import Scheduler, SchedulerError
@@ -122,6 +123,7 @@ class _Job:
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
+            self._tell()
             return 0
         port = _free_port()
         self._publish(members[0].attempt, port)
@@ -135,7 +137,13 @@ class _Job:
         ends, without_node = self._train(training)
         ends = [(member, self._with_setup(ended)) for member, ended in ends]
         self._end(training, ends, without_node)
+        self._tell()
         return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
+
+    def _tell(self) -> None:
+        """Send the messages that the profile's `notify` wants."""
+        for line in tell_of_ended(self.root, self.intent.sweep, [run.signature for run in self.runs]):
+            _say(line)
 
     def _with_setup(self, ended: Outcome) -> Outcome:
         """An end, with the lines of the profile's setup that have failed where they may be why."""

@@ -266,8 +266,12 @@ def held_out(states: Iterable[RunState]) -> list[str]:
     return [f"{dataset}: evaluated on {part}, not on val" for dataset, part in parts if part != "val"]
 
 
-def watch(runs: list[Run], root: Path, name: str, console: Console) -> list[RunState]:
+def watch(
+    runs: list[Run], root: Path, name: str, console: Console, tell: Callable[[list[RunState]], object]
+) -> list[RunState]:
     """Show the table until no run is in progress or about to be; without a terminal, a line whenever the counts change.
+
+    `tell` is called with the states at each look that SLURM has answered.
 
     Returns the last states.
     """
@@ -277,6 +281,8 @@ def watch(runs: list[Run], root: Path, name: str, console: Console) -> list[RunS
             reader = StateReader(root)
             states = reader.states(runs)
             warning = f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
+            if not reader.scheduler_error:
+                tell(states)
             title = "; ".join([f"{name}: {summary(states)}{warning}", *held_out(states)])
             if live is not None:
                 live.update(table_of([row_of(state, root) for state in states], title, console.height - 1), refresh=True)

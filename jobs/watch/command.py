@@ -22,7 +22,7 @@ def watch(context: Context) -> list[RunState]:
     """
     runs = [state.run for state in context.look()]
     if not (context.console.is_terminal and sys.stdin is not None and sys.stdin.isatty()):
-        return status.watch(runs, context.root, context.sweep.name, context.console)
+        return status.watch(runs, context.root, context.sweep.name, context.console, context.tell)
     screen_of(context).run()
     return context.states_of(runs)
 
@@ -35,7 +35,10 @@ def screen_of(context: Context) -> WatchApp:
 
     def look() -> Look:
         reader = StateReader(context.root, context.scheduler)
-        rows = [status.row_of(state, context.root) for state in reader.states(runs)]
+        states = reader.states(runs)
+        if not reader.scheduler_error:
+            context.tell(states)
+        rows = [status.row_of(state, context.root) for state in states]
         return Look(rows, reader.scheduler_error, status.pause_s(reader))
 
     def command(verb: str, terms: Sequence[str]) -> list[str]:

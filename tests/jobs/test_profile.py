@@ -59,6 +59,11 @@ def test_the_cluster_profile_names_every_key() -> None:
     ("text", "message"),
     [
         ("slot: 2", "unknown key slot; did you mean slots?"),
+        ("notify: {webhook: https://hooks.example.org/x}", "notify.webhook: expected the name of the environment variable"),
+        (
+            f"{HOUR}per_dataset: {{svhn: {{notify: null}}}}",
+            "per_dataset.svhn.notify: is for all runs of a submission",
+        ),
         ("slots: 0", "slots=0: expected a whole number from 1 to 1,024, or auto"),
         ("replicas: many", "replicas=many: expected a whole number from 1 to 1,024, or auto"),
         (f"{SLURM}time: '1:00:00'\nreplicas: 2.5", "replicas=2.5: expected a whole number from 1 to 1,024, or auto"),
