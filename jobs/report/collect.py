@@ -260,11 +260,12 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         reference_val_top1=reference.val_top1 if reference else None,
         reference_source=reference.source if reference else "",
         evaluated_on=run.config.evaluated_on,
-        energy_kwh=_energy_kwh(results),
+        energy_kwh=energy_kwh(results),
     )
 
 
-def _energy_kwh(results: Sequence[Result]) -> float | None:
+def energy_kwh(results: Sequence[Result]) -> float | None:
+    """What the GPUs took for all of them together; None unless it was counted for each."""
     joules = [result.energy_j for result in results if result.energy_j is not None]
     return math.fsum(joules) / JOULES_PER_KWH if joules and len(joules) == len(results) else None
 

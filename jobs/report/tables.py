@@ -150,7 +150,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 def percent(value: float | None, sign: bool = False) -> str:
     """A fraction as tables have it; `-` for None."""
-    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}"
+    return "-" if value is None else f"{round(100 * value, 2) + 0.0:{'+' if sign else ''}.2f}"  # never -0.00
 
 
 def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sign: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.grid import short_name
-from jobs.report.collect import by_cell
+from jobs.report.collect import by_cell, energy_kwh
 from jobs.report.document.content import Section, Table, Text
 from jobs.report.status import duration
 from jobs.state import RunState
@@ -23,9 +23,9 @@ NOTE = (
 def section(states: Sequence[RunState], root: Path, command: str) -> Section:
     """The costs of the runs below `root`, a row for each cell and one for all."""
     axes = list(dict.fromkeys(axis for state in states for axis in state.run.settings))
-    energy = any(_energy(state) is not None for state in states)
+    energy = any(state.result is not None and state.result.energy_j is not None for state in states)
     header = ["data set", "network", *map(short_name, axes), "runs", "time of a run", "GPU-hours", "images/s of a run"]
-    header += [*(["energy of a run, kJ", "energy, kWh"] if energy else []), "attempts", "goodput"]
+    header += [*(["kWh (GPUs)"] if energy else []), "attempts", "goodput"]
     keys = 2 + len(axes)
     rows = []
     for members in by_cell(states):
@@ -41,28 +41,20 @@ def _costs(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
     results = [state.result for state in states if state.result is not None]
     time = Estimate.of([result.train_time_s for result in results])
     speed = Estimate.of([result.images_per_s for result in results])
-    joules = [found for state in states if (found := _energy(state)) is not None]
     spent = [_attempts_s(state, root) for state in states if state.result is not None]
     known = [(state_s, result.train_time_s) for state_s, result in zip(spent, results, strict=True) if state_s]
     goodput = math.fsum(used for _, used in known) / math.fsum(total for total, _ in known) if known else None
     hours = f"{math.fsum(result.gpu_hours for result in results):.2f}"
-    kilojoules = Estimate.of([each / 1000 for each in joules]).mean
-    own = [f"{kilojoules:.1f}" if kilojoules is not None else "-", f"{math.fsum(joules) / 3.6e6:.3f}"] if energy else []
+    kwh = energy_kwh(results)
     return [
         f"{len(results)}/{len(states)}",
         duration(time.mean) or "-",
         hours,
         "-" if speed.mean is None else f"{speed.mean:,.0f}",
-        *own,
+        *(["-" if kwh is None else f"{kwh:.3g}"] if energy else []),
         str(sum(result.attempts for result in results)),
         "-" if goodput is None else f"{100 * min(1.0, goodput):.0f} %",
     ]
-
-
-def _energy(state: RunState) -> float | None:
-    """What a finished run's GPUs took, in joules; None where nothing counted it."""
-    value = getattr(state.result, "energy_j", None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _attempts_s(state: RunState, root: Path) -> float | None:

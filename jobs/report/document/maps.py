@@ -27,7 +27,8 @@ from vitpa.analysis.maps_file import SavedMaps, read_maps
 from vitpa.records import RunError
 
 CUT = 0.55  # of similarities in colours, as in the paper's figure 1
-PICTURES = 12  # cells that have some, at most
+MAX_CELLS, MAX_SEEDS = 12, 5  # whose maps are read, at most: those of an ImageNet run take 17 MB
+BEYOND = f"left out; maps are of {MAX_CELLS} cells and {MAX_SEEDS} seeds of each at most, select with filters for others"
 PRECISION = (
     "In this file a similarity is off by at most 0.004, an attention by at most a five-hundredth of the largest of its head."
 )
@@ -61,7 +62,10 @@ class _Run:
 def section(states: Sequence[RunState], root: Path, command: str, budget_bytes: int) -> Section:
     """The explorer of the finished runs below `root`, with maps of `budget_bytes` in the file at most."""
     cells, problems = _read(states, root)
-    notes = [f"{first_of(labels, 3)}: {reason}; make it with: {command}" for reason, labels in problems.items()]
+    notes = [
+        f"{first_of(labels, 3)}: {reason}" + (f"; make it with: {command}" if reason != BEYOND else "")
+        for reason, labels in problems.items()
+    ]
     if not cells:
         notes = notes or [f"No run with positional encodings is finished; then: {command}"]
         return Section("explorer", "Patch explorer", [Text(notes)], [command])
@@ -70,9 +74,7 @@ def section(states: Sequence[RunState], root: Path, command: str, budget_bytes: 
     runs = [run for cell in cells for run in cell if run.data["similarity"]]
     document = {"runs": [run.data for run in runs], "colours": CIVIDIS, "cut": CUT}
     data = json.dumps(document, separators=(",", ":")) if runs else ""
-    blocks.append(Explorer(data, [picture for cell in cells[:PICTURES] for picture in _pictures(cell[0])]))
-    if len(cells) > PICTURES:
-        notes.append(f"Pictures are of {PICTURES} of {len(cells)} cells.")
+    blocks.append(Explorer(data, [picture for cell in cells for picture in _pictures(cell[0])]))
     notes += [*left_out, PRECISION]
     return Section("explorer", "Patch explorer", [*blocks, Text(notes)], [command])
 
@@ -88,11 +90,12 @@ def _intro(cells: Sequence[Sequence[_Run]]) -> str:
 def _read(states: Sequence[RunState], root: Path) -> tuple[list[list[_Run]], dict[str, list[str]]]:
     """The runs that have maps, by cell; and of the other finished ones, why not."""
     problems: dict[str, list[str]] = {}
-    cells = []
-    for members in by_cell([state for state in states if state.result is not None]):
-        runs = []
+    cells: list[list[_Run]] = []
+    for members in by_cell([state for state in states if state.result is not None and state.run.config.model.kind == "vit"]):
+        runs: list[_Run] = []
         for state in members:
-            if state.run.config.model.kind != "vit":
+            if len(cells) == MAX_CELLS or len(runs) == MAX_SEEDS:
+                problems.setdefault(BEYOND, []).append(state.run.label)
                 continue
             try:
                 maps, reason = read_maps(state.run.directory(root).path / "analysis"), "has no analysis/maps.npz yet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def html(report: Report) -> str:
     environment = _environment(autoescape=True)
     environment.filters["svg"] = _chart
     environment.filters["style"] = style
+    environment.filters["spans"] = _spans
     environment.filters["data_uri"] = _data_uri
     environment.filters["in_script"] = _in_script
     css = Markup((TEMPLATES / "style.css").read_text())  # ours
@@ -73,6 +75,15 @@ def _chart(chart: Chart, identity: str) -> Markup:
 
 def _data_uri(picture: Picture) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
+
+
+def _spans(table: Table) -> list[tuple[list[str], int]]:
+    """The rows, each with how many from it on have the same first text; 0: it is one of those before it."""
+    rows = table.rows[1:]
+    if table.keys < 2:
+        return [(row, 1) for row in rows]
+    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row[0])]
+    return [(row, 0 if index else len(group)) for group in groups for index, row in enumerate(group)]
 
 
 def _in_script(text: str) -> Markup:

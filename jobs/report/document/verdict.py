@@ -55,8 +55,9 @@ class Compared:
             return f"{self.where}: no seed has a result in both {its.first} and {its.second}; nothing is compared."
         winner, loser, sign = (its.second, its.first, 1) if found.mean >= 0 else (its.first, its.second, -1)
         by = f"{percent(sign * found.mean)} points"
+        above = f"{winner} is {by} above" if percent(found.mean, True) != "+0.00" else "their means are equal"
         if found.ci95_low is None or found.ci95_high is None:
-            return f"{self.where}: {winner} is {by} above {loser} with the one seed that both have; one seed is no test."
+            return f"{self.where}: of {winner} and {loser}, {above} with the one seed that both have; one seed is no test."
         low, high = sorted((sign * found.ci95_low, sign * found.ci95_high))
         interval = f"95 % t interval [{percent(low, True)}, {percent(high, True)}]"
         if self.bootstrap is not None:
@@ -69,7 +70,7 @@ class Compared:
             odds += f" {found.n} of {its.wanted} seeds are in it."
         if self.certain:
             return f"{self.where}: {winner} is better than {loser} by {by} ({test}). {odds}"
-        return f"{self.where}: the seeds do not tell {winner} and {loser} apart; {winner} is {by} above ({test}). {odds}"
+        return f"{self.where}: the seeds do not tell {winner} and {loser} apart; {above} ({test}). {odds}"
 
     @property
     def _p_text(self) -> str:
