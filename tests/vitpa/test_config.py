@@ -549,6 +549,8 @@ SHIPPED_SIGNATURES = {
     "cifar100": "19f467fc6728925c",
     "digits": "0746b6c6a1d25b57",
     "imagenet": "a802366e4cfdbdb6",
+    "imagenet_light": "3ba0c61d1c262f87",
+    "imagenette": "4093a3ece01a7aba",
     "svhn": "6d53d1d2c6452f4a",
 }
 
