@@ -177,7 +177,10 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument("--runs", action="store_true", help="show the single runs, too, with their images")
     if verb == "frame":
         parser.add_argument("--curves", action="store_true", help="the rows of all metrics.jsonl instead of the results")
-        parser.add_argument(
+        where = parser.add_mutually_exclusive_group()
+        where.add_argument("--wandb", type=name_or_path, metavar="DIR", help="offline runs of Weights & Biases instead")
+        where.add_argument("--mlflow", type=name_or_path, metavar="DIR", help="runs in a file store of MLflow instead")
+        where.add_argument(
             "--out", type=name_or_path, metavar="FILE", help="Parquet if it ends in .parquet, else CSV (default: CSV, printed)"
         )
     if verb == "report":

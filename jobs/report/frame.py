@@ -17,6 +17,7 @@ from typing import IO, Any
 from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.report.collect import data_version
+from jobs.report.trackers import write_mlflow, write_wandb
 from jobs.state import RunState
 from vitpa.arguments import parse_float, parse_integer
 from vitpa.metrics_file import read_metrics
@@ -44,9 +45,15 @@ class Frame:
 
 
 def frame(context: Context) -> int:
-    """Write or print the table that the options ask for; the exit code: 4 if runs have no result."""
-    states, out = context.look(), context.options.out
-    table = curves(states, context.root) if context.options.curves else results(states)
+    """Write or print what the options ask for; the exit code: 4 if runs have no result."""
+    states, out, options = context.look(), context.options.out, context.options
+    if options.wandb or options.mlflow:
+        write_runs = write_wandb if options.wandb else write_mlflow
+        folder = Path(options.wandb or options.mlflow)
+        written = write_runs(states, context.root, context.sweep.name, folder)
+        context.say(f"{written} of {len(states)} runs written to {folder}")
+        return OK if all(state.result is not None for state in states) else PARTIAL
+    table = curves(states, context.root) if options.curves else results(states)
     if out is None:
         write_csv(table, sys.stdout)
     else:
