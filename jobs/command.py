@@ -187,10 +187,10 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         parser.add_argument(
             "--maps-mib",
             type=number(0, 1024),
-            default=4,
+            default=8,
             metavar="MIB",
             help="of similarity and attention maps in the file, at most; without them it is under 1 MB for 30 runs; 0: none "
-            "(default: 4)",
+            "(default: 8)",
         )
         parser.add_argument(
             "--out", type=name_or_path, metavar="FOLDER", help="where to write (default: report/ in the sweep's folder)"

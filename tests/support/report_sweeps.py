@@ -60,7 +60,7 @@ def write_analysis(
         epochs=np.array(epochs, dtype=float),
         similarity=((similarity + similarity.transpose(0, 2, 1)) / 2).astype(np.float16),
         attention=(attention / attention.sum(-1, keepdims=True)).astype(np.float16),
-        order=rng.permutation(n) if permuted else None,
+        order=np.roll(np.arange(n), 1) if permuted else None,
         weights_sha256=result.weights_sha256,
     )
     folder = run.directory(root).path / "analysis"

@@ -74,7 +74,7 @@ def _commands(context: Context) -> Commands:
     given += [f"--pivot {' '.join(map(in_shell, options.pivot))}"] if options.pivot else []
     given += ["--allow-mixed"] if options.allow_mixed else []
     own = " ".join([context.suffix, *map(in_shell, options.terms), *given])
-    maps = f" --maps-mib {options.maps_mib:g}" if options.maps_mib != 4 else ""
+    maps = f" --maps-mib {options.maps_mib:g}" if options.maps_mib != 8 else ""
     out = f" --out {in_shell(options.out)}" if options.out else ""
     place = "" if options.root == "outputs" else f" --root {in_shell(options.root)}"
     data = f" --data-dir {in_shell(context.place.data_dir)}" if context.place.data_dir else ""

@@ -1,7 +1,7 @@
 """The sixth section: the patch explorer's data, quantised to bytes within a budget, and pictures of the most important maps.
 
-A cosine q of 0 to 255 is q / 127.5 - 1, off by at most 0.004; an attention is q / 255 of the largest entry of its head's
-matrix, off by at most a five-hundredth of that.
+A cosine q of 0 to 255 is q / 127.5 - 1, off by at most 0.004; an attention is q / 255 of the largest entry of its matrix, off
+by at most a five-hundredth of that.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ from vitpa.records import RunError
 
 CUT = 0.55  # of similarities in colours, as in the paper's figure 1
 MAX_CELLS, MAX_SEEDS = 12, 5  # whose maps are read, at most: those of an ImageNet run take 17 MB
+KINDS = {
+    "similarity": "similarity maps",
+    "of_layers": "sets of attention maps of layers, means over the heads (a set: a run at an epoch)",
+    "of_heads": "sets of attention maps of all heads",
+}
 BEYOND = f"left out; maps are of {MAX_CELLS} cells and {MAX_SEEDS} seeds of each at most, select with filters for others"
 PRECISION = (
-    "In this file a similarity is off by at most 0.004, an attention by at most a five-hundredth of the largest of its head."
+    "In this file a similarity is off by at most 0.004, an attention by at most a five-hundredth of the largest of its map."
 )
 
 
@@ -54,8 +59,7 @@ class _Run:
             "layers": 0 if attention is None else attention.shape[1],
             "heads": 0 if attention is None else attention.shape[2],
             "order": None if self.maps.order is None else self.maps.order.tolist(),
-            "similarity": {},
-            "attend": {},
+            **{kind: {} for kind in KINDS},  # by the index of the epoch
         }
 
 
@@ -115,39 +119,47 @@ def _read(states: Sequence[RunState], root: Path) -> tuple[list[list[_Run]], dic
 def _fill(cells: Sequence[Sequence[_Run]], budget_bytes: int) -> list[str]:
     """Put maps in, the most important first, while there is room; what was left out, a line for each kind."""
     used, full = 0, False
-    wanted = {"similarity": 0, "attend": 0}
-    missing = {"similarity": 0, "attend": 0}
+    wanted, missing = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     for kind, run, index in _by_importance(cells):
         wanted[kind] += 1
         full = full or used + _size(kind, run) > budget_bytes  # nothing less important instead
         if full:
             missing[kind] += 1
             continue
-        packed = _similarity(run.maps, index) if kind == "similarity" else _attention(run.maps, index)
-        run.data[kind][str(index)] = packed
+        run.data[kind][str(index)] = (
+            _similarity(run.maps, index) if kind == "similarity" else _attention(run.maps, index, kind)
+        )
         used += _size(kind, run)
-    said = {"similarity": "similarity maps", "attend": "sets of attention maps (all layers and heads of a run at an epoch)"}
     limit = f"Left out, to keep within {budget_bytes / 2**20:g} MiB of maps (--maps-mib)"
-    return [f"{limit}: {missing[kind]} of {wanted[kind]} {text}." for kind, text in said.items() if missing[kind]]
+    return [f"{limit}: {missing[kind]} of {wanted[kind]} {text}." for kind, text in KINDS.items() if missing[kind]]
 
 
 def _by_importance(cells: Sequence[Sequence[_Run]]) -> Iterator[tuple[str, _Run, int]]:
-    """First all similarities, then attention; of each seed by seed, and of a seed the last epoch, the first, the others."""
-    for kind in ("similarity", "attend"):
-        for seed in range(max(map(len, cells))):
-            own = [cell[seed] for cell in cells if seed < len(cell)]
-            count = max(len(run.maps.epochs) for run in own)
-            for place in range(count):
-                for run in own:
-                    epochs = len(run.maps.epochs)
-                    order = list(dict.fromkeys([epochs - 1, 0, *range(1, epochs - 1)]))
-                    if place < epochs and (kind == "similarity" or run.maps.attention is not None):
-                        yield kind, run, order[place]
+    """All similarities; of the first seeds the attention of each layer, and of each head at the end; the rest."""
+    first = [cell[:1] for cell in cells]
+    yield from _of_kind("similarity", cells)
+    yield from _of_kind("of_layers", first)
+    yield from (each for each in _of_kind("of_heads", first) if each[2] == len(each[1].maps.epochs) - 1)
+    yield from (each for each in _of_kind("of_layers", cells) if not any(each[1] is own for (own,) in first))
+    for kind, run, index in _of_kind("of_heads", cells):
+        if index != len(run.maps.epochs) - 1 or not any(run is own for (own,) in first):
+            yield kind, run, index
+
+
+def _of_kind(kind: str, cells: Sequence[Sequence[_Run]]) -> Iterator[tuple[str, _Run, int]]:
+    """The maps of a kind, seed by seed; of a seed those of the last epoch, of the first, of the others."""
+    for seed in range(max(map(len, cells))):
+        own = [cell[seed] for cell in cells if seed < len(cell)]
+        own = [run for run in own if kind == "similarity" or run.maps.attention is not None]
+        orders = [list(dict.fromkeys([len(run.maps.epochs) - 1, 0, *range(1, len(run.maps.epochs) - 1)])) for run in own]
+        for place in range(max(map(len, orders), default=0)):
+            yield from ((kind, run, order[place]) for run, order in zip(own, orders, strict=True) if place < len(order))
 
 
 def _size(kind: str, run: _Run) -> int:
-    """Characters that a map takes in the file."""
-    matrices = 1 if kind == "similarity" else run.data["layers"] * run.data["heads"]
+    """Characters that a map, or a set of them, takes in the file."""
+    layers, heads = run.data["layers"], run.data["heads"]
+    matrices: int = {"similarity": 1, "of_layers": layers, "of_heads": layers * heads}[kind]
     return -(-matrices * run.maps.patches**2 // 3) * 4 + 16 * matrices
 
 
@@ -156,10 +168,11 @@ def _similarity(maps: SavedMaps, index: int) -> str:
     return _packed(np.rint((values + 1) * 127.5))
 
 
-def _attention(maps: SavedMaps, index: int) -> list[Any]:
-    """The bytes of all layers and heads, and the largest entry of each."""
+def _attention(maps: SavedMaps, index: int, kind: str) -> list[Any]:
+    """The bytes of all layers, of each head or of the mean over them, and the largest entry of each matrix."""
     assert maps.attention is not None
     values = np.clip(maps.attention[index].astype(np.float64), 0, 1)  # L, H, n, n
+    values = values.mean(axis=1, keepdims=True) if kind == "of_layers" else values
     largest = np.maximum(values.max(axis=(2, 3)), 1e-9)
     return [_packed(np.rint(values / largest[:, :, None, None] * 255)), [float(f"{each:.6g}") for each in largest.ravel()]]
 

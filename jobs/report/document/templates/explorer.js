@@ -36,14 +36,16 @@
     return data && Array.from(data.subarray(patch * n, (patch + 1) * n), (each) => each / 127.5 - 1);
   };
   const attention = (run, patch) => {
-    const data = packed(run, "attend", chosen("epoch")), n = run.side ** 2;
+    const n = run.side ** 2, of = (kind) => packed(run, kind, chosen("epoch"));
+    const kind = of("of_heads") || chosen("head") !== MEAN ? "of_heads" : "of_layers";  // the latter: the heads' mean
+    const data = of(kind), count = kind === "of_heads" ? run.heads : 1;
     if (!data) return null;
-    const largest = run.attend[run.epochs.indexOf(chosen("epoch"))][1];
+    const largest = run[kind][run.epochs.indexOf(chosen("epoch"))][1];
     const layers = chosen("layer") === MEAN ? [...Array(run.layers).keys()] : [chosen("layer")];
-    const heads = chosen("head") === MEAN ? [...Array(run.heads).keys()] : [chosen("head")];
+    const heads = chosen("head") === MEAN ? [...Array(count).keys()] : [chosen("head")];
     const sum = new Array(n).fill(0);
     for (const layer of layers) for (const head of heads) {
-      const matrix = layer * run.heads + head, from = (matrix * n + patch) * n;
+      const matrix = layer * count + head, from = (matrix * n + patch) * n;
       for (let each = 0; each < n; each++) sum[each] += data[from + each] / 255 * largest[matrix];
     }
     return sum.map((value) => value / (layers.length * heads.length));
@@ -125,7 +127,7 @@
       $(name + "-says").textContent = text === undefined ? "-" : text;
       $(name).setAttribute("aria-valuetext", $(name + "-says").textContent);
     }
-    const absent = "not in this file: left out, or not measured";
+    const absent = "not in this file: left out, as said below, or not measured";
     const alike = row(similarities, patch), attends = row(attention, patch);
     const ends = both ? Math.max(1e-6, ...(alike || [0]).map(Math.abs)) : cut;
     paint("similarity", alike, -ends, ends, both ? DIVERGING : colours);

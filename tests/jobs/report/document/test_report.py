@@ -177,28 +177,31 @@ def test_maps_of_the_explorer_are_those_of_analyze(whole: tuple[Path, Sweep, str
         (its,) = (each for each in runs if (each["attention"], each["seed"]) == (run.attention, run.seed))
         assert (its["epochs"], its["side"], its["layers"], its["heads"]) == ([0, 1, 4], 2, 1, 2)
         assert maps.attention is not None
-        similarity, attend = json.loads(json.dumps([its["similarity"], its["attend"]]))
+        similarity, layers, heads = json.loads(json.dumps([its["similarity"], its["of_layers"], its["of_heads"]]))
         for index in range(3):
             found = np.frombuffer(base64.b64decode(similarity[str(index)]), np.uint8).reshape(4, 4) / 127.5 - 1
             assert np.abs(found - maps.similarity[index]).max() <= 0.004
-            packed, largest = attend[str(index)]
-            values = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(1, 2, 4, 4) / 255
-            scale = np.array(largest).reshape(1, 2, 1, 1)
-            assert (np.abs(values * scale - maps.attention[index]) <= scale / 500).all()
+            means = maps.attention[index].astype(float).mean(1, keepdims=True)
+            for (packed, largest), wanted in ((layers[str(index)], means), (heads[str(index)], maps.attention[index])):
+                values = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(1, -1, 4, 4) / 255
+                scale = np.array(largest).reshape(1, -1, 1, 1)
+                assert (np.abs(values * scale - wanted) <= scale / 500).all()
 
 
 def test_a_budget_leaves_out_what_matters_least_and_says_so(whole: tuple[Path, Sweep, str, str], tmp_path: Path) -> None:
     root, sweep, _, _ = whole
     similarities = 18 * (24 + 16)  # characters of all 18 maps of 16 bytes
-    budget = (similarities + 2 * (44 + 32) + 10) / 2**20
+    layers, heads = 24 + 16, 44 + 32
+    budget = (similarities + 6 * layers + 2 * heads + 10) / 2**20
     words = ["--out", str(tmp_path)]
     assert vitpa(["sweep", "report", sweep.name, "--root", str(root), *words, "--maps-mib", f"{budget:.9f}"]) == 0
     page = (tmp_path / "report.html").read_text()
     runs = explorer_data(page)["runs"]
     assert [len(json.loads(json.dumps(each["similarity"]))) for each in runs] == [3] * 6
-    kept = [(each["attention"], each["seed"], list(json.loads(json.dumps(each["attend"])))) for each in runs if each["attend"]]
-    assert kept == [("content", 0, ["2"]), ("positional", 0, ["2"])]
-    assert "16 of 18 sets of attention maps" in page
+    kept = [[sorted(json.loads(json.dumps(each[kind]))) for kind in ("of_layers", "of_heads")] for each in runs]
+    assert kept == [[["0", "1", "2"], ["2"]], [[], []], [[], []]] * 2, "of the first seeds"
+    assert "12 of 18 sets of attention maps of layers" in page
+    assert "16 of 18 sets of attention maps of all heads" in page
     assert vitpa(["sweep", "report", sweep.name, "--root", str(root), *words, "--maps-mib", "0"]) == 0
     page = (tmp_path / "report.html").read_text()
     assert 'x-data">' not in page
