@@ -61,8 +61,12 @@ def variation(base: Sweep, terms: Sequence[str], name: str, root: Path) -> tuple
             raise SweepError(f"{term!r}: {_key(term)} is given twice; write its values as {_key(term)}=A,B")
         document["axes"][_key(term)] = values_of(term)
         document["overrides"].pop(_key(term), None)  # what is typed counts
+    once: set[str] = set()
     for term in narrowing:
-        document[LISTS[_key(term)]] = values_of(term)
+        if (key := _key(term)) in once:
+            raise SweepError(f"{term!r}: {key} is given twice; write its values as {key}=A,B")
+        once.add(key)
+        document[LISTS[key]] = values_of(term)
     if any(_key(term) == "dataset" for term in narrowing):
         recipe_of = {run.dataset: run.recipe for run in base.runs}
         unknown = [each for each in document["recipes"] if each not in recipe_of]
