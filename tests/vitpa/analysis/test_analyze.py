@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.support.repository import ROOT
 from tests.support.trainings import arguments, config_of
 from vitpa.analysis.attention import attention_scores, patch_attention
 from vitpa.analysis.command import main as analyze
+from vitpa.analysis.maps_file import read_maps
 from vitpa.analysis.record import recorded, write_record
 from vitpa.analysis.structure import Structure, structure
 from vitpa.config_file import record_config
@@ -119,6 +121,16 @@ def test_a_sweep_is_analysed_over_seeds_and_in_pairs(sweep: Path, capsys: pytest
         assert not [name for name in names if not (folder / "analysis" / name).exists()]
     table = pd.read_csv(run_folder(sweep, 0) / "analysis" / "structure.csv")
     assert sorted(table["epoch"].unique()) == [0, 1, EPOCHS]
+    for number in (0, 2):  # what a report shows is what was measured
+        run = vitpa.load_run(run_folder(sweep, number))
+        saved, found = read_maps(run.path / "analysis"), structure(run, images=20)
+        assert saved is not None
+        assert saved.attention is not None
+        assert saved.epochs.tolist() == list(found.maps) == [0, 1, EPOCHS]
+        for index, its in enumerate(found.maps.values()):
+            assert its.attention is not None
+            assert np.abs(saved.similarity[index] - its.similarity.numpy()).max() < 3e-4
+            assert np.abs(saved.attention[index] - its.attention.numpy()).max() < 3e-4
 
 
 @pytest.mark.slow
@@ -134,6 +146,8 @@ def test_what_was_found_before_is_read_if_it_was_asked_in_the_same_way(sweep: Pa
         assert read.findings == structure(run, neighbours=3, images=4).findings
     assert recorded(content, neighbours=3, images=5, block=0) is None
     assert recorded(positional, neighbours=3, images=5, block=0) is not None  # it needs no images
+    (positional.path / "analysis" / "maps.npz").unlink()
+    assert recorded(positional, neighbours=3, images=4, block=0) is None  # a report needs them
     path = content.path / "analysis" / "structure.json"
     path.write_text(path.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
     assert recorded(content, neighbours=3, images=4, block=0) is None
