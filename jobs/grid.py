@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from jobs.errors import SweepError
+from vitpa.arguments import parse_float
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, fields_of
 
@@ -102,11 +103,15 @@ def _axis(name: str, values: JsonValue, where: str) -> Axis:
         raise SweepError(f"{where}: expected a list of values, such as [{_text(values)}], or labels with their settings")
     if not values:
         raise SweepError(f"{where} has no value; name some, or leave it out")
+    _check_once(values, where)
+    return Axis(name, tuple(Choice(value, ((name, value),)) for value in values))
+
+
+def _check_once(values: Sequence[JsonValue], where: str) -> None:
     times = Counter(map(_identity, values))
     for value in values:
         if (count := times[_identity(value)]) > 1:
             raise SweepError(f"{where}: {_text(value)} is given {count} times; once is enough")
-    return Axis(name, tuple(Choice(value, ((name, value),)) for value in values))
 
 
 def _labelled(name: str, label: str, settings: JsonValue, where: str) -> Choice:
@@ -157,7 +162,10 @@ def cells_of(
     for entry in include:
         narrowed = _narrowed(entry, axes, datasets, attentions, f"{where}: include", new=True)
         there = set(map(_key, grid))
-        for cell in _product(*narrowed):
+        more = list(_product(*narrowed))
+        if not more:
+            raise SweepError(f"{where}: include: {_text(dict(entry))} adds no cell; leave the entry out")
+        for cell in more:
             if _key(cell) in there:
                 raise SweepError(f"{where}: include: {_text(dict(entry))} is in the grid already; leave the entry out")
             grid.append(cell)
@@ -198,11 +206,11 @@ def _narrowed(
     chosen: dict[str, list[JsonValue]] = {name: list(values) for name, values in own.items()}
     for name in own.keys() & entry.keys():
         axis = Axis(name, tuple(Choice(value, ()) for value in own[name]))
-        chosen[name] = [axis.choice(value, where).value for value in _values(entry[name], axis)]
+        chosen[name] = [axis.choice(value, where).value for value in _values(entry[name], axis, f"{where}: {name}")]
     narrowed = []
     for axis in axes:
         if axis.name in entry:
-            values = _values(entry[axis.name], axis)
+            values = _values(entry[axis.name], axis, f"{where}: {axis.name}")
             may_be_new = new and axis.name in KEYS
             choices = [Choice(value, ((axis.name, value),)) if may_be_new else axis.choice(value, where) for value in values]
             axis = Axis(axis.name, tuple(choices))  # noqa: PLW2901 - the same axis with fewer choices
@@ -211,14 +219,16 @@ def _narrowed(
     return narrowed, recipes, [attention for attention in attentions if attention in chosen["attention"]]
 
 
-def _values(value: JsonValue, axis: Axis) -> list[JsonValue]:
+def _values(value: JsonValue, axis: Axis, where: str) -> list[JsonValue]:
     """One value, or several as a list; a list that is itself a value of the axis is one."""
-    several = isinstance(value, list) and not any(same(value, choice.value) for choice in axis.choices)
-    return value if several and isinstance(value, list) else [value]
+    if not isinstance(value, list) or any(same(value, choice.value) for choice in axis.choices):
+        return [value]
+    _check_once(value, where)
+    return value
 
 
 def same(first: JsonValue, second: JsonValue) -> bool:
-    """Whether two values are one: 1 and 1.0 are, 1 and true are not."""
+    """Whether two values are one: 1, 1.0 and the text "1" are, as a key takes them all; 1 and true are not."""
     return _identity(first) == _identity(second)
 
 
@@ -226,6 +236,9 @@ def _identity(value: JsonValue) -> str:
     """The same text for equal values, however a number is written."""
     if isinstance(value, list):
         return str([_identity(each) for each in value])
+    if isinstance(value, str):
+        number = parse_float(value)
+        return json.dumps(value if number is None else number)
     return json.dumps(float(value) if isinstance(value, int | float) and not isinstance(value, bool) else value)
 
 

@@ -116,6 +116,16 @@ def test_grid_can_be_written_point_by_point(tmp_path: Path) -> None:
             {"axes": {"optim.lr": [1e-3, 2e-3]}, "include": [{"optim.lr": 1e-3}]},
             'include: {"optim.lr": 0.001} is in the grid already; leave the entry out',
         ),
+        ({"axes": {"optim.lr": [1e-3, "1e-3"]}}, "axes.optim.lr: 0.001 is given 2 times; once is enough"),
+        (
+            {"axes": {"optim.lr": [1e-3]}, "include": [{"optim.lr": "0.0010"}]},
+            'include: {"optim.lr": "0.0010"} is in the grid already; leave the entry out',
+        ),
+        (
+            {"axes": {"optim.lr": [1e-3]}, "include": [{"optim.lr": [3e-3, 0.003]}]},
+            "include: optim.lr: 0.003 is given 2 times; once is enough",
+        ),
+        ({"axes": {"optim.lr": [1e-3]}, "include": [{"optim.lr": []}]}, 'include: {"optim.lr": []} adds no cell; leave the'),
         ({"axes": {"mixing": MIXING}, "include": [{"mixing": "more"}]}, "include: mixing has no value more; it has none,"),
     ],
 )
