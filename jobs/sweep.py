@@ -98,9 +98,14 @@ class Run:
         return dict(self.labels).get(axis) or f"{short_name(axis)}{self.settings[axis]}"
 
     @property
+    def cell(self) -> str:
+        """The name of its cell, which has a run for each seed."""
+        return "-".join([self.dataset, self.config.network_name, *map(self.on_axis, self.axes)])
+
+    @property
     def label(self) -> str:
         """Its name within the sweep, for people."""
-        return "-".join([self.dataset, self.config.network_name, *map(self.on_axis, self.axes), f"s{self.seed}"])
+        return f"{self.cell}-s{self.seed}"
 
     def with_seed(self, seed: int) -> Run:
         """The same with another seed, which must be an allowed one."""

@@ -48,7 +48,7 @@ def complete_cells(sweep: str, states: Sequence[RunState]) -> list[Event]:
     """Of the cells (all axes but the seed) of these runs, which are all of theirs: that every seed is done."""
     cells: dict[str, list[RunState]] = {}
     for state in states:
-        cells.setdefault(cell_of(state), []).append(state)
+        cells.setdefault(state.run.cell, []).append(state)
     found = []
     for name, its in cells.items():
         top1 = [state.result.top1 for state in its if state.result is not None]
@@ -59,11 +59,6 @@ def complete_cells(sweep: str, states: Sequence[RunState]) -> list[Event]:
             key = hashlib.sha256(" ".join([name, *sorted(state.run.signature for state in its)]).encode()).hexdigest()[:16]
             found.append(Event("cell", f"{key}-cell", text))
     return found
-
-
-def cell_of(state: RunState) -> str:
-    """The name of a run without its seed."""
-    return state.run.label.rpartition("-")[0]
 
 
 def _given_up(state: RunState, root: Path) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from jobs.errors import SweepError
 from jobs.notify.channels import NotSentError, channels, send
 from jobs.notify.config import Notify
-from jobs.notify.events import Event, cell_of, complete_cells, events_of
+from jobs.notify.events import Event, complete_cells, events_of
 from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
 from vitpa.config_file import parse_model
@@ -92,8 +92,8 @@ def tell_of_ended(root: Path, sweep: str, signatures: Iterable[str]) -> list[str
         if _settings(directory) is None:
             return []
         ours, runs = set(signatures), directory.recorded() or []
-        cells = {cell_of(RunState(run, "")) for run in runs if run.signature in ours}
-        states = [_ended(run, root, run.signature in ours) for run in runs if cell_of(RunState(run, "")) in cells]
+        cells = {run.cell for run in runs if run.signature in ours}
+        states = [_ended(run, root, run.signature in ours) for run in runs if run.cell in cells]
     except (UserError, OSError) as error:
         return [f"messages: {error}"]
     return tell(root, sweep, states, whole=True)

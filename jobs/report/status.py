@@ -98,6 +98,7 @@ def row_of(state: RunState, root: Path) -> dict[str, Any]:
     last_epoch = state.run.stop_after_epoch or config.train.epochs
     return {
         "run": state.run.label,
+        "cell": state.run.cell,
         "signature": state.run.signature,
         "dataset": state.run.dataset,
         "attention": state.run.attention,

@@ -40,7 +40,7 @@ def write_wandb(states: Sequence[RunState], root: Path, sweep: str, folder: Path
         run = state.run
         for old in folder.glob(f"wandb/offline-run-*-{run.signature}"):
             shutil.rmtree(old)
-        its = {"project": sweep, "id": run.signature, "name": run.label, "group": _cell(state), "config": _parameters(state)}
+        its = {"project": sweep, "id": run.signature, "name": run.label, "group": state.run.cell, "config": _parameters(state)}
         tracked = wandb.init(mode="offline", dir=str(folder), settings=settings, **its)
         for step, metrics in points:
             tracked.log(metrics, step=step)
@@ -72,7 +72,7 @@ def write_mlflow(states: Sequence[RunState], root: Path, sweep: str, folder: Pat
         run = state.run
         for old in client.search_runs([experiment], f"tags.`{SIGNATURE}` = '{run.signature}'"):
             client.delete_run(old.info.run_id)
-        tags = {SIGNATURE: run.signature, "vitpa.cell": _cell(state), "vitpa.state": state.state}
+        tags = {SIGNATURE: run.signature, "vitpa.cell": state.run.cell, "vitpa.state": state.state}
         tracked = client.create_run(experiment, run_name=run.label, tags=tags).info.run_id
         for some in _batched((Param(name, str(value)) for name, value in _parameters(state).items()), PARAMETERS_AT_ONCE):
             client.log_batch(tracked, params=some)
@@ -103,10 +103,6 @@ def _values(points: Sequence[Point]) -> Iterator[tuple[str, float, int]]:
     for step, metrics in points:
         for name, value in metrics.items():
             yield name, value, step
-
-
-def _cell(state: RunState) -> str:
-    return state.run.label.rpartition("-")[0]
 
 
 def _parameters(state: RunState) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,16 +64,10 @@ class Group:
 
 def groups_of(rows: Sequence[Row], grouping: Grouping) -> list[Group]:
     """The rows in groups, in the order of their first ones."""
-    key: Callable[[Row], str] = cell_of if grouping == "cells" else job_of
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
+        found.setdefault(row["cell"] if grouping == "cells" else job_of(row), []).append(row)
     return [Group(name, its) for name, its in found.items()]
-
-
-def cell_of(row: Row) -> str:
-    """The name of a run's cell: its own without the seed."""
-    return str(row["run"]).removesuffix(f"-s{row['seed']}")
 
 
 def job_of(row: Row) -> str:

@@ -28,7 +28,8 @@ SIZE = (80, 24)
 def row(name: str, seed: int, state: str = "pending", **values: Any) -> dict[str, Any]:
     """A run as `row_of` makes it."""
     return {
-        "run": f"{name}-s{seed}", "signature": f"{name}{seed}", "dataset": "digits", "attention": "content", "seed": seed,
+        "run": f"{name}-s{seed}", "cell": name, "signature": f"{name}{seed}", "dataset": "digits", "attention": "content",
+        "seed": seed,
         "settings": {}, "state": state, "step": None, "steps_total": None, "epoch": None, "epochs": 10, "val_top1": None,
         "images_per_s": None, "eta_s": None, "attempts": 0, "node": "", "job": "", "reason": "", **values,
     }  # fmt: skip
