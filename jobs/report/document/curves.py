@@ -75,11 +75,15 @@ def _curves(members: Sequence[RunState], root: Path) -> list[tuple[RunState, str
             curve = {
                 round(float(row["epoch"]), 4): quantity.factor * float(row[metric])
                 for row in rows
-                if isinstance(row.get(metric), int | float) and isinstance(row.get("epoch"), int | float)
+                if _is_number(row.get(metric)) and _is_number(row.get("epoch"))
             }
             if curve:
                 found.append((state, quantity.metric, curve))
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def mean_line(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:

@@ -77,7 +77,7 @@ def _band(line: Line, frame: _Frame) -> Markup:
 def _line(line: Line, frame: _Frame) -> Markup:
     places = [(frame.x(point.x), frame.y(point.y)) for point in line.points]
     dots = [Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.5"/>').format(style(line), *each) for each in places]
-    few = len(places) <= 12 and not line.dashed  # where was measured
+    few = len(places) <= (1 if line.dashed else 12)  # where was measured
     path = Markup('<path class="line {}{}" d="{}"/>').format(style(line), " dashed" if line.dashed else "", _path(places))
     return path + Markup("").join(dots if few else [])
 

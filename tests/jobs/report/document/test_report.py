@@ -83,7 +83,8 @@ def report(root: Path, sweep: Sweep, *words: str, code: int = 0) -> tuple[str, s
 
 
 def fail(root: Path, run: Run, log: str) -> None:
-    attempt = run.directory(root).claim_attempt(1, {"process": ProcessId.mine().model_dump()})
+    number = len(run.directory(root).attempts()) + 1
+    attempt = run.directory(root).claim_attempt(number, {"process": ProcessId.mine().model_dump()})
     assert attempt is not None
     write_json(attempt.start_json, {"process": ProcessId.mine().model_dump()})
     attempt.log.write_text(log)
@@ -234,11 +235,12 @@ def test_what_failed_comes_first_and_is_harmless(tmp_path: Path) -> None:
 
 def test_a_retry_names_the_runs_that_it_is_for(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2)
-    fail(tmp_path, sweep.runs[0], "KeyError: 'a'")
+    for _ in range(2):
+        fail(tmp_path, sweep.runs[0], "KeyError: 'a'")
     fail(tmp_path, sweep.runs[3], "vitpa train: out: No space left on device")
     page, _ = report(tmp_path, sweep, code=4)
-    assert "state=failed attention=content seed=0" in page
-    assert "state=failed attention=positional seed=1" in page
+    assert "state=failed attention=content seed=0 --force<" in page, "it failed twice in the same way"
+    assert "state=failed attention=positional seed=1<" in page
     assert "disk full; to fix it: " in page
 
 
