@@ -259,6 +259,7 @@ OF_OURSELVES = {  # words and pipes of our own processes, not files that others 
     "slurm/devcluster_supervisor.py",
     "vitpa/bench/imagenet.py",
     "vitpa/documents.py",  # which sets the bounds
+    "vitpa/export/card.py",  # in the Python that it prints
 }
 
 
