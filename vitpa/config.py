@@ -303,7 +303,7 @@ class RunConfig(Section):
                 raise ValueError(
                     f"augment.{name}_scale=[{low}, {high}] is less than a pixel of model.img_size={self.model.img_size}"
                 )
-        if reason := image_sizes.unsupported_reason(self):
+        if reason := self._image_sizes_unsupported_reason():
             raise ValueError(reason)
         if self.train.global_batch_size % self.runtime.accum_steps:
             raise ValueError(
@@ -363,6 +363,19 @@ class RunConfig(Section):
     def network(self) -> dict[str, Any]:
         """What a benchmark's figures hold for: the section `model` without the attention, and the precision."""
         return {**self.model.model_dump(mode="json", exclude={"attention"}), "precision": self.train.precision}
+
+    def _image_sizes_unsupported_reason(self) -> str | None:
+        model, augment = self.model, self.augment
+        return image_sizes.unsupported_reason(
+            self.train.image_sizes,
+            epochs=self.train.epochs,
+            kind=model.kind,
+            img_size=model.img_size,
+            patch_size=model.patch_size,
+            crop=augment.crop,
+            permute_block_px=augment.permute_block_px,
+            cutout_px=augment.cutout_px,
+        )
 
     def processes_unsupported_reason(self, processes: int) -> str | None:
         """Why so many processes cannot train it together; None if they can."""
