@@ -26,6 +26,8 @@ class Range(Section):
             raise ValueError(f"log: low={self.low:g} has no logarithm; it must be above 0")
         if self.log and self.step is not None:
             raise ValueError("log and step: say one of the two")
+        if self.step is not None and self.step > self.high - self.low:
+            raise ValueError(f"step={self.step:g} is more than from low={self.low:g} to high={self.high:g}")
         return self
 
 

@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from pydantic import JsonValue
 
 from jobs.errors import SweepError
-from jobs.grid import KEYS, OWN_LISTS
+from jobs.grid import KEYS, OWN_LISTS, same
 from jobs.search.config import Range, SearchConfig
 from vitpa.config import RunConfig
 from vitpa.config_file import fields_of, parse_model
@@ -91,7 +92,7 @@ def dimensions_of(search: SearchConfig, overrides: Container[str], where: str) -
 
 def _dimension(key: str, values: JsonValue, place: str) -> Dimension:
     if isinstance(values, list):
-        if len({json.dumps(value) for value in values}) < max(2, len(values)):
+        if len(values) < 2 or any(same(first, second) for first, second in combinations(values, 2)):
             raise SweepError(f"{place}: expected two choices or more, each once")
         return Dimension(key, tuple(values))
     if not isinstance(values, dict):

@@ -194,6 +194,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"space": {"optim.rate": [1, 2]}}, "search.space.optim.rate: no key of the configuration"),
     ({"space": {"optim.lr": 1}}, "search.space.optim.lr: expected a list of choices, or a range such as"),
     ({"space": {"optim.lr": [1]}}, "search.space.optim.lr: expected two choices or more, each once"),
+    ({"space": {"optim.lr": [1, 1.0]}}, "search.space.optim.lr: expected two choices or more, each once"),
+    (
+        {"space": {"optim.lr": {"low": 0.001, "high": 0.01, "step": 0.1}}},
+        "search.space.optim.lr: step=0.1 is more than from low=0.001 to high=0.01",
+    ),
     ({"space": {"optim.lr": {"low": 1, "high": 0.1}}}, "search.space.optim.lr: low=1 is not below high=0.1"),
     ({"space": {"optim.lr": {"low": 0, "high": 0.1, "log": True}}}, "low=0 has no logarithm; it must be above 0"),
     ({"space": {"optim.lr": {"low": 1e-6, "high": 0.1}}}, "optim.min_lr=1e-05 is above optim.lr=1e-06"),
