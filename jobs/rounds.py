@@ -85,7 +85,7 @@ def _say_end(context: Context, standing: Standing) -> int:
     for line in [
         *report.lines(standing),
         *report.best_trials(standing),
-        *report.advice(context.sweep, standing, context.root),
+        *report.advice(context.sweep, standing, context.root, context.place),
     ]:
         context.say(line)
     return 0

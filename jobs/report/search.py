@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from jobs.records import Place
 from jobs.search.ledger import Ledger, Trial
 from jobs.search.plan import SearchPlan
 from jobs.standing import Standing
@@ -101,8 +102,8 @@ def settings_text(values: dict[str, JsonValue]) -> str:
     return " ".join(Override(key, value).text for key, value in values.items())
 
 
-def advice(sweep: Sweep, standing: Standing, root: Path) -> list[str]:
-    """The command that trains the best trial's settings on all of train, and evaluates them on val."""
+def advice(sweep: Sweep, standing: Standing, root: Path, place: Place) -> list[str]:
+    """The command that trains the best trial's settings on all of train, where the search ran, and evaluates them on val."""
     best = standing.best
     if best is None:
         return []
@@ -111,11 +112,14 @@ def advice(sweep: Sweep, standing: Standing, root: Path) -> list[str]:
     (recipe,), seeds = sweep.config.recipes, ",".join(map(str, sweep.config.seeds))
     where = "" if root == Path("outputs").resolve() else f" --root {in_shell(root)}"
     if recipe in shipped_configs():
+        where += f" --profile {in_shell(place.profile)}" if place.profile != Place().profile else ""
+        where += f" --data-dir {in_shell(place.data_dir)}" if place.data_dir else ""
         attentions = ",".join(sweep.config.attentions)
         words += [f"attention={attentions}", f"seed={seeds}", f"--name {sweep.name}-chosen{where}"]
         commands = [" ".join(["vitpa sweep submit", recipe, *words])]
     else:
         words += [f"runtime.root={in_shell(root)}"] if where else []
+        words += [f"runtime.data_dir={in_shell(place.data_dir)}"] if place.data_dir else []
         commands = [
             " ".join(["vitpa train", in_shell(recipe), *words, f"model.attention={attention}", f"--seeds {seeds}"])
             for attention in sweep.config.attentions
