@@ -26,6 +26,18 @@ ASSOCIATION = {  # of the definition 2.2, where a partition of the patches is gi
     "attention_association_gap": ("attention within sets less that between", "attention"),
 }
 MEASURES = {name: {"what": title, "unit": unit} for name, (title, unit) in {**TITLES, **ASSOCIATION}.items()}
+MEANINGS = {  # for readers of a report
+    "similarity_recall": "of the patches whose encodings are most like a patch's, the share that is nearest; high is local",
+    "similarity_correlation": "of the likeness of two patches' encodings with the distance between them; negative is local",
+    "attention_recall": "of the patches that a patch attends to most, the share that is nearest; high is local",
+    "attention_correlation": "of the attention between two patches with the distance between them; negative is local",
+    "attention_distance": "how far a patch is from those that it attends to, weighted by attention; low is local",
+    "attention_entropy": "how widely a patch's attention is spread: 0 on one patch, the logarithm of their number if even",
+    "association_share": "share of patches for which similarity finds the set of the partition that they are in",
+    "association_gap": "how much more alike the encodings within a set of the partition are than those of different sets",
+    "attention_association_share": "share of patches for which attention finds the set of the partition that they are in",
+    "attention_association_gap": "how much more patches attend to those of their set of the partition than to others",
+}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +13,17 @@ from jobs.report.document.cells import CellName, shown_cells
 from jobs.report.document.content import Block, Chart, Charts, Line, Point, Section, Table, Text
 from jobs.report.status import first_of
 from jobs.state import RunState
-from vitpa.analysis.findings import MEASURES, Finding, read_structure
+from vitpa.analysis.findings import MEANINGS, MEASURES, Finding, read_structure
 from vitpa.records import RunError
 from vitpa.statistics import Estimate
 
 EPOCHS = 8  # columns of a table
+HOW = (
+    "Means over the measured seeds (bands: 95 % t intervals), and for attention over layers and heads. Epoch 0 is the "
+    "initialisation. Chance: the patches of a run change places at random; its line is what is expected then, and 95 % of the "
+    "orders fall into the grey band. Chance depends on how uneven a run's own map is: the table has it for each cell, as "
+    "means over the seeds, and the band in a chart reaches from the lowest to the highest of the cells."
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,8 @@ class Measured:
     """A run's numbers that are means over layers and heads, or of no attention; by measure and epoch."""
 
     findings: dict[tuple[str, float], Finding]
+    grid: int  # patches along a side
+    neighbours: int
 
     @property
     def epochs(self) -> list[float]:
@@ -41,9 +51,7 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
         notes.append(f"{first_of(without)}: a network without positional encodings; there is nothing to measure.")
     blocks: list[Block] = []
     if measured:
-        how = "Means over the measured seeds (bands: 95 % t intervals), and for attention over layers and heads. Epoch 0 is "
-        how += "the initialisation. Chance: the patches change places at random; grey: its expectation and 95 % of the orders."
-        blocks.append(Text([how]))
+        blocks += [Text([HOW]), Text(_meanings(measured.values()))]
     for dataset in dict.fromkeys(state.run.dataset for state in done):
         cells = by_cell([state for state in done if state.run.dataset == dataset and state.run.signature in measured])
         if cells:
@@ -66,7 +74,8 @@ def _read(state: RunState, root: Path) -> Measured | str:
     assert state.result is not None
     if record.weights_sha256 != state.result.weights_sha256:
         return "analysed with other weights than its result's"
-    return Measured({(each.measure, each.epoch): each for each in findings if each.layer is None})
+    overall = {(each.measure, each.epoch): each for each in findings if each.layer is None}
+    return Measured(overall, record.grid, record.neighbours)
 
 
 def _notes(read: dict[str, Measured | str], command: str) -> list[str]:
@@ -75,6 +84,16 @@ def _notes(read: dict[str, Measured | str], command: str) -> list[str]:
         if isinstance(found, str):
             reasons.setdefault(found, []).append(label)
     return [f"{first_of(labels, 3)}: {reason}; measure with: {command}" for reason, labels in reasons.items()]
+
+
+def _meanings(runs: Iterable[Measured]) -> list[str]:
+    """What the measures in these runs mean, a line for each, and how large the images' grids of patches are."""
+    runs = list(runs)
+    sides, counts = (sorted(set(its)) for its in ([run.grid for run in runs], [run.neighbours for run in runs]))
+    grids = ", ".join(f"{side} x {side}" for side in sides)
+    patches = f"Images are grids of {grids} patches; recall asks for the {' or '.join(map(str, counts))} nearest neighbours."
+    found = {measure for run in runs for measure, _ in run.findings}
+    return [patches, *(f"{about['what']}: {MEANINGS[name]}." for name, about in MEASURES.items() if name in found)]
 
 
 def _of_dataset(dataset: str, cells: Sequence[tuple[CellName, Sequence[Measured]]]) -> Charts:
@@ -89,13 +108,11 @@ def _of_dataset(dataset: str, cells: Sequence[tuple[CellName, Sequence[Measured]
         if not found:
             continue
         lines = [Line(name.text, [_point(*each) for each in its.items()], name.colour) for name, its in found.items()]
-        chance = _chance(measure, [each for _, members in cells for each in members])
-        lines += [Line("chance", chance, -1)] if chance else []
+        chance = {name.text: points for name, members in cells if (points := _chance(measure, members))}
+        lines += [Line("chance", _envelope(list(chance.values())), -1)] if chance else []
         what = f"{about['what']} ({about['unit']})"
         own = [[what, name.text, *(_text(its.get(epoch)) for epoch in some)] for name, its in found.items()]
-        rows += own
-        expected = {point.x: f"{round(point.y, 3) + 0.0:.3f}" for point in chance}  # never -0.000
-        rows += [[what, "chance", *(expected.get(epoch, "-") for epoch in some)]] if chance else []
+        rows += [*own, *([what, *row] for row in _chance_rows(chance, some))]
         ends = "; ".join(f"{row[1]} {row[2]} initially, {row[-1]} at the end" for row in own)
         title = f"{dataset}: {about['what']}"
         charts.append(Chart(title, about["unit"], f"{title}, in {about['unit']}, over epochs. {ends}", lines))
@@ -120,7 +137,7 @@ def _point(epoch: float, found: Estimate) -> Point:
 
 
 def _chance(measure: str, runs: Sequence[Measured]) -> list[Point]:
-    """What is expected by chance, a mean over the runs; it hardly depends on them."""
+    """What is expected by chance, and the interval: means over the runs of a cell."""
     found: dict[float, list[Finding]] = {}
     for run in runs:
         for (name, epoch), each in run.findings.items():
@@ -136,6 +153,40 @@ def _chance(measure: str, runs: Sequence[Measured]) -> list[Point]:
         assert chance is not None
         points.append(Point(epoch, chance, mean(its, "chance_low"), mean(its, "chance_high")))
     return points
+
+
+def _envelope(cells: Sequence[Sequence[Point]]) -> list[Point]:
+    """The mean of the cells' chances, with a band that holds the bands of all of them."""
+    found: dict[float, list[Point]] = {}
+    for point in itertools.chain.from_iterable(cells):
+        found.setdefault(point.x, []).append(point)
+    return [
+        Point(
+            epoch,
+            math.fsum(point.y for point in its) / len(its),
+            min((point.low for point in its if point.low is not None), default=None),
+            max((point.high for point in its if point.high is not None), default=None),
+        )
+        for epoch, its in sorted(found.items())
+    ]
+
+
+def _chance_rows(cells: Mapping[str, Sequence[Point]], epochs: Sequence[float]) -> Iterator[list[str]]:
+    """Of each cell what is expected by chance and where 95 % of the orders fall; one row where all cells have the same."""
+
+    def expected(point: Point) -> str:
+        return f"{round(point.y, 3) + 0.0:.3f}"  # never -0.000
+
+    def interval(point: Point) -> str:
+        return "-" if point.low is None or point.high is None else f"{point.low:.3f} to {point.high:.3f}"
+
+    for title, text in (("chance", expected), ("95 % of chance", interval)):
+        texts = {name: {point.x: text(point) for point in points} for name, points in cells.items()}
+        rows = {name: [its.get(epoch, "-") for epoch in epochs] for name, its in texts.items()}
+        if len({tuple(row) for row in rows.values()}) == 1:
+            yield [title, *next(iter(rows.values()))]
+        elif rows:
+            yield from ([f"{title}, {name}", *row] for name, row in rows.items())
 
 
 def _text(found: Estimate | None) -> str:

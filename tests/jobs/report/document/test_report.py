@@ -167,6 +167,28 @@ def test_structure_stands_beside_initialisation_and_chance(whole: tuple[Path, Sw
     found = Estimate.of([0.1 * (4 + seed) for seed in range(3)])
     assert f"| content | 0.100 ± 0.100 | 0.200 ± 0.100 | {found.mean:.3f} ± {found.std:.3f} |" in whole[3]
     assert r"| neighbour recall of similarity (share) | chance | 0.300 | 0.300 | 0.300 |" in whole[3]
+    assert "| 95 % of chance | 0.200 to 0.400 | 0.200 to 0.400 | 0.200 to 0.400 |" in whole[3]
+    assert "Images are grids of 2 x 2 patches" in whole[3]
+    assert "mean attention distance: how far a patch is from those" in whole[3]
+
+
+def test_chance_is_that_of_each_cell(tmp_path: Path) -> None:
+    sweep = finished_sweep(tmp_path)
+    for run in sweep.runs:
+        write_analysis(tmp_path, run)
+        path = run.directory(tmp_path).path / "analysis" / "structure.json"
+        document = json.loads(path.read_text())
+        for finding in document["findings"]:
+            finding["chance_high"] = 0.6 if run.attention == "content" else 0.45
+        path.write_text(json.dumps(document))
+    page, text = report(tmp_path, sweep)
+    assert "| mean attention distance (patches) | chance | 0.300 | 0.300 | 0.300 |" in text
+    for attention, high in (("content", "0.600"), ("positional", "0.450")):
+        assert f"| 95 % of chance, {attention} | 0.200 to {high} |" in text
+    svg = page[page.index("mean attention distance, in patches") :]
+    top = re.search(r'class="band chance" d="M44 ([0-9.]+)L', svg[: svg.index("</svg>")])
+    assert top is not None
+    assert float(top[1]) == min(float(y) for y in re.findall(r"[ML][0-9.]+ ([0-9.]+)", top[0])), "up to 0.6"
 
 
 def test_maps_of_the_explorer_are_those_of_analyze(whole: tuple[Path, Sweep, str, str]) -> None:
