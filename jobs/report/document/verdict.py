@@ -53,21 +53,21 @@ class Compared:
         its, found = self.its, self.its.val_top1
         if found.mean is None:
             return f"{self.where}: no seed has a result in both {its.first} and {its.second}; nothing is compared."
-        winner, loser, sign = (its.second, its.first, 1) if found.mean >= 0 else (its.first, its.second, -1)
+        equal = percent(found.mean, True) == "+0.00"
+        winner, loser, sign = (its.second, its.first, 1) if found.mean >= 0 or equal else (its.first, its.second, -1)
         by = f"{percent(sign * found.mean)} points"
-        above = f"{winner} is {by} above" if percent(found.mean, True) != "+0.00" else "their means are equal"
+        above = "their means are equal" if equal else f"{winner} is {by} above"
         if found.ci95_low is None or found.ci95_high is None:
             return f"{self.where}: of {winner} and {loser}, {above} with the one seed that both have; one seed is no test."
         low, high = sorted((sign * found.ci95_low, sign * found.ci95_high))
-        interval = f"95 % t interval [{percent(low, True)}, {percent(high, True)}]"
+        interval = f"{winner} - {loser}: 95 % t interval [{percent(low, True)}, {percent(high, True)}] points"
         if self.bootstrap is not None:
             low, high = sorted(sign * end for end in self.bootstrap)
             interval += f", bootstrap over seeds [{percent(low, True)}, {percent(high, True)}]"
-        test = f"paired over {found.n} seeds, {interval}, {self._p_text}"
+        of = f" of {its.wanted}" if found.n < its.wanted else ""
+        test = f"{interval}, {self._p_text}, paired over {found.n}{of} seeds"
         chance = self.probability if sign > 0 else 1 - (self.probability or 0)
         odds = f"A run of {winner} is more accurate than one of {loser} with probability {100 * (chance or 0):.0f} %."
-        if found.n < its.wanted:
-            odds += f" {found.n} of {its.wanted} seeds are in it."
         if self.certain:
             return f"{self.where}: {winner} is better than {loser} by {by} ({test}). {odds}"
         return f"{self.where}: the seeds do not tell {winner} and {loser} apart; {above} ({test}). {odds}"
