@@ -148,6 +148,11 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def hours(value: float) -> str:
+    """GPU-hours for people: of short runs, two digits that are not 0."""
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
+
+
 def percent(value: float | None, sign: bool = False) -> str:
     """A fraction as tables have it; `-` for None."""
     return "-" if value is None else f"{round(100 * value, 2) + 0.0:{'+' if sign else ''}.2f}"  # never -0.00
@@ -177,7 +182,7 @@ def texts(table: CollectedTable) -> Iterator[list[list[str]]]:
             *cell.settings.values(),
             *_accuracy(table, cell),
             percent(cell.reference_val_top1),
-            f"{cell.gpu_hours:.2f}",
+            hours(cell.gpu_hours),
             *(["-" if cell.energy_kwh is None else f"{cell.energy_kwh:.3g}"] if energy else []),
         ]
         for cell in table.cells

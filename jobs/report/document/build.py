@@ -80,7 +80,13 @@ def _table(table: CollectedTable, command: str) -> Section:
     """The third section: the tables of `collect`, with its notes."""
     cells, *others = texts(table)
     names = 2 + len(table.axes)
-    blocks: list[Block] = [Table("Top-1 accuracy of each cell: mean ± standard deviation over the seeds", cells, keys=names)]
+    blocks: list[Block] = [
+        Table(
+            "Top-1 accuracy of each cell (runs that differ in the seed alone): mean ± standard deviation over the seeds",
+            cells,
+            keys=names,
+        )
+    ]
     if table.differences:
         blocks.append(Table("content - positional, paired by seed", others.pop(0), keys=names - 1))
     if table.comparisons:

@@ -9,13 +9,14 @@ from pathlib import Path
 from jobs.grid import short_name
 from jobs.report.collect import by_cell, energy_kwh
 from jobs.report.document.content import Section, Table, Text
-from jobs.report.status import duration
+from jobs.report.status import duration, first_of
+from jobs.report.tables import hours
 from jobs.state import RunState
 from vitpa.records import RunError, read_json
 from vitpa.statistics import Estimate
 
 NOTE = (
-    "Time: of a run, steps, evaluations and checkpoints that led to its result; runs that trained together share it. "
+    "Time: steps, evaluations and checkpoints that led to a run's result; runs that trained together share it. "
     "Goodput: the share of that in the wall-clock time of all attempts, start-up, compilation and repeated work included."
 )
 
@@ -24,7 +25,8 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
     """The costs of the runs below `root`, a row for each cell and one for all."""
     axes = list(dict.fromkeys(axis for state in states for axis in state.run.settings))
     energy = any(state.result is not None and state.result.energy_j is not None for state in states)
-    header = ["data set", "network", *map(short_name, axes), "runs", "time of a run", "GPU-hours", "images/s of a run"]
+    header = ["data set", "network", *map(short_name, axes), "runs", "mean time of a run", "time of all", "GPU-hours"]
+    header += ["mean images/s of a run"]
     header += [*(["kWh (GPUs)"] if energy else []), "attempts", "goodput"]
     keys = 2 + len(axes)
     rows = []
@@ -34,7 +36,26 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
     if len(rows) > 1:
         rows.append(["all", *([""] * (keys - 1)), *_costs(states, root, energy)])
     table = Table("What the finished runs took", [header, *rows], keys=keys)
-    return Section("costs", "Time, GPU-hours and goodput", [table, Text([NOTE])], [command])
+    notes = [NOTE, *_what_else(states, root, energy)]
+    return Section("costs", "Time, GPU-hours, energy and goodput", [table, Text(notes)], [command])
+
+
+def _what_else(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
+    """Lines about what stands in no row: what unfinished runs took, and why there are no GPU-hours, or no energy."""
+    results = [state.result for state in states if state.result is not None]
+    notes = []
+    if results and not any(result.gpu_hours for result in results):
+        notes.append("The finished runs trained on CPUs: they took no GPU-hours, and there is no counter of a GPU's energy.")
+    elif results and not energy:
+        notes.append("Energy: not known; the GPUs of these runs had no counter, or it was not read.")
+    others = [state for state in states if state.result is None]
+    attempts = {state.run.label: len(state.run.directory(root).attempts()) for state in others}
+    if tried := [label for label, count in attempts.items() if count]:
+        known_s = math.fsum(_attempts_s(state, root) or 0 for state in others)
+        count, took = sum(attempts.values()), f", which took {duration(known_s)} of wall-clock time" if known_s else ""
+        said = f"{count} attempt{'s' if count > 1 else ''} of runs that are not finished: {first_of(tried, 3)}{took}"
+        notes.append(f"Not in the table: {said}.")
+    return notes
 
 
 def _costs(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
@@ -44,12 +65,12 @@ def _costs(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
     spent = [_attempts_s(state, root) for state in states if state.result is not None]
     known = [(state_s, result.train_time_s) for state_s, result in zip(spent, results, strict=True) if state_s]
     goodput = math.fsum(used for _, used in known) / math.fsum(total for total, _ in known) if known else None
-    hours = f"{math.fsum(result.gpu_hours for result in results):.2f}"
     kwh = energy_kwh(results)
     return [
         f"{len(results)}/{len(states)}",
         duration(time.mean) or "-",
-        hours,
+        duration(math.fsum(result.train_time_s for result in results)) if results else "-",
+        hours(math.fsum(result.gpu_hours for result in results)),
         "-" if speed.mean is None else f"{speed.mean:,.0f}",
         *(["-" if kwh is None else f"{kwh:.3g}"] if energy else []),
         str(sum(result.attempts for result in results)),

@@ -190,7 +190,8 @@ def _pictures(run: _Run) -> Iterator[Picture]:
     gap = np.full((grids[0].shape[0], 3), np.nan)
     image = np.hstack([part for grid in grids for part in (gap, grid)][1:])
     when = ", ".join(text for _, text in steps)
-    caption = f"{label}: similarity {when}. The map in row i, column j is that of patch (i, j); colours from -{CUT} to {CUT}."
+    colours = f"colours from -{CUT} (blue) to {CUT} (yellow)"
+    caption = f"{label}: similarity {when}. The map in row i, column j is that of patch (i, j); {colours}."
     cell = cell_text(run.state)
     alt = f"Similarity maps of the {side} x {side} patches of {cell}, {when}"
     yield _picture(caption, alt, image, -CUT, CUT)
@@ -200,7 +201,7 @@ def _pictures(run: _Run) -> Iterator[Picture]:
         image = _grid(rows.reshape(*rows.shape[:2], side, side))
         patch, (layers, heads) = f"the middle patch (row and column {side // 2 + 1})", rows.shape[:2]
         what = f"attention of {patch} {last}, a row for each of {layers} layers, a column for each of {heads} heads"
-        caption = f"{label}: {what}; colours from 0 to {rows.max():.2f}."
+        caption = f"{label}: {what}; colours from 0 (blue) to {rows.max():.2f} (yellow)."
         yield _picture(caption, f"Attention of {patch} of {cell} in every layer and head", image, 0, float(rows.max()))
 
 

@@ -30,7 +30,8 @@ def section(table: CollectedTable, states: Sequence[RunState], root: Path, comma
     if len(results) > MAX_RUNS:
         blocks.append(Text([f"{len(results) - MAX_RUNS} more are in runs.csv, which `vitpa sweep collect` writes."]))
     config = f"{in_shell(root)}/runs/SIGNATURE/config.yaml"
-    blocks.append(Text([f"To make a run again, elsewhere: vitpa train {config} runtime.root=FOLDER"]))
+    again = f"To train a run again, elsewhere: vitpa train {config} runtime.root=FOLDER (signatures: table above)"
+    blocks.append(Text([again]))
     return Section("origin", "Versions, data and commands", blocks)
 
 
@@ -44,11 +45,16 @@ def _versions(states: Sequence[RunState], root: Path) -> list[list[str]]:
         versions = env.get("versions")
         its = {"code": state.result.code_version, "Python": env.get("python")}
         its |= versions if isinstance(versions, dict) else {}
-        its |= {"CUDA": env.get("cuda"), "GPU": env.get("gpu") or env.get("device"), "platform": env.get("platform")}
+        its |= {"CUDA": env.get("cuda"), "device": env.get("gpu") or env.get("device"), "platform": env.get("platform")}
         for name, value in its.items():
             if value:
                 found.setdefault((str(name), str(value)), []).append(state.run.label)
-    return [[name, value, f"{len(labels)}, such as {first_of(labels)}"] for (name, value), labels in found.items()]
+    count = sum(state.result is not None for state in states)
+
+    def which(labels: Sequence[str]) -> str:
+        return f"all {count} finished" if len(labels) == count else f"{len(labels)}: {first_of(labels, 3)}"
+
+    return [[name, value, which(labels)] for (name, value), labels in found.items()]
 
 
 def _data(table: CollectedTable) -> list[list[str]]:
