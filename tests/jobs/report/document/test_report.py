@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from jobs.report.collect import collect
+from jobs.report.document import render
 from jobs.report.document.curves import mean_line
 from jobs.report.document.svg import ticks
 from jobs.report.tables import texts
@@ -123,6 +124,28 @@ def test_the_page_is_well_formed_and_accessible(whole: tuple[Path, Sweep, str, s
     assert len(page.all("svg")) == 4 + 6
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance of rrggbb or rgb, as WCAG 2.1 defines it."""
+    channels = [
+        int(each, 16) / 255 for each in re.findall("..", colour if len(colour) == 6 else re.sub("(.)", r"\1\1", colour))
+    ]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in channels]
+    return sum(weight * each for weight, each in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_colours_have_the_contrast_that_wcag_asks_for() -> None:
+    """4.5 for texts and 3 for lines, in light, dark and print; axe leaves texts within an SVG undecided."""
+    css = (render.TEMPLATES / "style.css").read_text()
+    schemes = [dict(re.findall(r"--(\w+): #(\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css, re.DOTALL)]
+    assert len(schemes) == 3
+    texts_on = [(text, under, 4.5) for text in ("text", "soft", "link", "bad") for under in ("page", "raised")]
+    lines_on = [(line, "page", 3) for line in (*(f"c{index}" for index in range(6)), "chance")]
+    for colours in schemes:
+        for name, under, least in texts_on + lines_on:
+            dark, light = sorted((luminance(colours[name]), luminance(colours[under])))
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, under)
+
+
 def test_the_page_asks_for_nothing(whole: tuple[Path, Sweep, str, str]) -> None:
     page = Page(whole[2])
     loads = [value for _, each in page.elements for key, value in each.items() if key in ("src", "href", "srcset", "data")]
@@ -148,10 +171,36 @@ def test_the_verdict_is_that_of_a_calculation_by_hand(whole: tuple[Path, Sweep, 
     assert "the seeds do not tell content and positional apart; content is 2.67 points above" in line
     assert "paired over 3 seeds" in line
     assert "p = 0.16" in line
-    assert r"95 % t interval \[-2.50, +7.84\]" in line
+    assert r"(content - positional: 95 % t interval \[-2.50, +7.84\] points" in line
     assert r"bootstrap over seeds \[+1.00, +5.00\]" in line  # 1 of 27 draws has the smallest three times, 1 the largest
     assert "with probability 89 %" in line  # 8 of 9 pairs
     assert "| digits | content - positional | +2.67 ± 2.08 |" in whole[3]
+
+
+def test_equal_means_are_compared_as_in_the_table(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=3)
+    for run in sweep.runs:  # content - positional: +0.03, -0.01, -0.02, whose mean is not 0 but -1e-17
+        finish(tmp_path, run, 0.5 if run.attention == "positional" else (0.53, 0.49, 0.48)[run.seed])
+    _, text = report(tmp_path, sweep)
+    line = next(line for line in text.splitlines() if line.startswith("digits: the seeds"))
+    (row,) = (row for row in text.splitlines() if row.startswith("| digits | content - positional | +0.00 ± 2.65 | "))
+    interval = row.split(" | ")[3]
+    assert f"their means are equal (content - positional: 95 % t interval {interval} points" in line
+    assert "A run of content is more accurate than one of positional with probability 33 %" in line
+
+
+def test_costs_say_what_is_in_no_row(tmp_path: Path) -> None:
+    sweep = finished_sweep(tmp_path)
+    shutil.rmtree(sweep.runs[2].directory(tmp_path).path)
+    fail(tmp_path, sweep.runs[2], "KeyError: 'a'")
+    for run in sweep.runs[:2] + sweep.runs[3:]:
+        write_result(tmp_path, run, gpu_hours=0.001)
+    _, text = report(tmp_path, sweep, code=4)
+    costs = text[text.index("## 7") : text.index("## 8")]
+    assert "Not in the table: 1 attempt of runs that are not finished: digits-content-s1, which took 2 s" in costs
+    assert "Energy: not known" in costs
+    assert "| 0.002 |" in costs, "2 finished runs of content"
+    assert "| all 5 finished |" in text[text.index("## 8") :]
 
 
 def test_curves_end_with_the_results_and_mean_the_seeds(whole: tuple[Path, Sweep, str, str]) -> None:
