@@ -91,7 +91,7 @@ def _meanings(runs: Iterable[Measured]) -> list[str]:
     runs = list(runs)
     sides, counts = (sorted(set(its)) for its in ([run.grid for run in runs], [run.neighbours for run in runs]))
     grids = ", ".join(f"{side} x {side}" for side in sides)
-    patches = f"Images are grids of {grids} patches; recall asks for the {' or '.join(map(str, counts))} nearest neighbours."
+    patches = f"Images are grids of {grids} patches; neighbours of a patch: the {' or '.join(map(str, counts))} nearest."
     found = {measure for run in runs for measure, _ in run.findings}
     return [patches, *(f"{about['what']}: {MEANINGS[name]}." for name, about in MEASURES.items() if name in found)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -142,10 +143,29 @@ def section(table: CollectedTable, search: Sequence[str], command: str) -> Secti
         blocks += [Table(caption, [header, *(each.row for each in found)], keys=2), Text([METHOD])]
     if table.mixed:
         blocks.append(Text([f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}."], strong=True))
-    if not found and not table.best:
-        what = "No run is finished yet" if not table.results else "There is nothing to compare: no two cells have results"
-        blocks.append(Text([f"{what}."]))
+    if not found and not table.best and not (search and table.results):
+        blocks.append(Text(_untested(table.scores) or [_nothing(table)]))
     return Section("verdict", "Verdict", blocks, [command])
+
+
+def _untested(cells: Sequence[Scores]) -> list[str]:
+    """Of each data set with several cells that have a result: which one has the highest mean, and that there is no test."""
+    said = []
+    for dataset in dict.fromkeys(cell.dataset for cell in cells):
+        means = {
+            cell.text: math.fsum(cell.values) / len(cell.values) for cell in cells if cell.dataset == dataset and cell.values
+        }
+        if len(means) > 1:
+            best = max(means, key=means.__getitem__)
+            highest = f"{best} has the highest accuracy of {len(means)} cells with a result, {percent(means[best])} %"
+            said.append(f"{dataset}: {highest}; a test takes two seeds in two cells.")
+    return said
+
+
+def _nothing(table: CollectedTable) -> str:
+    if not table.results:
+        return "No run is finished yet."
+    return "There is nothing to compare: no two cells of a data set have results."
 
 
 def _counted(found: Sequence[Compared], axis: str) -> str:

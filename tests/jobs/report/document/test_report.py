@@ -356,6 +356,20 @@ def test_any_sweep_has_a_report(tmp_path: Path, kind: str) -> None:
     page, text = report(tmp_path, sweep)
     assert [attributes["id"] for attributes in Page(page).all("section")] == ORDER
     assert expected in text.replace("\\", "")
+    assert ("nothing to compare" in text) == (kind == "resnet")
+
+
+def test_one_seed_of_one_attention_along_an_axis(tmp_path: Path) -> None:
+    make_sweep(tmp_path, seeds=1, axes={"optim.lr": [0.001, 0.002]})
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "attentions": ["content"]}))
+    sweep = load_sweep(str(path), tmp_path)
+    for run, top1 in zip(sweep.runs, (0.5, 0.6), strict=True):
+        finish(tmp_path, run, top1)
+    _, text = report(tmp_path, sweep)
+    verdict = text[text.index("## 2") : text.index("## 3")]
+    assert "digits: content lr=0.002 has the highest accuracy of 2 cells with a result, 60.00 %; a test takes" in verdict
+    assert "nothing to compare" not in verdict
 
 
 def test_some_of_the_runs_need_a_place_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
