@@ -127,7 +127,7 @@ class WatchApp(App[None]):
             return
         columns = columns_of(self.size.width)
         lines: dict[str, list[Text]] = {}
-        for group in groups_of(matching(self.now.rows, self.typed), self.grouping):
+        for group in self.groups:
             lines[GROUP + group.name] = _group_line(group, columns)
             lines |= {row["signature"]: _run_line(row, columns) for row in group.rows}
         table, keys = self.table, list(lines)
@@ -147,19 +147,22 @@ class WatchApp(App[None]):
         if under_cursor in lines:
             table.move_cursor(row=keys.index(under_cursor))
 
+    @property
+    def groups(self) -> list[Group]:
+        """What the typed words leave."""
+        return groups_of(matching(self.now.rows, self.typed), self.grouping) if self.now is not None else []
+
     def _under_cursor(self) -> str:
         row = self.table.cursor_row
         return self._keys[row] if 0 <= row < len(self._keys) else ""
 
     @property
     def chosen(self) -> list[Row]:
-        """The run under the cursor, or the runs of the group there."""
+        """The run under the cursor, or those runs of the group there that are shown."""
         key = self._under_cursor()
-        if self.now is None:
-            return []
         if key.startswith(GROUP):
-            return next((list(each.rows) for each in groups_of(self.now.rows, self.grouping) if GROUP + each.name == key), [])
-        return [row for row in self.now.rows if row["signature"] == key]
+            return next((list(group.rows) for group in self.groups if GROUP + group.name == key), [])
+        return [row for group in self.groups for row in group.rows if row["signature"] == key]
 
     def say(self, text: str) -> None:
         """Say something below the table."""
@@ -228,8 +231,12 @@ class WatchApp(App[None]):
         if whole and self.grouping != "cells":
             self.say(f"{verb}: move to a run, or group by cells (j)")
             return
-        terms = terms_of(rows[0], seed=not whole)
-        what = f"the {len(rows)} runs of {self._under_cursor().removeprefix(GROUP)}" if whole else rows[0]["run"]
+        terms = terms_of(rows)
+        what = (
+            f"the {len(rows)} {'run' if len(rows) == 1 else 'runs'} of {self._under_cursor().removeprefix(GROUP)}"
+            if whole
+            else rows[0]["run"]
+        )
 
         def confirmed(yes: bool | None) -> None:
             if yes:

@@ -100,7 +100,8 @@ def sweep_eta_s(rows: Sequence[Row]) -> float | None:
     return float(max(left / epochs_per_s, *(row["eta_s"] for row in training)))
 
 
-def terms_of(row: Row, *, seed: bool = True) -> list[str]:
-    """What follows `vitpa sweep VERB SWEEP` to mean this run, or its cell."""
-    chosen = {"dataset": row["dataset"], "attention": row["attention"], **row["settings"]}
-    return [f"{key}={value}" for key, value in ({**chosen, "seed": row["seed"]} if seed else chosen).items()]
+def terms_of(rows: Sequence[Row]) -> list[str]:
+    """What follows `vitpa sweep VERB SWEEP` to mean these runs of one cell, and no other."""
+    first, seeds = rows[0], ",".join(str(row["seed"]) for row in rows)
+    chosen = {"dataset": first["dataset"], "attention": first["attention"], **first["settings"], "seed": seeds}
+    return [f"{key}={value}" for key, value in chosen.items()]

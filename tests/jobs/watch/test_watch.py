@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,30 @@ def test_groups_words_and_time() -> None:
     said = Look(rows, "squeue: no answer").title("x")
     assert said == "x: 2 of 4 done, 1 running, 1 pending; done in about 3 min; squeue: no answer"
     with_axis = row("a", 0, settings={"optim.lr": "0.001"})
-    assert terms_of(with_axis) == ["dataset=digits", "attention=content", "optim.lr=0.001", "seed=0"]
-    assert terms_of(with_axis, seed=False) == ["dataset=digits", "attention=content", "optim.lr=0.001"]
+    assert terms_of([with_axis]) == ["dataset=digits", "attention=content", "optim.lr=0.001", "seed=0"]
+    assert terms_of([with_axis, {**with_axis, "seed": 2}])[-1] == "seed=0,2", "a cell: its runs that are watched"
+
+
+def test_what_is_not_shown_is_not_cancelled() -> None:
+    rows = [row("a", 0, "running"), row("a", 1, "done", val_top1=0.5), row("a", 2, "running"), row("b", 0)]
+    told: list[list[str]] = []
+
+    def tell(verb: str, terms: Sequence[str]) -> list[str]:
+        told.append([verb, *terms])
+        return ["true"]
+
+    app = WatchApp("small", Path(), lambda: Look(rows, pause_s=1000), tell)
+
+    async def drive() -> None:
+        async with app.run_test(size=SIZE) as pilot:
+            await until(pilot, lambda: app.table.row_count == 6)
+            await pilot.press("slash", *"running", "enter", "home", "c")
+            assert "cancel the 2 runs of a?" in str(app.screen.query_one(Static).render())
+            await pilot.press("y")
+            await until(pilot, lambda: told)
+
+    asyncio.run(drive())
+    assert told == [["cancel", "dataset=digits", "attention=content", "seed=0,2"]]
 
 
 @pytest.mark.slow
