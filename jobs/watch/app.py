@@ -44,6 +44,7 @@ class WatchApp(App[None]):
     ENABLE_COMMAND_PALETTE = False
     CSS = """
     #title { height: 1; text-style: bold; }
+    #whole { height: auto; max-height: 3; text-style: italic; }
     #said { height: auto; max-height: 3; }
     DataTable { height: 1fr; }
     #filter { height: 1; border: none; padding: 0; }
@@ -78,6 +79,7 @@ class WatchApp(App[None]):
         table = RunTable(cursor_type="row")
         table.cell_padding = 0
         yield table
+        yield Static("", id="whole", markup=False)
         yield Static("", id="said", markup=False)
         found = Input(placeholder="words that a run's name, state, node, job or reason has; Enter keeps, Escape shows all")
         found.id, found.display = "filter", False
@@ -203,6 +205,15 @@ class WatchApp(App[None]):
         """By cells of the sweep, or by jobs of SLURM."""
         self.grouping = "jobs" if self.grouping == "cells" else "cells"
         self.draw()
+
+    def on_data_table_row_highlighted(self) -> None:
+        """Below the table the whole name of the line under the cursor, where the table cuts it: others may end alike."""
+        key = self._under_cursor()
+        name = key.removeprefix(GROUP) if key.startswith(GROUP) else next((f"  {row['run']}" for row in self.chosen), "")
+        cut = len(printable(name)) >= self._columns.get("run", 0)
+        whole = self.query_one("#whole", Static)
+        whole.display = cut
+        whole.update(printable(name.strip()) if cut else "")
 
     def on_data_table_row_selected(self) -> None:
         """Enter: the curve of the run under the cursor."""

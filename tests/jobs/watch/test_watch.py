@@ -85,6 +85,22 @@ def test_groups_words_and_time() -> None:
     assert terms_of([with_axis, {**with_axis, "seed": 2}])[-1] == "seed=0,2", "a cell: its runs that are watched"
 
 
+def test_a_name_that_is_cut_is_shown_below() -> None:
+    ends = "-a_setting_with_a_long_label_of_its_own"
+    rows = [row(f"digits-content-lr{rate}{ends}", 0) for rate in ("0.001", "0.002")]
+    app = WatchApp("small", Path(), lambda: Look(rows, pause_s=1000), lambda verb, terms: [])
+
+    async def drive() -> None:
+        async with app.run_test(size=SIZE) as pilot:
+            await until(pilot, lambda: text(app, "whole") == f"digits-content-lr0.001{ends}")
+            await pilot.press("down", "down", "down")
+            await until(pilot, lambda: text(app, "whole") == f"digits-content-lr0.002{ends}-s0")
+            await pilot.resize_terminal(200, 50)
+            await until(pilot, lambda: not app.query_one("#whole").display)
+
+    asyncio.run(drive())
+
+
 def test_what_is_not_shown_is_not_cancelled() -> None:
     rows = [row("a", 0, "running"), row("a", 1, "done", val_top1=0.5), row("a", 2, "running"), row("b", 0)]
     told: list[list[str]] = []
