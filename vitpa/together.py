@@ -93,6 +93,11 @@ def check_together(configs: Sequence[RunConfig]) -> None:
     for key in differing(configs):
         if not may_differ(key):
             first, second, *_ = _values(configs, key)
+            if key.startswith("runtime."):
+                raise ConfigError(
+                    f"{key}={first} and {key}={second} cannot be trained together: they share a process; say {key}=VALUE on "
+                    "the command line, for all"
+                )
             raise ConfigError(
                 f"{key}={first} and {key}={second} cannot be trained together: it shapes the step, which all replicas share; "
                 "train them apart (a sweep does that by itself)"

@@ -71,6 +71,11 @@ def test_what_shapes_the_step_is_refused_in_one_line() -> None:
         r"which all replicas share; train them apart \(a sweep does that by itself\)$",
     ):
         check_together([first, other])
+    slower = runs("runtime.cpu_threads=3")[0]
+    with pytest.raises(
+        ConfigError, match=r"they share a process; say runtime.cpu_threads=VALUE on the command line, for all$"
+    ):
+        check_together([first, slower])
     with pytest.raises(ConfigError, match=r"^the run with seed 0 is to be trained twice; name each run once$"):
         check_together([first, first])
 
