@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jobs.drift import Drift
 from jobs.errors import SweepError
-from jobs.grid import KEYS
+from jobs.grid import KEYS, short_name
 from jobs.membership import runs_that_left
 from jobs.notify.outbox import Teller
 from jobs.records import Place
@@ -218,7 +218,10 @@ def parse_terms(terms: Sequence[str], runs: Sequence[Run]) -> tuple[dict[str, se
             overrides.append(Override.parse(term))
             continue
         if not equals or key not in known:
-            near = difflib.get_close_matches(key, [*known, *KEYS], n=1)
+            near = [
+                name for name in [*known, *KEYS] if short_name(name) == short_name(key)
+            ]  # lr= for optim.lr, model.attention=
+            near = near or difflib.get_close_matches(key, [*known, *KEYS], n=1)
             raise SweepError(
                 f"{term!r}: expected a filter ({', '.join(f'{name}=' for name in known)}), a setting runtime.KEY=VALUE, or, "
                 f"to plan and submit, values of a key of the configuration{f'; did you mean {near[0]}?' if near else ''}"

@@ -102,6 +102,8 @@ def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
         ("submit demo optim.lr=1e-3 optim.lr=2e-3", "optim.lr is given twice; write its values as optim.lr=A,B"),
         ("submit demo optim.lr=1e-3 seed=0,1 seed=2", "'seed=2': seed is given twice; write its values as seed=A,B"),
         ("plan digits attention=content attention=positional", "attention is given twice; write its values as attention=A,B"),
+        ("submit demo model.attention=content,positional", "values of a key of the configuration; did you mean attention?"),
+        ("submit demo lr=1e-3", "values of a key of the configuration; did you mean optim.lr?"),
         ("submit demo optim.lr=x", "command line: axes: optim.lr=x: Input should be a valid number"),
         ("submit paper_small optim.lr=1e-3 dataset=mnist", "there is no dataset 'mnist' in paper_small; there is cifar10"),
         ("submit demo optim.lr=1e-3 seed=a", "command line: seeds.0=a: Input should be a valid integer"),
