@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: list[Future[Path]] = []
+        self._under_way: list[Future[object]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +126,10 @@ class Writer:
     def keep(self, run: RunDir, step: int, model: dict[str, Tensor]) -> None:
         """Write a snapshot of the weights after `step` steps, likewise."""
         self._under_way.append(self._pool.submit(snapshot.write, run, step, _on_host(model)))
+
+    def afterwards(self, act: Callable[[], object]) -> None:
+        """Call it when all that was given before is written, or has failed."""
+        self._under_way.append(self._pool.submit(act))
 
     def wait(self) -> None:
         """Wait until all of them are written.

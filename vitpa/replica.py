@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from vitpa.checkpoint import Progress, weights_sha256
+from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.documents import YAML_BYTES, read_bytes
 from vitpa.logs import Logs
 from vitpa.records import utc_now, with_checksum, write_json
-from vitpa.rundir import Pause, Result, RunDir
+from vitpa.rundir import AttemptDir, Pause, Result, RunDir
+from vitpa.seconds import Seconds, lost_beyond
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Replica:
     left: str = ""  # why it is not trained any more, while the others are
     failed: bool = False  # whether that is a failure
     counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
+    attempt: AttemptDir | None = None  # whose seconds are recorded, in the main process
+    resumed_train_time_s: float = 0.0  # progress.train_time_s when the attempt began
+    lost: tuple[int, float] = (0, 0.0)  # steps, and seconds, of earlier attempts that are done again
 
     @property
     def train_time_s(self) -> float:
@@ -44,6 +50,29 @@ class Replica:
         self.progress.gpu_time_s += new_s * gpus
         before_j = self.progress.energy_j
         self.progress.energy_j = None if before_j is None or energy_j is None else before_j + energy_j
+
+    def begin_seconds(self, clock: Clock) -> None:
+        """Begin the record of where this attempt's time goes; metrics.jsonl still has the rows that will be made again."""
+        self.resumed_train_time_s = self.progress.train_time_s
+        self.lost = lost_beyond(self.run.metrics_jsonl, self.progress.step, self.progress.train_time_s)
+        self.attempt = next(reversed(self.run.attempts()), None)
+        self.record_seconds(clock)
+
+    def record_seconds(self, clock: Clock) -> None:
+        """Write seconds.json, if the attempt has a folder."""
+        self.seconds_writer(clock)()
+
+    def seconds_writer(self, clock: Clock) -> Callable[[], None]:
+        """What writes seconds.json as it is now, to be called later."""
+        seconds = Seconds(
+            **clock.seconds(),
+            train_time_s=self.progress.train_time_s,
+            resumed_train_time_s=self.resumed_train_time_s,
+            lost_steps=self.lost[0],
+            lost_s=self.lost[1],
+        )
+        attempt = self.attempt
+        return lambda: None if attempt is None else seconds.write(attempt.seconds_json)
 
     def result(self, beton_sha256: dict[str, str]) -> Result:
         """What its result.json says, once it is trained to its end on these data."""

@@ -63,6 +63,9 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
         if t.group.is_main:  # the sums are over all processes
             t.steps.accumulator.sums[number] = state.window.to(t.group.device)
     t.step = t.replicas[0].progress.step
+    if t.group.is_main:
+        for replica in t.replicas:
+            replica.begin_seconds(t.clock)
     record_environment(t)
 
 

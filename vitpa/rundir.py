@@ -101,6 +101,7 @@ class AttemptDir:
     config_yaml = Below("config.yaml")  # the run's, with the `runtime` that a sweep trains it with
     start_json = Below("start.json")  # written by the process that runs it
     env_json = Below("env.json")  # versions and hardware it ran with
+    seconds_json = Below("seconds.json")  # by the trainer: where its time went
     exit_json = Below("exit.json")  # how it ended; missing if it was killed
     left_json = Below("left.json")  # by the trainer: the run was dropped, those trained with it go on
     log = Below("log.txt")  # everything the training processes print

@@ -27,6 +27,7 @@ from vitpa import checkpoint
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
 from vitpa.attempt import record_left
 from vitpa.checkpoint import Checkpoint
+from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.data.loader import ResidentFeed
 from vitpa.data.open import open_data, random_reads_note
@@ -69,13 +70,17 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
     """
+    clock = Clock.of_attempt()
     t = set_up(configs, group)
+    clock.enter("restore")
     paths = group.broadcast(resume_points(t) if group.is_main else {})
     if len(paths) < len(configs):
         t.steps.close()
         del t  # and the memory that it takes
         t = set_up([configs[number] for number in paths], group)
+    t.clock = clock
     resume(t, [path for path in paths.values() if path is not None])
+    clock.enter("set_up")
     with ExitStack() as stack:
         open_logs(t, stack)
         stack.callback(t.steps.close)
@@ -164,6 +169,7 @@ def show_positions(t: Training) -> None:
 
 def prepare_steps(t: Training) -> None:
     """Compile the step and capture its CUDA graph, as `runtime.step` says, and start the clocks."""
+    t.clock.enter("compilation")
     if t.step < t.total_steps:
         t.steps.use_img_size(t.config.train_img_size(t.epoch))
         if t.steps.compiles:
@@ -177,6 +183,7 @@ def prepare_steps(t: Training) -> None:
         t.meter.begin()
     for replica in t.replicas:
         replica.counted_s = t.saved_s
+    t.clock.enter("steps")
 
 
 def change_image_size(t: Training, epoch: int) -> None:
@@ -211,7 +218,8 @@ def train_epoch(t: Training, epoch: int) -> bool:
         keep(t)
     last_epoch = epoch + 1 == t.config.last_epoch
     if last_epoch or (epoch + 1) % runtime.eval_every_epochs == 0:
-        t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
+        with t.clock.evaluating(t.group.device):
+            t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
@@ -264,7 +272,10 @@ def save_or_stop(t: Training) -> bool:
     if due:
         save(t)
     if stopped and t.checkpoints is not None:
-        t.checkpoints.wait()
+        with t.clock.within("checkpoints"):
+            t.checkpoints.wait()
+        for number in stopped:
+            t.replicas[number].record_seconds(t.clock)
     stopped = [number for number, _ in t.active if number in stopped]
     everyone = bool(stopped) and len(stopped) == len(t.active)
     for number in stopped:
@@ -289,13 +300,15 @@ def save(t: Training) -> None:
     """Begin to write checkpoints of the present step; the thread of `t.checkpoints` goes on with it."""
     drop_nonfinite(t, t.metrics.flush())
     if t.checkpoints is not None:
-        t.checkpoints.wait()
+        with t.clock.within("checkpoints"):
+            t.checkpoints.wait()
     accumulator = t.steps.accumulator
     # a run cannot go on from a checkpoint of broken weights, so it gets none
     first = t.group.all_reduce_min(accumulator.first_nonfinite_step.clone()).tolist()
     drop_nonfinite(t, {number: first[number] for number, _ in t.active if first[number] < NEVER})
     sums = t.group.all_reduce_sum(accumulator.sums.clone())
     count(t)
+    t.clock.enter("checkpoints")
     for number, replica in t.active:
         replica.progress.step = t.step
         if replica.logs is not None:
@@ -313,7 +326,9 @@ def save(t: Training) -> None:
             )
             assert t.checkpoints is not None
             t.checkpoints.save(replica.run, state)
+            t.checkpoints.afterwards(replica.seconds_writer(t.clock))
     t.saved_s = time.monotonic()
+    t.clock.enter("steps")
 
 
 def keep(t: Training) -> None:
@@ -338,10 +353,12 @@ def finish(t: Training) -> None:
     save(t)
     if t.checkpoints is None:
         return
-    t.checkpoints.wait()
+    with t.clock.within("checkpoints"):
+        t.checkpoints.wait()
     for _, replica in t.active:
         assert replica.logs is not None
         replica.logs.flush()
+        replica.record_seconds(t.clock)
         record = replica.record_result(t.data.beton_sha256) if t.step == t.total_steps else replica.record_pause(t.epoch_steps)
         say(t, f"{replica.name} {record}")
 

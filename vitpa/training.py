@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vitpa import checkpoint
+from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.data.open import Data
 from vitpa.distributed import Group
@@ -35,6 +36,7 @@ class Training:
     meter: EnergyMeter | None = None
     checkpoints: checkpoint.Writer | None = None  # in the main process
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def total_steps(self) -> int:

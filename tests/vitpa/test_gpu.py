@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.trainings import arguments, config_of, trained
+from vitpa.clock import Clock
 from vitpa.data.rng import Purpose, key, permutation, random_bits, uniform
 from vitpa.metrics_file import read_metrics
 
@@ -41,3 +42,16 @@ def test_gpu_trains_as_the_cpu_does(digits: Path, tmp_path: Path, precision: str
     else:  # roundings grow: on a CPU alone, bfloat16 and float32 are 2e-4 apart in 22 steps, and 2.5 % in single later ones
         assert on_gpu[:22] == pytest.approx(on_cpu[:22], rel=1e-3)
         assert sum(on_gpu) == pytest.approx(sum(on_cpu), rel=5e-3)
+
+
+def test_evaluations_are_timed_where_they_are_done() -> None:
+    """The host goes on at once; the seconds that the GPU takes are moved from those of the steps."""
+    clock, matrix = Clock(), torch.rand(4096, 4096, device="cuda")
+    clock.enter("steps")
+    with clock.evaluating(matrix.device):
+        for _ in range(200):
+            matrix @ matrix
+    torch.cuda.synchronize()
+    seconds = clock.seconds()
+    assert seconds["evaluations_s"] > 0.5 * (seconds["steps_s"] + seconds["evaluations_s"])
+    assert clock.seconds()["evaluations_s"] == seconds["evaluations_s"], "each is counted once"

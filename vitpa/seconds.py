@@ -1,0 +1,67 @@
+"""Where the time of an attempt went: `attempts/NNNN/seconds.json`, written by the trainer with each checkpoint. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import Field
+
+from vitpa.documents import read_end
+from vitpa.metrics_file import parse_line
+from vitpa.records import Record, write_json
+
+PARTS = ("set_up", "restore", "compilation", "steps", "evaluations", "checkpoints")
+TAIL_BYTES = 65_536
+
+
+class Seconds(Record):
+    """The seconds of an attempt up to its newest checkpoint, or its orderly end, by part; they add up to its wall-clock time.
+
+    They begin with the training process, or, of `vitpa train`, when it has the run. Checkpoints are what training waits for:
+    they are written beside it. Of runs that are trained together each has the seconds of all.
+
+    Attributes:
+        set_up_s: Imports, opening the data, building the models, opening the logs.
+        steps_s: Training steps, with waiting for their data.
+        train_time_s: Of the run, over all attempts, at the newest checkpoint (`Progress.train_time_s`).
+        resumed_train_time_s: The same at the checkpoint that the attempt went on from; 0 without one.
+        lost_steps: Steps of earlier attempts beyond that checkpoint, as far as metrics.jsonl had rows of them.
+        lost_s: The time that those took, by the clock of the attempt that did them.
+    """
+
+    set_up_s: float = Field(ge=0)
+    restore_s: float = Field(ge=0)
+    compilation_s: float = Field(ge=0)
+    steps_s: float = Field(ge=0)
+    evaluations_s: float = Field(ge=0)
+    checkpoints_s: float = Field(ge=0)
+    train_time_s: float = Field(ge=0)
+    resumed_train_time_s: float = Field(ge=0)
+    lost_steps: int = Field(ge=0)
+    lost_s: float = Field(ge=0)
+
+    @property
+    def wall_s(self) -> float:
+        """All parts together."""
+        return math.fsum(getattr(self, f"{part}_s") for part in PARTS)
+
+    def write(self, path: Path) -> None:
+        """Write it, atomically; where it cannot be written, as on a full disk, the training goes on without."""
+        with suppress(OSError):
+            write_json(path, self.model_dump())
+
+
+def lost_beyond(metrics_jsonl: Path, step: int, train_time_s: float) -> tuple[int, float]:
+    """Steps, and their seconds, that the last row of training has beyond those of a checkpoint; none where there is no row."""
+    try:
+        lines = read_end(metrics_jsonl, TAIL_BYTES).decode(errors="replace").split("\n")
+    except OSError:
+        return 0, 0.0
+    for line in reversed(lines):
+        with suppress(ValueError):
+            row = parse_line(line)
+            if isinstance(row.get("time_s"), int | float):
+                return max(0, row["step"] - step), max(0.0, row["time_s"] - train_time_s)
+    return 0, 0.0
