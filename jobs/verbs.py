@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.cancel import cancel
 from jobs.context import Context, load_context
@@ -23,6 +23,7 @@ from jobs.report import logs, status
 from jobs.report import search as search_report
 from jobs.report.collect import MixedRunsError, collect
 from jobs.report.frame import frame
+from jobs.report.goodput import Goodput
 from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.rounds import begin, search
 from jobs.scheduler.client import Scheduler, SchedulerError
@@ -313,8 +314,10 @@ def _status(context: Context) -> int:
         except KeyboardInterrupt:
             return OK
     elif context.options.json:
-        rows, rows_left = ([status.row_of(state, context.root) for state in some] for some in (states, left))
-        document = {"sweep": context.sweep.name, "runs": rows, "no_longer_in_sweep": rows_left}
+        rows, rows_left = ([_row_with_goodput(context, state) for state in some] for some in (states, left))
+        total = Goodput.of_runs(states, context.root)
+        goodput = None if total is None else total.as_json()
+        document = {"sweep": context.sweep.name, "goodput": goodput, "runs": rows, "no_longer_in_sweep": rows_left}
         context.say_json(document | ({"search": search_report.as_json(standing)} if standing else {}))
     else:
         rows = [status.row_of(state, context.root) for state in states]
@@ -331,6 +334,11 @@ def _status(context: Context) -> int:
             context.say(f"to end them: vitpa sweep cancel {context.suffix} --gone")
         _say_left_alone(context, states)
     return OK if _is_well(context, states) else PARTIAL
+
+
+def _row_with_goodput(context: Context, state: RunState) -> dict[str, Any]:
+    goodput = Goodput.of_runs([state], context.root)
+    return {**status.row_of(state, context.root), "goodput": None if goodput is None else goodput.as_json()}
 
 
 def _logs(context: Context) -> int:

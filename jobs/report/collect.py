@@ -18,6 +18,7 @@ from typing import Any
 from jobs.errors import SweepError
 from jobs.grid import Attention
 from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons, paired
+from jobs.report.goodput import Goodput
 from jobs.scheduler.client import ranges
 from jobs.state import RunState
 from jobs.sweep import Sweep
@@ -51,6 +52,7 @@ class Cell:
     reference_source: str
     evaluated_on: str = "val"  # or the part of train that was held out
     energy_kwh: float | None = None  # of the GPUs; None: not all of it was counted
+    ettr: float | None = None  # of its runs, a fraction; None: not recorded
 
     @property
     def complete(self) -> bool:
@@ -88,6 +90,7 @@ class CollectedTable:
     best: list[Best] = field(default_factory=list)  # of each data set, if the sweep has axes
     pivot: tuple[str, str] | None = None  # the axes of rows and columns
     scores: list[Scores] = field(default_factory=list)  # the accuracies that each cell is made of, in their order
+    goodput: Goodput | None = None  # of all runs
 
     @property
     def axes(self) -> list[str]:
@@ -119,6 +122,7 @@ class CollectedTable:
             "best": [asdict(best) for best in self.best],
             "absent": self.absent,
             "damaged": self.damaged,
+            "goodput": None if self.goodput is None else self.goodput.as_json(),
             "results": [
                 {**result.model_dump(mode="json"), "settings": self.settings[result.signature]} for result in self.results
             ],
@@ -171,13 +175,14 @@ def collect(
         description=sweep.config.description,
         collected_utc=utc_now(),
         mixed=mixed,
-        cells=[_cell(sweep, members) for members in groups],
+        cells=[_cell(sweep, members, root) for members in groups],
         scores=scores,
         differences=_differences(scores),
         results=[state.result for state in states if state.result is not None],
         absent=absent,
         settings={state.result.signature: state.run.settings for state in states if state.result is not None},
         damaged=[{"run": state.run.label, "reason": reason} for state in states if (reason := _damage(state, root))],
+        goodput=Goodput.of_runs(states, root),
     )
 
 
@@ -240,10 +245,11 @@ def _damage(state: RunState, root: Path) -> str:
     return f"{path}: damaged in line{'s' if lines[1:] else ''} {ranges(lines)}" if lines else ""
 
 
-def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
+def _cell(sweep: Sweep, members: list[RunState], root: Path) -> Cell:
     """Of runs that differ in their seeds."""
     run, results = members[0].run, [state.result for state in members if state.result is not None]
     reference = sweep.config.reference.get(run.dataset, {}).get(run.attention)
+    goodput = Goodput.of_runs(members, root)
     if run.config.train.holdout:  # what was published is of val
         reference = None
     return Cell(
@@ -261,6 +267,7 @@ def _cell(sweep: Sweep, members: list[RunState]) -> Cell:
         reference_source=reference.source if reference else "",
         evaluated_on=run.config.evaluated_on,
         energy_kwh=energy_kwh(results),
+        ettr=None if goodput is None else goodput.ettr,
     )
 
 

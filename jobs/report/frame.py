@@ -10,13 +10,14 @@ import csv
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.report.collect import data_version
+from jobs.report.goodput import Goodput
 from jobs.report.trackers import write_mlflow, write_wandb
 from jobs.state import RunState
 from vitpa.arguments import parse_float, parse_integer
@@ -27,6 +28,7 @@ OK, PARTIAL = 0, 4
 JUDGED = ("top1", "top5", "loss")  # of the weights' average where a run keeps one, else val_*
 IDENTITY = ("signature", "dataset", "attention", "seed", "beton_sha256")  # of a result: said otherwise
 RESULT = (*JUDGED, *(name for name in Result.model_fields if name not in IDENTITY))
+GOODPUT = tuple(each.name for each in fields(Goodput))
 PARQUET = ".parquet"
 Row = dict[str, Any]
 
@@ -53,7 +55,7 @@ def frame(context: Context) -> int:
         written = write_runs(states, context.root, context.sweep.name, folder)
         context.say(f"{written} of {len(states)} runs written to {folder}")
         return OK if all(state.result is not None for state in states) else PARTIAL
-    table = curves(states, context.root) if options.curves else results(states)
+    table = curves(states, context.root) if options.curves else results(states, context.root)
     if out is None:
         write_csv(table, sys.stdout)
     else:
@@ -62,15 +64,17 @@ def frame(context: Context) -> int:
     return OK if all(state.result is not None for state in states) else PARTIAL
 
 
-def results(states: Sequence[RunState]) -> Frame:
-    """A row per run, finished or not: what it is, its state, what it is evaluated on, and its result."""
+def results(states: Sequence[RunState], root: Path) -> Frame:
+    """A row per run, finished or not: what it is, its state, what it is evaluated on, its result, where its time went."""
     rows = []
     for identity, state in zip(_identities(states), states, strict=True):
         row = {**identity, "state": state.state, "evaluated_on": state.run.config.evaluated_on}
         if state.result is not None:
             row |= {name: getattr(state.result, name) for name in RESULT} | {"data_version": data_version(state.result)}
+        if (goodput := Goodput.of_runs([state], root)) is not None:
+            row |= goodput.as_json()
         rows.append(row)
-    names = list(dict.fromkeys([*(rows[0] if rows else ()), *RESULT, "data_version"]))
+    names = list(dict.fromkeys([*(rows[0] if rows else ()), *RESULT, "data_version", "ettr", *GOODPUT]))
     found = {name: _kind(row.get(name) for row in rows) for name in names}
     return Frame(found, [rows])
 

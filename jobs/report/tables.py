@@ -80,6 +80,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
             "reference_source": cell.reference_source,
             "gpu_hours": round(cell.gpu_hours, 4),
             "energy_kwh": cell.energy_kwh,
+            "ettr_fraction": cell.ettr,
             "code_version": "; ".join(cell.code_versions),
             "data_version": "; ".join(cell.data_versions),
         }
@@ -173,8 +174,9 @@ def texts(table: CollectedTable) -> Iterator[list[list[str]]]:
     first, *others = sorted(set(table.evaluated_on.values())) or ["val"]
     top1 = "top-1 %" if others else f"{first} top-1 %" if first == "val" else f"{first}, top-1 %"  # the notes have each
     energy = any(cell.energy_kwh is not None for cell in table.cells)
+    ettr = any(cell.ettr is not None for cell in table.cells)
     header = ["data set", "attention", *axes, top1, "95 % interval", "seeds", "reference %", "GPU-hours"]
-    header += ["kWh (GPUs)"] if energy else []
+    header += [*(["kWh (GPUs)"] if energy else []), *(["ETTR %"] if ettr else [])]
     yield [header] + [
         [
             cell.dataset,
@@ -184,6 +186,7 @@ def texts(table: CollectedTable) -> Iterator[list[list[str]]]:
             percent(cell.reference_val_top1),
             hours(cell.gpu_hours),
             *(["-" if cell.energy_kwh is None else f"{cell.energy_kwh:.3g}"] if energy else []),
+            *(["-" if cell.ettr is None else f"{100 * cell.ettr:.1f}"] if ettr else []),
         ]
         for cell in table.cells
     ]
@@ -248,6 +251,11 @@ def about(table: CollectedTable) -> list[str]:
     for cell in table.cells:
         if cell.reference_source:
             notes.append(f"Reference {cell.dataset} {cell.attention}: {cell.reference_source}.")
+    if table.goodput is not None and table.goodput.ettr is not None:
+        notes.append(
+            f"ETTR, effective training time ratio: {100 * table.goodput.ettr:.1f} % of the time of all attempts went into "
+            "steps and evaluations that were kept."
+        )
     code = sorted({version for cell in table.cells for version in cell.code_versions})
     notes.append(f"Code {', '.join(code) or '-'}; collected {table.collected_utc}.")
     for dataset in dict.fromkeys(cell.dataset for cell in table.cells):

@@ -1,4 +1,4 @@
-"""The seventh section: what the sweep took: time, GPU-hours, energy where it was counted, and the part that was not lost."""
+"""The seventh section: what the sweep took: time, GPU-hours, energy where it was counted, and where the time went."""
 
 from __future__ import annotations
 
@@ -8,17 +8,32 @@ from pathlib import Path
 
 from jobs.grid import short_name
 from jobs.report.collect import by_cell, energy_kwh
-from jobs.report.document.content import Section, Table, Text
+from jobs.report.document.content import Block, Section, Table, Text
+from jobs.report.goodput import Goodput
 from jobs.report.status import duration, first_of
 from jobs.report.tables import hours
 from jobs.state import RunState
+from jobs.sweep import Run
 from vitpa.records import RunError, read_json
 from vitpa.statistics import Estimate
 
-NOTE = (
-    "Time: steps, evaluations and checkpoints that led to a run's result; runs that trained together share it. "
-    "Goodput: the share of that in the wall-clock time of all attempts, start-up, compilation and repeated work included."
+NOTE = "Time: steps, evaluations and checkpoints that led to a run's result; runs that trained together share it."
+GOODPUT = (
+    "ETTR (effective training time ratio, goodput): the share of steps and evaluations that were kept in the wall-clock time "
+    "of all attempts, of unfinished runs, too; without waiting in the queue, which is known only where jobs were submitted on "
+    "the host that ran them. Runs that trained together count each; those of versions that did not record it do not."
 )
+PARTS = {
+    "set-up": "set_up_s",
+    "compilation": "compilation_s",
+    "restore": "restore_s",
+    "steps": "steps_s",
+    "evaluations": "evaluations_s",
+    "checkpoints": "checkpoints_s",
+    "repeated steps": "lost_s",
+    "other": "other_s",
+    "queue, not in it": "queue_s",
+}
 
 
 def section(states: Sequence[RunState], root: Path, command: str) -> Section:
@@ -27,17 +42,40 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
     energy = any(state.result is not None and state.result.energy_j is not None for state in states)
     header = ["data set", "network", *map(short_name, axes), "runs", "mean time of a run", "time of all", "GPU-hours"]
     header += ["mean images/s of a run"]
-    header += [*(["kWh (GPUs)"] if energy else []), "attempts", "goodput"]
+    header += [*(["kWh (GPUs)"] if energy else []), "attempts"]
     keys = 2 + len(axes)
     rows = []
     for members in by_cell(states):
-        run = members[0].run
-        rows.append([run.dataset, run.config.network_name, *run.settings.values(), *_costs(members, root, energy)])
+        rows.append([*_name(members[0].run), *_costs(members, energy)])
     if len(rows) > 1:
-        rows.append(["all", *([""] * (keys - 1)), *_costs(states, root, energy)])
+        rows.append(["all", *([""] * (keys - 1)), *_costs(states, energy)])
     table = Table("What the finished runs took", [header, *rows], keys=keys)
     notes = [NOTE, *_what_else(states, root, energy)]
-    return Section("costs", "Time, GPU-hours, energy and goodput", [table, Text(notes)], [command])
+    goodput = _goodput(states, root, axes)
+    blocks: list[Block] = [table, Text(notes)]
+    if goodput is not None:
+        blocks += [goodput, Text([GOODPUT])]
+    return Section("costs", "Time, GPU-hours, energy and goodput", blocks, [command])
+
+
+def _name(run: Run) -> list[str]:
+    return [run.dataset, run.config.network_name, *run.settings.values()]
+
+
+def _goodput(states: Sequence[RunState], root: Path, axes: Sequence[str]) -> Table | None:
+    """Where the time of the runs went, a row for each cell and one for all; None if no record says it."""
+    groups: list[tuple[list[str], Sequence[RunState]]] = [(_name(its[0].run), its) for its in by_cell(states)]
+    if len(groups) > 1:
+        groups.append((["all", *([""] * (1 + len(axes)))], states))
+    header = ["data set", "network", *map(short_name, axes), "ETTR", "all attempts", *PARTS]
+    rows = []
+    for name, members in groups:
+        goodput = Goodput.of_runs(members, root)
+        if goodput is not None:
+            ettr = "-" if goodput.ettr is None else f"{100 * goodput.ettr:.1f} %"
+            seconds = [goodput.wall_s, *(getattr(goodput, each) for each in PARTS.values())]
+            rows.append([*name, ettr, *(duration(each) or "-" for each in seconds)])
+    return Table("Where the time of all attempts went", [header, *rows], keys=2 + len(axes)) if rows else None
 
 
 def _what_else(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
@@ -58,13 +96,10 @@ def _what_else(states: Sequence[RunState], root: Path, energy: bool) -> list[str
     return notes
 
 
-def _costs(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
+def _costs(states: Sequence[RunState], energy: bool) -> list[str]:
     results = [state.result for state in states if state.result is not None]
     time = Estimate.of([result.train_time_s for result in results])
     speed = Estimate.of([result.images_per_s for result in results])
-    spent = [_attempts_s(state, root) for state in states if state.result is not None]
-    known = [(state_s, result.train_time_s) for state_s, result in zip(spent, results, strict=True) if state_s]
-    goodput = math.fsum(used for _, used in known) / math.fsum(total for total, _ in known) if known else None
     kwh = energy_kwh(results)
     return [
         f"{len(results)}/{len(states)}",
@@ -74,7 +109,6 @@ def _costs(states: Sequence[RunState], root: Path, energy: bool) -> list[str]:
         "-" if speed.mean is None else f"{speed.mean:,.0f}",
         *(["-" if kwh is None else f"{kwh:.3g}"] if energy else []),
         str(sum(result.attempts for result in results)),
-        "-" if goodput is None else f"{100 * min(1.0, goodput):.0f} %",
     ]
 
 

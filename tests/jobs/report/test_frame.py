@@ -65,9 +65,9 @@ def test_all_rows_of_all_curves(tmp_path: Path) -> None:
 def test_parquet_has_the_same_rows_with_their_types(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     states = StateReader(tmp_path).states(fill(tmp_path).runs)
-    for name, table in {"results": results(states), "curves": curves(states, tmp_path)}.items():
+    for name, table in {"results": results(states, tmp_path), "curves": curves(states, tmp_path)}.items():
         write(table, tmp_path / f"{name}.csv")
-        again = results(states) if name == "results" else curves(states, tmp_path)
+        again = results(states, tmp_path) if name == "results" else curves(states, tmp_path)
         write(again, tmp_path / f"{name}.parquet")
         found = parquet.read_table(tmp_path / f"{name}.parquet")
         pd.testing.assert_frame_equal(
