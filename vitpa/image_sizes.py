@@ -45,6 +45,7 @@ def unsupported_reason(
             permute_block_px > 0,
             f"permuted images have one size; leave it out, or set augment.permute_block_px={permute_block_px} to 0",
         ),
+        (len(sizes) == 1 and pixels[0] == img_size, f"{img_size} px is the size of all images without it; leave it out"),
         (begins[0] != 0, f"the first size must be that of epoch 0, not of epoch {begins[0]}"),
         (any(after <= before for before, after in pairwise(begins)), "expected [[epoch, px], ...] with rising epochs"),
         (begins[-1] >= epochs, f"epoch {begins[-1]} is not before the end, train.epochs={epochs} (the first epoch is 0)"),
