@@ -140,6 +140,8 @@ def _submit(context: Context) -> int:
         )
     if context.drift.gone or (context.drift.added and context.sweep.search is None):
         context.say(context.drift.describe())
+    if context.options.give_up and context.sweep.search is None:
+        raise SweepError(f"--give-up: {context.sweep.name} is no search; its other runs do not wait for those that failed")
     _say_left(context, left)
     _settle(context)
     if context.sweep.search is not None:

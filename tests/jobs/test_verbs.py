@@ -258,6 +258,12 @@ def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
     assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
 
 
+def test_giving_up_is_for_searches(sweep: Shell) -> None:
+    code, text = sweep(f"submit --give-up --data-dir {sweep.root}/data")
+    assert (code, text.count("\n")) == (1, 1)
+    assert "--give-up: small is no search; its other runs do not wait for those that failed" in text
+
+
 def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "/root/table.md")
