@@ -105,7 +105,7 @@ def check_together(configs: Sequence[RunConfig]) -> None:
     names: dict[str, str] = {}
     for config, name in zip(configs, replica_names(configs), strict=True):
         if config.signature in names:
-            raise ConfigError(f"the run with {name} is to be trained twice; name each run once")
+            raise ConfigError(f"the run with {name} is to be trained twice; name each run, and each value of a setting, once")
         names[config.signature] = name
 
 

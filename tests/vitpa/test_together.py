@@ -76,7 +76,9 @@ def test_what_shapes_the_step_is_refused_in_one_line() -> None:
         ConfigError, match=r"they share a process; say runtime.cpu_threads=VALUE on the command line, for all$"
     ):
         check_together([first, slower])
-    with pytest.raises(ConfigError, match=r"^the run with seed 0 is to be trained twice; name each run once$"):
+    with pytest.raises(
+        ConfigError, match=r"^the run with seed 0 is to be trained twice; name each run, and each value of a setting, once$"
+    ):
         check_together([first, first])
 
 
