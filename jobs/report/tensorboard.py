@@ -202,7 +202,7 @@ def _session(cell: Cell) -> list[tuple[int | None, Summary]]:
     results = [state.result for state in cell.states if state.result is not None]
     found = Estimate.of([result.top1 for result in results])
     step = max((result.steps for result in results), default=0)
-    summaries: list[tuple[int | None, Summary]] = [(None, hparams.hparams_pb(_typed(cell.place)))]
+    summaries: list[tuple[int | None, Summary]] = [(None, hparams.hparams_pb(_typed(cell.place), trial_id=cell.name))]
     for tag, name in FINAL.items():
         if (value := getattr(found, name)) is not None and results:
             summaries.append((step, _scalar(tag, value)))

@@ -153,6 +153,7 @@ def test_a_running_tensorboard_shows_them(tmp_path: Path) -> None:
         }
         assert final == {("content", 0.001): pytest.approx(0.6), ("content", 0.01): pytest.approx(0.6)}
         assert len(rows) == 4
+        assert "digits-content-lr0.01" in {row["name"] for row in rows}, "and no digest"
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
