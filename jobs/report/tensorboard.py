@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,9 @@ def show(context: Context) -> int:
         return 0
     logdir = directory.path if options.runs else directory.tensorboard
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1"]
-    server = subprocess.Popen([*command, "--port", str(options.port), "--window_title", f"vitpa: {context.sweep.name}"])
+    command += ["--port", str(options.port), "--window_title", f"vitpa: {context.sweep.name}"]
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the server ends with us
+    server = subprocess.Popen(command)
     try:
         while server.poll() is None:
             try:
@@ -91,6 +94,7 @@ def show(context: Context) -> int:
     finally:
         server.terminate()
         server.wait()
+        signal.signal(signal.SIGTERM, before)
     if server.returncode:
         raise SweepError(f"tensorboard ended with exit code {server.returncode}: see above; another --port may help")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -157,3 +158,24 @@ def test_a_running_tensorboard_shows_them(tmp_path: Path) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_tensorboard_ends_with_its_command(tmp_path: Path) -> None:
+    fill(tmp_path)
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vitpa.cli", *words(tmp_path), "--port", "0"], stdout=file, stderr=file
+        )
+    try:
+        wait_for(lambda: re.search(r"http://127\.0\.0\.1:\d+", log.read_text()) is not None or process.poll() is not None)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
+        assert found, log.read_text()
+    finally:
+        process.terminate()
+        code = process.wait(30)
+
+    with socket.socket() as client:
+        assert client.connect_ex(("127.0.0.1", int(found[1]))), "nobody listens any more"
+    assert code == 128 + signal.SIGTERM
