@@ -81,7 +81,7 @@ ENDED_EARLY = Cause(
     r"ended (\([\w ]+\) )?before it started the run",
     "fix what it says (`setup` in the profile, the Python that submits, the disk below --root), then retry",
 )
-OTHER = Cause("other", "", "fix what the traceback says, then retry")
+OTHER = Cause("other", "", "fix what the last lines of the log say, then retry")
 LOST_A_PEER = CAUSES[-2].pattern
 
 _PREFIX = re.compile(r"^\[(?:rank|default)\d+\]: ?")  # of torch and of torchrun --tee

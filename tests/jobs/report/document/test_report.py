@@ -293,7 +293,7 @@ def test_what_failed_comes_first_and_is_harmless(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b[2J" in page
     first = page[page.index('id="problems"') : page.index('id="verdict"')]
     assert "1 failed: digits-content-s1" in first
-    assert "other; to fix it: fix what the traceback says, then retry" in first
+    assert "other; to fix it: fix what the last lines of the log say, then retry" in first
     assert f"vitpa sweep retry small --root {tmp_path} state=failed" in first
     assert "1 missing: digits-positional-s1" in first
     assert f"vitpa sweep submit small --root {tmp_path} state=missing" in first
