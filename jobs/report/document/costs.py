@@ -52,6 +52,8 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
     table = Table("What the finished runs took", [header, *rows], keys=keys)
     notes = [NOTE, *_what_else(states, root, energy)]
     goodput = _goodput(states, root, axes)
+    if goodput is None and any(state.result is not None for state in states):
+        notes.append("Goodput: not known; these runs are of versions that did not record where the time went.")
     blocks: list[Block] = [table, Text(notes)]
     if goodput is not None:
         blocks += [goodput, Text([GOODPUT])]

@@ -199,6 +199,7 @@ def test_costs_say_what_is_in_no_row(tmp_path: Path) -> None:
     costs = text[text.index("## 7") : text.index("## 8")]
     assert "Not in the table: 1 attempt of runs that are not finished: digits-content-s1, which took 2 s" in costs
     assert "Energy: not known" in costs
+    assert "Goodput: not known" in costs
     assert "| 0.002 |" in costs, "2 finished runs of content"
     assert "| all 5 finished |" in text[text.index("## 8") :]
 
