@@ -53,7 +53,10 @@ def section(states: Sequence[RunState], root: Path, command: str) -> Section:
         blocks.append(Charts(charts, _numbers(dataset, part, curves)))
         if len(cells) > len(named):
             blocks.append(Text([f"{dataset}: the {MAX_CELLS} best of {len(cells)} cells are drawn."]))
-    note = "Lines: means over the finished seeds; bands: ± standard deviation (n - 1). Dashed: a run that is not finished."
+    drawn = [line for block in blocks if isinstance(block, Charts) for chart in block.charts for line in chart.lines]
+    note = "Lines: means over the finished seeds; bands: ± standard deviation (n - 1)."
+    if any(line.dashed for line in drawn):
+        note += " Thin dotted lines: single runs that are not finished."
     return Section("curves", "Learning curves", [Text([note]), *blocks], [command])
 
 

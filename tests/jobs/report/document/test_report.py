@@ -213,6 +213,15 @@ def test_curves_end_with_the_results_and_mean_the_seeds(whole: tuple[Path, Sweep
     assert mean_line([long])[-1][0] == 999
 
 
+def test_single_lines_are_explained_where_there_are_some(whole: tuple[Path, Sweep, str, str], tmp_path: Path) -> None:
+    """Also positional's own line is dashed: nobody is to take it for a run that is not finished."""
+    note = "Thin dotted lines: single runs that are not finished."
+    assert note not in whole[3]
+    sweep = finished_sweep(tmp_path)
+    sweep.runs[0].directory(tmp_path).result_json.unlink()
+    assert note in report(tmp_path, sweep, code=4)[1]
+
+
 def test_structure_stands_beside_initialisation_and_chance(whole: tuple[Path, Sweep, str, str]) -> None:
     found = Estimate.of([0.1 * (4 + seed) for seed in range(3)])
     assert f"| content | 0.100 ± 0.100 | 0.200 ± 0.100 | {found.mean:.3f} ± {found.std:.3f} |" in whole[3]
