@@ -21,10 +21,9 @@ from jobs.plan.speeds import Benchmark, load_benchmark
 from jobs.profile import LocalProfile, SlurmProfile, load_profile
 from jobs.report import logs, status
 from jobs.report import search as search_report
-from jobs.report.collect import MixedRunsError, collect
+from jobs.report.collect_command import print_collected
 from jobs.report.frame import frame
 from jobs.report.goodput import Goodput
-from jobs.report.tables import markdown, set_report_aside, write_report
 from jobs.rounds import begin, search
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.standing import Standing, trial_number
@@ -359,33 +358,7 @@ def _logs(context: Context) -> int:
 
 
 def _collect(context: Context) -> int:
-    states = context.look()
-    whole = len(states) == len(context.sweep.runs)
-    if context.sweep.search is not None:  # the others are not for the table: they were not trained to their end, on purpose
-        states = [state for state in states if state.result is not None] or states
-    folder = SweepDir(context.root, context.sweep.name).report
-    try:
-        options = context.options
-        table = collect(
-            context.sweep,
-            states,
-            context.root,
-            allow_mixed=options.allow_mixed,
-            compare=options.compare,
-            pivot=options.pivot and tuple(options.pivot),
-        )
-    except MixedRunsError as error:
-        older = set_report_aside(folder) if whole else None
-        raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error
-    if context.options.json:
-        context.say_json(table.as_json())
-    else:
-        context.say(markdown(table))
-    if whole:
-        write_report(table, folder)  # of somebody else's sweep the table is printed all the same
-    if not context.options.json:
-        context.say(f"written to {folder}" if whole else "a filtered table is not written to files")
-    return OK if table.complete else PARTIAL
+    return OK if print_collected(context) else PARTIAL
 
 
 def _tensorboard(context: Context) -> int:

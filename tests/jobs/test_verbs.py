@@ -268,7 +268,7 @@ def test_a_full_disk_is_one_line(sweep: Shell, monkeypatch: pytest.MonkeyPatch) 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "/root/table.md")
 
-    monkeypatch.setattr("jobs.verbs.write_report", full)
+    monkeypatch.setattr("jobs.report.collect_command.write_report", full)
     code, text = sweep("collect")  # which has printed the table by then
     assert (code, text.splitlines()[-1]) == (
         1,
@@ -280,7 +280,7 @@ def test_interrupted_by_ctrl_c(sweep: Shell, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.verbs.write_report", interrupt)
+    monkeypatch.setattr("jobs.report.collect_command.write_report", interrupt)
     assert sweep("collect")[0] == 130
 
 

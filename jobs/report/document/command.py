@@ -8,12 +8,10 @@ from pathlib import Path
 from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.report import search as search_report
-from jobs.report.collect import CollectedTable, MixedRunsError, collect
+from jobs.report.collect_command import collected, trained_to_the_end
 from jobs.report.document.build import Commands, build
 from jobs.report.document.render import write
-from jobs.report.tables import set_report_aside
 from jobs.standing import Standing
-from jobs.state import RunState
 from jobs.sweep import SweepDir
 from vitpa.arguments import in_shell
 
@@ -30,35 +28,16 @@ def report(context: Context) -> bool:
     if not whole and not options.out:
         raise SweepError("a report of some of the runs might be taken for that of the sweep; say with --out where to write it")
     folder = Path(options.out) if options.out else SweepDir(root, context.sweep.name).report
-    table = _collected(context, states, folder if whole and not options.out else None)
+    counted = trained_to_the_end(context, states)
+    compare = options.compare
+    if compare is None and len({state.run.config.network_name for state in counted}) > 1:
+        compare = "attention"
+    table = collected(context, counted, folder if whole and not options.out else None, compare=compare)
     search = _search_lines(context)
     document = build(table, states, root, _commands(context), search=search, maps_bytes=round(options.maps_mib * 2**20))
     for path in write(document, folder):
         context.say(f"written: {path} ({path.stat().st_size / 1e6:.2f} MB)")
     return table.complete
-
-
-def _collected(context: Context, states: list[RunState], folder: Path | None) -> CollectedTable:
-    """What `collect` says of these runs; if it refuses, a report that stands in `folder` is set aside."""
-    counted = states
-    if context.sweep.search is not None:  # the others were not trained to their end, on purpose
-        counted = [state for state in states if state.result is not None] or states
-    compare = context.options.compare
-    if compare is None and len({state.run.config.network_name for state in counted}) > 1:
-        compare = "attention"
-    options, pivot = context.options, context.options.pivot
-    try:
-        return collect(
-            context.sweep,
-            counted,
-            context.root,
-            allow_mixed=options.allow_mixed,
-            compare=compare,
-            pivot=pivot and tuple(pivot),
-        )
-    except MixedRunsError as error:
-        older = set_report_aside(folder) if folder else None
-        raise SweepError(f"{error}; the report that was there is in {older} now" if older else str(error)) from error
 
 
 def _search_lines(context: Context) -> Sequence[str]:
