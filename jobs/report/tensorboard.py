@@ -108,8 +108,7 @@ def write_views(states: Sequence[RunState], root: Path, folder: Path, *, whole: 
     """
     groups: dict[str, list[RunState]] = {}
     for state in states:
-        run = state.run
-        groups.setdefault("-".join([run.dataset, run.config.network_name, *map(run.on_axis, run.axes)]), []).append(state)
+        groups.setdefault(state.run.cell, []).append(state)
     cells = [Cell(name, members) for name, members in groups.items()]
     for path in folder.glob(f"*/{INPUTS}") if whole else ():
         if path.parent.name not in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from textual.widgets import DataTable, Footer, Input, Static
 from textual.worker import get_current_worker
 
 from jobs.report.status import STYLES, duration
-from jobs.watch.details import ConfirmScreen, CurveScreen, LogScreen
+from jobs.watch.details import ConfirmScreen, CurveScreen, LogScreen, RunScreen
 from jobs.watch.look import Group, Grouping, Look, Row, groups_of, matching, terms_of
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable
@@ -103,19 +104,17 @@ class WatchApp(App[None]):
 
     @work(thread=True, exclusive=True, group="look")
     def keep_looking(self) -> None:
-        """Look, and show what was seen, until nothing is in progress or the screen is closed."""
-        from threading import Event  # noqa: PLC0415 - a wait that the worker's end may cut short
-
-        worker, pause = get_current_worker(), Event()
+        """Look, and show what was seen, until the screen is closed."""
+        worker, next_s = get_current_worker(), time.monotonic()
         while not worker.is_cancelled:
+            if time.monotonic() < next_s:
+                time.sleep(0.1)  # a longer one would keep the screen from closing
+                continue
             seen = self.look_again()
             if worker.is_cancelled:
                 return
             self.call_from_thread(self.show, seen)
-            waited_s = 0.0
-            while waited_s < seen.pause_s and not worker.is_cancelled:
-                pause.wait(0.1)
-                waited_s += 0.1
+            next_s = time.monotonic() + seen.pause_s
 
     def show(self, seen: Look) -> None:
         """Show what was seen."""
@@ -221,17 +220,17 @@ class WatchApp(App[None]):
 
     def action_curve(self) -> None:
         """The curve of the run under the cursor."""
-        if len(self.chosen) == 1:
-            self.push_screen(CurveScreen(self.chosen[0]["run"], RunDir(self.root, self.chosen[0]["signature"])))
-        else:
-            self.say("a curve is of one run: move to one")
+        self._open(CurveScreen, "curve")
 
     def action_log(self) -> None:
         """The log of the run under the cursor."""
+        self._open(LogScreen, "log")
+
+    def _open(self, screen: type[RunScreen], what: str) -> None:
         if len(self.chosen) == 1:
-            self.push_screen(LogScreen(self.chosen[0]["run"], RunDir(self.root, self.chosen[0]["signature"])))
+            self.push_screen(screen(self.chosen[0]["run"], RunDir(self.root, self.chosen[0]["signature"])))
         else:
-            self.say("a log is of one run: move to one")
+            self.say(f"a {what} is of one run: move to one")
 
     def action_act(self, verb: str) -> None:
         """Cancel or retry what is under the cursor, once confirmed."""

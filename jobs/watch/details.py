@@ -18,18 +18,35 @@ from vitpa.terminal import printable
 REFRESH_S = 1.0
 LOG_LINES = 1000
 CURVES = {"val/top1": 100.0, "ema_val/top1": 100.0, "train/loss": 1.0}  # metrics, and what they are multiplied with
-BACK: list[BindingType] = [Binding("escape", "app.pop_screen", "back"), Binding("q", "app.pop_screen", "back", show=False)]
 
 
-class CurveScreen(Screen[None]):
-    """Accuracy and loss of a run over its epochs."""
+class RunScreen(Screen[None]):
+    """Something of one run, read again every second until the user goes back."""
 
-    BINDINGS: ClassVar[list[BindingType]] = BACK
-    CSS = "Sparkline { height: 1fr; margin: 0 0 1 0; } #name { text-style: bold; }"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "app.pop_screen", "back"),
+        Binding("q", "app.pop_screen", "back", show=False),
+    ]
+    CSS = "#name { text-style: bold; }"
 
     def __init__(self, label: str, directory: RunDir) -> None:
         super().__init__()
         self.label, self.directory = label, directory
+
+    def on_mount(self) -> None:
+        """Draw, again and again."""
+        self.draw()
+        self.set_interval(REFRESH_S, self.draw)
+
+    def draw(self) -> None:
+        """Read and show what is new."""
+        raise NotImplementedError
+
+
+class CurveScreen(RunScreen):
+    """Accuracy and loss of a run over its epochs."""
+
+    CSS = RunScreen.CSS + "Sparkline { height: 1fr; margin: 0 0 1 0; }"
 
     def compose(self) -> ComposeResult:
         """A line and a curve for each metric."""
@@ -38,11 +55,6 @@ class CurveScreen(Screen[None]):
             yield Static("", id=_id(name, "text"), markup=False)
             yield Sparkline([], id=_id(name, "curve"), summary_function=_mean)
         yield Footer()
-
-    def on_mount(self) -> None:
-        """Draw, again and again."""
-        self.draw()
-        self.set_interval(REFRESH_S, self.draw)
 
     def draw(self) -> None:
         """Read the run's metrics and draw them."""
@@ -58,15 +70,11 @@ class CurveScreen(Screen[None]):
             curve.data = [value for _, value in points]
 
 
-class LogScreen(Screen[None]):
+class LogScreen(RunScreen):
     """The end of the log of a run's last attempt, as it grows."""
 
-    BINDINGS: ClassVar[list[BindingType]] = BACK
-    CSS = "#name { text-style: bold; }"
-
     def __init__(self, label: str, directory: RunDir) -> None:
-        super().__init__()
-        self.label, self.directory = label, directory
+        super().__init__(label, directory)
         self._shown: list[str] = []
 
     def compose(self) -> ComposeResult:
@@ -76,10 +84,9 @@ class LogScreen(Screen[None]):
         yield Footer()
 
     def on_mount(self) -> None:
-        """Read, again and again."""
+        """As of every run's, with the keys that scroll."""
         self.query_one(Log).focus()
-        self.draw()
-        self.set_interval(REFRESH_S, self.draw)
+        super().on_mount()
 
     def draw(self) -> None:
         """Show what is new."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jobs.report.status import by_count, duration
-from jobs.state import LIVE
 from vitpa.statistics import Estimate
 
 Row = Mapping[str, Any]  # as jobs.report.status.row_of makes it
@@ -22,11 +21,6 @@ class Look:
     rows: Sequence[Row]
     warning: str = ""  # why SLURM could not be asked
     pause_s: float = 1.0  # until the next look
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is in progress or about to be."""
-        return not any(row["state"] in LIVE for row in self.rows)
 
     def title(self, name: str) -> str:
         """Counts of states, and when the sweep will be done."""

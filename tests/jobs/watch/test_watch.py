@@ -51,7 +51,7 @@ def text(app: WatchApp, name: str) -> str:
     return str(app.screen.query_one(f"#{name}", Static).render())
 
 
-async def until(pilot: Pilot[None], condition: Callable[[], object]) -> None:
+async def assert_in_time(pilot: Pilot[None], condition: Callable[[], object]) -> None:
     """Wait for what the screen shows."""
     for _ in range(1200):
         if condition():
@@ -92,11 +92,11 @@ def test_a_name_that_is_cut_is_shown_below() -> None:
 
     async def drive() -> None:
         async with app.run_test(size=SIZE) as pilot:
-            await until(pilot, lambda: text(app, "whole") == f"digits-content-lr0.001{ends}")
+            await assert_in_time(pilot, lambda: text(app, "whole") == f"digits-content-lr0.001{ends}")
             await pilot.press("down", "down", "down")
-            await until(pilot, lambda: text(app, "whole") == f"digits-content-lr0.002{ends}-s0")
+            await assert_in_time(pilot, lambda: text(app, "whole") == f"digits-content-lr0.002{ends}-s0")
             await pilot.resize_terminal(200, 50)
-            await until(pilot, lambda: not app.query_one("#whole").display)
+            await assert_in_time(pilot, lambda: not app.query_one("#whole").display)
 
     asyncio.run(drive())
 
@@ -113,11 +113,11 @@ def test_what_is_not_shown_is_not_cancelled() -> None:
 
     async def drive() -> None:
         async with app.run_test(size=SIZE) as pilot:
-            await until(pilot, lambda: app.table.row_count == 6)
+            await assert_in_time(pilot, lambda: app.table.row_count == 6)
             await pilot.press("slash", *"running", "enter", "home", "c")
             assert "cancel the 2 runs of a?" in str(app.screen.query_one(Static).render())
             await pilot.press("y")
-            await until(pilot, lambda: told)
+            await assert_in_time(pilot, lambda: told)
 
     asyncio.run(drive())
     assert told == [["cancel", "dataset=digits", "attention=content", "seed=0,2"]]
@@ -136,27 +136,27 @@ def test_find_read_cancel_and_retry(tmp_path: Path) -> None:
 
     async def drive() -> None:
         async with app.run_test(size=SIZE) as pilot:
-            await until(pilot, lambda: sum(" running 4.0/5 50.00" in line for line in lines(app)) == 4)
+            await assert_in_time(pilot, lambda: sum(" running 4.0/5 50.00" in line for line in lines(app)) == 4)
             assert lines(app)[0].startswith("digits-content 0/2 done")
             assert "small: 0 of 4 done, 4 running; done in about" in text(app, "title")
             await pilot.press("slash", *"ional s1")
             assert [line.split()[0] for line in lines(app)] == ["digits-positional", "digits-positional-s1"]
             await pilot.press("enter", "down", "l")
-            await until(pilot, lambda: "starts at 0" in list(app.screen.query_one(Log).lines))
+            await assert_in_time(pilot, lambda: "starts at 0" in list(app.screen.query_one(Log).lines))
             assert "digits-positional-s1, attempt 1: " in text(app, "name")
             await pilot.press("c", "y", "escape", "enter")
-            await until(pilot, lambda: "val/top1: 50.00 % at epoch 1" in text(app, "val-top1-text"))
+            await assert_in_time(pilot, lambda: "val/top1: 50.00 % at epoch 1" in text(app, "val-top1-text"))
             assert app.screen.query_one(Sparkline).data == [50.0] * 4
             await pilot.press("escape", "c", "n", "c", "y")
-            await until(pilot, lambda: "digits-positional-s1 cancelled 4.0/5 50.00" in lines(app))
-            await until(pilot, lambda: "1 asked to stop" in text(app, "said"))
+            await assert_in_time(pilot, lambda: "digits-positional-s1 cancelled 4.0/5 50.00" in lines(app))
+            await assert_in_time(pilot, lambda: "1 asked to stop" in text(app, "said"))
             await pilot.press("escape")
             assert len(lines(app)) == 6
             assert app.chosen[0]["run"] == "digits-positional-s1", "the cursor stays on its run"
             await pilot.press("up", "up", "r", "y")  # the whole cell
-            await until(pilot, lambda: "submitted 1 of 4 runs" in text(app, "said"))
+            await assert_in_time(pilot, lambda: "submitted 1 of 4 runs" in text(app, "said"))
             (tmp_path / "hold").unlink()
-            await until(pilot, lambda: "4 of 4 done" in text(app, "title"))
+            await assert_in_time(pilot, lambda: "4 of 4 done" in text(app, "title"))
             assert app.query_one("#filter", Input).value == ""
             await pilot.press("q")
 
@@ -176,7 +176,7 @@ def test_a_thousand_runs_are_drawn_within_a_second() -> None:
 
     async def drive() -> None:
         async with app.run_test(size=SIZE) as pilot:
-            await until(pilot, lambda: app.table.row_count == 1200)
+            await assert_in_time(pilot, lambda: app.table.row_count == 1200)
             taken = []
             for seen in ([*rows, hostile], [{**each, "epoch": 2.5} for each in rows], rows):
                 began_s = time.process_time()
@@ -188,7 +188,7 @@ def test_a_thousand_runs_are_drawn_within_a_second() -> None:
             print(f"1,000 runs drawn in {taken} s")
             assert max(taken) < 1
             await pilot.resize_terminal(200, 50)
-            await until(pilot, lambda: len(app.table.columns) == 9)
+            await assert_in_time(pilot, lambda: len(app.table.columns) == 9)
 
     asyncio.run(drive())
 
