@@ -45,6 +45,7 @@ class Execution(Record):
     """Of a SLURM job, in `start.json`."""
 
     id: str
+    queue_s: float | None = None  # it waited before this start, by SLURM's own times
 
 
 class Start(Holder):
@@ -54,6 +55,7 @@ class Start(Holder):
     job: Execution | None = None
     step: int | None = None  # of the newest checkpoint then
     code_version: str | None = None
+    started_utc: str | None = None
 
 
 class Exit(Record):

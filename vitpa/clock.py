@@ -15,18 +15,18 @@ from vitpa.seconds import PARTS
 
 
 class Clock:
-    """Time is in one part at any moment, at first in `set_up`; by time.monotonic()."""
+    """Time is in one part at any moment; by time.monotonic()."""
 
-    def __init__(self, begun_s_ago: float = 0.0) -> None:
-        self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._part, self._since_s = "set_up", time.monotonic() - begun_s_ago
+    def __init__(self, imports_s: float = 0.0) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0) | {"imports": imports_s}
+        self._part, self._since_s = "set_up", time.monotonic()
         self._evaluations: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # whose time is still counted as steps'
 
     @staticmethod
-    def of_attempt() -> Clock:
-        """Begun with this process if a launcher has started it for the attempt, else now."""
+    def of_launched() -> Clock | None:
+        """Begun with this process, if a launcher has started it for the attempt; to be called when all is imported."""
         if CLAIMED not in os.environ:
-            return Clock()
+            return None
         started_s = ProcessId.mine().start_ticks / os.sysconf("SC_CLK_TCK")
         return Clock(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s))
 

@@ -26,6 +26,7 @@ from vitpa.event_file import EventFile, naming
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
+from vitpa.seconds import Seconds
 from vitpa.terminal import LINES
 
 PLAIN_LINE_EVERY_S = 10.0
@@ -89,6 +90,12 @@ class Logs:
             for name, value in metrics.items():
                 self._board.add(summary.scalar(name, value), step)
             self._board.flush()
+
+    def goodput(self, step: int, seconds: Seconds) -> None:
+        """Show in TensorBoard where this attempt's time has gone up to `step`: goodput/ettr, goodput/steps_s, ..."""
+        if self._board is not None:
+            for name, value in {"ettr": seconds.ettr, **seconds.by_part()}.items():
+                self._board.add(summary.scalar(f"goodput/{name}", value), step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """Show an image (C, H, W), uint8 or floats in [0, 1], in TensorBoard."""

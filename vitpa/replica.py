@@ -62,15 +62,19 @@ class Replica:
         """Write seconds.json, if the attempt has a folder."""
         self.seconds_writer(clock)()
 
-    def seconds_writer(self, clock: Clock) -> Callable[[], None]:
-        """What writes seconds.json as it is now, to be called later."""
-        seconds = Seconds(
+    def seconds(self, clock: Clock) -> Seconds:
+        """Where this attempt's time has gone up to now."""
+        return Seconds(
             **clock.seconds(),
             train_time_s=self.progress.train_time_s,
             resumed_train_time_s=self.resumed_train_time_s,
             lost_steps=self.lost[0],
             lost_s=self.lost[1],
         )
+
+    def seconds_writer(self, clock: Clock) -> Callable[[], None]:
+        """What writes seconds.json as it is now, to be called later."""
+        seconds = self.seconds(clock)
         attempt = self.attempt
         return lambda: None if attempt is None else seconds.write(attempt.seconds_json)
 

@@ -12,7 +12,7 @@ from vitpa.documents import read_end
 from vitpa.metrics_file import parse_line
 from vitpa.records import Record, write_json
 
-PARTS = ("set_up", "restore", "compilation", "steps", "evaluations", "checkpoints")
+PARTS = ("imports", "data", "set_up", "restore", "compilation", "steps", "evaluations", "checkpoints")
 TAIL_BYTES = 65_536
 
 
@@ -23,7 +23,10 @@ class Seconds(Record):
     they are written beside it. Of runs that are trained together each has the seconds of all.
 
     Attributes:
-        set_up_s: Imports, opening the data, building the models, opening the logs.
+        imports_s: From the start of the process until its command begins; 0 of `vitpa train`, and in records of versions that
+            had it, and `data_s`, in `set_up_s`.
+        data_s: Copying the data to the node, opening them, moving them to the device.
+        set_up_s: Building the models, opening the logs.
         steps_s: Training steps, with waiting for their data.
         train_time_s: Of the run, over all attempts, at the newest checkpoint (`Progress.train_time_s`).
         resumed_train_time_s: The same at the checkpoint that the attempt went on from; 0 without one.
@@ -31,6 +34,8 @@ class Seconds(Record):
         lost_s: The time that those took, by the clock of the attempt that did them.
     """
 
+    imports_s: float = Field(0.0, ge=0)
+    data_s: float = Field(0.0, ge=0)
     set_up_s: float = Field(ge=0)
     restore_s: float = Field(ge=0)
     compilation_s: float = Field(ge=0)
@@ -42,10 +47,19 @@ class Seconds(Record):
     lost_steps: int = Field(ge=0)
     lost_s: float = Field(ge=0)
 
+    def by_part(self) -> dict[str, float]:
+        """The parts, such as steps_s."""
+        return {f"{part}_s": getattr(self, f"{part}_s") for part in PARTS}
+
     @property
     def wall_s(self) -> float:
         """All parts together."""
-        return math.fsum(getattr(self, f"{part}_s") for part in PARTS)
+        return math.fsum(self.by_part().values())
+
+    @property
+    def ettr(self) -> float:
+        """The share of steps and evaluations in it."""
+        return (self.steps_s + self.evaluations_s) / self.wall_s if self.wall_s else 0.0
 
     def write(self, path: Path) -> None:
         """Write it, atomically; where it cannot be written, as on a full disk, the training goes on without."""

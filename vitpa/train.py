@@ -56,10 +56,11 @@ class TrainError(UserError):
     """Training cannot go on: one line with what, where and what to do about it."""
 
 
-def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = None) -> bool:
+def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = None, clock: Clock | None = None) -> bool:
     """Train runs to completion, several in one step, resuming from checkpoints; each writes its result.json, last of all.
 
-    `counter` is of the energy that this process takes; None: its GPU's, if it has one.
+    `counter` is of the energy that this process takes; None: its GPU's, if it has one. `clock` has run since the attempt
+    began; None: it begins now.
 
     Returns:
         whether the runs are finished; False if they pause or a stop was requested, the state being in checkpoints.
@@ -70,15 +71,14 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
     """
-    clock = Clock.of_attempt()
-    t = set_up(configs, group)
+    clock = clock or Clock()
+    t = set_up(configs, group, clock)
     clock.enter("restore")
     paths = group.broadcast(resume_points(t) if group.is_main else {})
     if len(paths) < len(configs):
         t.steps.close()
         del t  # and the memory that it takes
-        t = set_up([configs[number] for number in paths], group)
-    t.clock = clock
+        t = set_up([configs[number] for number in paths], group, clock)
     resume(t, [path for path in paths.values() if path is not None])
     clock.enter("set_up")
     with ExitStack() as stack:
@@ -93,12 +93,14 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
     return t.step == t.total_steps
 
 
-def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
+def set_up(configs: Sequence[RunConfig], group: Group, clock: Clock | None = None) -> Training:
     """Open the data and build the models and optimisers, as they are before the first step."""
+    clock = clock or Clock()
     check_together(configs)
     config = configs[0]
     torch.set_num_threads(config.runtime.cpu_threads or group.cpus)
-    data = open_data(configs, group)
+    with clock.within("data"):
+        data = open_data(configs, group)
     epoch_steps = steps_per_epoch(data.num_samples["train"], config.train.global_batch_size)
     models = [
         build_model(**dict(each.model), num_classes=data.num_classes, seed=key(each.seed, Purpose.INIT)).to(group.device)
@@ -124,7 +126,7 @@ def set_up(configs: Sequence[RunConfig], group: Group) -> Training:
         num_val=data.num_samples["val"],
         epoch_steps=epoch_steps,
     )
-    return Training(config, group, data, replicas, steps, metrics, epoch_steps)
+    return Training(config, group, data, replicas, steps, metrics, epoch_steps, clock=clock)
 
 
 def open_logs(t: Training, stack: ExitStack) -> None:
@@ -312,6 +314,7 @@ def save(t: Training) -> None:
     for number, replica in t.active:
         replica.progress.step = t.step
         if replica.logs is not None:
+            replica.logs.goodput(t.step, replica.seconds(t.clock))
             replica.logs.flush()
             replica.progress.wall_time_s = replica.logs.wall_time_s
             state = Checkpoint(

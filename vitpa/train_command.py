@@ -19,6 +19,7 @@ import torch
 from vitpa import distributed
 from vitpa.arguments import ConfigError, path_argument, whole_numbers
 from vitpa.attempt import claimed_attempt
+from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, keys_help, load_config, record_config
 from vitpa.data.beton import open_splits
@@ -36,6 +37,7 @@ LOGGER = logging.getLogger(__name__)
 @printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
+    clock = Clock.of_launched()
     options = command_parser().parse_intermixed_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configs = configs_of([options.config, *options.others], options.overrides, options.seeds)
         group = distributed.init_process_group(configs[0].runtime.device)
         try:
-            return train_unfinished(configs, group)
+            return train_unfinished(configs, group, clock)
         except torch.OutOfMemoryError as error:
             raise TrainError(out_of_memory_line(error, configs)) from error
         finally:
@@ -112,7 +114,7 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
-def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
+def train_unfinished(configs: Sequence[RunConfig], group: Group, clock: Clock | None = None) -> int:
     """Claim the runs that are not finished, and train them; the exit code of this process.
 
     Raises:
@@ -134,7 +136,7 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group) -> int:
         if stays_out:  # all processes end, not only the main one
             return 1
         if unfinished:
-            train([configs[number] for number in unfinished], group)
+            train([configs[number] for number in unfinished], group, clock=clock)
     return 0
 
 

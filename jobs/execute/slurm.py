@@ -113,6 +113,7 @@ class _Job:
         self.runs = [RunDir(root, signature) for signature in intent.signatures(place.index)]
         self.published = submission / "executions" / f"{place.job}-{place.restart}.json"  # what the other nodes wait for
         self._deadline: float | None = None
+        self._queue_s: float | None = None
         self._first_failure_s: float | None = None
 
     def lead(self) -> int:
@@ -120,6 +121,7 @@ class _Job:
         left_s = self.scheduler.time_left_s(self.place.job)
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
+        self._queue_s = self.scheduler.waited_s(self.place.job)
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
@@ -228,7 +230,7 @@ class _Job:
             "process": ProcessId.mine().model_dump(),
             "host": socket.gethostname(),
             "nodes": os.environ.get("SLURM_JOB_NODELIST", self.place.node),
-            "job": {"id": self.place.job, "restart": self.place.restart},
+            "job": {"id": self.place.job, "restart": self.place.restart, "queue_s": self._queue_s},
             "step": run.newest_step(),
             "code_version": code_version(),
             "started_utc": utc_now(),

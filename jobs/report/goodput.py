@@ -32,11 +32,14 @@ class Goodput:
             its records reach.
         other_s: Of `wall_s` what no record accounts for: starts and ends of processes, attempts killed before they trained.
         lost_steps: Steps after a checkpoint that were done again; `lost_s` is what they took the first time.
-        queue_s: Waiting of attempts between claim and start, where both were on one host; None if of no attempt.
+        queue_s: Waiting of attempts in the queue: of a SLURM job, at first and after each requeue, by SLURM's own times; else
+            between claim and start, where both were on one host. None if it is known of no attempt.
         untimed: Attempts, in none of the figures, that were killed before they had written any time.
     """
 
     wall_s: float
+    imports_s: float
+    data_s: float
     set_up_s: float
     restore_s: float
     compilation_s: float
@@ -93,25 +96,30 @@ class _Execution:
     def of(attempt: AttemptDir) -> _Execution | None:
         """None of one that was not started, or withdrawn."""
         document = read_json(attempt.start_json)
-        if document is None or record_of(Start, document, attempt.start_json).withdrawn:
+        if document is None:
+            return None
+        start = record_of(Start, document, attempt.start_json)
+        if start.withdrawn:
             return None
         seconds = read_record(Seconds, attempt.seconds_json)
         duration_s = (read_json(attempt.exit_json) or {}).get("duration_s")
         return _Execution(
             seconds,
             float(duration_s) if isinstance(duration_s, int | float) else None,
-            _queue_s(attempt, document),
+            _queue_s(attempt, start),
             seconds is None and attempt.env_json.exists(),  # which is written later
         )
 
 
-def _queue_s(attempt: AttemptDir, start: dict[str, Any]) -> float | None:
-    """From claim to start by the clock of one host. A job that goes on with a run claims it when it starts."""
+def _queue_s(attempt: AttemptDir, start: Start) -> float | None:
+    """As SLURM says it; else from claim to start by the clock of one host."""
+    if start.job is not None and start.job.queue_s is not None:
+        return start.job.queue_s
     claim = read_json(attempt.claim_json) or {}
     with suppress(KeyError, TypeError, ValueError, RunError):
-        before, after = (record_of(Holder, each, attempt.path).process for each in (claim, start))
-        if before.host == after.host and before != after:
-            waited = datetime.fromisoformat(start["started_utc"]) - datetime.fromisoformat(claim["utc"])
+        before = record_of(Holder, claim, attempt.path).process
+        if before.host == start.process.host and before != start.process and start.started_utc is not None:
+            waited = datetime.fromisoformat(start.started_utc) - datetime.fromisoformat(claim["utc"])
             return max(0.0, waited.total_seconds())
     return None
 
@@ -120,21 +128,21 @@ def _sum_of(executions: list[_Execution]) -> Goodput:
     """Together. The next attempt knows how much of an attempt was kept: the checkpoint that it went on from."""
     walls: list[float | None] = []
     kept_s, owner = 0.0, 0  # the correction of steps; the last attempt that has trained
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts = {f"{part}_s": 0.0 for part in PARTS}
     lost_steps, lost_s, before = 0, 0.0, None
     for number, its in enumerate(executions):
         walls.append(None if its.seconds is None else its.seconds.wall_s)
         if its.seconds is None:
             continue
-        for part in PARTS:
-            parts[part] += getattr(its.seconds, f"{part}_s")
+        for name, seconds in its.seconds.by_part().items():
+            parts[name] += seconds
         lost_steps, lost_s = lost_steps + its.seconds.lost_steps, lost_s + its.seconds.lost_s
         if before is not None:
             change_s = its.seconds.resumed_train_time_s - before.train_time_s
             kept_s += change_s
             walls[owner] = (walls[owner] or 0.0) + change_s + its.seconds.lost_s
         before, owner = its.seconds, number
-    parts["steps"] = max(0.0, parts["steps"] + kept_s)
+    parts["steps_s"] = max(0.0, parts["steps_s"] + kept_s)
     known = [
         max(its.duration_s or 0.0, wall or 0.0)
         for its, wall in zip(executions, walls, strict=True)
@@ -144,7 +152,7 @@ def _sum_of(executions: list[_Execution]) -> Goodput:
     queued = [its.queue_s for its in executions if its.queue_s is not None]
     return Goodput(
         wall_s=wall_s,
-        **{f"{part}_s": seconds for part, seconds in parts.items()},
+        **parts,
         lost_s=lost_s,
         other_s=max(0.0, wall_s - math.fsum(parts.values()) - lost_s),
         lost_steps=lost_steps,

@@ -3,10 +3,11 @@
 Views of the runs' metrics.jsonl, written to `<sweep>/tb` and brought up to date where a run has new rows:
 
     CELL/mean                     each metric's mean over the seeds that have it at that step; how many seeds have a row there
-                                  (`seeds`); band/METRIC/lower and .../upper; the final accuracy of finished runs (final/...)
+                                  (`seeds`); band/METRIC/lower and .../upper; the final accuracy of finished runs
+                                  (final/...), and goodput/ettr
     CELL/mean+std, CELL/mean-std  the band as curves of their own
     .                             the layout of the CUSTOM SCALARS tab, a chart with bands per metric; the columns of HPARAMS:
-                                  a row per cell, its place on the sweep's axes, and final/...
+                                  a row per cell, its place on the sweep's axes, final/... and goodput/ettr
 
 A cell is all axes but the seed. std: n - 1 in the denominator, from two seeds on.
 """
@@ -35,6 +36,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.report.frame import kind_of_texts
+from jobs.report.goodput import Goodput
 from jobs.state import RunState
 from jobs.sweep import SweepDir
 from vitpa.event_file import EventFile
@@ -52,6 +54,7 @@ FINAL = {  # tags of the final accuracy, with what they are of an Estimate
     "final/top1_ci95_high": "ci95_high",
     "final/seeds": "n",
 }
+ETTR = "goodput/ettr"  # of the cell's runs so far (jobs/report/goodput.py)
 Curves = dict[str, dict[int, list[float]]]  # by metric and step: a value per seed that has one
 
 
@@ -156,7 +159,7 @@ def _write_cell(cell: Cell, root: Path, folder: Path) -> bool:
                 mean.append((step, _scalar(_band(tag, "upper"), above)))
                 mean.append((step, _scalar(_band(tag, "lower"), below)))
     mean += [(step, _scalar("seeds", count)) for step, count in counts.items()]
-    _replace(folder / "mean", [*_session(cell), *mean])
+    _replace(folder / "mean", [*_session(cell, Goodput.of_runs(cell.states, root)), *mean])
     _replace(folder / "mean+std", upper)
     _replace(folder / "mean-std", lower)
     write_json(folder / INPUTS, {"runs": runs, "metrics": list(curves)})
@@ -200,8 +203,8 @@ def _band(tag: str, side: str) -> str:
     return f"band/{tag}/{side}"
 
 
-def _session(cell: Cell) -> list[tuple[int | None, Summary]]:
-    """The cell as a row of HPARAMS, with the final accuracy of its finished runs."""
+def _session(cell: Cell, goodput: Goodput | None) -> list[tuple[int | None, Summary]]:
+    """The cell as a row of HPARAMS, with the final accuracy of its finished runs, and what share of the time trained them."""
     results = [state.result for state in cell.states if state.result is not None]
     found = Estimate.of([result.top1 for result in results])
     step = max((result.steps for result in results), default=0)
@@ -209,6 +212,8 @@ def _session(cell: Cell) -> list[tuple[int | None, Summary]]:
     for tag, name in FINAL.items():
         if (value := getattr(found, name)) is not None and results:
             summaries.append((step, _scalar(tag, value)))
+    if goodput is not None and goodput.ettr is not None:
+        summaries.append((step, _scalar(ETTR, goodput.ettr)))
     status = Status.STATUS_SUCCESS if len(results) == len(cell.states) else Status.STATUS_RUNNING
     end = metadata.create_summary_metadata(HParamsPluginData(session_end_info=SessionEndInfo(status=status)))
     tag = metadata.SESSION_END_INFO_TAG
@@ -229,7 +234,7 @@ def _columns(cells: Sequence[Cell]) -> Summary:
             same = [value if isinstance(value, str) else float(value) for value in values]
             domain = hparams.Discrete(same if len({type(value) for value in same}) == 1 else list(map(str, same)))
             infos.append(hparams.HParam(name, domain))
-    metrics = [hparams.Metric(tag, display_name=tag.removeprefix("final/")) for tag in FINAL]
+    metrics = [hparams.Metric(tag, display_name=tag.partition("/")[2]) for tag in (*FINAL, ETTR)]
     return hparams.hparams_config_pb(infos, metrics)
 
 

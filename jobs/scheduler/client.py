@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from jobs.errors import SweepError
@@ -109,6 +110,14 @@ class Scheduler:
         except SchedulerError:
             return None
 
+    def waited_s(self, identity: str) -> float | None:
+        """Seconds that a job which has started waited, since it was submitted or requeued; None where SLURM does not say."""
+        try:
+            submitted, started = self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%V %S").split()
+            return max(0.0, (datetime.fromisoformat(started) - datetime.fromisoformat(submitted)).total_seconds())
+        except (SchedulerError, ValueError):
+            return None
+
     def configuration(self) -> dict[str, str]:
         """The cluster's configuration, as `scontrol show config` names it."""
         pairs = (line.partition("=") for line in self.ask("scontrol", "show", "config").splitlines())
@@ -157,7 +166,7 @@ def query_environment(environment: Mapping[str, str]) -> dict[str, str]:
     the programs, HOME and USER are for what a site wraps around them, SLURM_JWT is the password of clusters without munge.
     """
     kept = {key: environment[key] for key in KEPT if key in environment}
-    return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
+    return {**kept, "LC_ALL": "C", "TZ": "UTC", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
 
 
 def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:

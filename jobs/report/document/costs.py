@@ -20,10 +20,13 @@ from vitpa.statistics import Estimate
 NOTE = "Time: steps, evaluations and checkpoints that led to a run's result; runs that trained together share it."
 GOODPUT = (
     "ETTR (effective training time ratio, goodput): the share of steps and evaluations that were kept in the wall-clock time "
-    "of all attempts, of unfinished runs, too; without waiting in the queue, which is known only where jobs were submitted on "
-    "the host that ran them. Runs that trained together count each; those of versions that did not record it do not."
+    "of all attempts, of unfinished runs, too; without waiting in the queue, which SLURM says of its jobs, and which else is "
+    "known only where they were submitted on the host that ran them. Runs that trained together count each; those of "
+    "versions that did not record it do not."
 )
 PARTS = {
+    "imports": "imports_s",
+    "data": "data_s",
     "set-up": "set_up_s",
     "compilation": "compilation_s",
     "restore": "restore_s",

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.report.goodput import Goodput
 from jobs.sweep import Run, SweepDir
@@ -29,7 +30,7 @@ def recorded(run: RunDir) -> list[Seconds]:
 
 
 def test_the_parts_of_a_stopped_and_resumed_run_are_its_time(digits: Path, tmp_path: Path) -> None:
-    words = arguments(digits, tmp_path)
+    words = arguments(digits, tmp_path, "runtime.tensorboard=true")
     run = config_of(words).run_dir
     assert main([*words, "runtime.stop_after_epoch=2"]) == 0
     assert main(words) == 0
@@ -38,8 +39,13 @@ def test_the_parts_of_a_stopped_and_resumed_run_are_its_time(digits: Path, tmp_p
         assert seconds.wall_s <= duration_s
         assert seconds.wall_s == pytest.approx(duration_s, abs=0.5)  # the end of the process is after it
         assert (seconds.lost_steps, seconds.lost_s) == (0, 0)
-        assert min(getattr(seconds, f"{part}_s") for part in PARTS) > 0
+        assert {part for part in PARTS if getattr(seconds, f"{part}_s") <= 0} == {"imports"}, "no process was started for it"
     first, second = recorded(run)
+    board = EventAccumulator(str(run.tensorboard)).Reload()
+    shown = [event.value for event in board.Scalars("goodput/ettr")]
+    assert all(0 < each < 1 for each in shown)
+    assert shown[0] == pytest.approx(first.ettr, abs=0.2), "at its last checkpoint"
+    assert board.Scalars("goodput/steps_s")[-1].value == pytest.approx(second.steps_s, abs=0.1)
     assert first.train_time_s == second.resumed_train_time_s
     result, its = run.result(), Goodput.of_run(run)
     assert result is not None and its is not None
@@ -82,20 +88,30 @@ def test_the_steps_that_a_killed_run_does_again_are_counted(digits: Path, tmp_pa
     assert its.ettr < 1
 
 
-def fill(root: Path, run: Run, number: int, seconds: Seconds | None, duration_s: float | None) -> None:
-    """An attempt of a launcher on this host that waited for 30 s."""
+def fill(
+    root: Path,
+    run: Run,
+    number: int,
+    seconds: Seconds | None,
+    duration_s: float | None = None,
+    *,
+    queue_s: float | None = None,
+) -> None:
+    """An attempt of a launcher on this host that waited for 30 s, or as long as SLURM says."""
     directory = run.directory(root)
     claim = {"process": {**ProcessId.mine().model_dump(), "pid": 1}, "utc": "2026-01-01T00:00:00Z"}
     attempt = directory.claim_attempt(number, claim)
     assert attempt is not None
-    write_json(attempt.start_json, {"process": ProcessId.mine().model_dump(), "started_utc": "2026-01-01T00:00:30Z"})
+    start = {"process": ProcessId.mine().model_dump(), "started_utc": "2026-01-01T00:00:30Z"}
+    write_json(attempt.start_json, start if queue_s is None else {**start, "job": {"id": "7_0", "queue_s": queue_s}})
     if seconds is not None:
         seconds.write(attempt.seconds_json)
     if duration_s is not None:
         write_json(attempt.exit_json, {"state": "failed", "reason": "", "duration_s": duration_s})
 
 
-PARTS_S = {"set_up_s": 10, "restore_s": 1, "compilation_s": 20, "steps_s": 60, "evaluations_s": 6, "checkpoints_s": 3}
+PARTS_S = {"imports_s": 4, "data_s": 3, "set_up_s": 3, "restore_s": 1, "compilation_s": 20, "steps_s": 60}
+PARTS_S |= {"evaluations_s": 6, "checkpoints_s": 3}
 FIRST = Seconds(**PARTS_S, train_time_s=68, resumed_train_time_s=0, lost_steps=0, lost_s=0)
 AGAIN = Seconds(**PARTS_S, train_time_s=126, resumed_train_time_s=58, lost_steps=7, lost_s=15)
 
@@ -107,7 +123,7 @@ def test_every_view_has_the_same_figures(tmp_path: Path, capsys: pytest.CaptureF
     run = sweep.runs[0]
     fill(tmp_path, run, 1, FIRST, 110.0)
     fill(tmp_path, run, 2, None, None)  # killed with its supervisor while it was imported
-    fill(tmp_path, run, 3, AGAIN, None)
+    fill(tmp_path, run, 3, AGAIN, queue_s=7.5)
     words = [sweep.name, "--root", str(tmp_path)]
     assert vitpa(["sweep", "status", *words, "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
@@ -120,7 +136,8 @@ def test_every_view_has_the_same_figures(tmp_path: Path, capsys: pytest.CaptureF
         "lost_s": 15,
         "untimed": 1,
     }
-    expected |= {"ettr": 122 / 210, "other_s": 5, "queue_s": 90, "set_up_s": 20, "restore_s": 2}
+    expected |= {"ettr": 122 / 210, "other_s": 5, "queue_s": 67.5, "set_up_s": 6, "restore_s": 2}
+    expected |= {"imports_s": 8, "data_s": 6}
     assert expected.items() <= ours.items()
     assert others == [None] * 5, "of earlier versions"
     assert status["goodput"] == ours
@@ -128,8 +145,11 @@ def test_every_view_has_the_same_figures(tmp_path: Path, capsys: pytest.CaptureF
     assert "58.1 % of the time of all attempts" in capsys.readouterr().out
     assert vitpa(["sweep", "frame", *words]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [float(rows[0][name]) for name in ("ettr", "lost_s", "queue_s")] == [122 / 210, 15, 90]
+    assert [float(rows[0][name]) for name in ("ettr", "lost_s", "queue_s")] == [122 / 210, 15, 67.5]
     assert {row["ettr"] for row in rows[1:]} == {""}
+    assert vitpa(["sweep", "tensorboard", *words, "--no-serve"]) == 0
+    board = EventAccumulator(str(SweepDir(tmp_path, sweep.name).tensorboard / run.cell / "mean")).Reload()
+    assert [event.value for event in board.Scalars("goodput/ettr")] == pytest.approx([122 / 210])
     assert vitpa(["sweep", "report", *words]) == 0
     text = (SweepDir(tmp_path, sweep.name).report / "report.md").read_text()
     assert "58.1 %" in text
