@@ -26,7 +26,7 @@ from jobs.sweep import load_sweep
 from slurm.devcluster import PACKAGES, default_root
 from slurm.devcluster_config import Layout
 from tests.support.repository import ROOT
-from vitpa.bench import small
+from vitpa.bench import ablation, small
 from vitpa.bench.schema import RECIPES, Case
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.documents import parse_yaml
@@ -101,8 +101,8 @@ def test_training_commands_load(command: str) -> None:
 @pytest.mark.parametrize("command", those("vitpa bench "))
 def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
     options = vitpa.bench.command.parse(shlex.split(command)[2:])
-    if options.name == "small":
-        assert small.cases(options)
+    if options.name in {"small", "ablation"}:
+        assert {"small": small, "ablation": ablation}[options.name].cases(options)
     else:
         assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
 

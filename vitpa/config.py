@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -197,6 +197,9 @@ class TrainConfig(Section):
     )
 
 
+TorchOperation = Literal["attention", "mix", "add_norm", "bias_gelu", "policy", "erase"]  # those for which there are kernels
+
+
 class RuntimeConfig(Section):
     """Where and how it runs. Must not change the numbers (beyond rounding); not part of the signature."""
 
@@ -209,6 +212,11 @@ class RuntimeConfig(Section):
     accum_steps: int = Field(1, ge=1, le=65_536, description="gradient accumulation steps per optimiser step")
     step: Literal["auto", "graph", "compile", "eager"] = Field(
         "auto", description="how a step runs: as one CUDA graph, compiled, or as it is; auto: the fastest that can be had"
+    )
+    torch_operations: tuple[TorchOperation, ...] = Field(
+        (),
+        description="operations that a GPU does as torch's own instead of our kernels, to compare them or to do without one: "
+        f"{', '.join(get_args(TorchOperation))}",
     )
     cpu_threads: int | None = Field(
         None, ge=1, le=MAX_CPUS, description="torch's threads per process; null: the CPUs allowed / processes"

@@ -135,7 +135,7 @@ def setup_of(case: Case) -> tuple[int, int, int]:
 
 def distance_of(case: Case, decoder: str) -> int | None:
     """How far from a whole training with `runtime.decoder` it is, 0 the nearest; None: of something else, or not ours."""
-    if case.model != "vitpa" or case.differing:
+    if case.model != "vitpa" or case.differing or case.without:
         return None
     if case.decoder is None:
         return SYNTHETIC if case.augmentation else MODEL

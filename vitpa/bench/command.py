@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from vitpa.arguments import number, path_argument
-from vitpa.bench import imagenet, small
+from vitpa.bench import ablation, imagenet, small
 from vitpa.bench.schema import ATTENTIONS, RECIPES
 from vitpa.errors import at_signals, run_command
 from vitpa.records import check_writable
@@ -33,7 +33,8 @@ def command_parser() -> argparse.ArgumentParser:
         epilog="example: vitpa bench small --replicas 1,5 --json small.json",
     )
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, bench in (("small", small), ("imagenet", imagenet)):
+    recipes = {name: f"the {recipe} recipe" for name, recipe in RECIPES.items()} | {"ablation": "the recipe"}
+    for name, bench in (("small", small), ("imagenet", imagenet), ("ablation", ablation)):
         its = benchmarks.add_parser(
             name,
             help=bench.HELP,
@@ -41,7 +42,7 @@ def command_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog=f"example: {bench.EXAMPLE}",
         )
-        its.add_argument("overrides", nargs="*", metavar="a.b=value", help=f"change a value of the {RECIPES[name]} recipe")
+        its.add_argument("overrides", nargs="*", metavar="a.b=value", help=f"change a value of {recipes[name]}")
         its.add_argument("--attention", choices=ATTENTIONS, action="append", help="only this one")
         bench.add_options(its)
         windows = "how long each of 5 windows lasts at least: 0.5"

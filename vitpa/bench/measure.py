@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import sys
 import time
@@ -11,12 +12,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vitpa.bench.rival_loaders import RivalLoader
 from vitpa.bench.schema import Case, Line
 from vitpa.bench.timm_steps import TimmSteps
+from vitpa.bench.vmap_steps import VmapSteps
 from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
@@ -35,8 +39,10 @@ MIN_STEPS, MIN_LOADER_BATCHES = 3, 24  # of a window
 LEARNING_RATE_SHARE = 0.1  # of the recipe's peak: there is no warm-up
 MAX_STEPS = 1_000_000  # of one benchmark
 LOG_EVERY_STEPS = 50
+LATE_READING = "reading rows later"  # the mechanism: the host does not wait for what a window of steps gave
 
 Runner = Callable[[int], object]  # does so many steps
+Steps = ReplicaSteps | TimmSteps | VmapSteps
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Bench:
         return facts
 
 
-def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed) -> Line:
+def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed | RivalLoader) -> Line:
     """Build what `case` says of the runs that share a step, run it on the images of `feed` and time it."""
     group, on_gpu = bench.group, bench.group.device.type == "cuda"
     torch._dynamo.reset()
@@ -78,19 +84,25 @@ def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed) 
     run: Runner
     notes: list[str] = []
     with ExitStack() as stack:
-        if isinstance(feed, StreamedFeed) and case.model is None:
-            batches = stack.enter_context(closing(loader_batches(feed)))
+        if isinstance(feed, RivalLoader) or (isinstance(feed, StreamedFeed) and case.model is None):
+            batches = feed.batches() if isinstance(feed, RivalLoader) else loader_batches(feed)
+            stack.enter_context(closing(batches))
+            notes = list(feed.notes) if isinstance(feed, RivalLoader) else []
             run, least = lambda count: deque(itertools.islice(batches, count), maxlen=0), MIN_LOADER_BATCHES
         else:
             steps = stack.enter_context(closing(make_steps(case, configs, group, feed)))
             notes = steps.prepare(0)
             train = feed.images["train"]
             num_images = len(train.labels if isinstance(train, ResidentImages) else train.beton)
-            run, least = step_runner(steps, num_images // case.batch_size), MIN_STEPS
+            waits = case.without == LATE_READING
+            run, least = step_runner(steps, num_images // case.batch_size, waits=waits), MIN_STEPS
         run(3)
         wait(group.device)
         start_s = time.monotonic() - began_s
+        began_s, began_cpu_s = time.monotonic(), time.process_time()
         found = rates(run, case.replicas * case.batch_size, group, least=least, window_s=bench.window_s)
+        cpu_cores = (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
+        memory_gib = resident_gib()
     median = statistics.median(found)
     peak_gflops = 1000 * bench.peak_matmul_tflops * group.world_size
     return Line(
@@ -101,6 +113,8 @@ def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed) 
         start_s=start_s,
         mfu=None if case.model is None else median * gflop_per_image(configs[0]) / peak_gflops,
         notes=tuple(notes),
+        cpu_cores=cpu_cores,
+        memory_gib=memory_gib,
     )
 
 
@@ -116,6 +130,12 @@ def synthetic_feed(case: Case, config: RunConfig, group: Group, num_images: Mapp
     return ResidentFeed(images, group, seeds=seeds, batch_size=batch_size, accum_steps=1)
 
 
+def resident_gib() -> float:
+    """The memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 def loader_batches(feed: StreamedFeed) -> Generator[Batch, None, None]:
     """Cropped uint8 batches on the device, epoch after epoch."""
     images = feed.images["train"]
@@ -129,13 +149,15 @@ def replicas_of(config: RunConfig, count: int) -> list[RunConfig]:
     return [config.model_copy(update={"seed": config.seed + number}) for number in range(count)]
 
 
-def make_steps(case: Case, configs: Sequence[RunConfig], group: Group, feed: Feed) -> ReplicaSteps | TimmSteps:
+def make_steps(case: Case, configs: Sequence[RunConfig], group: Group, feed: Feed) -> Steps:
     """The steps of a training by `configs`, not yet compiled."""
     device, num_classes, config = group.device, num_classes_of(configs[0]), configs[0]
     models = [build_model(**dict(each.model), num_classes=num_classes, seed=each.seed).to(device) for each in configs]
     optimizers = [make_optimizer(each, model) for each, model in zip(configs, models, strict=True)]
+    augmentation = Augmentation.of([config], img_size=config.model.img_size, device=device)
+    if case.model == "vmap":
+        return VmapSteps(configs, models=models, feed=feed, augmentation=augmentation)
     if case.model == "timm":
-        augmentation = Augmentation.of([config], img_size=config.model.img_size, device=device)
         return TimmSteps(config, model=models[0], optimizer=optimizers[0], feed=feed, augmentation=augmentation)
     rates = torch.tensor([each.optim.lr for each in configs], dtype=torch.float64) * LEARNING_RATE_SHARE
     rates = rates if "optim.lr" in case.differing else rates[:1]
@@ -149,10 +171,11 @@ def num_classes_of(config: RunConfig) -> int:
     return facts_of(config.dataset).num_classes or 10
 
 
-def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Runner:
+def step_runner(steps: Steps, epoch_steps: int, *, waits: bool = False) -> Runner:
     """A function that does so many steps as train.py does them, with a closed window every 50, and goes on where it stopped.
 
-    An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode; not with each call.
+    An epoch begins every `epoch_steps` steps, with batches that no one has begun to decode; not with each call. What a window
+    gave is read later, or if it `waits` at once.
     """
     numbers = itertools.count()
 
@@ -163,7 +186,9 @@ def step_runner(steps: ReplicaSteps | TimmSteps, epoch_steps: int) -> Runner:
             steps.load()
             steps.step()
             if step % LOG_EVERY_STEPS == LOG_EVERY_STEPS - 1:
-                steps.accumulator.take()
+                row = steps.accumulator.take()
+                if waits:
+                    row.result()
 
     return run
 

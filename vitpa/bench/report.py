@@ -68,11 +68,13 @@ def with_ratios(lines: Sequence[Line]) -> list[Line]:
         one_gpu = {**case.model_dump(exclude={"batch_size"}), "gpus": 1}
         one_run = {**case.model_dump(exclude={"differing"}), "replicas": 1}
         synthetic = {**case.model_dump(), "images": "synthetic", "decoder": None}
+        whole = {**case.model_dump(exclude={"step", "decoder", "replicas"}), "without": None}
         others = {
             "times_timm": rate(**timm, augmentation=case.augmentation) or rate(**timm),
             "times_one_gpu": rate(**one_gpu) if case.gpus > 1 else None,
             "times_one_run": rate(**one_run) if case.replicas > 1 else None,
             "of_synthetic": rate(**synthetic) if case.decoder else None,
+            "of_whole": rate(**whole) if case.without else None,
         }
         ratios = {name: None if other is None else line.images_per_s / other for name, other in others.items()}
         found.append(line.model_copy(update=ratios))
@@ -96,8 +98,10 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "x 1 GPU": lambda line: _number(line.times_one_gpu),
     "x 1 run": lambda line: _number(line.times_one_run),
     "of synth": lambda line: _number(line.of_synthetic),
+    "of whole": lambda line: _number(line.of_whole),
     "MFU": lambda line: _number(line.mfu, ".1%"),
     "GiB": lambda line: _number(line.peak_memory_gib),
+    "cores": lambda line: _number(line.cpu_cores, ".1f"),
     "start s": lambda line: f"{line.start_s:.1f}",
 }
 

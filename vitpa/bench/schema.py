@@ -24,12 +24,14 @@ class Case(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    model: Literal["vitpa", "timm"] | None = "vitpa"  # whose module; None: the loader alone
+    model: Literal["vitpa", "timm", "vmap"] | None = "vitpa"  # whose steps; vmap: torch.func's; None: the loader alone
     attention: Attention | None  # None: no module
     step: Literal["auto", "graph", "compile", "eager"] | None  # runtime.step; None: no module
     augmentation: bool = True  # of the recipe, after the crop
     images: Literal["synthetic", "JPEG", "raw"] = "synthetic"  # random ones that lie on the device, or a .beton's
     decoder: Decoder | None = None  # of the images of a .beton
+    loader: Literal["vitpa", "ffcv", "torchvision", "nvimagecodec"] = "vitpa"  # whose
+    without: str | None = None  # the one of our mechanisms that is switched off
     gpus: int = Field(ge=1)  # or processes on the CPU
     batch_size: int = Field(ge=1)  # of one seed, over all GPUs
     replicas: int = Field(ge=1)  # runs in a step, which differ in their seeds
@@ -61,9 +63,13 @@ class Case(BaseModel):
             words = ["model"]
         else:
             words = ["loader" if self.model is None else "training", self.images, *([self.decoder] if self.decoder else [])]
+            if self.loader != "vitpa":
+                words.append(self.loader)
         if self.differing:
             words.append(f"by {' x '.join(self.differing)}")
-        return ", ".join(["timm", *words] if self.model == "timm" else words)
+        if self.without:
+            words.append(f"without {self.without}")
+        return ", ".join(words if self.model in {None, "vitpa"} else [str(self.model), *words])
 
     def __str__(self) -> str:
         words = [self.name, self.attention, self.step, f"R={self.replicas}" if self.replicas > 1 else None]
@@ -86,3 +92,6 @@ class Line(BaseModel):
     times_one_gpu: float | None = None  # rate / that of the same on one GPU
     times_one_run: float | None = None  # rate / that of one run in a step
     of_synthetic: float | None = None  # rate / that of the same on images that lie on the device
+    of_whole: float | None = None  # rate / that of the same with all mechanisms on
+    cpu_cores: float | None = None  # seconds of the processor per second, of the main process
+    memory_gib: float | None = None  # resident, of the main process, afterwards

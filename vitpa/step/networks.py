@@ -53,7 +53,13 @@ class Networks:
     def _vit(self, img_size: int) -> StackedViT:
         if img_size not in self._vits:
             model = self.config.model.model_copy(update={"img_size": img_size})
-            operations, notes = choose_operations(model, device=self.device, dtype=self.products, num_images=self.num_images)
+            operations, notes = choose_operations(
+                model,
+                device=self.device,
+                dtype=self.products,
+                num_images=self.num_images,
+                torch_operations=self.config.runtime.torch_operations,
+            )
             self.notes += [note for note in notes if note not in self.notes]
             sizes, resampling = (model.patch_size, model.depth, model.num_heads), None
             if img_size != self.config.model.img_size:

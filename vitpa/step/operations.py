@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,16 @@ class Candidate:
 
 
 def choose_operations(
-    model: ModelConfig, *, device: torch.device, dtype: torch.dtype, num_images: int
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_images: int,
+    torch_operations: Collection[str] = (),
 ) -> tuple[Operations, list[str]]:
     """The fastest operations for a network whose tokens are of `dtype`, and what the user should know about the choice.
 
-    `num_images` is R * B, the images of a step.
+    `num_images` is R * B, the images of a step; `torch_operations` are torch's own on request.
     """
     if device.type != "cuda":
         return PLAIN, []
@@ -51,6 +56,8 @@ def choose_operations(
     shared_memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     chosen, notes = PLAIN._asdict(), []
     for name, found in candidates(model, shared_memory).items():
+        if name in torch_operations:
+            continue
         reasons = []
         for candidate in found:
             reason = candidate.unsupported_reason or trial(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
-from vitpa.config import ModelConfig
+from vitpa.config import ModelConfig, TorchOperation
 from vitpa.config_file import load_config, shipped_configs
 from vitpa.kernels.attention import attention
 from vitpa.kernels.gelu import bias_gelu
@@ -154,3 +154,20 @@ def test_every_shape_runs_or_falls_back_with_a_note(changes: dict[str, Any] | st
         found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(values.values()))]))
     expected, got = found
     assert float((got - expected).norm() / expected.norm()) < (1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_the_operations_to_do_without_are_those_that_have_kernels() -> None:
+    assert get_args(TorchOperation) == (*PLAIN._fields, "policy", "erase")
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_operations_are_torchs_own_on_request() -> None:
+    model, device = model_of(), torch.device("cuda")
+    names = [name for name in PLAIN._fields if name != "mix"]
+    for without in ([], ["attention"], names):
+        chosen, notes = choose_operations(
+            model, device=device, dtype=torch.bfloat16, num_images=8, torch_operations=without
+        )  # fmt: skip
+        assert [name for name in names if getattr(chosen, name) is getattr(PLAIN, name)] == without
+        assert notes == []

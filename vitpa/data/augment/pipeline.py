@@ -12,7 +12,7 @@ Axes: B batch, C channels, H W pixels, P purposes of random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,9 +68,21 @@ class Erasing(NamedTuple):
 class Augmentation:
     """What the replicas' `options` do to training images of one size."""
 
-    def __init__(self, options: Sequence[AugmentConfig], facts: DatasetFacts, *, img_size: int, device: torch.device):
-        """`options` are those of each replica, or of all; they may differ as vitpa/together.py says."""
+    def __init__(
+        self,
+        options: Sequence[AugmentConfig],
+        facts: DatasetFacts,
+        *,
+        img_size: int,
+        device: torch.device,
+        torch_operations: Collection[str] = (),
+    ):
+        """`options` are those of each replica, or of all; they may differ as vitpa/together.py says.
+
+        A GPU does `policy` and `erase` by kernels, but for those among `torch_operations`.
+        """
         self.options = shape = options[0]  # beside what may differ
+        self.erases_by_kernel = device.type == "cuda" and "erase" not in torch_operations
         shift = [mean / std for mean, std in zip(facts.mean, facts.std, strict=True)]
         self.scale = torch.tensor([1 / (255 * std) for std in facts.std])[:, None, None].to(device)
         self.shift = torch.tensor(shift)[:, None, None].to(device)
@@ -94,6 +106,7 @@ class Augmentation:
                 fill=[round(255 * mean) for mean in facts.mean],
                 img_size=img_size,
                 device=device,
+                kernels="policy" not in torch_operations,
             )
         elif shape.policy != "none":
             self.policy = Policy(
@@ -107,7 +120,13 @@ class Augmentation:
     @staticmethod
     def of(configs: Sequence[RunConfig], *, img_size: int, device: torch.device) -> Augmentation:
         """That of runs that train together, for images of `img_size` pixels."""
-        return Augmentation([each.augment for each in configs], facts_of(configs[0].dataset), img_size=img_size, device=device)
+        return Augmentation(
+            [each.augment for each in configs],
+            facts_of(configs[0].dataset),
+            img_size=img_size,
+            device=device,
+            torch_operations=configs[0].runtime.torch_operations,
+        )
 
     def __call__(self, images: Images, samples: Samples, keys: Keys) -> Normalized:
         """Images as the model takes them: augmented, normalised, permuted.
@@ -147,7 +166,7 @@ class Augmentation:
             ValueError: B is odd.
         """
         assert self.mixup is not None
-        if not images.is_cuda or self.cuts_out:
+        if not self.erases_by_kernel or self.cuts_out:
             out, partners, lam = self.mixup(self._unpermuted(images, samples, keys), labels, samples, keys)
             return self.permuted(out), partners, lam
         from vitpa.kernels.erase import normalize_erase_and_mix  # noqa: PLC0415 - Triton is needed on a GPU only
@@ -177,7 +196,7 @@ class Augmentation:
     def _normalize_and_erase(self, images: Tensor, samples: Tensor, keys: Tensor) -> Tensor:
         """Normalised images with standard normal noise in random rectangles (timm's RandomErasing, mode pixel)."""
         boxes, words, normals = self._erasing(images, samples, keys)
-        if images.is_cuda:
+        if self.erases_by_kernel:
             from vitpa.kernels.erase import normalize_and_erase  # noqa: PLC0415 - Triton is needed on a GPU only
 
             return normalize_and_erase(images, self.scale, self.shift, boxes, words, normals)

@@ -70,8 +70,12 @@ class RandAugment:
         fill: Sequence[int],
         img_size: int,
         device: torch.device,
+        kernels: bool = True,
     ):
-        """`strengths`: the replicas' means and standard deviations of the magnitude; `fill`: the colour (R, G, B) outside."""
+        """`strengths`: the replicas' means and standard deviations of the magnitude; `fill`: the colour (R, G, B) outside.
+
+        `kernels`: whether a GPU does the operations by kernels.
+        """
         different, self.strength = numbered(strengths, device)
         found: dict[Operation, int] = {IDENTITY: 0}
         index = [
@@ -82,7 +86,9 @@ class RandAugment:
         ]  # fmt: skip
         self.index = torch.tensor(index).to(device)  # strengths, 15, 2, LEVELS
         self.num_ops = num_ops
-        self.operations = PillowOperations(list(found), fill=fill, height=img_size, width=img_size, device=device)
+        self.operations = PillowOperations(
+            list(found), fill=fill, height=img_size, width=img_size, device=device, kernels=kernels
+        )
 
     def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
         """For each of num_ops places the operation, an index of `operations`, of each sample, whose key is in `stream`."""
@@ -107,8 +113,18 @@ class PillowOperations:
     On a GPU kernels do to each image what it needs. Elsewhere everything is computed for all of them.
     """
 
-    def __init__(self, operations: Sequence[Operation], *, fill: Sequence[int], height: int, width: int, device: torch.device):
-        self.names = operations
+    def __init__(
+        self,
+        operations: Sequence[Operation],
+        *,
+        fill: Sequence[int],
+        height: int,
+        width: int,
+        device: torch.device,
+        kernels: bool = True,
+    ):
+        """`fill` is the colour (R, G, B) outside of the images; `kernels`: whether a GPU uses them."""
+        self.names, self.kernels = operations, kernels
         self.kind = torch.tensor([_kind(name) for name, _ in operations], dtype=torch.int32).to(device)
         matrices = [_matrix(op, height, width) for op in operations]
         self.matrix = torch.tensor([[round(m * 2**32) for m in matrix] for matrix in matrices]).to(device)  # K, 6
@@ -124,7 +140,7 @@ class PillowOperations:
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], choice: Int64[Tensor, " B"]) -> UInt8[Tensor, "B 3 H W"]:
         """The images, each after the operation of its index in `choice`."""
-        if images.is_cuda:
+        if images.is_cuda and self.kernels:
             return self.by_kernel(images, choice)
         kind, ratios, pixels = self.kind[choice], self.ratios[choice], images.flatten(2)
         grey = _grey(pixels)

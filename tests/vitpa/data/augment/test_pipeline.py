@@ -290,6 +290,9 @@ def test_a_gpu_augments_as_the_cpu_does_in_a_cuda_graph_too(policy: str) -> None
     on_cpu, on_gpu = (Augmentation([config], CIFAR10, img_size=32, device=torch.device(name)) for name in ("cpu", "cuda"))
     inputs = [tensor.cuda() for tensor in (images, samples, keys)]
     compiled = torch.compile(on_gpu, fullgraph=True, dynamic=False)
+    without = Augmentation([config], CIFAR10, img_size=32, device=torch.device("cuda"), torch_operations=["policy", "erase"])
+    assert not without.erases_by_kernel and on_gpu.erases_by_kernel
+    torch.testing.assert_close(without(*inputs).cpu(), on_cpu(images, samples, keys), rtol=0, atol=1e-6)
     for function in (on_gpu.uint8, torch.compile(on_gpu.uint8, fullgraph=True, dynamic=False)):
         assert torch.equal(function(*inputs).cpu(), on_cpu.uint8(images, samples, keys))
     for function in (on_gpu, compiled):
