@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+ROUNDING = 1e-12  # of differences of accuracies, which are shares of fewer than 10^9 images
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -37,13 +39,14 @@ class Estimate:
 def paired_p(differences: Sequence[float]) -> float | None:
     """Two-sided p value of Student's t test that the mean of paired differences is 0; None with fewer than two of them.
 
-    Differences that are all the same have no spread to be judged by: 1 if they are 0, else 0.
+    Differences that are all the same, as few seeds can have on few images, have no spread to be judged by: the sign test's p,
+    2 / 2^n, or 1 if they are 0.
     """
     found = Estimate.of(differences)
     if found.mean is None or found.std is None:
         return None
-    if found.std == 0:
-        return float(found.mean == 0)
+    if found.std < ROUNDING:
+        return 1.0 if abs(found.mean) < ROUNDING else 2.0 ** (1 - found.n)
     from scipy.special import stdtr  # noqa: PLC0415 - as above
 
     return 2 * float(stdtr(found.n - 1, -abs(found.mean) / (found.std / math.sqrt(found.n))))

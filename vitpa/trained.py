@@ -205,7 +205,8 @@ class TrainedSweep:
         """A row per run, indexed by its signature: what it is, whether it is finished, and its result (NaN before that).
 
         `attention` is missing (NaN) where the network has none.
-        Other settings that differ between the runs have a column each, such as train.epochs. Accuracies are fractions, of
+        Other settings that differ between the runs have a column each, such as train.epochs; lists are tuples, so that
+        `groupby` takes them. Accuracies are fractions, of
         the images that `evaluated_on` names. `top1` is the one that counts: of the weights' average if a run keeps one, else
         val_top1.
         """
@@ -217,8 +218,13 @@ class TrainedSweep:
             found = {name: getattr(run.result, name) if run.result else float("nan") for name in COLUMNS}
             signature = run.directory.signature
             done = {"finished": run.result is not None, "evaluated_on": run.config.evaluated_on}
-            rows.append({"signature": signature, **its, **settings, **done, **found})
+            columns = {name: _hashable(value) for name, value in settings.items()}
+            rows.append({"signature": signature, **its, **columns, **done, **found})
         return pd.DataFrame(rows, columns=None if rows else ["signature"]).set_index("signature")
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def differing_settings(runs: Sequence[TrainedRun]) -> list[dict[str, Any]]:

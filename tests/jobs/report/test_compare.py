@@ -52,7 +52,9 @@ def test_paired_p_is_that_of_scipy() -> None:
     differences = [b - a for a, b in zip(first, second, strict=True)]
     assert paired_p(differences) == pytest.approx(stats.ttest_rel(second, first).pvalue)
     assert paired_p([0.1]) is None
-    assert (paired_p([0.0, 0.0]), paired_p([0.5, 0.5])) == (1.0, 0.0)
+    assert paired_p([0.0, 0.0]) == 1.0
+    assert paired_p([0.5, 0.5]) == stats.binomtest(2, 2).pvalue == 0.5
+    assert paired_p([0.9 - 0.6, 0.7 - 0.4, 0.8 - 0.5]) == stats.binomtest(3, 3).pvalue  # the same but for rounding
 
 
 def test_every_two_values_of_an_axis_are_compared(tmp_path: Path) -> None:

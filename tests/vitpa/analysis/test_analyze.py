@@ -315,6 +315,9 @@ def test_settings_that_differ_have_the_values_of_defaults_and_only_those_that_co
     assert [each["model.patch_size"] for each in of_three] == [2, 4, None]
     assert differing_settings([runs[0], runs[4]]) == [{"train.order": "random"}, {"train.order": "quasi_random"}]
     assert TrainedSweep(tmp_path, runs[:2], []).frame()["augment.permute_block_px"].tolist() == [0, 2]
+    lists = [config_of(["digits", f"optim.betas=[0.9,{beta}]"]) for beta in (0.95, 0.999)]
+    frame = TrainedSweep(tmp_path, [TrainedRun(config.run_dir, config, None) for config in lists], []).frame()
+    assert list(frame.groupby("optim.betas").groups) == [(0.9, 0.95), (0.9, 0.999)]
 
 
 @pytest.mark.parametrize(("block_px", "undone"), [(0, False), (2, False), (4, True), (8, True)])

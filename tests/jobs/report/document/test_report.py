@@ -17,9 +17,11 @@ import pytest
 import yaml
 
 from jobs.report.collect import collect
+from jobs.report.compare import Scores, comparisons
 from jobs.report.document import render
 from jobs.report.document.curves import mean_line
 from jobs.report.document.svg import ticks
+from jobs.report.document.verdict import Compared
 from jobs.report.tables import texts
 from jobs.state import StateReader
 from jobs.sweep import Run, Sweep, SweepDir, load_sweep
@@ -400,6 +402,16 @@ def test_thirty_runs_are_below_a_megabyte_without_maps(tmp_path: Path) -> None:
     page, text = report(tmp_path, sweep, "--maps-mib", "0")
     assert len(page.encode()) < 1_000_000
     assert len(text.encode()) < 100_000
+
+
+def test_differences_of_two_seeds_that_are_the_same_tell_nothing() -> None:
+    of_seeds = {"content": {0: 0.5, 1: 0.6}, "positional": {0: 0.505, 1: 0.605}}
+    cells = [Scores("digits", {"attention": name}, top1) for name, top1 in of_seeds.items()]
+    (its,) = comparisons(cells, "attention")
+    found = Compared(its, None, 0.5)
+    assert not found.certain
+    assert found.text.startswith("digits: the seeds do not tell positional and content apart; positional is 0.50 points above")
+    assert "p = 0.5, paired over 2 seeds" in found.text
 
 
 def test_statistics_of_the_verdict() -> None:
