@@ -27,7 +27,7 @@ from vitpa.config import Float, RunConfig, Section
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
 from vitpa.installation import CODE
-from vitpa.records import RunError, read_json, write_atomic, write_json
+from vitpa.records import RunError, make_folders, read_json, write_atomic, write_json
 from vitpa.rundir import RunDir
 from vitpa.together import value_of
 
@@ -215,7 +215,7 @@ class SweepDir:
 
     def record(self, sweep: Sweep) -> None:
         """Write down what the sweep stands for, with a readable name for each of its runs."""
-        self.by_name.mkdir(parents=True, exist_ok=True)
+        make_folders(self.by_name)
         write_atomic(self.sweep_yaml, to_yaml(sweep.config.model_dump(mode="json")))
         runs = [_RecordedRun.of(run).model_dump() for run in sweep.runs]
         write_json(self.runs_json, {"name": sweep.name, "runs": runs})

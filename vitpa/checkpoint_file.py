@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.documents import DocumentError, read_bytes, read_end
-from vitpa.records import write_atomic
+from vitpa.records import make_folders, write_atomic
 
 MAX_LINE = 512
 _END_OF_ARCHIVE = b"PK\x05\x06"
@@ -81,7 +81,7 @@ def files_by_step(folder: Path) -> dict[int, Path]:
 
 def write_archive(folder: Path, archive: bytes, signature: str, step: int) -> Path:
     """Write what torch has made after `step` steps of the run `signature`, with its last line; the folder is made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     path = folder / name_of(step)
     write_atomic(path, archive + Footer.of(archive, signature, step).line())
     return path

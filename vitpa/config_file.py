@@ -24,7 +24,7 @@ from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.documents import YAML_BYTES, DocumentError, check_document, parse_yaml, parse_yaml_value, read_bytes, to_yaml
 from vitpa.installation import CODE
-from vitpa.records import create_exclusive
+from vitpa.records import create_exclusive, make_folders
 from vitpa.rundir import RunDir
 from vitpa.terminal import printable
 
@@ -42,7 +42,7 @@ def record_config(config: RunConfig) -> RunDir:
         ConfigError: the directory of this signature holds another experiment.
     """
     run = config.run_dir
-    run.path.mkdir(parents=True, exist_ok=True)
+    make_folders(run.path)
     text = to_yaml(config.model_dump(mode="json"))
     if not create_exclusive(run.config_yaml, text) and not _holds(run.config_yaml, text):
         recorded = load_model(RunConfig, run.config_yaml)

@@ -64,6 +64,29 @@ def create_exclusive(path: Path, data: bytes | str, folder: int | None = None) -
     return True
 
 
+def make_folders(path: Path) -> None:
+    """Make a folder, and those above it that are missing, so that a crash does not take them, with all that is in them.
+
+    A record is on the disk only if the entries of the folders that it is in are, too.
+    """
+    missing, above = [path], path.parent
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = above.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)  # also if it was there: another process may have made it in this moment
+
+
+def sync_folder(path: Path) -> None:
+    """Have the disk hold the entries of a folder as they are now: what was made, renamed or removed in it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def next_claim(names: Iterable[str], held: Callable[[int], bool]) -> int:
     """The number of the next of numbered claims, to be created exclusively; 0 while the last one, which counts, is `held`."""
     last = max((int(name) for name in names if name.isdecimal()), default=0)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.checkpoint_file import files_by_step, is_plausible
 from vitpa.metrics_file import EMA_EVALUATED, EVALUATED, last_evaluation
-from vitpa.records import CHECKSUM, Json, RunError, read_checked, write_atomic, write_json
+from vitpa.records import CHECKSUM, Json, RunError, make_folders, read_checked, sync_folder, write_atomic, write_json
 
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
@@ -165,7 +165,7 @@ class RunDir:
         A claim is made for the number after the last attempt that the caller has looked at, so that whatever happened
         since then makes it fail: of several processes that saw the same state exactly one gets the run.
         """
-        self.attempts_dir.mkdir(parents=True, exist_ok=True)
+        make_folders(self.attempts_dir)
         draft = self.attempts_dir / f".claim-{secrets.token_hex(8)}"
         draft.mkdir()
         write_json(draft / "claim.json", claim)
@@ -179,6 +179,7 @@ class RunDir:
             if not target.path.exists():
                 raise
             return None
+        sync_folder(self.attempts_dir)
         return target
 
     def result(self) -> Result | None:

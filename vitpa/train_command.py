@@ -26,7 +26,7 @@ from vitpa.data.beton import open_splits
 from vitpa.data.manifest import BetonError
 from vitpa.distributed import Group
 from vitpa.errors import run_command
-from vitpa.records import RunError
+from vitpa.records import RunError, make_folders
 from vitpa.terminal import printable_output
 from vitpa.together import alternatives, check_together, keys_that_may_differ
 from vitpa.train import TrainError, train
@@ -150,7 +150,7 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     """
     root = config.runtime.root_path
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
     run = record_config(config)

@@ -37,7 +37,17 @@ from vitpa.arguments import literal_path
 from vitpa.attempt import CANCEL, Left, Stop
 from vitpa.code_version import code_version
 from vitpa.documents import append_regular
-from vitpa.records import ProcessId, RunError, create_exclusive, read_json, read_record, to_json, utc_now, write_json
+from vitpa.records import (
+    ProcessId,
+    RunError,
+    create_exclusive,
+    make_folders,
+    read_json,
+    read_record,
+    to_json,
+    utc_now,
+    write_json,
+)
 from vitpa.rundir import AttemptDir, RunDir
 
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
@@ -239,7 +249,7 @@ class _Job:
     def _publish(self, attempt: AttemptDir | None, port: int) -> None:
         if self.place.num_nodes == 1:
             return
-        self.published.parent.mkdir(exist_ok=True)
+        make_folders(self.published.parent)
         number = None if attempt is None else attempt.number
         write_json(self.published, {"attempt": number, "master_addr": self.place.node, "master_port": port})
 

@@ -25,7 +25,18 @@ from jobs.state import RunState
 from jobs.sweep import Run, SweepDir
 from vitpa.config_file import parse_model
 from vitpa.errors import UserError
-from vitpa.records import Holder, ProcessId, RunError, create_exclusive, read_json, read_record, to_json, utc_now, write_json
+from vitpa.records import (
+    Holder,
+    ProcessId,
+    RunError,
+    create_exclusive,
+    make_folders,
+    read_json,
+    read_record,
+    to_json,
+    utc_now,
+    write_json,
+)
 
 LOGGER = logging.getLogger(__name__)
 PAUSE_S = 20.0  # between a try that failed and the next by the same command
@@ -41,7 +52,7 @@ def configure(root: Path, sweep: str, notify: Notify | None, states: Sequence[Ru
         return
     before = _settings(SweepDir(root, sweep))
     if new := set(channels(notify)) - set(channels(before) if before else []):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         past = [event.key for event in [*events_of(sweep, states, root), *complete_cells(sweep, states)]]
         for key in {*past, *(path.stem for path in folder.glob("*-*.json"))}:
             for channel in new:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pydantic import Field, JsonValue
 
 from jobs.errors import SweepError
-from vitpa.records import Record, create_exclusive, read_record, to_json
+from vitpa.records import Record, create_exclusive, make_folders, read_record, to_json
 
 
 class Entry(Record):
@@ -85,7 +85,7 @@ class Ledger:
 
     def append(self, new: Round) -> Ledger:
         """The ledger with a round more: `new`, or what another launcher has decided first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folders(self.folder)
         create_exclusive(_path(self.folder, len(self.rounds) + 1), to_json(new.model_dump(exclude_none=True)))
         return Ledger.read(self.folder)
 

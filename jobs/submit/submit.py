@@ -53,7 +53,7 @@ from vitpa.config import RunConfig
 from vitpa.config_file import Override, parse_config, record_config
 from vitpa.datasets import DATASETS
 from vitpa.documents import append_regular, lines_at_end, to_yaml
-from vitpa.records import ProcessId, utc_now, write_json
+from vitpa.records import ProcessId, make_folders, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
 NEVER_STARTED = "never started: nobody was left to start it"
@@ -317,7 +317,7 @@ def _submit_batch(
         return [], refused
     token = secrets.token_hex(4)
     submission = SubmissionDir(SweepDir(root, sweep).submissions / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{token}")
-    submission.path.mkdir(parents=True)
+    make_folders(submission.path)
     write_json(submission.intent_json, _intent(sweep, batch, token))
     common: dict[str, Any] = {
         "token": token,
