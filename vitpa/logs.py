@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -121,6 +122,12 @@ class Logs:
             self._file.flush()
         if self._board is not None:
             self._board.flush()
+
+    def sync(self) -> None:
+        """Have the disk hold all rows: what is written next relies on them, also after a crash of the machine."""
+        self.flush()
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
 
 def _warn_if_others(run: RunDir, step: int, rows: str) -> None:

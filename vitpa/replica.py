@@ -108,7 +108,12 @@ class Replica:
         )
 
     def record_result(self, beton_sha256: dict[str, str]) -> str:
-        """Write result.json, the last act of a training to its end; a line about it."""
+        """Write result.json, the last act of a training to its end; a line about it.
+
+        It is believed only beside the rows it speaks of, so those are on the disk before.
+        """
+        if self.logs is not None:
+            self.logs.sync()
         result = self.result(beton_sha256)
         without = {"energy_j"} if result.energy_j is None else None
         write_json(self.run.result_json, with_checksum(result.model_dump(exclude=without)))
@@ -117,6 +122,8 @@ class Replica:
 
     def record_pause(self, epoch_steps: int) -> str:
         """Write paused.json, the last act of a training that stops after `runtime.stop_after_epoch`; a line about it."""
+        if self.logs is not None:
+            self.logs.sync()
         progress = self.progress
         pause = Pause(
             signature=self.config.signature,

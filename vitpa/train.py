@@ -359,8 +359,6 @@ def finish(t: Training) -> None:
     with t.clock.within("checkpoints"):
         t.checkpoints.wait()
     for _, replica in t.active:
-        assert replica.logs is not None
-        replica.logs.flush()
         replica.record_seconds(t.clock)
         record = replica.record_result(t.data.beton_sha256) if t.step == t.total_steps else replica.record_pause(t.epoch_steps)
         say(t, f"{replica.name} {record}")
