@@ -1,0 +1,86 @@
+"""What must be on the disk when something relies on it: after a power loss that takes all that was not synced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.simulation import trainer
+from tests.support.simulation.disk import Disk, Faults
+from tests.support.simulation.history import simulated_disk
+from tests.support.simulation.processes import Host, Park, Process
+from vitpa.checkpoint import Progress
+from vitpa.config_file import load_config, record_config
+from vitpa.logs import Logs
+from vitpa.records import make_folders, with_checksum, write_json
+from vitpa.replica import Replica
+from vitpa.rundir import RunDir
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    with simulated_disk() as made:
+        made.begin(Faults())
+        yield made
+
+
+def before_power_loss(disk: Disk, action: Callable[[], object]) -> None:
+    """Do something in a process, and then lose what it has not synced."""
+    park = Park(0)
+    process = park.start(Process(park, Host("n1"), "process", action, environment={}))
+    park.run()
+    assert process.exit_code == 0, process.error
+    disk.lose_data(park.now_s, lambda most: 0)
+    disk.lose_entries(park.now_s, lambda most: 0)
+
+
+def test_what_is_not_synced_is_lost(disk: Disk) -> None:
+    path = Path(disk.root) / "words"
+
+    def write() -> None:
+        with path.open("w") as file:
+            file.write("words")
+
+    before_power_loss(disk, write)
+    assert not path.exists()
+
+
+def test_a_record_is_not_lost_with_a_new_folder(disk: Disk) -> None:
+    path = Path(disk.root) / "runs" / "0123456789abcdef" / "attempts" / "record.json"
+
+    def write() -> None:
+        make_folders(path.parent)
+        write_json(path, {})
+
+    before_power_loss(disk, write)
+    assert path.read_text() == "{}\n"
+
+
+def test_a_claim_is_not_lost(disk: Disk) -> None:
+    run = RunDir(Path(disk.root), "0123456789abcdef")
+    before_power_loss(disk, lambda: run.claim_attempt(1, {"by": "a test"}, "config"))
+    assert [attempt.claim_json.exists() for attempt in run.attempts()] == [True]
+
+
+def test_a_result_is_not_lost_nor_what_it_is_compared_with(disk: Disk) -> None:
+    config = load_config(Path("digits"), [f"runtime.root={disk.root}"])
+    run = config.run_dir
+
+    def finish() -> None:
+        record_config(config)
+        made_with = {"code_version": "g1", "beton_sha256": trainer.BETON_SHA256, "steps_total": 4}
+        write_json(run.env_json, with_checksum(made_with))
+        replica = Replica(config, run, trainer.Weights(b"\0" * 32))
+        replica.progress = Progress(
+            step=4, train_time_s=1.0, code_versions=["g1"], val={"val/top1": 0.5, "val/top5": 0.9, "val/loss": 1.0}
+        )
+        with Logs(run, restored_step=0, restored_rows="", not_before_s=0.0, tensorboard=False) as replica.logs:
+            replica.logs.row(4, 4.0, replica.progress.val)
+            replica.record_result(trainer.BETON_SHA256)
+
+    before_power_loss(disk, finish)
+    result = run.result()
+    assert result is not None
+    assert result.steps == 4

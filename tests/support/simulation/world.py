@@ -1,0 +1,430 @@
+"""A history: a sweep on a simulated cluster, what users and faults do to it, and what must hold whatever they do.
+
+The events are methods of `World`; which of them happen is for tests/simulation to say. What must hold:
+
+- no run is lost: when the faults are over, `submit` and `retry` bring every run to its result, and a result stays
+- none is executed twice at once, nor again when it is done, nor after it was cancelled
+- a result was made by its own configuration, step by step
+- jobs of others are not touched, and no command or job ends with a traceback
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+from jobs.command import add_parser
+from jobs.scheduler.client import Scheduler
+from jobs.state import RunState, StateReader
+from jobs.submit import launch
+from jobs.sweep import Sweep
+from jobs.verbs import run_verb
+from tests.support.jobs_sweeps import make_sweep, slurm_profile
+from tests.support.simulation import trainer
+from tests.support.simulation.disk import Disk, Faults, real_files
+from tests.support.simulation.processes import Child, Host, Park, Process, this_process
+from tests.support.simulation.seams import HISTORY
+from tests.support.simulation.slurm import Slurm
+from vitpa.arguments import expand_path
+from vitpa.config import RunConfig
+
+EVENT_S = 30.0  # until the next event, at most, mostly less
+REST_S = 7200.0  # in which everything has come to rest
+ROUNDS = 8  # of submit and retry, at the end
+STEPS = 4
+SAID_IN_A_LOG = ("FailedJobError", "SchedulerError")  # by a helper, of what SLURM says; its launcher says it in a line
+
+
+class BrokenInvariantError(AssertionError):
+    """Something that must hold does not."""
+
+
+class World:
+    """A history from its beginning to its end."""
+
+    def __init__(
+        self, seed: int, disk: Disk, *, seeds: int = 1, replicas: int = 1, step_s: float = 3.0, calm: bool = False
+    ) -> None:
+        self.park = Park(seed)
+        self.disk = disk
+        self.root = Path(disk.root)
+        random = self.park.random
+        faults = Faults()
+        if not calm:
+            faults.pause = random.choice((0.0, 0.01, 0.05, 0.2))
+            faults.look_pause = random.choice((0.0, 0.0, 0.01, 0.03))
+            faults.late = random.choice((0.0, 0.0, 0.1, 0.5))
+            faults.late_s = random.choice((2.0, 30.0))
+        disk.begin(faults)
+        self.seeds, self.replicas = seeds, replicas
+        self.sweep = _files(self.root, seeds, replicas)
+        self.hosts = [Host("login1"), Host("login2")]
+        self.nodes = [Host("n1"), Host("n2"), Host("n3")]
+        self.slurm = Slurm(self.park, self.nodes, self._run_job, os.getuid())
+        HISTORY.slurm, HISTORY.start_program = self.slurm, self._start_program
+        self.step_s = step_s
+        self.commands: list[Process] = []  # launchers and their helpers that are at work
+        self.training: dict[str, Process] = {}  # by signature
+        self.done: dict[str, str] = {}  # signatures, with the hash of the weights that their results must have
+        self.failing: dict[str, str] = {}  # signatures that fail, with the reason
+        self.tampered = False
+        self.resting_since_s: float | None = None  # since a command has cancelled all, and nothing has been started
+        self.broken: list[str] = []  # what must hold and does not
+        self.words: list[str] = []
+        self.story: list[str] = []
+        self.park.ended = self._has_ended
+        self.watch = trainer.Watch(self._training_begins, self._training_steps, self._training_is_done, self._training_ends)
+
+    # --- what happens
+
+    def tell(self, text: str) -> None:
+        self.story.append(f"{self.park.now_s:8.1f} s  {text}".replace(str(self.root), "ROOT"))
+
+    def command(self, verb: str, *words: str, host: int = 0) -> Process:
+        """`vitpa sweep VERB` is called on a login node."""
+        text = f"vitpa sweep {verb} {' '.join(words)}".strip()
+        options = _options(verb, str(self.root), words)
+        own = {"HOME": "/root", "PATH": "/usr/bin"}
+        lines: list[str] = []
+        name = f"{text} on {self.hosts[host].name}"
+        process = Process(self.park, self.hosts[host], name, lambda: run_verb(options), environment=own, on_words=lines.append)
+        process.on_end.append(lambda: self.tell(f"{name} ends with {process.exit_code}: {_last_line(lines)}"))
+        if verb in ("submit", "retry"):
+            self.resting_since_s = None
+        elif verb == "cancel":
+            process.on_end.append(lambda: self._after_cancel(process, words, "".join(lines)))
+        self.commands.append(process)
+        self.park.start(process)
+        self.tell(name)
+        return process
+
+    def _after_cancel(self, process: Process, words: Sequence[str], said: str) -> None:
+        nobody_else = [each for each in self.commands if each is not process and "cancel" not in each.name] == []
+        if process.exit_code == 0 and not words and nobody_else and not self.slurm.sbatches and "slurm" not in said:
+            self.resting_since_s = self.park.now_s
+
+    def kill_command(self, which: int) -> None:
+        """`kill -9` of a launcher, or of its helper."""
+        alive = [each for each in self.commands if each.alive]
+        if alive:
+            process = alive[which % len(alive)]
+            self.tell(f"kill -9 of {process.name}")
+            self.park.kill(process)
+            self.park._unwind()
+
+    def kill_in_job(self, which: int) -> None:
+        """`kill -9` of a process in a job: that of the job, or the training."""
+        alive = [each for each in self.park.processes.values() if each.host in self.nodes]
+        if alive:
+            process = alive[which % len(alive)]
+            self.tell(f"kill -9 of {process.name}")
+            self.park.kill(process)
+            self.park._unwind()
+
+    def node_down(self, which: int) -> None:
+        """A node goes down, with all that its processes have written and not synced."""
+        node = self.nodes[which % len(self.nodes)]
+        self.tell(f"{node.name} goes down")
+        self.slurm.node_goes_down(node)
+        self.park._unwind()
+        self.disk.lose_data(self.park.now_s, self._some, node.name)
+
+    def login_node_down(self, which: int) -> None:
+        host = self.hosts[which % len(self.hosts)]
+        self.tell(f"{host.name} goes down")
+        self._host_down(host)
+        self.disk.lose_data(self.park.now_s, self._some, host.name)
+
+    def _host_down(self, host: Host) -> None:
+        for process in [each for each in self.park.processes.values() if each.host is host]:
+            self.park.kill(process)
+        self.slurm.host_goes_down(host)
+        host.boots += 1
+        self.park._unwind()
+
+    def power_loss(self) -> None:
+        """All hosts and the disk go down: what was not synced may be gone."""
+        self.tell("power loss")
+        for host in self.hosts:
+            self._host_down(host)
+        for node in self.nodes:
+            self.slurm.node_goes_down(node)
+        self.park._unwind()
+        self.disk.lose_data(self.park.now_s, self._some)
+        self.disk.lose_entries(self.park.now_s, self._some)
+
+    def _some(self, most: int) -> int:
+        return self.park.random.choice((0, most, self.park.random.randint(0, most)))
+
+    def controller_down(self, for_s: float) -> None:
+        self.tell(f"the controller does not answer for {for_s:.0f} s")
+        self.slurm.down_until_s = self.park.now_s + for_s
+
+    def sbatch_fails(self, how: str) -> None:
+        self.tell(f"the next sbatch fails: {how}")
+        self.slurm.sbatch_fails.append(how)
+
+    def scancel(self, which: int) -> None:
+        """The user ends a job of ours by hand."""
+        if self.slurm.ours:
+            task = self.slurm.ours[which % len(self.slurm.ours)]
+            self.tell(f"scancel {task.id}")
+            self.slurm.cancel(task)
+
+    def preempt(self, which: int) -> None:
+        running = [task for task in self.slurm.ours if task.step is not None]
+        if running:
+            task = running[which % len(running)]
+            self.tell(f"preemption of {task.id}")
+            self.slurm.requeue(task, "preemption")
+
+    def forget(self) -> None:
+        """The queue forgets what has ended."""
+        for task in list(self.slurm.tasks):
+            self.slurm.forget(task)
+
+    def ids_begin_anew(self, keep_accounts: bool) -> None:
+        self.tell(f"the controller is installed again; accounting is {'kept' if keep_accounts else 'lost'}")
+        self.slurm.begins_anew(keep_accounts)
+        self.park._unwind()
+
+    def touch_stop(self, which: int) -> None:
+        run = self.sweep.runs[which % len(self.sweep.runs)].directory(self.root)
+        if run.path.is_dir():
+            self.tell(f"touch stop of {run.signature}")
+            run.stop.touch()
+
+    def fails(self, which: int, reason: str) -> None:
+        """From now on a run fails at its next step, for a while."""
+        run = self.sweep.runs[which % len(self.sweep.runs)]
+        self.tell(f"{run.label} fails from now on: {reason}")
+        self.failing[run.signature] = reason
+
+    def works_again(self) -> None:
+        self.failing.clear()
+
+    def change_sweep(self, seeds: int) -> None:
+        """The sweep's file gets another number of seeds."""
+        self.tell(f"the sweep has {seeds} seeds now")
+        self.seeds = seeds
+        self.sweep = _files(self.root, seeds, self.replicas)
+
+    def copy_result(self, which: int) -> None:
+        """Somebody copies the result of a run, with what it is compared with, into the directory of another one."""
+        done = [run for run in self.sweep.runs if run.signature in self.done]
+        others = [run for run in self.sweep.runs if run.signature not in self.done]
+        others = [run for run in others if run.directory(self.root).path.is_dir() and run.signature not in self.training]
+        if done and others:
+            source = done[which % len(done)].directory(self.root)
+            target = others[which % len(others)].directory(self.root)
+            self.tell(f"the result of {source.signature} is copied to {target.signature}")
+            self.tampered = True
+            for name in ("env.json", "metrics.jsonl", "result.json"):
+                with suppress(FileNotFoundError):
+                    (target.path / name).write_bytes((source.path / name).read_bytes())
+
+    def wait(self, seconds: float) -> None:
+        self.park.run(until_s=self.park.now_s + seconds)
+        self.check()
+
+    # --- processes
+
+    def _start_program(self, process: Process, command: Sequence[str], keys: dict[str, Any]) -> Child:
+        """What `subprocess.Popen` starts: the helper of a submission, or the training of a job."""
+        words = list(command)
+        environment = dict(keys.get("env") or process.environment)
+        log = getattr(keys.get("stderr"), "name", None)
+        if "jobs.submit.launch" in words:
+            arguments = words[words.index("jobs.submit.launch") + 1 :]
+            name, parent = f"the helper of {process.name}", None
+            target: Callable[[], object] = lambda: launch.main(arguments)  # noqa: E731 - the other one is a closure, too
+        else:
+            assert "vitpa.train" in words, words
+            paths = [str(expand_path(word, "")) for word in words[words.index("vitpa.train") + 1 :] if word != "--with"]
+            name, parent = f"the training of {process.name}", process
+            target = lambda: self._train(paths)  # noqa: E731
+
+        def write(text: str) -> None:
+            with suppress(OSError), real_files(), Path(log or os.devnull).open("a", encoding="utf-8") as file:
+                file.write(text)
+
+        child = Process(self.park, process.host, name, target, environment=environment, parent=parent, on_words=write)
+        if parent is None:
+            self.commands.append(child)
+        else:
+            child.handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2), "ignored")
+        self.park.start(child, self.park.random.uniform(0, 0.5))
+        return Child(child, words)
+
+    def _train(self, paths: list[str]) -> int:
+        process = this_process()
+        assert process is not None
+        return trainer.train(process, paths, self.watch, lambda config: self.failing.get(config.signature, ""), self.step_s)
+
+    def _run_job(self, folder: str, identity: str) -> object:
+        """What submitit does in a job: wait for the pickle that is named by the job, and call what is in it."""
+        process = this_process()
+        assert process is not None
+        process.on_words = self.words.append
+        path = JobPaths(folder, job_id=identity).submitted_pickle
+        for _ in range(60):
+            if path.exists():
+                break
+            process.wait_until(self.park.now_s + 1.0)
+        try:
+            delayed = DelayedSubmission.load(path)
+        except Exception as error:  # it was lost with the disk: submitit ends with it, too
+            return f"{error}" and 1
+        return delayed.function(*delayed.args)
+
+    def _has_ended(self, process: Process) -> None:
+        for signature in [each for each, its in self.training.items() if its is process]:
+            del self.training[signature]
+        if process in self.commands:
+            self.commands.remove(process)
+        expected = process.name.startswith("the training") or any(name in process.error for name in SAID_IN_A_LOG)
+        if process.error and not expected:
+            self.broken.append(f"{process.name} ends with a traceback:\n{process.error}")
+
+    # --- what must hold
+
+    def _training_begins(self, process: Process, config: RunConfig, step: int) -> None:
+        signature = config.signature
+        self.tell(f"{process.name} begins {signature} at step {step} of {config.train.epochs}")
+        if signature in self.training:
+            self.broken.append(f"{signature} is executed twice at once, by {process.name}, too")
+        if signature in self.done:
+            self.broken.append(f"{signature} is done, and executed again by {process.name}")
+        self.training[signature] = process
+
+    def _training_steps(self, process: Process, config: RunConfig, step: int) -> None:
+        if self.training.get(config.signature) is not process:
+            self.broken.append(f"{process.name} takes a step of {config.signature}, which is not its own")
+        if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + 10 * self.step_s + 30:
+            self.broken.append(f"{config.signature} is executed although all was cancelled at {self.resting_since_s:.1f} s")
+
+    def _training_is_done(self, process: Process, config: RunConfig) -> None:
+        self.tell(f"{config.signature} is done")
+        self.done[config.signature] = trainer.expected_sha256(config)
+
+    def _training_ends(self, process: Process, config: RunConfig) -> None:
+        if self.training.get(config.signature) is process:
+            del self.training[config.signature]
+
+    def check(self) -> None:
+        """Raise BrokenInvariantError if something does not hold."""
+        self.broken += self.slurm.touched
+        for signature, weights in self.done.items():
+            path = self.root / "runs" / signature / "result.json"
+            found = json.loads(path.read_text()) if path.is_file() else {}
+            if found.get("weights_sha256") != weights:
+                self.broken.append(f"the result of {signature} {'is another one' if found else 'is lost'}")
+        if self.broken:
+            raise BrokenInvariantError("\n".join([self.broken[0], "", *self.story, "", *self.words[-20:]]))
+
+    def states(self) -> list[RunState]:
+        """The states of all runs, as a command on a login node derives them."""
+        found: list[RunState] = []
+
+        def look() -> None:
+            found.extend(StateReader(self.root, Scheduler()).states(self.sweep.runs))
+
+        looking = self.park.start(Process(self.park, self.hosts[0], "a look", look, environment={"PATH": ""}))
+        self.park.run(until=lambda: not looking.alive)
+        self.check()
+        return found
+
+    def rest(self) -> None:
+        """Wait until no command is at work, and no job is in the queue."""
+        if not self.park.run(self.park.now_s + REST_S, lambda: not self.commands and not self.slurm.ours):
+            at_work = [*(each.name for each in self.commands), *(f"job {task.id} {task.state}" for task in self.slurm.ours)]
+            self.broken.append(f"does not come to rest: {', '.join(at_work)}")
+        self.check()
+
+    def finish(self) -> None:
+        """The faults are over; whatever has happened, every run comes to its own result."""
+        self.tell("no more faults")
+        self.disk.faults = Faults()
+        self.disk.late.clear()
+        self.disk.late_in_list.clear()
+        self.slurm.down_until_s, self.slurm.sbatch_fails = 0.0, []
+        self.works_again()
+        self.rest()
+        for number in range(ROUNDS):
+            self.park.run(until_s=self.park.now_s + 400.0)  # the queue has forgotten what has ended
+            states = self.states()
+            self.tell(", ".join(f"{state.run.signature} {state.state} ({state.reason})" for state in states))
+            if not self.tampered and any(state.state == "broken" for state in states):
+                self.broken.append(f"broken, although nobody has edited anything: {self.story[-1]}")
+                self.check()
+            if all(state.state == "done" for state in states):
+                break
+            if number % 2:
+                self.command("retry", "--force")
+            else:
+                self.command("submit", "--update")
+            self.rest()
+        else:
+            self.broken.append(f"runs are lost: {self.story[-1]}")
+            self.check()
+        for state in states:
+            assert state.result is not None
+            if state.result.weights_sha256 != trainer.expected_sha256(state.run.config):
+                self.broken.append(f"{state.run.signature} has the result of something else")
+        self.check()
+
+    def close(self) -> None:
+        self.park.close()
+
+
+def _last_line(lines: list[str]) -> str:
+    return next((line for line in reversed("".join(lines).splitlines()) if line.strip()), "").strip()[:300]
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return parser
+
+
+@functools.cache
+def _parsed(verb: str, root: str, words: tuple[str, ...]) -> argparse.Namespace:
+    place = ["--profile", f"{root}/slurm.yaml"] if verb in ("submit", "retry") else []
+    return _parser().parse_args(["sweep", verb, f"{root}/small.yaml", "--root", root, *place, *words])
+
+
+def _options(verb: str, root: str, words: tuple[str, ...]) -> argparse.Namespace:
+    return copy.copy(_parsed(verb, root, words))
+
+
+_SWEEPS: dict[tuple[str, int, int], tuple[dict[str, bytes], Sweep]] = {}
+
+
+def _files(root: Path, seeds: int, replicas: int) -> Sweep:
+    """Put the files of a sweep and a profile below the root."""
+    key = (str(root), seeds, replicas)
+    if key not in _SWEEPS:
+        sweep = make_sweep(root, seeds=seeds, steps=STEPS)
+        slurm_profile(
+            root, time="1:00", signal_delay_s=20, replicas=replicas, runtime={"device": "cpu", "data_dir": f"{root}/data"}
+        )
+        _SWEEPS[key] = ({name: (root / name).read_bytes() for name in ("recipe.yaml", "small.yaml", "slurm.yaml")}, sweep)
+    files, sweep = _SWEEPS[key]
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    for split in ("train", "val"):
+        path = root / "data" / "digits" / f"{split}.beton"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return sweep
