@@ -42,6 +42,12 @@ settings.register_profile("long", _PATIENT, max_examples=2000, print_blob=True)
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("simulation", "histories of sweeps on a simulated cluster (tests/simulation)")
+    group.addoption("--histories", type=int, default=500, metavar="N", help="simulate the seeds 0 to N - 1 (default: 500)")
+    group.addoption("--history", type=int, metavar="SEED", help="replay the history of this seed, and no other")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
     """Have `timeout` count from the last sign of life of a test and its processes: on a busy machine all take their time.
