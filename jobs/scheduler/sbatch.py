@@ -17,8 +17,33 @@ from jobs.scheduler.gres import parse_gres
 from jobs.scheduler.job_output import FAILED_LINE, SETUP_FAILED
 from jobs.scheduler.own_jobs import COMMENT
 
-# SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it
-PYTHON = f'/bin/sh -c \'trap "" USR1 USR2; exec "$@"\' sh {shlex.quote(sys.executable)}'
+# SLURM's warning of the time limit reaches a job also while its Python is still starting, and would kill it; the file that is
+# removed says that nothing has been started yet
+PYTHON = (
+    '/bin/sh -c \'trap "" USR1 USR2; [ -z "$VITPA_NOT_STARTED" ] || rm -f "$VITPA_NOT_STARTED"; exec "$@"\' '
+    f"sh {shlex.quote(sys.executable)}"
+)
+# Where srun cannot start the job's process, as while slurmctld is away, or where that is killed, as by the kernel for its
+# memory, nobody in the job can see to its runs: the script starts it again; the history of the runs says when to give up.
+# Not on several nodes: the others have joined the training that was. A job that SLURM ends or requeues ends with its script.
+STEP = """srun() {
+  local try code
+  for try in {1..30}; do
+    export VITPA_NOT_STARTED=$(mktemp "${TMPDIR:-/tmp}/vitpa-XXXXXXXX" 2> /dev/null)
+    command srun "$@" && return
+    code=$?
+    if [ -n "$VITPA_NOT_STARTED" ] && [ -e "$VITPA_NOT_STARTED" ]; then
+      rm -f "$VITPA_NOT_STARTED"
+      echo "srun has not started the job's process; again in 10 s"
+      sleep 10
+    elif [ $code = 137 ] && [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ]; then
+      echo "the job's process was killed by SIGKILL (out of memory?); it is started again"
+    else
+      return $code
+    fi >&2
+  done
+  return $code
+}"""
 # where `setup` ends the job, or a line of it fails, the job's output says so; the job goes on after a line that fails
 ON_EXIT = 'echo "setup ended the job with exit code $code: $BASH_COMMAND"'
 # of a line, not of what fails in a function or a file that it calls; ${x:0:200} and the 500: an environment has its limits
@@ -97,7 +122,7 @@ def sbatch_parameters(profile: SlurmProfile, *, root: Path, name: str, token: st
             **profile.additional_parameters,
         },
         "srun_args": [*srun, *profile.srun_args],
-        "setup": [*_exports(), *BEFORE_SETUP, *profile.setup, AFTER_SETUP],
+        "setup": [*_exports(), *BEFORE_SETUP, *profile.setup, AFTER_SETUP, STEP],
     }
 
 

@@ -13,6 +13,7 @@ from jobs.state import RunState
 from jobs.sweep import Run
 from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import HOLD, Field, exits, finished_trainings, slurm_profile
+from tests.support.slurm_sweeps import processes_below, variable
 from tests.support.waiting import wait_for
 from vitpa.records import read_json
 
@@ -128,7 +129,10 @@ def test_killed_hard(field: Field) -> None:
     identity = of(field, run).job_id
     start = read_json(run.directory(field.root).attempts()[0].start_json)
     assert start is not None
-    os.kill(start["process"]["pid"], signal.SIGKILL)
+    job = variable(start["process"]["pid"], "SLURM_JOB_ID")
+    (script,) = processes_below(field.cluster.root, f"job{job}/slurm_script")
+    for pid in (script, start["process"]["pid"]):
+        os.kill(pid, signal.SIGKILL)
     wait_for(lambda: of(field, run).state == "lost", poll_s=0.2)
     assert of(field, run).reason == f"its job {identity} was killed (FAILED)"
     nearly_done(run, field.root)
@@ -136,6 +140,22 @@ def test_killed_hard(field: Field) -> None:
     assert field.vitpa("submit").returncode == 0
     wait_for(lambda: all(state.state == "done" for state in field.states()), poll_s=0.3)
     assert finished_trainings(field.root) == sorted(run.signature for run in field.sweep.runs)
+
+
+def test_killed_wrapper(field: Field) -> None:
+    """The job's script starts it again; nobody has to submit."""
+    run = field.sweep.runs[0]
+    assert field.vitpa("submit", "attention=content").returncode == 0
+    wait_for(lambda: started(field, run))
+    first = read_json(run.directory(field.root).attempts()[0].start_json)
+    assert first is not None
+    os.kill(first["process"]["pid"], signal.SIGKILL)
+    directory = run.directory(field.root)
+    wait_for(lambda: len(directory.attempts()) == 2 and directory.attempts()[1].start_json.exists(), poll_s=0.1)
+    second = read_json(directory.attempts()[1].start_json)
+    assert second is not None
+    assert second["job"] == first["job"] == {"id": first["job"]["id"], "restart": 0}
+    assert of(field, run).state == "running"
 
 
 def test_a_line_of_setup_that_failed_is_said_with_the_failure(field: Field) -> None:

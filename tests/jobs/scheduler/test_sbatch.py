@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.scheduler.job_output import SETUP_FAILED
-from jobs.scheduler.sbatch import AFTER_SETUP, BEFORE_SETUP
+from jobs.scheduler.sbatch import AFTER_SETUP, BEFORE_SETUP, PYTHON, STEP
 
 MODULE = "module() { if true; then grep -q x /dev/null; fi; eval 'return 3'; }"
 
@@ -59,3 +59,42 @@ def test_what_is_said_of_failed_lines_is_bounded(tmp_path: Path) -> None:
 def test_a_setup_that_ends_the_job_says_so(tmp_path: Path) -> None:
     known, said = run_script(tmp_path, "set -e", "cd /nowhere")
     assert (known, said.splitlines()[-1]) == ("", "setup ended the job with exit code 1: cd /nowhere")
+
+
+NEVER, KILLED, FAILED, FINE = "exit 1", 'sh -c "$*"; exit 137', 'sh -c "$*"; exit 1', 'sh -c "$*"'  # of srun, in turn
+
+
+@pytest.mark.parametrize(
+    ("sruns", "nodes", "expected"),
+    [
+        ([FINE], 1, (1, 0)),
+        ([NEVER, NEVER, FINE], 1, (1, 0)),  # slurmctld was away
+        ([KILLED, FINE], 1, (2, 0)),
+        ([KILLED, NEVER, KILLED, FAILED], 1, (3, 1)),
+        ([FAILED, FINE], 1, (1, 1)),  # it has ended by itself, and knows why
+        ([KILLED, FINE], 2, (1, 137)),  # the other node has joined the training that was
+        ([NEVER, FINE], 2, (1, 0)),
+    ],
+)
+def test_the_job_s_process_is_started_again_where_nothing_of_it_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sruns: list[str], nodes: int, expected: tuple[int, int]
+) -> None:
+    programs, marks = tmp_path / "bin", tmp_path / "marks"
+    programs.mkdir()
+    marks.mkdir()
+    for number, lines in enumerate(sruns):
+        (tmp_path / f"srun{number}").write_text(lines)
+    turn = f"n=$(cat {tmp_path}/turn 2> /dev/null || echo 0); echo $((n + 1)) > {tmp_path}/turn; . {tmp_path}/srun$n"
+    for name, lines in {"srun": turn, "sleep": "true"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (programs / name).chmod(0o755)
+    begin = PYTHON.partition("exec")[0].partition("-c '")[2] + "echo started"
+    (tmp_path / "task").write_text(begin)
+    script = tmp_path / "job.sh"
+    script.write_text("\n".join(["#!/bin/bash", "set -eu", STEP, f"srun . {tmp_path}/task"]))
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("TMPDIR", str(marks))
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert (done.stdout.count("started"), done.returncode) == expected, done.stderr
+    assert list(marks.iterdir()) == []
