@@ -52,6 +52,7 @@ class End:
     told_to_end: bool  # SLURM has sent SIGTERM or SIGINT
     followed: bool  # another execution has the run already
     bad_node: bool  # a node has failed its pre-flight, and is left out from now on
+    disk_full: bool  # there was no room for what it wrote; the next execution waits for some
     first_step: int  # from which this execution went on
     last_step: int  # of the newest checkpoint
     given_up: str  # by the history of the run; empty if not
@@ -63,7 +64,7 @@ class End:
             return "SLURM requeues after preemption, nobody after a cancellation"
         if self.followed:
             return "another execution has the run"
-        if self.bad_node:
+        if self.bad_node or (self.disk_full and self.state == "failed"):
             return self.given_up
         if self.state == "interrupted" and self.reason not in WARNINGS:
             return "a stop was requested"

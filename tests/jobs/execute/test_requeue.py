@@ -16,7 +16,7 @@ from vitpa.rundir import RunDir
 SOMEBODY = ProcessId(host="node1", boot_id="b", pid=7, start_ticks=1)
 OURS = Start(process=SOMEBODY, job=Execution(id="7_0"))
 WITHDRAWN = Start(process=SOMEBODY, withdrawn="cancelled")
-TIME_LIMIT = End("interrupted", "time limit", False, False, False, first_step=10, last_step=20, given_up="")
+TIME_LIMIT = End("interrupted", "time limit", False, False, False, False, first_step=10, last_step=20, given_up="")
 CRASH = replace(TIME_LIMIT, state="failed", reason="CUDA error")
 
 
@@ -36,6 +36,9 @@ CRASH = replace(TIME_LIMIT, state="failed", reason="CUDA error")
         (replace(CRASH, bad_node=True, last_step=10), ""),  # another node may do
         (replace(CRASH, bad_node=True, given_up="given up"), "given up"),
         (replace(CRASH, bad_node=True, told_to_end=True), "SLURM requeues after preemption, nobody after a cancellation"),
+        (replace(CRASH, disk_full=True, last_step=10), ""),  # it may have room again
+        (replace(CRASH, disk_full=True, given_up="given up"), "given up"),
+        (replace(TIME_LIMIT, disk_full=True, last_step=10), "no new checkpoint in this attempt"),
     ],
 )
 def test_why_not_requeued(end: End, reason: str) -> None:
