@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vitpa.arguments import name_or_path, number, whole_number
+from vitpa.arguments import IntermixedParser, name_or_path, number, whole_number
 from vitpa.installation import CODE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Any
-
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 FILTER_HELP = (
@@ -53,24 +50,6 @@ or are missing), 130 interrupted by Ctrl-C; a sweep that was never submitted und
 submit, and for retry if `vitpa train` has left runs of it
 
 example: """
-
-
-class IntermixedParser(argparse.ArgumentParser):
-    """A parser that takes `SWEEP --root DIR seed=0` as it takes `SWEEP seed=0 --root DIR`; argparse's own refuses that."""
-
-    _inside = False
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """As in argparse, by way of its intermixed variant, which calls this again."""
-        if self._inside:
-            return super().parse_known_args(args, namespace)
-        self._inside = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._inside = False
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -1,4 +1,4 @@
-"""The command line of `vitpa devcluster`: start, stop, status."""
+"""The command line of `vitpa devcluster`: start, stop, status, and chaos, which is a room of its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import slurm.chaos.command
 from slurm.devcluster import DevCluster, default_root, stop_cluster
 from slurm.devcluster_config import Layout, Settings, resolved
 from slurm.devcluster_folder import AlreadyRunningError
 from slurm.devcluster_status import as_text, status_of
-from vitpa.arguments import in_shell, path_argument, whole_number
+from vitpa.arguments import IntermixedParser, in_shell, path_argument, whole_number
 from vitpa.errors import run_command
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description=DESCRIPTION,
         epilog="example: vitpa devcluster start",
     )
-    verbs = devcluster.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = devcluster.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=IntermixedParser)
     for verb, (text, example) in VERBS.items():
         parser = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
         parser.add_argument(
@@ -58,6 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
         if verb == "status":
             parser.add_argument("--json", action="store_true", help="print JSON")
         parser.set_defaults(run=_run)
+    slurm.chaos.command.add_parser(verbs)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -253,11 +253,11 @@ def answers(path: Path) -> bool:
             return False
 
 
-def supervise(layout: Layout, folder: int, settings: Settings) -> bool:
+def supervise(layout: Layout, folder: int, settings: Settings, kind: type[Supervisor]) -> bool:
     """Own the cluster until its end; whether something failed, so that its logs are worth keeping."""
     environment = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "TZ") if key in os.environ}
     environment |= {"SLURM_CONF": str(layout.slurm_conf), "MYSQL_UNIX_PORT": str(layout.database_socket)}
-    supervisor = Supervisor(layout, folder, settings, environment)
+    supervisor = kind(layout, folder, settings, environment)
     try:
         supervisor.run()
     except Exception:
@@ -267,7 +267,7 @@ def supervise(layout: Layout, folder: int, settings: Settings) -> bool:
     return supervisor.failed
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], kind: type[Supervisor] = Supervisor) -> None:
     """Be the guardian: start the supervisor, wait for its end, leave nothing."""
     root, settings_json = arguments[:2]
     lock, folder = map(int, arguments[2:])  # descriptors: of the lock, and of ROOT, whose name may come to mean another folder
@@ -280,7 +280,7 @@ def main(arguments: list[str]) -> None:
     if supervisor == 0:
         die_with_parent(guardian, signal.SIGTERM)
         processes.adopt_orphans()
-        failed = supervise(layout, folder, settings)
+        failed = supervise(layout, folder, settings, kind)
         if os.getppid() != guardian:
             layout.remove(folder, keep_logs=True)
         os._exit(int(failed))

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vitpa.errors import UserError
 
@@ -156,3 +157,21 @@ def in_shell(path: str | Path) -> str:
 def name_or_path(text: str) -> str:
     """A type for argparse: a name as it is, or a path with `~` and variables expanded."""
     return str(path_argument(text)) if "$" in text or text.startswith("~") or not text else text
+
+
+class IntermixedParser(argparse.ArgumentParser):
+    """A parser that takes `SWEEP --root DIR seed=0` as it takes `SWEEP seed=0 --root DIR`; argparse's own refuses that."""
+
+    _inside = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As in argparse, by way of its intermixed variant, which calls this again."""
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False

@@ -11,6 +11,7 @@ from typing import Self
 
 import pytest
 
+from slurm.chaos.cluster import BreakableCluster
 from slurm.devcluster import DevCluster, check_host_name, check_programs, stop_cluster
 from slurm.devcluster_folder import DevClusterError
 
@@ -52,14 +53,10 @@ class BoundCluster(DevCluster):
             self._leave()
 
 
-class FaultyCluster(BoundCluster):
-    """A cluster of which parts can be killed and started again."""
+class FaultyCluster(BoundCluster, BreakableCluster):
+    """A cluster of which parts can be killed and started again, with waits for what comes back."""
 
     supervisor = "tests.support.devcluster_supervisor"
-
-    def kill_node(self, name: str) -> None:
-        """End slurmd of a node, its job steps and their processes by SIGKILL, as if it had lost power."""
-        self._order("kill_node", name=name)
 
     def start_node(self, name: str) -> None:
         """Bring a node back and wait until it is in service."""

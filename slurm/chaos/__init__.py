@@ -1,0 +1,1 @@
+"""A sweep under faults on a real SLURM, and the certificate of how it came through."""
