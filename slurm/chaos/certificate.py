@@ -14,6 +14,7 @@ from slurm.chaos.watch import Life, Outage, Strike, cause, kept_s, outages, trai
 
 RESTART = "restart"  # the kind of those that are measured beforehand
 UNEXPLAINED = "unexplained"
+DIGITS = 4  # of shares and seconds, behind the point
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ def numbers(seen: Observed) -> dict[str, Any]:
     return {
         "faults_by_kind": by_kind,
         "lost_s": summary(lost),
-        "recoveries": {each: recovered[each] for each in ("slurm", "submit", "retry", "nobody")},
+        "recoveries": {each: recovered[each] for each in ("itself", "submit", "retry", "nobody")},
         "ettr": _ettr(seen, len([1 for outage, _ in counted if outage.began_s < seen.ended_s]), restarts),
         "runs": {
             "count": len(seen.endings),
             "lost": [ending.label for ending in seen.endings if not ending.finished],
             "doubled": {ending.label: ending.doubled for ending in seen.endings if ending.doubled},
             "different": {ending.label: ending.different for ending in seen.endings if ending.different},
+            "trained_twice_at_once_s": round(max((life.twice_s for life in seen.lives), default=0.0), 1),
         },
     }
 
@@ -98,11 +100,11 @@ def _kind(outage: Outage, label: str, strikes: Sequence[Strike]) -> str:
 
 
 def _recovered_by(outage: Outage, by_command: Mapping[str, str]) -> str:
-    """Who brought the run back: SLURM alone, `submit` again, `retry`, or nobody."""
+    """What brought the run back: SLURM or its job by itself, `submit` again, `retry`, or nothing."""
     if outage.lost_s is None:
         return "nobody"
     commands = {by_command.get(submission, "submit") for submission in outage.submissions}
-    return "retry" if "retry" in commands else "submit" if commands else "slurm"
+    return "retry" if "retry" in commands else "submit" if commands else "itself"
 
 
 def _ettr(seen: Observed, interruptions: int, restarts: Sequence[float | None]) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def _ettr(seen: Observed, interruptions: int, restarts: Sequence[float | None]) 
     cost = {"checkpoint_s": seen.checkpoint_s, "restart_s": restart_s, "mttf_s": mttf_s}
     best_s = daly_interval_s(checkpoint_s=seen.checkpoint_s, mttf_s=mttf_s)
     bound = efficiency(seen.checkpoint_every_s, **cost)
-    return {
+    found_all = {
         "measured": measured,
         "daly_bound": bound,
         "of_daly_bound": None if measured is None else measured / bound,
@@ -126,7 +128,7 @@ def _ettr(seen: Observed, interruptions: int, restarts: Sequence[float | None]) 
         "mean_time_to_interruption_s": None if math.isinf(mttf_s) else mttf_s,
         "checkpoint_s": seen.checkpoint_s,
         "restart_s": restart_s,
-        "restarts_measured_s": found,
+        "restarts_measured_s": [round(each, 1) for each in found],
         "daly_best_interval_s": None if math.isinf(best_s) else best_s,
         "young_best_interval_s": None
         if math.isinf(mttf_s)
@@ -134,6 +136,7 @@ def _ettr(seen: Observed, interruptions: int, restarts: Sequence[float | None]) 
         "daly_bound_at_best_interval": 1.0 if math.isinf(best_s) or not best_s else efficiency(best_s, **cost),
         "run_hours": windows_s / 3600,
     }
+    return {key: round(value, DIGITS) if isinstance(value, float) else value for key, value in found_all.items()}
 
 
 def is_clean(certificate: Mapping[str, Any]) -> bool:
@@ -162,10 +165,12 @@ def as_text(certificate: Mapping[str, Any]) -> str:
             f"({_minutes(ettr['mean_time_to_interruption_s'])} between interruptions of a run, {ettr['restart_s']:.1f} s "
             f"for a restart, {1000 * ettr['checkpoint_s']:.0f} ms for a checkpoint)"
         )
-    lines.append(f"recoveries: {back['slurm']} without a hand, {back['submit']} by submit again, {back['retry']} by retry")
+    lines.append(f"recoveries: {back['itself']} without a hand, {back['submit']} by submit again, {back['retry']} by retry")
     lines.append(
         ", ".join(f"{len(runs[what])} {what}" for what in ("lost", "doubled", "different")) + f" of {runs['count']} runs"
     )
+    if runs["trained_twice_at_once_s"]:
+        lines.append(f"two processes trained the same run for {runs['trained_twice_at_once_s']} s at most")
     lines += [f"lost: {label}" for label in runs["lost"]]
     lines += [f"{what}: {label}: {why}" for what in ("doubled", "different") for label, why in runs[what].items()]
     return "\n".join(lines)

@@ -51,7 +51,9 @@ def _enter_namespace() -> None:
     user, group = os.geteuid(), os.getegid()
     try:
         _call("unshare", CLONE_NEWNS)
-    except PermissionError:  # not root
+    except PermissionError:
+        if user == 0:  # a root that may little; in a user namespace SLURM's daemons could not drop root's groups
+            raise
         _call("unshare", CLONE_NEWNS | CLONE_NEWUSER)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")

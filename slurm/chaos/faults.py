@@ -18,7 +18,7 @@ from pathlib import Path
 from slurm.chaos.cluster import BreakableCluster
 from slurm.chaos.disk import PrivateDisk
 from slurm.chaos.schedule import Fault
-from slurm.chaos.sweep import Sweep
+from slurm.chaos.sweep import ChaosError, Sweep
 from slurm.devcluster_processes import descendants, kill, with_descendants
 from vitpa.child_process import run_program
 
@@ -263,8 +263,9 @@ def _wait_until_over(scene: Scene, victim: Victim) -> None:
     """Until the run of a wrapper that was killed is nobody's any more, or goes on by itself."""
     deadline = time.monotonic() + STOPPED_S
     while time.monotonic() < deadline:
-        if any(row["signature"] == victim.signature and row["state"] in STATES for row in scene.sweep.rows()):
-            return
+        with contextlib.suppress(ChaosError):  # slurmctld is away
+            if any(row["signature"] == victim.signature and row["state"] in STATES for row in scene.sweep.rows()):
+                return
         scene.wait(2 * POLL_S)
 
 

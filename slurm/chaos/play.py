@@ -32,7 +32,9 @@ from vitpa.child_process import run_program
 
 DEVCLUSTER = Path(__file__).parent.parent / "devcluster.yaml"
 LOOK_S = 0.25
+COUNT_EVERY_S = 1.0  # how many processes train a run
 SUBMIT_EVERY_S = 60.0  # as a user's cron job would
+ASK_EVERY_S = 15.0  # whether runs are alive, before the first fault
 STILL_S = 600.0  # without a new row or attempt after the last fault: what is not done by then is lost
 TIMED_EPOCHS = 3
 EVALUATIONS = 100  # of a run: training is what is put to the test
@@ -88,8 +90,8 @@ def play(plan: Plan, say: Say) -> dict[str, Any]:
             with BreakableCluster(room / "slurm", nodes=count + 1, gpus=0, cpus=1) as cluster:
                 sweep = Sweep(sweep.words, sweep.root, sweep.profile, sweep.data_dir, _slurm_variables(cluster))
                 slurm = run_program(["sinfo", "-V"], env=cluster.environment).stdout.strip()
-                play = _Play(plan, cluster, sweep, disk, tuple(set(KINDS) - set(left_out)), say)
-                play.perform()
+                acted = _Play(plan, cluster, sweep, disk, tuple(set(KINDS) - set(left_out)), say)
+                acted.perform()
             reference = _sweep(plan, room, "reference", evaluations, epochs=epochs)
             say(f"the same {count} runs undisturbed")
             _train_locally(reference, min(count, os.cpu_count() or 1))
@@ -103,12 +105,12 @@ def play(plan: Plan, say: Say) -> dict[str, Any]:
         "sweep": " ".join(plan.words),
         "seed": plan.seed,
         "mttf_min": plan.mttf_s / 60,
-        "hours": (play.ended_s - play.began_s) / 3600,
+        "hours": round((acted.ended_s - acted.began_s) / 3600, 3),
         "epochs": epochs,
-        **numbers(play.observed(endings, checkpoint_cost_s(parts, plan.checkpoint_every_s))),
+        **numbers(acted.observed(endings, checkpoint_cost_s(parts, plan.checkpoint_every_s))),
         "left_out": left_out,
-        "faults": play.faults_as_json(),
-        "commands": play.commands_as_json(),
+        "faults": acted.faults_as_json(),
+        "commands": acted.commands_as_json(),
         "began_utc": began_utc,
         "code_version": facts.get("code_version"),
         "machine": {"cpus": os.cpu_count(), "slurm": slurm, "python": platform.python_version()}
@@ -213,6 +215,9 @@ class _Play:
     def __post_init__(self) -> None:
         self._origin = time.monotonic()
         self._noting = threading.Lock()
+        self._counted_s = 0.0
+        self._pending: list[Future[None]] = []
+        self.scene = Scene(self.cluster, self.sweep, {}, self.disk)
 
     def now_s(self) -> float:
         """Seconds by the clock of everything that is noted."""
@@ -225,33 +230,45 @@ class _Play:
         if "submitted" not in answer.stdout:
             raise ChaosError(f"`vitpa sweep submit` says: {(answer.stderr.strip() or answer.stdout.strip()).splitlines()[-1]}")
         self.lives = [Life(row["run"], self.sweep.folder(row["signature"])) for row in rows]
-        scene = Scene(self.cluster, self.sweep, {row["signature"]: row["run"] for row in rows}, self.disk)
+        self.scene.labels.update({row["signature"]: row["run"] for row in rows})
         with ThreadPoolExecutor(max_workers=32) as threads:
             try:
-                self._measure_restarts(scene)
+                self._measure_restarts()
                 self.began_s = self.now_s()
-                self._under_faults(scene, threads)
+                self._under_faults(threads)
                 self.ended_s = self.now_s()
-                scene.over.set()
-                self._in_peace(scene, threads)
+                self.scene.over.set()
+                self._in_peace(threads)
             finally:
-                scene.over.set()
+                self.scene.over.set()
 
     def _look(self) -> None:
         now_s = self.now_s()
         for life in self.lives:
             life.look(now_s)
+        passed_s = now_s - self._counted_s
+        if passed_s > COUNT_EVERY_S:
+            self._counted_s = now_s
+            labels = {self.scene.labels[each.signature] for each in self.scene.victims() if len(each.trainers) > 1}
+            for life in self.lives:
+                life.twice_s += passed_s * (life.label in labels)
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Look until `condition` holds.
 
         Raises:
-            ChaosError: nothing has moved for STILL_S.
+            ChaosError: a run has ended without a result, or nothing has moved for STILL_S.
         """
+        looked_s = self.now_s()
         while not condition():
             self._look()
+            if self.now_s() > looked_s + ASK_EVERY_S:
+                looked_s = self.now_s()
+                for row in self.sweep.rows():
+                    if row["state"] not in ("running", "pending", "done"):
+                        raise ChaosError(f"{what}: {row['run']} is {row['state']}: {row['reason']}")
             if self._still_s() > STILL_S:
-                raise ChaosError(f"{what}: nothing has moved for {STILL_S:.0f} s; see `vitpa sweep status` on the cluster")
+                raise ChaosError(f"{what}: nothing has moved for {STILL_S:.0f} s")
             time.sleep(LOOK_S)
 
     def _still_s(self) -> float:
@@ -260,20 +277,20 @@ class _Play:
         moments += [each.at_s for life in self.lives for each in life.starts[-1:]]
         return self.now_s() - max(moments, default=0.0)
 
-    def _measure_restarts(self, scene: Scene) -> None:
+    def _measure_restarts(self) -> None:
         """Requeue runs once all train, one after the other: what a restart takes when nothing else happens."""
         self._wait(lambda: all(life.samples or life.done_s is not None for life in self.lives), "the runs do not start")
         times = min(3, len(self.lives), max(1, int(self.plan.duration_s / 600)))
         for life in self.lives[:times]:
-            victim = next((each for each in scene.victims() if scene.labels[each.signature] == life.label), None)
+            victim = next((each for each in self.scene.victims() if self.scene.labels[each.signature] == life.label), None)
             if victim is None:
                 continue
-            scene.ask("scontrol", "requeue", victim.job)
+            self.scene.ask("scontrol", "requeue", victim.job)
             self.strikes.append(Strike(self.now_s(), RESTART, (life.label,), ""))
             self._wait(partial(_is_back, life), f"{life.label} does not come back")
         self.say(f"all {len(self.lives)} runs train; faults from now on, for {self.plan.duration_s / 3600:.3g} h")
 
-    def _under_faults(self, scene: Scene, threads: ThreadPoolExecutor) -> None:
+    def _under_faults(self, threads: ThreadPoolExecutor) -> None:
         plan = self.plan
         faults = schedule(
             plan.seed,
@@ -287,9 +304,9 @@ class _Play:
         while self.now_s() < self.began_s + plan.duration_s and not all(life.done_s is not None for life in self.lives):
             self._look()
             while faults and self.now_s() >= self.began_s + faults[0].at_s:
-                futures.append(threads.submit(self._strike, scene, faults.pop(0)))
+                futures.append(threads.submit(self._strike, faults.pop(0)))
             if self.now_s() >= submit_s and (again is None or again.done()):
-                again, submit_s = threads.submit(self._submit_again, scene), self.now_s() + SUBMIT_EVERY_S
+                again, submit_s = threads.submit(self._submit_again), self.now_s() + SUBMIT_EVERY_S
                 futures.append(again)
             for future in [future for future in futures if future.done()]:
                 future.result()
@@ -297,7 +314,7 @@ class _Play:
             time.sleep(LOOK_S)
         self._pending = futures
 
-    def _in_peace(self, scene: Scene, threads: ThreadPoolExecutor) -> None:
+    def _in_peace(self, threads: ThreadPoolExecutor) -> None:
         """Until all runs are done, or nothing moves any more."""
         self.say(f"no more faults; {sum(life.done_s is None for life in self.lives)} runs to end")
         again: Future[None] | None = None
@@ -305,30 +322,30 @@ class _Play:
         while not all(life.done_s is not None for life in self.lives) and self._still_s() < STILL_S:
             self._look()
             if self.now_s() >= submit_s and (again is None or again.done()):
-                again, submit_s = threads.submit(self._submit_again, scene), self.now_s() + SUBMIT_EVERY_S
+                again, submit_s = threads.submit(self._submit_again), self.now_s() + SUBMIT_EVERY_S
                 self._pending.append(again)
             time.sleep(LOOK_S)
         for future in self._pending:
             future.result()
 
-    def _strike(self, scene: Scene, fault: Fault) -> None:
+    def _strike(self, fault: Fault) -> None:
         try:
-            blow = BLOWS[fault.kind](scene, fault)
+            blow = BLOWS[fault.kind](self.scene, fault)
         except (MissedError, DevClusterError) as error:
             with self._noting:
                 self.missed.append((self.now_s(), fault, str(error)))
             self._tell(f"{fault.kind}: struck nobody ({error})")
             return
-        labels = tuple(scene.labels[victim.signature] for victim in blow.victims)
+        labels = tuple(self.scene.labels[victim.signature] for victim in blow.victims)
         with self._noting:
             self.strikes.append(Strike(self.now_s(), fault.kind, labels, blow.what))
         self._tell(f"{fault.kind}: {', '.join(labels) or 'nobody'}: {blow.what}")
         with contextlib.suppress(MissedError):
             blow.after()
 
-    def _submit_again(self, scene: Scene) -> None:
+    def _submit_again(self) -> None:
         """What a cron job does, and what a person does about failed runs."""
-        with scene.submitting, contextlib.suppress(ChaosError):
+        with self.scene.submitting, contextlib.suppress(ChaosError):
             self._command("submit")
             if any(row["state"] in ("failed", "broken", "cancelled") for row in self.sweep.rows()):
                 self._command("retry")

@@ -48,6 +48,7 @@ class Life:
     samples: list[Sample] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     done_s: float | None = None
+    twice_s: float = 0.0  # how long more than one process has trained it at a time
 
     def look(self, now_s: float) -> None:
         """Take in what is new."""

@@ -88,12 +88,12 @@ def test_numbers_of_two_runs() -> None:
         "controller restart": (1, 0),
         "requeue": (1, 1),
     }
-    assert found["recoveries"] == {"slurm": 1, "submit": 1, "retry": 0, "nobody": 0}
+    assert found["recoveries"] == {"itself": 1, "submit": 1, "retry": 0, "nobody": 0}
     ettr = found["ettr"]
     assert ettr["measured"] == pytest.approx((250 + 200) / (300 + 200))
     assert ettr["mean_time_to_interruption_s"] == 250.0
-    assert ettr["daly_bound"] == pytest.approx(15 / (250 * math.expm1(15.5 / 250)))
-    assert ettr["of_daly_bound"] == pytest.approx(ettr["measured"] / ettr["daly_bound"])
+    assert ettr["daly_bound"] == pytest.approx(15 / (250 * math.expm1(15.5 / 250)), abs=1e-4)
+    assert ettr["of_daly_bound"] == pytest.approx(ettr["measured"] / ettr["daly_bound"], abs=1e-3)
 
 
 def test_a_restart_that_was_measured_beforehand_counts_for_nothing_else() -> None:

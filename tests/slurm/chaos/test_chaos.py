@@ -33,5 +33,5 @@ def test_a_sweep_comes_through(digits: Path, tmp_path: Path) -> None:
     assert certificate["seed"] == 2657
     assert certificate["ettr"]["restart_s"] > 0
     assert certificate["faults_by_kind"]["disk full"]["interruptions"] == 1
-    assert certificate["recoveries"] == {"slurm": 1, "submit": 0, "retry": 0, "nobody": 0}  # jobs wait for room
+    assert certificate["recoveries"] == {"itself": 1, "submit": 0, "retry": 0, "nobody": 0}  # jobs wait for room
     assert certificate["left_out"] == {}
