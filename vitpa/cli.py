@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 import data_prep.command
 import jobs.command
@@ -42,6 +44,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def import_quickly(name: str) -> ModuleType:
+    """A module, imported without looking for garbage, of which there is none: a sixth of the time.
+
+    What is there then is left alone by every later search.
+    """
+    gc.disable()
+    module = import_module(name)
+    gc.freeze()
+    gc.enable()
+    return module
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one `vitpa` command and return its exit code: 0 ok, 1 a user's error, 2 usage, 3 no scheduler, 4 partial."""
     with printable_output():
@@ -51,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         if words and words[0] in WITH_TORCH:
-            return int(import_module(WITH_TORCH[words[0]]).main(words[1:]))
+            return int(import_quickly(WITH_TORCH[words[0]]).main(words[1:]))
         options = parser().parse_args(words)
         return int(options.run(options))
     except KeyboardInterrupt:

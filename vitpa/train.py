@@ -14,11 +14,15 @@ The loop is `train_epoch`; the arithmetic of a step is in vitpa/step/step.py, th
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+
+if __name__ == "__main__":  # nothing of what is imported is garbage, and looking for it takes a sixth of the time
+    gc.disable()
 
 import torch
 from torchvision.utils import make_grid
@@ -381,4 +385,6 @@ def check_left(t: Training) -> None:
 if __name__ == "__main__":  # so that it is started by its name: torchrun -m vitpa.train
     from vitpa.train_command import main
 
+    gc.freeze()
+    gc.enable()
     sys.exit(main())
