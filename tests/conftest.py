@@ -22,8 +22,10 @@ from data_prep.prep import Options, prepare
 from slurm.devcluster_processes import SignsOfLife
 from tests.support.cluster import cluster
 from tests.support.waiting import MARK, in_vain, ours, still
+from vitpa.step.compiler_cache import VARIABLE, default_folder
 from vitpa.terminal import logged_lines
 
+os.environ.setdefault(VARIABLE, f"{default_folder()}_tests")  # steps are compiled once for all tests, not once for each root
 os.environ[MARK] = str(os.getpid())  # what is started from here is known by it
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -218,6 +218,9 @@ class RuntimeConfig(Section):
         description="operations that a GPU does as torch's own instead of our kernels, to compare them or to do without one: "
         f"{', '.join(get_args(TorchOperation))}",
     )
+    compile_cache: str | None = Field(
+        "auto", description="folder with what was compiled for later starts; auto: compiled/ in root; null: none is kept"
+    )
     cpu_threads: int | None = Field(
         None, ge=1, le=MAX_CPUS, description="torch's threads per process; null: the CPUs allowed / processes"
     )
@@ -257,6 +260,17 @@ class RuntimeConfig(Section):
     def root_path(self) -> Path:
         """`root` with `~` and variables expanded."""
         return expand_path(self.root, "runtime.root")
+
+    @property
+    def compile_cache_path(self) -> Path | None:
+        """`compile_cache` with `~` and variables expanded."""
+        if self.compile_cache == "auto":
+            return self.root_path / "compiled"
+        return None if self.compile_cache is None else expand_path(self.compile_cache, "runtime.compile_cache")
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether a step is compiled on such a device: cpu or cuda."""
+        return self.step != "eager" and (self.step != "auto" or device_type == "cuda")
 
     @property
     def data_path(self) -> Path:

@@ -36,6 +36,7 @@ class Replica:
     counted_s: float = 0.0  # time.monotonic() up to which progress.train_time_s counts
     attempt: AttemptDir | None = None  # whose seconds are recorded, in the main process
     resumed_train_time_s: float = 0.0  # progress.train_time_s when the attempt began
+    graphs: tuple[int, int] = (0, 0)  # compiled in this attempt, and taken from an earlier start
     lost: tuple[int, float] = (0, 0.0)  # steps, and seconds, of earlier attempts that are done again
 
     @property
@@ -66,6 +67,9 @@ class Replica:
         """Where this attempt's time has gone up to now."""
         return Seconds(
             **clock.seconds(),
+            first_step_s=clock.first_step_s,
+            graphs_compiled=self.graphs[0],
+            graphs_reused=self.graphs[1],
             train_time_s=self.progress.train_time_s,
             resumed_train_time_s=self.resumed_train_time_s,
             lost_steps=self.lost[0],

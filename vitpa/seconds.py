@@ -19,17 +19,20 @@ TAIL_BYTES = 65_536
 class Seconds(Record):
     """The seconds of an attempt up to its newest checkpoint, or its orderly end, by part; they add up to its wall-clock time.
 
-    They begin with the training process, or, of `vitpa train`, when it has the run. Checkpoints are what training waits for:
-    they are written beside it. Of runs that are trained together each has the seconds of all.
+    They begin with the process that was started for the training, else when a program that trains has the run. Checkpoints are
+    what training waits for: they are written beside it. Of runs that are trained together each has the seconds of all.
 
     Attributes:
-        imports_s: From the start of the process until its command begins; 0 of `vitpa train`, and in records of versions that
+        imports_s: From the start of the process until its command begins; 0 in records of versions that
             had it, and `data_s`, in `set_up_s`.
         data_s: Copying the data to the node, opening them, moving them to the device.
         set_up_s: Building the models, opening the logs.
         steps_s: Training steps, with waiting for their data.
         train_time_s: Of the run, over all attempts, at the newest checkpoint (`Progress.train_time_s`).
         resumed_train_time_s: The same at the checkpoint that the attempt went on from; 0 without one.
+        first_step_s: From the beginning until the first optimiser step was done; None before.
+        graphs_compiled: Graphs of the step and the evaluation that were compiled.
+        graphs_reused: Those that had been compiled by an earlier start.
         lost_steps: Steps of earlier attempts beyond that checkpoint, as far as metrics.jsonl had rows of them.
         lost_s: The time that those took, by the clock of the attempt that did them.
     """
@@ -44,6 +47,9 @@ class Seconds(Record):
     checkpoints_s: float = Field(ge=0)
     train_time_s: float = Field(ge=0)
     resumed_train_time_s: float = Field(ge=0)
+    first_step_s: float | None = Field(None, ge=0)
+    graphs_compiled: int = Field(0, ge=0)
+    graphs_reused: int = Field(0, ge=0)
     lost_steps: int = Field(ge=0)
     lost_s: float = Field(ge=0)
 

@@ -46,7 +46,9 @@ from vitpa.models import build_model
 from vitpa.optim import learning_rates, make_optimizer
 from vitpa.replica import Replica
 from vitpa.resume import resume, resume_points
+from vitpa.seconds import PARTS
 from vitpa.step.accumulator import NEVER
+from vitpa.step.compile_cache import compile_cache, graph_counts
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
 from vitpa.together import check_together, group_name, replica_names
@@ -76,16 +78,18 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         RunError: a run directory cannot be used.
     """
     clock = clock or Clock()
-    t = set_up(configs, group, clock)
-    clock.enter("restore")
-    paths = group.broadcast(resume_points(t) if group.is_main else {})
-    if len(paths) < len(configs):
-        t.steps.close()
-        del t  # and the memory that it takes
-        t = set_up([configs[number] for number in paths], group, clock)
-    resume(t, [path for path in paths.values() if path is not None])
-    clock.enter("set_up")
     with ExitStack() as stack:
+        cache = stack.enter_context(compile_cache(configs, group))
+        t = set_up(configs, group, clock)
+        clock.enter("restore")
+        paths = group.broadcast(resume_points(t) if group.is_main else {})
+        if len(paths) < len(configs):
+            t.steps.close()
+            del t  # and the memory that it takes
+            t = set_up([configs[number] for number in paths], group, clock)
+        t.compile_cache = cache
+        resume(t, [path for path in paths.values() if path is not None])
+        clock.enter("set_up")
         open_logs(t, stack)
         stack.callback(t.steps.close)
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
@@ -180,9 +184,17 @@ def prepare_steps(t: Training) -> None:
         t.steps.use_img_size(t.config.train_img_size(t.epoch))
         if t.steps.compiles:
             check_compiler_cache()
-            say(t, "compiling the step, which takes about a minute")
+            known = t.compile_cache is not None and t.compile_cache.kept
+            say(
+                t,
+                "compiling the step, most of which was compiled before"
+                if known
+                else "compiling the step, which takes a minute",
+            )
         for note in t.steps.prepare(t.step):
             say(t, note)
+        if t.steps.is_compiled and t.compile_cache is not None:
+            t.compile_cache.save()
     t.metrics.begin(t.step, t.line)
     t.saved_s = time.monotonic()
     if t.meter is not None:
@@ -212,6 +224,8 @@ def train_epoch(t: Training, epoch: int) -> bool:
         t.steps.load()  # the batch, onto the device
         t.steps.step()  # forward, backward, all-reduce of the gradients, clipping, AdamW
         t.step += 1
+        if t.clock.first_step_s is None:
+            note_first_step(t)
         drop_nonfinite(t, t.metrics.poll())  # of earlier steps: the device is behind the host
         if t.step % runtime.log_every_steps == 0 or t.step == last_step:
             drop_nonfinite(t, t.metrics.flush())
@@ -229,6 +243,17 @@ def train_epoch(t: Training, epoch: int) -> bool:
         if last_epoch or (epoch + 1) % max(1, t.config.train.epochs // 10) == 0:
             show_positions(t)
     return last_epoch or save_or_stop(t)
+
+
+def note_first_step(t: Training) -> None:
+    """Say and record how long the start has taken, now that the first step has been begun."""
+    t.clock.first_step(t.group.device)
+    if t.group.is_main:
+        for replica in t.replicas:
+            replica.graphs = graph_counts()
+            replica.record_seconds(t.clock)
+    parts = ", ".join(f"{part.replace('_', '-')} {s:.1f}" for part in PARTS if (s := t.clock.seconds()[f"{part}_s"]) >= 0.05)
+    say(t, f"the first step was done after {t.clock.first_step_s:.1f} s ({parts})")
 
 
 def drop_nonfinite(t: Training, first_nonfinite_steps: Mapping[int, int]) -> None:

@@ -37,7 +37,7 @@ LOGGER = logging.getLogger(__name__)
 @printable_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0 if the runs are finished or were stopped on request, 1 with one line for an error of the user's."""
-    clock = Clock.of_launched()
+    clock = Clock.of_process()
     options = command_parser().parse_intermixed_args(arguments)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
 

@@ -15,6 +15,7 @@ from vitpa.flops import full_size_epochs
 from vitpa.logs import ProgressLine
 from vitpa.metrics import Metrics
 from vitpa.replica import Replica
+from vitpa.step.compile_cache import CompileCache
 from vitpa.step.step import ReplicaSteps
 
 LOGGER = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Training:
     checkpoints: checkpoint.Writer | None = None  # in the main process
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
     clock: Clock = field(default_factory=Clock)
+    compile_cache: CompileCache | None = None
 
     @property
     def total_steps(self) -> int:

@@ -93,6 +93,7 @@ OTHER_RUNTIME = {
     "runtime.root": "elsewhere",
     "runtime.data_dir": "elsewhere",
     "runtime.stage_dir": "/tmp",
+    "runtime.compile_cache": "/tmp",
     "runtime.device": "cpu",
     "runtime.accum_steps": "2",
     "runtime.step": "eager",

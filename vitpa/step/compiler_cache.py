@@ -15,6 +15,16 @@ from vitpa.data.private_folder import user_name
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def default_folder() -> Path:
+    """Torch's folder where nobody names one (torch/_inductor/runtime/cache_dir_utils.py, default_cache_dir)."""
+    return Path(tempfile.gettempdir()) / ("torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser()))
+
+
+def is_named() -> bool:
+    """Whether the user has named another one; torch itself sets the variable to its own, when it is imported."""
+    return os.environ.get(VARIABLE, "") not in ("", os.path.abspath(default_folder()))  # noqa: PTH100 - as torch does it
+
+
 def check_compiler_cache() -> None:
     """Refuse torch's folder in /tmp if another user has made it, or may write to it: what lies there is executed.
 
@@ -23,11 +33,9 @@ def check_compiler_cache() -> None:
     Raises:
         ConfigError: another user could have written there.
     """
-    if os.environ.get(VARIABLE):
+    if is_named():
         return
-    # torch/_inductor/runtime/cache_dir_utils.py, default_cache_dir
-    name = "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    folder = Path(tempfile.gettempdir()) / name
+    folder = default_folder()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()

@@ -122,8 +122,12 @@ class ReplicaSteps:
     @property
     def compiles(self) -> bool:
         """Whether `prepare` compiles the step."""
-        step = self.config.runtime.step
-        return step != "eager" and (step != "auto" or self.device.type == "cuda")
+        return self.config.runtime.compiles(self.device.type)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it has."""
+        return self._functions.is_compiled
 
     def prepare(self, step: int) -> list[str]:
         """Be ready for the step after `step` steps: compile and capture as `runtime.step` asks.
