@@ -103,6 +103,8 @@ def test_benchmarks_parse_and_take_their_overrides(command: str) -> None:
     options = vitpa.bench.command.parse(shlex.split(command)[2:])
     if options.name in {"small", "ablation"}:
         assert {"small": small, "ablation": ablation}[options.name].cases(options)
+    elif options.name == "start":
+        assert configs_of([options.config], options.overrides, options.seeds)
     else:
         assert load_config(shipped_configs()[RECIPES[options.name]], options.overrides)
 

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from vitpa.arguments import number, path_argument
-from vitpa.bench import ablation, imagenet, small
+from vitpa.bench import ablation, imagenet, small, start
 from vitpa.bench.schema import ATTENTIONS, RECIPES
 from vitpa.errors import at_signals, run_command
 from vitpa.records import check_writable
@@ -35,21 +37,29 @@ def command_parser() -> argparse.ArgumentParser:
     benchmarks = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     recipes = {name: f"the {recipe} recipe" for name, recipe in RECIPES.items()} | {"ablation": "the recipe"}
     for name, bench in (("small", small), ("imagenet", imagenet), ("ablation", ablation)):
-        its = benchmarks.add_parser(
-            name,
-            help=bench.HELP,
-            description=bench.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=f"example: {bench.EXAMPLE}",
-        )
+        its = add_parser(benchmarks, name, bench)
         its.add_argument("overrides", nargs="*", metavar="a.b=value", help=f"change a value of {recipes[name]}")
         its.add_argument("--attention", choices=ATTENTIONS, action="append", help="only this one")
         bench.add_options(its)
         windows = "how long each of 5 windows lasts at least: 0.5"
         its.add_argument("--window-s", type=number(0, 3600, above=True), default=0.5, metavar="S", help=windows)
-        its.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
-        its.set_defaults(run=bench.run, worker=False, dataset=None)
+        its.set_defaults(dataset=None)
+    start.add_options(add_parser(benchmarks, "start", start))
     return parser
+
+
+def add_parser(benchmarks: Any, name: str, bench: ModuleType) -> argparse.ArgumentParser:
+    """The parser of a benchmark, with what all of them have."""
+    its: argparse.ArgumentParser = benchmarks.add_parser(
+        name,
+        help=bench.HELP,
+        description=bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example: {bench.EXAMPLE}",
+    )
+    its.add_argument("--json", type=file_name, metavar="FILE", help="write the figures there, too")
+    its.set_defaults(run=bench.run, worker=False, attention=None)
+    return its
 
 
 def file_name(text: str) -> Path:
