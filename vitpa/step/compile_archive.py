@@ -37,9 +37,10 @@ def read_archive(path: Path, into: Path) -> bool:
         OSError: it cannot be read, or unpacked.
     """
     try:
-        check_owner(path.parent)
-        check_owner(path)
-        content = path.read_bytes()
+        check_owner(path.parent, path.parent.stat())
+        with path.open("rb") as file:
+            check_owner(path, os.fstat(file.fileno()))  # of what is read, whatever takes its name meanwhile
+            content = file.read()
     except FileNotFoundError:
         return False
     with suppress(OSError):  # of a folder that can only be read
@@ -63,14 +64,18 @@ def write_archive(path: Path, folder: Path) -> None:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    check_owner(path.parent)
+    check_owner(path.parent, path.parent.stat())
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for file in files_in(folder):
             with suppress(FileNotFoundError):  # a process that compiles has renamed it
                 archive.write(file, file.relative_to(folder))
     data = packed.getbuffer()
-    write_atomic(path, b"".join([_header(data), data]))
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        write_atomic(path, b"".join([_header(data), data]), descriptor)  # no rights for the group, whatever the umask
+    finally:
+        os.close(descriptor)
     _remove_oldest(path)
 
 
@@ -81,19 +86,21 @@ def files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(parent) / name for name in sorted(names) if not name.endswith((".lock", ".tmp")))
 
 
-def check_owner(path: Path) -> None:
-    """Refuse a folder or file that another user owns, or anybody may write to.
+def check_owner(path: Path, status: os.stat_result) -> None:
+    """Refuse what another user owns, a folder that anybody may write to, a file that the group may write to.
+
+    In a folder of the group's, others can put files of their own in place of ours, which are refused.
 
     Raises:
         ArchiveError: so it is.
-        FileNotFoundError: there is none.
     """
-    status = path.stat()
     what = None
     if status.st_uid != os.geteuid():
         what = f"belongs to {user_name(status.st_uid)}"
     elif status.st_mode & stat.S_IWOTH:
         what = "can be written to by anybody"
+    elif status.st_mode & stat.S_IWGRP and not stat.S_ISDIR(status.st_mode):
+        what = "can be written to by its group"
     if what is not None:
         raise ArchiveError(f"{path}: {what}, and what lies there would be executed; name another folder")
 

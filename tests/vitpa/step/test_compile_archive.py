@@ -55,6 +55,19 @@ def test_a_damaged_one_is_refused_and_replaced(tmp_path: Path, damage: str) -> N
     assert read_archive(path, tmp_path / "into")
 
 
+def test_one_that_the_group_could_have_written_is_refused(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        path = archive_in(tmp_path / "compiled", tmp_path)
+    finally:
+        os.umask(before)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o775)
+    assert read_archive(path, tmp_path / "into")
+    path.chmod(0o660)
+    with pytest.raises(ArchiveError, match=f"^{path}: can be written to by its group, .* executed"):
+        read_archive(path, tmp_path / "into")
+
+
 def test_one_that_anybody_could_have_written_is_refused(tmp_path: Path) -> None:
     path = archive_in(tmp_path / "compiled", tmp_path)
     for place in (path, path.parent):
