@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.execute.attempt import Member, Request, Signals, Training
+from jobs.execute.attempt import Member, Outcome, Request, Signals, Training
+from jobs.execute.room import wait_for_room
 from jobs.execute.slots import Slot, take_slot
 from jobs.notify.outbox import tell_of_ended
 from jobs.records import Claim, Intent, WantedRun
@@ -42,6 +43,7 @@ def work(root: str, submission: str) -> None:
     if slot is None:
         return
     for task, group in waiting_groups(Path(root), intent):
+        wait_for_room(Path(root), stop=lambda: bool(signals.received))
         if signals.received:
             return
         taken = Path(root) / submission / f"taken-{task}.json"
@@ -59,10 +61,18 @@ def work(root: str, submission: str) -> None:
             environment = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
             training = Training(ours, intent.train_command, environment)
             for member, ended in training.supervise(request):
-                training.record(member, ended)
+                _record(training, member, ended)
             sweep = Path(submission).parent.parent.name
             for line in tell_of_ended(Path(root), sweep, [member.run.signature for member in ours]):
                 print(line)
+
+
+def _record(training: Training, member: Member, ended: Outcome) -> None:
+    """Write exit.json. Without it, on a full disk, the run counts as lost, and the other runs are trained as well."""
+    try:
+        training.record(member, ended)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})", flush=True)
 
 
 def waiting_groups(root: Path, intent: Intent) -> Iterator[tuple[int, list[Member]]]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+WAIT_S = 1800.0  # for room on a full disk
+POLL_S = 5.0
 BYTES = 1 << 20  # more than the records of an attempt
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -21,3 +25,11 @@ def has_room(folder: Path) -> bool:
     except OSError as error:
         return error.errno not in FULL
     return True
+
+
+def wait_for_room(folder: Path, *, stop: Callable[[], bool], limit_s: float = WAIT_S) -> None:
+    """Wait while the disk of `folder` is full, at most `limit_s` seconds and until `stop`; the next one would find it full."""
+    deadline = time.monotonic() + limit_s
+    while not has_room(folder) and time.monotonic() < deadline and not stop():
+        print(f"{folder}: no space left; waiting for some", flush=True)
+        time.sleep(POLL_S)

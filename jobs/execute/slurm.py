@@ -22,11 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.execute import bad_nodes
+from jobs.execute import bad_nodes, room
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of
 from jobs.execute.node_check import preflight
 from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, why_nothing_to_do
-from jobs.execute.room import has_room
 from jobs.failures import cause_of, is_loss_of_peer
 from jobs.notify.outbox import tell_of_ended
 from jobs.profile import SlurmProfile
@@ -55,8 +54,6 @@ EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; 
 FOLLOWERS_GRACE_S = 5.0  # between the first failure of a node and the end of the others
 REPORTS_WAIT_S = 45.0  # for the node that is to blame to say why; torchrun takes up to 30 s to end its processes
 FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
-ROOM_WAIT_S = 1800.0  # for room on a full disk
-ROOM_POLL_S = 5.0
 REQUEUE_TRIES = 12
 REQUEUE_WAIT_S = 5.0
 POLL_S = 0.3
@@ -135,7 +132,8 @@ class _Job:
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
         self._queue_s = self.scheduler.waited_s(self.place.job)
-        self._wait_for_room()
+        limit_s = room.WAIT_S if self._deadline is None else min(room.WAIT_S, self._deadline - time.monotonic())
+        room.wait_for_room(self.root, stop=self._end_requested, limit_s=limit_s)
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
@@ -155,13 +153,6 @@ class _Job:
         self._end(training, ends, without_node)
         self._tell()
         return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
-
-    def _wait_for_room(self) -> None:
-        """Wait while the disk below the root is full: no fault of the runs, and the next job would find it full, too."""
-        began, left_s = time.monotonic(), math.inf if self._deadline is None else self._deadline - time.monotonic()
-        while not has_room(self.root) and time.monotonic() < began + min(ROOM_WAIT_S, left_s) and not self._end_requested():
-            _say(f"{self.root}: no space left; waiting for some")
-            time.sleep(ROOM_POLL_S)
 
     def _tell(self) -> None:
         """Send the messages that the profile's `notify` wants."""
@@ -397,7 +388,7 @@ class _Job:
             told_to_end=self._end_requested(),
             followed=_following(member.attempt).exists(),
             bad_node=bool(without_node),
-            disk_full=cause_of(ended.reason, "").name == "disk full" or not has_room(self.root),
+            disk_full=cause_of(ended.reason, "").name == "disk full" or not room.has_room(self.root),
             first_step=first_step(member.attempt),
             last_step=member.run.newest_step(),
             given_up=self._why_given_up(member.run),
