@@ -48,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("simulation", "histories of sweeps on a simulated cluster (tests/simulation)")
     group.addoption("--histories", type=int, default=500, metavar="N", help="simulate the seeds 0 to N - 1 (default: 500)")
     group.addoption("--history", type=int, metavar="SEED", help="replay the history of this seed, and no other")
+    group.addoption("--mutants", action="store_true", help="check that each bug put in on purpose is found: many minutes")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,113 +1,13 @@
-"""Every crash point: each change on the disk in a submission, and in claiming, training and finishing a run.
-
-A calm history is run once to count the changes; then once for each of them with a crash before it, and once after it. What
-follows is the usual recovery: SLURM starts again what it starts again, and a user submits again. Nothing may be lost.
-"""
+"""Every crash point of a submission, a cancellation and a job, by a kill, a node that goes down and a power loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pytest
 
-from tests.support.simulation.disk import Disk
+from tests.support.simulation.crash_points import CRASHES, WHO, Stage
 from tests.support.simulation.history import simulated_disk
-from tests.support.simulation.processes import Process
-from tests.support.simulation.world import BrokenInvariantError, World
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class Point:
-    """A change on the disk: by whom, which one of theirs, what it does."""
-
-    number: int
-    what: str
-    path: str
-
-
-def _kill(world: World, process: Process) -> None:
-    world.tell(f"kill -9 of {process.name}")
-    world.park.kill(process)
-
-
-def _node_down(world: World, process: Process) -> None:
-    host = process.host
-    if host in world.nodes:
-        world.park.at(world.park.now_s, lambda: world.node_down(world.nodes.index(host)))
-    else:
-        world.park.at(world.park.now_s, lambda: world.login_node_down(world.hosts.index(host)))
-    world.park.kill(process)
-
-
-def _power_loss(world: World, process: Process) -> None:
-    world.park.at(world.park.now_s, world.power_loss)
-    world.park.kill(process)
-
-
-CRASHES: dict[str, Callable[[World, Process], None]] = {"kill": _kill, "node down": _node_down, "power loss": _power_loss}
-WHO: dict[str, Callable[[Process], bool]] = {
-    "submit": lambda process: "vitpa sweep submit" in process.name,  # the launcher and its helper
-    "job": lambda process: process.name.partition(" of ")[2].endswith("_0") or process.name.endswith("_0"),
-    "cancel": lambda process: "vitpa sweep cancel" in process.name,
-}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A sweep of two runs is submitted and trained, or cancelled meanwhile, and comes to its end; whose changes count."""
-
-    disk: Disk
-    name: str
-
-    def run(self, at: Callable[[World, Process, Point, bool], None]) -> None:
-        """Run it from its beginning to its end; `at` is called before (False) and after (True) each change."""
-        world = World(0, self.disk, calm=True)
-        number = 0
-
-        def look(process: Process, what: str, path: str, done: bool) -> None:
-            nonlocal number
-            if WHO[self.name](process):
-                number += not done
-                at(world, process, Point(number, what, path.replace(self.disk.root, "")), done)
-
-        self.disk.faults.watch = look
-        try:
-            world.command("submit")
-            if self.name == "cancel":
-                world.wait(7.0)  # one run is in training, the other one waits
-                world.command("cancel")
-                world.wait(30.0)
-            world.rest()
-            self.disk.faults.watch = None
-            world.finish()
-        finally:
-            world.close()
-
-    def points(self) -> list[Point]:
-        """All its changes."""
-        found: list[Point] = []
-        self.run(lambda world, process, point, done: None if done else found.append(point))
-        return found
-
-    def crash(self, crash: Callable[[World, Process], None], point: Point, after: bool) -> bool:
-        """Run it with a crash at a change; whether it has come to that."""
-        struck = False
-
-        def strike(world: World, process: Process, found: Point, done: bool) -> None:
-            nonlocal struck
-            if not struck and (found.number, done) == (point.number, after):
-                struck = True
-                crash(world, process)
-
-        try:
-            self.run(strike)
-        except BrokenInvariantError as error:
-            where = f"{'after' if after else 'before'} change {point.number} ({point.what} {point.path})"
-            raise BrokenInvariantError(f"a crash {where}: {error}") from None
-        return struck
 
 
 @pytest.mark.parametrize("crash", list(CRASHES))

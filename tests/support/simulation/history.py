@@ -54,6 +54,7 @@ EVENTS = {
     "sbatch fails after all": Event(2, lambda world, number: world.sbatch_fails("after")),
     "scancel": Event(2, World.scancel),
     "preemption": Event(4, World.preempt),
+    "odd state": Event(2, World.odd_state),
     "queue forgets": Event(2, lambda world, number: world.forget()),
     "ids begin anew": Event(1, lambda world, number: world.ids_begin_anew(number % 2 == 0)),
     "touch stop": Event(2, World.touch_stop),
@@ -61,6 +62,7 @@ EVENTS = {
     "runs work again": Event(1, lambda world, number: world.works_again()),
     "sweep changes": Event(1, lambda world, number: world.change_sweep(1 + number % 3)),
     "result copied": Event(1, World.copy_result),
+    "configuration edited": Event(1, World.edit_config),
     "time passes": Event(6, lambda world, number: world.wait(number % 100)),
 }
 PAUSES_S = (0.0, 0.2, 1.0, 3.0, 3.0, 8.0, 15.0)  # after an event
@@ -68,8 +70,9 @@ PAUSES_S = (0.0, 0.2, 1.0, 3.0, 3.0, 8.0, 15.0)  # after an event
 
 def new_world(seed: int, disk: Disk, shape: int) -> World:
     """The beginning of a history; `shape` says how many runs, whether two train together, and how long a step takes."""
-    seeds, replicas = (1, 1, 2, 3)[shape % 4], 1 + shape // 4 % 2
-    return World(seed, disk, seeds=seeds, replicas=replicas, step_s=(3.0, 3.0, 3.0, 15.0)[shape // 8 % 4])
+    seeds, rates = ((1, 1), (1, 2), (2, 1), (1, 3))[shape % 4]
+    replicas, step_s = 1 + shape // 4 % 2, (3.0, 3.0, 3.0, 15.0)[shape // 8 % 4]
+    return World(seed, disk, seeds=seeds, rates=rates, replicas=replicas, step_s=step_s)
 
 
 def run_history(seed: int, disk: Disk) -> list[str]:

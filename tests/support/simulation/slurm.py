@@ -46,11 +46,19 @@ class Task:
     without: set[str] = field(default_factory=set)  # nodes
     accounts: list[tuple[float, str, str]] = field(default_factory=list)  # since when, state, nodes
     foreign: bool = False
-    execution: int = 0
+    execution: int = 0  # counts its starts and ends
+    odd_state: str = ""  # what the queue calls it while it is in training
 
     @property
     def id(self) -> str:
         return str(self.array) if self.index is None else f"{self.array}_{self.index}"
+
+    @property
+    def shown_state(self) -> str:
+        """As the queue has it."""
+        if self.step is not None:
+            return "COMPLETING" if self.after_end else self.odd_state or self.state
+        return self.state
 
 
 @dataclass(eq=False)
@@ -82,6 +90,8 @@ class Slurm:
         self.slow_s = 0.3  # an answer takes up to this
         self.lag_s = 4.0  # of accounting
         self.touched: list[str] = []  # what was done to jobs that are not ours
+        self.accepted: dict[str, set[int]] = {}  # arrays, by their comments
+        self.requeued: Callable[[Task], None] = lambda task: None  # is told when a job asks for that
         self.busy: dict[str, int] = {node.name: 0 for node in nodes}
         self.broken: set[str] = set()
 
@@ -117,7 +127,9 @@ class Slurm:
         if words[:2] == ["show", "partition"]:
             return "PartitionName=main Default=YES MaxTime=UNLIMITED State=UP\n"
         if words[0] == "requeue":
-            self.requeue(self._task(words[1]), by="requeue")
+            task = self._task(words[1])
+            self.requeued(task)
+            self.requeue(task, by="requeue")
             return ""
         if words[0] == "update":
             fields = dict(word.split("=", 1) for word in words[1:])
@@ -153,7 +165,7 @@ class Slurm:
         lines = []
         for task in tasks:
             node = task.node.name if task.node else ""
-            columns = [task.id, str(task.user), task.state, task.reason, node, task.name, task.script, task.comment]
+            columns = [task.id, str(task.user), task.shown_state, task.reason, node, task.name, task.script, task.comment]
             lines.append(RECORD + COLUMN.join(columns) + "\n")
         return "".join(lines)
 
@@ -220,7 +232,8 @@ class Slurm:
 
     def _return(self, sbatch: Sbatch) -> None:
         sbatch.over = True
-        self.sbatches.remove(sbatch)
+        if sbatch in self.sbatches:
+            self.sbatches.remove(sbatch)
         if sbatch.process.alive:
             sbatch.process.wake()
 
@@ -250,6 +263,7 @@ class Slurm:
             )
             task.accounts.append((self.park.now_s, "PENDING", ""))
             self.tasks.append(task)
+            self.accepted.setdefault(task.comment, set()).add(number)
             self._plan_start(task, self.park.random.choice((0.5, 2.0, 10.0, 60.0)))
         return number
 
@@ -292,7 +306,7 @@ class Slurm:
         step = Process(self.park, node, f"job {identity}", lambda: self.run_job(folder, identity), environment=environment)
         step.handlers = {signal.SIGUSR1: IGNORED, signal.SIGUSR2: IGNORED}
         step.on_end.append(lambda: self._step_is_over(task, step))
-        task.step, task.execution, task.after_end = step, task.execution + 1, ""
+        task.step, task.execution, task.after_end, task.odd_state = step, task.execution + 1, "", ""
         self.park.start(step)
         execution = task.execution
         early_s = self.park.random.uniform(0, 20.0)

@@ -5,6 +5,7 @@ The events are methods of `World`; which of them happen is for tests/simulation 
 - no run is lost: when the faults are over, `submit` and `retry` bring every run to its result, and a result stays
 - none is executed twice at once, nor again when it is done, nor after it was cancelled
 - a result was made by its own configuration, step by step
+- a receipt names the jobs that SLURM has of its submission, and a job asks to be started again only if it has got further
 - jobs of others are not touched, and no command or job ends with a traceback
 """
 
@@ -25,6 +26,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 from jobs.command import add_parser
 from jobs.scheduler.client import Scheduler
+from jobs.scheduler.own_jobs import COMMENT
 from jobs.state import RunState, StateReader
 from jobs.submit import launch
 from jobs.sweep import Sweep
@@ -34,9 +36,10 @@ from tests.support.simulation import trainer
 from tests.support.simulation.disk import Disk, Faults, real_files
 from tests.support.simulation.processes import Child, Host, Park, Process, this_process
 from tests.support.simulation.seams import HISTORY
-from tests.support.simulation.slurm import Slurm
+from tests.support.simulation.slurm import Slurm, Task
 from vitpa.arguments import expand_path
 from vitpa.config import RunConfig
+from vitpa.rundir import RunDir
 
 EVENT_S = 30.0  # until the next event, at most, mostly less
 REST_S = 7200.0  # in which everything has come to rest
@@ -53,7 +56,15 @@ class World:
     """A history from its beginning to its end."""
 
     def __init__(
-        self, seed: int, disk: Disk, *, seeds: int = 1, replicas: int = 1, step_s: float = 3.0, calm: bool = False
+        self,
+        seed: int,
+        disk: Disk,
+        *,
+        seeds: int = 1,
+        rates: int = 1,
+        replicas: int = 1,
+        step_s: float = 3.0,
+        calm: bool = False,
     ) -> None:
         self.park = Park(seed)
         self.disk = disk
@@ -66,8 +77,9 @@ class World:
             faults.late = random.choice((0.0, 0.0, 0.1, 0.5))
             faults.late_s = random.choice((2.0, 30.0))
         disk.begin(faults)
-        self.seeds, self.replicas = seeds, replicas
-        self.sweep = _files(self.root, seeds, replicas)
+        self.rates, self.replicas = rates, replicas
+        self.sweep = _files(self.root, seeds, rates, replicas)
+        self.signatures = {run.signature for run in self.sweep.runs}  # of all that the sweep has ever had
         self.hosts = [Host("login1"), Host("login2")]
         self.nodes = [Host("n1"), Host("n2"), Host("n3")]
         self.slurm = Slurm(self.park, self.nodes, self._run_job, os.getuid())
@@ -75,6 +87,7 @@ class World:
         self.step_s = step_s
         self.commands: list[Process] = []  # launchers and their helpers that are at work
         self.training: dict[str, Process] = {}  # by signature
+        self.further: set[Process] = set()  # jobs whose training has taken a step
         self.done: dict[str, str] = {}  # signatures, with the hash of the weights that their results must have
         self.failing: dict[str, str] = {}  # signatures that fail, with the reason
         self.tampered = False
@@ -83,6 +96,7 @@ class World:
         self.words: list[str] = []
         self.story: list[str] = []
         self.park.ended = self._has_ended
+        self.slurm.requeued = self._asks_to_be_requeued
         self.watch = trainer.Watch(self._training_begins, self._training_steps, self._training_is_done, self._training_ends)
 
     # --- what happens
@@ -188,6 +202,14 @@ class World:
             self.tell(f"preemption of {task.id}")
             self.slurm.requeue(task, "preemption")
 
+    def odd_state(self, which: int) -> None:
+        """The queue calls a running job something that is not known here."""
+        running = [task for task in self.slurm.ours if task.step is not None]
+        if running:
+            task = running[which % len(running)]
+            task.odd_state = ("SIGNALING", "STAGE_OUT", "RESIZING")[which % 3]
+            self.tell(f"{task.id} is called {task.odd_state}")
+
     def forget(self) -> None:
         """The queue forgets what has ended."""
         for task in list(self.slurm.tasks):
@@ -216,8 +238,8 @@ class World:
     def change_sweep(self, seeds: int) -> None:
         """The sweep's file gets another number of seeds."""
         self.tell(f"the sweep has {seeds} seeds now")
-        self.seeds = seeds
-        self.sweep = _files(self.root, seeds, self.replicas)
+        self.sweep = _files(self.root, seeds, self.rates, self.replicas)
+        self.signatures |= {run.signature for run in self.sweep.runs}
 
     def copy_result(self, which: int) -> None:
         """Somebody copies the result of a run, with what it is compared with, into the directory of another one."""
@@ -232,6 +254,15 @@ class World:
             for name in ("env.json", "metrics.jsonl", "result.json"):
                 with suppress(FileNotFoundError):
                     (target.path / name).write_bytes((source.path / name).read_bytes())
+
+    def edit_config(self, which: int) -> None:
+        """Somebody edits the configuration of a claimed attempt by hand: it is another experiment."""
+        for run in self.sweep.runs[which % len(self.sweep.runs) :][:1]:
+            for attempt in run.directory(self.root).attempts()[-1:]:
+                if attempt.config_yaml.is_file():
+                    self.tell(f"{attempt.config_yaml} is edited")
+                    text = attempt.config_yaml.read_text()
+                    attempt.config_yaml.write_text(text.replace("weight_decay: ", "weight_decay: 0.0123 # "))
 
     def wait(self, seconds: float) -> None:
         self.park.run(until_s=self.park.now_s + seconds)
@@ -300,16 +331,31 @@ class World:
 
     def _training_begins(self, process: Process, config: RunConfig, step: int) -> None:
         signature = config.signature
+        if signature not in self.signatures:
+            self.broken.append(f"{process.name} trains {signature}, which no sweep has")
         self.tell(f"{process.name} begins {signature} at step {step} of {config.train.epochs}")
         if signature in self.training:
             self.broken.append(f"{signature} is executed twice at once, by {process.name}, too")
         if signature in self.done:
             self.broken.append(f"{signature} is done, and executed again by {process.name}")
         self.training[signature] = process
+        self._check_attempt(process, config)
+
+    def _check_attempt(self, process: Process, config: RunConfig) -> None:
+        """A run is executed by whom the start of its last attempt names, as long as that has no end."""
+        with real_files():
+            attempt = RunDir(self.root, config.signature).attempts()[-1]
+            start = json.loads(attempt.start_json.read_text())
+            if process.parent is None or start["process"]["pid"] != process.parent.pid or "withdrawn" in start:
+                self.broken.append(f"{config.signature} is executed by {process.name}, which has not started {attempt.path}")
+            if attempt.exit_json.exists():
+                self.broken.append(f"{config.signature} is executed by {process.name}, although {attempt.path} has ended")
 
     def _training_steps(self, process: Process, config: RunConfig, step: int) -> None:
         if self.training.get(config.signature) is not process:
             self.broken.append(f"{process.name} takes a step of {config.signature}, which is not its own")
+        if process.parent is not None:
+            self.further.add(process.parent)
         if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + 10 * self.step_s + 30:
             self.broken.append(f"{config.signature} is executed although all was cancelled at {self.resting_since_s:.1f} s")
 
@@ -321,9 +367,25 @@ class World:
         if self.training.get(config.signature) is process:
             del self.training[config.signature]
 
+    def _asks_to_be_requeued(self, task: Task) -> None:
+        if task.step not in self.further:
+            self.broken.append(f"job {task.id} asks to be started again without having got further")
+
+    def _check_receipts(self) -> None:
+        """A receipt names no job that is not of its submission, and all that are in the queue."""
+        for path in sorted(self.root.glob("sweeps/*/submissions/*/receipt.json")):
+            comment = COMMENT + path.parent.name.rpartition("-")[2]
+            named = {int(job["id"]) for job in json.loads(path.read_text())["jobs"]}
+            live = {task.array for task in self.slurm.ours if task.comment == comment}
+            if not named <= self.slurm.accepted.get(comment, set()):
+                self.broken.append(f"{path.parent.name}: its receipt names jobs {named}, which are not its own")
+            if not live <= named:
+                self.broken.append(f"{path.parent.name}: SLURM has its jobs {live}, its receipt names {named}")
+
     def check(self) -> None:
         """Raise BrokenInvariantError if something does not hold."""
         self.broken += self.slurm.touched
+        self._check_receipts()
         for signature, weights in self.done.items():
             path = self.root / "runs" / signature / "result.json"
             found = json.loads(path.read_text()) if path.is_file() else {}
@@ -408,14 +470,15 @@ def _options(verb: str, root: str, words: tuple[str, ...]) -> argparse.Namespace
     return copy.copy(_parsed(verb, root, words))
 
 
-_SWEEPS: dict[tuple[str, int, int], tuple[dict[str, bytes], Sweep]] = {}
+_SWEEPS: dict[tuple[str, int, int, int], tuple[dict[str, bytes], Sweep]] = {}
+RATES = (1e-3, 2e-3, 3e-3)
 
 
-def _files(root: Path, seeds: int, replicas: int) -> Sweep:
+def _files(root: Path, seeds: int, rates: int, replicas: int) -> Sweep:
     """Put the files of a sweep and a profile below the root."""
-    key = (str(root), seeds, replicas)
+    key = (str(root), seeds, rates, replicas)
     if key not in _SWEEPS:
-        sweep = make_sweep(root, seeds=seeds, steps=STEPS)
+        sweep = make_sweep(root, seeds=seeds, steps=STEPS, axes={"optim.lr": list(RATES[:rates])} if rates > 1 else None)
         slurm_profile(
             root, time="1:00", signal_delay_s=20, replicas=replicas, runtime={"device": "cpu", "data_dir": f"{root}/data"}
         )
