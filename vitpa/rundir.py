@@ -7,6 +7,7 @@ clock of one host is compared with another's.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ from vitpa.checkpoint_file import files_by_step, is_plausible
 from vitpa.metrics_file import EMA_EVALUATED, EVALUATED, last_evaluation
 from vitpa.records import CHECKSUM, Json, RunError, make_folders, read_checked, sync_folder, write_atomic, write_json
 
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY)  # a folder that holds something cannot be replaced by another one
 CLAIMED = "VITPA_ATTEMPT"  # environment variable: the attempt that a launcher has claimed and whose records it keeps
 
 
@@ -174,9 +176,9 @@ class RunDir:
         target = self.attempt(number)
         try:
             draft.rename(target.path)  # refused where the target holds anything, and it always holds a claim
-        except OSError:
+        except OSError as error:
             shutil.rmtree(draft)
-            if not target.path.exists():
+            if error.errno not in TAKEN:  # on NFS this host may not see for a while what is there
                 raise
             return None
         sync_folder(self.attempts_dir)

@@ -17,6 +17,7 @@ from vitpa.code_version import CODE_VERSION_JSON, RECORDED, code_record
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.installation import CODE
 from vitpa.records import to_json, write_atomic
+from vitpa.rundir import TAKEN
 
 PACKAGES = ("vitpa", "jobs")
 KINDS = (".py", ".yaml", ".typed")
@@ -74,8 +75,8 @@ def _create(target: Path, files: dict[str, bytes]) -> None:
             write_atomic(draft / path, content)
             (draft / path).chmod(0o444)  # not edited by mistake
         draft.rename(target)
-    except OSError:
-        if not target.exists():  # another launcher was faster
+    except OSError as error:
+        if error.errno not in TAKEN:  # another launcher was faster
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

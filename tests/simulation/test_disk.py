@@ -1,4 +1,4 @@
-"""What must be on the disk when something relies on it: after a power loss that takes all that was not synced."""
+"""What must hold on a disk that loses what was not synced, and on NFS, where a host sees late what another one has made."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ from vitpa.replica import Replica
 from vitpa.rundir import RunDir
 
 
+def in_process(park: Park, host: str, action: Callable[[], object]) -> None:
+    process = park.start(Process(park, Host(host), f"process on {host}", action, environment={}))
+    park.run(until=lambda: not process.alive)
+    assert process.exit_code == 0, process.error
+
+
 @pytest.fixture
 def disk() -> Iterator[Disk]:
     with simulated_disk() as made:
@@ -29,9 +35,7 @@ def disk() -> Iterator[Disk]:
 def before_power_loss(disk: Disk, action: Callable[[], object]) -> None:
     """Do something in a process, and then lose what it has not synced."""
     park = Park(0)
-    process = park.start(Process(park, Host("n1"), "process", action, environment={}))
-    park.run()
-    assert process.exit_code == 0, process.error
+    in_process(park, "n1", action)
     disk.lose_data(park.now_s, lambda most: 0)
     disk.lose_entries(park.now_s, lambda most: 0)
 
@@ -84,3 +88,20 @@ def test_a_result_is_not_lost_nor_what_it_is_compared_with(disk: Disk) -> None:
     result = run.result()
     assert result is not None
     assert result.steps == 4
+
+
+def test_a_claim_fails_on_a_host_that_does_not_see_the_other_one_yet(disk: Disk) -> None:
+    disk.faults.late, disk.faults.late_s = 1.0, 60.0
+    park, run = Park(0), RunDir(Path(disk.root), "0123456789abcdef")
+    made: list[bool] = []
+
+    def claim() -> None:
+        made.append(run.claim_attempt(1, {"by": "a test"}) is not None)
+
+    in_process(park, "n1", lambda: make_folders(run.attempts_dir))
+    in_process(park, "n2", lambda: made.append(run.attempt(1).path.exists()))
+    in_process(park, "n1", claim)
+    in_process(park, "n2", lambda: made.append(run.attempt(1).path.exists()))
+    in_process(park, "n2", claim)
+    assert made == [False, True, False, False]
+    assert len(run.attempts()) == 1
