@@ -3,7 +3,7 @@
 The events are methods of `World`; which of them happen is for tests/simulation to say. What must hold:
 
 - no run is lost: when the faults are over, `submit` and `retry` bring every run to its result, and a result stays
-- none is executed twice at once, nor again when it is done, nor after it was cancelled
+- none is executed twice at once, nor submitted while it is in training, nor executed again when it is done or cancelled
 - a result was made by its own configuration, step by step
 - a receipt names the jobs that SLURM has of its submission, and a job asks to be started again only if it has got further
 - jobs of others are not touched, and no command or job ends with a traceback
@@ -91,6 +91,7 @@ class World:
         self.done: dict[str, str] = {}  # signatures, with the hash of the weights that their results must have
         self.failing: dict[str, str] = {}  # signatures that fail, with the reason
         self.tampered = False
+        self.forced = False  # a user has insisted, and may have runs started again that are in training
         self.resting_since_s: float | None = None  # since a command has cancelled all, and nothing has been started
         self.broken: list[str] = []  # what must hold and does not
         self.words: list[str] = []
@@ -113,6 +114,7 @@ class World:
         name = f"{text} on {self.hosts[host].name}"
         process = Process(self.park, self.hosts[host], name, lambda: run_verb(options), environment=own, on_words=lines.append)
         process.on_end.append(lambda: self.tell(f"{name} ends with {process.exit_code}: {_last_line(lines)}"))
+        self.forced = self.forced or (verb == "retry" and "--force" in words)
         if verb in ("submit", "retry"):
             self.resting_since_s = None
         elif verb == "cancel":
@@ -339,17 +341,17 @@ class World:
         if signature in self.done:
             self.broken.append(f"{signature} is done, and executed again by {process.name}")
         self.training[signature] = process
-        self._check_attempt(process, config)
+        self._check_attempt(process, signature)
 
-    def _check_attempt(self, process: Process, config: RunConfig) -> None:
+    def _check_attempt(self, process: Process, signature: str) -> None:
         """A run is executed by whom the start of its last attempt names, as long as that has no end."""
         with real_files():
-            attempt = RunDir(self.root, config.signature).attempts()[-1]
-            start = json.loads(attempt.start_json.read_text())
-            if process.parent is None or start["process"]["pid"] != process.parent.pid or "withdrawn" in start:
-                self.broken.append(f"{config.signature} is executed by {process.name}, which has not started {attempt.path}")
+            attempt = RunDir(self.root, signature).attempts()[-1]
+            start = json.loads(attempt.start_json.read_text()) if attempt.start_json.exists() else {}
+            if process.parent is None or start.get("process", {}).get("pid") != process.parent.pid or "withdrawn" in start:
+                self.broken.append(f"{signature} is executed by {process.name}, which has not started {attempt.path}")
             if attempt.exit_json.exists():
-                self.broken.append(f"{config.signature} is executed by {process.name}, although {attempt.path} has ended")
+                self.broken.append(f"{signature} is executed by {process.name}, although {attempt.path} has ended")
 
     def _training_steps(self, process: Process, config: RunConfig, step: int) -> None:
         if self.training.get(config.signature) is not process:
@@ -386,6 +388,8 @@ class World:
         """Raise BrokenInvariantError if something does not hold."""
         self.broken += self.slurm.touched
         self._check_receipts()
+        for signature, process in [] if self.forced else self.training.items():
+            self._check_attempt(process, signature)
         for signature, weights in self.done.items():
             path = self.root / "runs" / signature / "result.json"
             found = json.loads(path.read_text()) if path.is_file() else {}
