@@ -27,6 +27,7 @@ from jobs.scheduler.job_output import ENDED_EARLY, ended_early, worker_ended_ear
 from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.sweep import Run
 from vitpa.arguments import ConfigError
+from vitpa.attempt import cancel_requested
 from vitpa.config_file import load_config
 from vitpa.documents import YAML_BYTES, DocumentError, read_bytes
 from vitpa.records import RESTORE, ProcessId, RunError, create_exclusive, read_json, read_record, to_json, utc_now
@@ -125,7 +126,7 @@ class StateReader:
             return RunState(run, "broken", str(result), last)
         if found.state == "done":
             return RunState(run, "missing", "its result.json was removed", last)
-        return found
+        return _cancelled_if_asked(found, directory)
 
     def _of_attempt(self, run: Run, attempt: AttemptDir) -> RunState:
         claim = read_claim(attempt.claim_json)
@@ -311,6 +312,15 @@ def withdraw(attempt: AttemptDir, state: str, reason: str) -> bool:
     ended = {"state": state, "exit_code": None, "reason": reason, "finished_utc": utc, "duration_s": 0.0}
     create_exclusive(attempt.exit_json, to_json(ended))
     return True
+
+
+def _cancelled_if_asked(found: RunState, directory: RunDir) -> RunState:
+    """A run that was to be cancelled, and whose job ended before it recorded that, is: `submit` leaves it alone."""
+    if found.attempt is None or found.state not in ("lost", "interrupted"):
+        return found
+    if cancel_requested(directory, found.attempt):
+        return replace(found, state="cancelled", reason=f"cancelled ({found.reason})")
+    return found
 
 
 def _result(run: Run, directory: RunDir) -> Result | RunError | None:

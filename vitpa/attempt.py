@@ -108,6 +108,12 @@ def was_cancelled(run: RunDir) -> bool:
     return stop is not None and stop.reason == CANCEL
 
 
+def cancel_requested(run: RunDir, attempt: AttemptDir) -> bool:
+    """Whether an attempt was asked to stop because the run is no longer wanted, whether or not it came to record that."""
+    requests = (Stop.read(run.stop), Stop.read(attempt.stop_json))
+    return any(stop is not None and (stop.reason, stop.attempt) == (CANCEL, attempt.number) for stop in requests)
+
+
 def refuse_if_held(attempt: AttemptDir, *, takeover: bool) -> None:
     """Raise RunError unless the attempt has ended: by its record, because its process is gone, or on the user's word.
 

@@ -106,6 +106,7 @@ class AttemptDir:
     seconds_json = Below("seconds.json")  # by the trainer: where its time went
     exit_json = Below("exit.json")  # how it ended; missing if it was killed
     left_json = Below("left.json")  # by the trainer: the run was dropped, those trained with it go on
+    stop_json = Below("stop.json")  # the file `stop`, taken by whom it was meant for
     log = Below("log.txt")  # everything the training processes print
 
     def __init__(self, path: Path) -> None:

@@ -85,7 +85,7 @@ class Member:
 
     def stop(self) -> Stop | None:
         """The request to stop, also if it has been taken; None if there is none."""
-        taken = Stop.read(self.attempt.path / "stop.json")
+        taken = Stop.read(self.attempt.stop_json)
         if taken is not None and taken.attempt not in (None, self.attempt.number):  # a left-over
             taken = None
         return Stop.read(self.run.stop) or taken
@@ -93,7 +93,7 @@ class Member:
     def take_stop(self) -> None:
         """Move `stop` out of the run's directory; it is read afterwards: a request that comes in between is not lost."""
         with suppress(FileNotFoundError):
-            self.run.stop.replace(self.attempt.path / "stop.json")
+            self.run.stop.replace(self.attempt.stop_json)
 
 
 class Training:

@@ -34,7 +34,7 @@ from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.job_output import SETUP_FAILED, with_setup
 from jobs.state import withdraw
 from vitpa.arguments import literal_path
-from vitpa.attempt import CANCEL, Left, Stop
+from vitpa.attempt import Left, cancel_requested
 from vitpa.code_version import code_version
 from vitpa.documents import append_regular
 from vitpa.records import (
@@ -212,8 +212,7 @@ class _Job:
         following = run.claim_attempt(last.number + 1, claim.again(), config)
         if following is None:
             return None
-        stop = Stop.read(run.stop)
-        if stop is not None and stop.reason == CANCEL and stop.attempt == last.number:  # by the user, when it was over already
+        if cancel_requested(run, last):  # when it was over already, or was killed before it could record that
             withdraw(following, "cancelled", "cancelled between two executions")
         elif reason := self._why_given_up(run):
             _say(reason)

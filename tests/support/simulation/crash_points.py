@@ -48,6 +48,15 @@ WHO: dict[str, Callable[[Process], bool]] = {
     "job": lambda process: process.name.partition(" of ")[2].endswith("_0") or process.name.endswith("_0"),
     "cancel": lambda process: "vitpa sweep cancel" in process.name,
 }
+WHO["cancelled job"] = WHO["job"]  # from the end of `cancel` on
+
+
+def _check_cancelled(world: World) -> None:
+    """Raise BrokenInvariantError if `submit` would start a run again that was cancelled; it may be done, or have failed."""
+    states = world.states()
+    if not {state.state for state in states} <= {"cancelled", "done", "failed"}:
+        said = ", ".join(f"{state.run.signature} {state.state} ({state.reason})" for state in states)
+        raise BrokenInvariantError("\n".join([f"all was cancelled, and now: {said}", *world.story]))
 
 
 @dataclass(frozen=True)
@@ -64,19 +73,21 @@ class Stage:
 
         def look(process: Process, what: str, path: str, done: bool) -> None:
             nonlocal number
-            if WHO[self.name](process):
+            if WHO[self.name](process) and (self.name != "cancelled job" or world.resting_since_s is not None):
                 number += not done
                 at(world, process, Point(number, what, path.replace(self.disk.root, "")), done)
 
         self.disk.faults.watch = look
         try:
             world.command("submit")
-            if self.name == "cancel":
+            if self.name.startswith("cancel"):
                 world.wait(7.0)  # one run is in training, the other one waits
                 world.command("cancel")
                 world.wait(30.0)
             world.rest()
             self.disk.faults.watch = None
+            if world.resting_since_s is not None:
+                _check_cancelled(world)
             world.finish()
         finally:
             world.close()
@@ -103,3 +114,24 @@ class Stage:
             where = f"{'after' if after else 'before'} change {point.number} ({point.what} {point.path})"
             raise BrokenInvariantError(f"a crash {where}: {error}") from None
         return struck
+
+
+def lose_power_after_cancel(disk: Disk) -> None:
+    """What `cancel` has said holds, also if the power is lost in the next moment.
+
+    Raises:
+        BrokenInvariantError: it does not.
+    """
+    world = World(0, disk, calm=True)
+    try:
+        world.command("submit")
+        world.park.run(until=lambda: not world.commands)
+        assert not world.training, "none is in training"
+        world.command("cancel")
+        world.park.run(until=lambda: not world.commands)
+        world.power_loss()
+        world.rest()  # a job that has just begun finds the request
+        _check_cancelled(world)
+        world.finish()
+    finally:
+        world.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.repository import ROOT
-from tests.support.simulation.crash_points import CRASHES, WHO, Stage
+from tests.support.simulation.crash_points import CRASHES, WHO, Stage, lose_power_after_cancel
 from tests.support.simulation.history import run_history, simulated_disk
 from tests.support.simulation.world import BrokenInvariantError
 
@@ -114,8 +114,8 @@ MUTANTS = (
     Mutant(
         "a cancellation between two executions is forgotten",
         "jobs/execute/slurm.py",
-        "if stop is not None and stop.reason == CANCEL and stop.attempt == last.number:",
-        "if stop is not None and stop.reason == CANCEL and stop.attempt is None:",
+        "        if cancel_requested(run, last):",
+        "        if not self.intent.token:",
     ),
     Mutant(
         "nobody waits for an sbatch that has outlived its helper",
@@ -163,6 +163,7 @@ def hunt(histories: int) -> str:
     """The first thing that does not hold; empty if all does."""
     with simulated_disk() as disk:
         try:
+            lose_power_after_cancel(disk)
             for seed in range(histories):
                 run_history(seed, disk)
             for name in WHO:

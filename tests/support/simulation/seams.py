@@ -5,11 +5,11 @@ What is replaced is what the real code calls; nothing in it knows of this. Threa
 
 from __future__ import annotations
 
-import copy
 import datetime as real_datetime
 import functools
 import io
 import os
+import pickle
 import secrets
 import signal
 import socket
@@ -238,12 +238,12 @@ def _sbatch(command: CommandFunction) -> str:
 
 def _remembering(parse: Callable[[bytes | str], Any]) -> Callable[[bytes | str], Any]:
     """PyYAML takes 40 ms for a configuration, and a history reads the same ones again and again."""
-    known: dict[bytes | str, Any] = {}
+    known: dict[bytes | str, bytes] = {}
 
     def remembered(text: bytes | str) -> Any:
         if text not in known:
-            known[text] = parse(text)
-        return copy.deepcopy(known[text])
+            known[text] = pickle.dumps(parse(text))
+        return pickle.loads(known[text])
 
     return remembered
 

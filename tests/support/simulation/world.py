@@ -358,7 +358,8 @@ class World:
             self.broken.append(f"{process.name} takes a step of {config.signature}, which is not its own")
         if process.parent is not None:
             self.further.add(process.parent)
-        if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + 10 * self.step_s + 30:
+        grace_s = 2 * self.step_s + self.disk.faults.late_s + 20  # in which what is asked to stop has to
+        if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + grace_s:
             self.broken.append(f"{config.signature} is executed although all was cancelled at {self.resting_since_s:.1f} s")
 
     def _training_is_done(self, process: Process, config: RunConfig) -> None:
