@@ -338,6 +338,10 @@ class World:
         self.tell(f"{process.name} begins {signature} at step {step} of {config.train.epochs}")
         if signature in self.training:
             self.broken.append(f"{signature} is executed twice at once, by {process.name}, too")
+        faults = self.disk.faults
+        grace_s = 2 + faults.late_s + 60 * (faults.pause + faults.look_pause)  # for one that began a moment before
+        if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + grace_s:
+            self.broken.append(f"{signature} is executed although all was cancelled at {self.resting_since_s:.1f} s")
         if signature in self.done:
             self.broken.append(f"{signature} is done, and executed again by {process.name}")
         self.training[signature] = process
