@@ -39,7 +39,7 @@ LOGGER = logging.getLogger(__name__)
 VARIABLES = {compiler_cache.VARIABLE: "inductor", "TRITON_CACHE_DIR": "triton"}  # with the folders that they name here
 # keys of `runtime` that may change what is compiled
 SHAPING = ("accum_steps", "step", "device", "loader", "decoder", "torch_operations")
-OWNER = "process.json"
+OWNER, KIND = "process.json", "kind.json"
 
 
 @dataclass
@@ -51,10 +51,11 @@ class CompileCache:
     group: Group
     kept: set[Path] = field(default_factory=set)  # what the archive has of the folder
 
-    def load(self) -> None:
-        """Take over what an earlier training has compiled, if there is anything."""
+    def load(self, kind: dict[str, Any]) -> None:
+        """Take over what an earlier training of this kind has compiled, if there is anything."""
         try:
             found = read_archive(self.archive, self.folder)
+            write_json(self.folder / KIND, kind)  # for people who look into an archive
         except (ArchiveError, OSError) as error:
             self._say(f"what was compiled before is not used: {_line(error)}; it is compiled again")
             shutil.rmtree(self.folder, ignore_errors=True)  # half of it may be there
@@ -106,9 +107,7 @@ def compile_cache(configs: Sequence[RunConfig], group: Group) -> Iterator[Compil
         kind = kind_of_step(configs, group)
         cache = CompileCache(archives / f"{_name(kind)}.zip", folder, group)
         if group.local_rank == 0:
-            cache.load()
-            if not cache.kept:
-                write_json(folder / "kind.json", kind)
+            cache.load(kind)
         group.all_gather(None)
         stack.enter_context(_compiling_into(folder))
         yield cache

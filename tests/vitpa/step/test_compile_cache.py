@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -132,3 +134,40 @@ def test_a_folder_of_another_user_is_said(words: list[str], tmp_path: Path, capl
     with caplog.at_level("INFO", logger=compiled.__name__):
         assert compile_something(config_of(words)) is None
     assert "what was compiled is neither taken over nor kept: others may write to" in caplog.text
+
+
+PROCESSES = """
+import os, sys
+from pathlib import Path
+from vitpa import distributed
+from vitpa.config_file import load_config
+from vitpa.step.compile_cache import compile_cache
+from vitpa.step.compiler_cache import VARIABLE
+
+group = distributed.init_process_group("cpu")
+config = load_config(Path(sys.argv[1]), sys.argv[2:])
+with compile_cache([config], group) as cache:
+    folder = Path(os.environ[VARIABLE])
+    found = sorted(path.name for path in folder.glob("*"))
+    group.all_gather(None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"graph{group.rank}").write_text("code")
+    cache.save()
+    print(f"rank {group.rank}: {found} in {folder}", flush=True)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_node_share_a_folder(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PROCESSES)
+    words = arguments(tmp_path, tmp_path / "out", "runtime.step=compile")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *words]
+    environment = {key: value for key, value in os.environ.items() if key != VARIABLE} | {"OMP_NUM_THREADS": "1"}
+    for found in ([], ["graph0", "graph1"]):
+        told = subprocess.run(launcher, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+        places = {line.rpartition(" ")[2] for line in told}
+        assert sorted(told) == [f"rank {rank}: {found} in {place}" for place in places for rank in range(2)]
+        assert len(places) == 1
+        assert not Path(*places).exists()
