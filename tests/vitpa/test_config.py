@@ -97,6 +97,7 @@ OTHER_RUNTIME = {
     "runtime.device": "cpu",
     "runtime.accum_steps": "2",
     "runtime.step": "eager",
+    "runtime.torch_operations": "[attention]",
     "runtime.loader": "stream",
     "runtime.decoder": "cpu",
     "runtime.tensorboard": "false",
