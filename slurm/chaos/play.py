@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from slurm.chaos.faults import BLOWS, MissedError, Scene
 from slurm.chaos.schedule import KINDS, Fault, schedule
 from slurm.chaos.sweep import ChaosError, Sweep, document, values
 from slurm.chaos.watch import Life, Strike, outages
+from slurm.devcluster import check_host_name, check_programs
 from slurm.devcluster_folder import DevClusterError
 from vitpa.child_process import run_program
 
@@ -72,6 +74,8 @@ def play(plan: Plan, say: Say) -> dict[str, Any]:
     Raises:
         ChaosError, DevClusterError: it cannot begin.
     """
+    check_programs()
+    check_host_name(socket.gethostname())
     began_utc = datetime.now(UTC).isoformat(timespec="seconds")
     with _rooms() as room:
         disk, left_out = _disk(room / "disk")
@@ -158,7 +162,7 @@ def _slurm_variables(cluster: BreakableCluster) -> dict[str, str]:
 def _train_locally(sweep: Sweep, slots: int) -> None:
     profile = yaml.safe_load(sweep.profile.read_text(encoding="utf-8"))
     sweep.profile.write_text(yaml.safe_dump({**profile, "slots": slots}), encoding="utf-8")
-    sweep.run("submit", "--wait")
+    sweep.submit("--wait")
 
 
 def _epochs(plan: Plan, room: Path, count: int, say: Say) -> int:
@@ -225,10 +229,8 @@ class _Play:
 
     def perform(self) -> None:
         """Submit, measure a restart, let the faults strike, wait for the end."""
-        answer = self.sweep.run("submit")
+        self.sweep.submit()
         rows = self.sweep.rows()
-        if "submitted" not in answer.stdout:
-            raise ChaosError(f"`vitpa sweep submit` says: {(answer.stderr.strip() or answer.stdout.strip()).splitlines()[-1]}")
         self.lives = [Life(row["run"], self.sweep.folder(row["signature"])) for row in rows]
         self.scene.labels.update({row["signature"]: row["run"] for row in rows})
         with ThreadPoolExecutor(max_workers=32) as threads:

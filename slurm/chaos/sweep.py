@@ -57,14 +57,23 @@ class Sweep:
         """A row for each run, as `status --json` or `plan --json` has it.
 
         Raises:
-            ChaosError: the command says something else: with its own words.
+            ChaosError: the command fails: with its own words.
         """
         answer = self.run(verb, "--json")
         try:
             return list(parse_json(answer.stdout)["runs"])
         except (DocumentError, KeyError, TypeError):
-            said = (answer.stderr.strip() or answer.stdout.strip() or "nothing").splitlines()[-1]
-            raise ChaosError(f"`vitpa sweep {verb}` says: {said}") from None
+            raise ChaosError(_last_words(answer)) from None
+
+    def submit(self, *more: str) -> None:
+        """`vitpa sweep submit` for the first time.
+
+        Raises:
+            ChaosError: it has started nothing: with its own words.
+        """
+        answer = self.run("submit", *more)
+        if "submitted" not in answer.stdout:
+            raise ChaosError(_last_words(answer))
 
     def submissions(self) -> list[str]:
         """The folders of its submissions, as claims name them, oldest first."""
@@ -73,6 +82,11 @@ class Sweep:
     def folder(self, signature: str) -> Path:
         """Where a run is."""
         return self.root / "runs" / signature
+
+
+def _last_words(answer: subprocess.CompletedProcess[str]) -> str:
+    said = (answer.stderr.strip() or answer.stdout.strip() or "`vitpa sweep` says nothing").splitlines()[-1]
+    return said.removeprefix("vitpa sweep: ")
 
 
 def document(path: Path) -> dict[str, Any]:

@@ -36,3 +36,22 @@ def test_a_sweep_comes_through(digits: Path, tmp_path: Path) -> None:
     assert certificate["faults_by_kind"]["disk full"]["interruptions"] == 1
     assert certificate["recoveries"] == {"itself": 1, "submit": 0, "retry": 0, "nobody": 0}  # jobs wait for room
     assert certificate["left_out"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nosuch"], "'nosuch': no such file"),
+        (["demo", "optim.lr=high"], "optim.lr=high"),
+        (["demo", "--data-dir", "/nowhere"], "--data-dir /nowhere: no such folder"),
+    ],
+)
+def test_what_cannot_begin_says_why_in_a_line(words: list[str], reason: str) -> None:
+    require_slurm()
+    done = run_to_end([sys.executable, "-m", "vitpa.cli", "devcluster", "chaos", *words], cwd=ROOT)
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    assert line.startswith("vitpa devcluster chaos: ")
+    assert reason in line
