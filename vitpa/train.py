@@ -195,6 +195,8 @@ def prepare_steps(t: Training) -> None:
             say(t, note)
         if t.steps.is_compiled and t.compile_cache is not None:
             t.compile_cache.save()
+        elif t.compile_cache is not None and t.compile_cache.kept:
+            say(t, f"if what was compiled before is the cause, delete {t.compile_cache.archive}")
     t.metrics.begin(t.step, t.line)
     t.saved_s = time.monotonic()
     if t.meter is not None:

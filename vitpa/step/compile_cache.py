@@ -132,6 +132,7 @@ def kind_of_step(configs: Sequence[RunConfig], group: Group) -> dict[str, Any]:
     return {
         "code_version": code_version(),
         "python": platform.python_version(),
+        "libc": platform.libc_ver(),  # an older one does not load what was linked with a newer one
         "versions": {name: version_of(name) for name in ("torch", "triton", "timm")},
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(group.device) if cuda else None,
