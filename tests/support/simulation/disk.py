@@ -493,7 +493,8 @@ class Operations:
         process, name = here
         disk = self.disk
         disk.look(process, name)
-        disk.before(process, "unlink", name)
+        if is_there(name):
+            disk.before(process, "unlink", name)
         folder, _, entry = name.rpartition("/")
         kept, number = disk.shadow(name), inode(folder)
         REAL["unlink"](path, dir_fd=dir_fd)
@@ -525,7 +526,8 @@ class Operations:
         new = there[1]
         disk = self.disk
         disk.look(process, old)
-        disk.before(process, "rename", new)
+        if is_there(old):
+            disk.before(process, "rename", new)
         before = is_there(new)
         kept = disk.shadow(new)
         REAL["rename"](source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)

@@ -42,12 +42,6 @@ MUTANTS = (
     Mutant(
         "records are not synced with their folder",
         "vitpa/records.py",
-        "        os.fsync(descriptor)\n    return True",
-        "    return True",
-    ),
-    Mutant(
-        "replaced records are not synced with their folder",
-        "vitpa/records.py",
         "            raise\n        os.fsync(descriptor)\n",
         "            raise\n",
     ),
@@ -64,10 +58,10 @@ MUTANTS = (
         "            shutil.rmtree(target.path, ignore_errors=True)\n            draft.rename(target.path)  #",
     ),
     Mutant(
-        "a run is started without the exclusive creation",
-        "jobs/execute/slurm.py",
-        "        if create_exclusive(last.start_json, to_json(self._start_document(run))):\n",
-        "        if not last.start_json.exists():\n            write_json(last.start_json, self._start_document(run))\n",
+        "a claim is made whatever has happened since the last look",
+        "jobs/submit/submit.py",
+        "    return directory.claim_attempt(state.attempts + 1, claim, config)\n",
+        "    return directory.claim_attempt(len(directory.attempts()) + 1, claim, config)\n",
     ),
     Mutant(
         "jobs are adopted without a look at the token",

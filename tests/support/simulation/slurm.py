@@ -20,6 +20,7 @@ from tests.support.simulation.processes import IGNORED, Host, Park, Process, thi
 KILL_WAIT_S = 3.0
 REQUEUE_DELAY_S = 5.0
 MIN_JOB_AGE_S = 300.0
+MAX_TRIES = 30
 SLOTS = 3  # tasks of a node
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
@@ -47,6 +48,7 @@ class Task:
     accounts: list[tuple[float, str, str]] = field(default_factory=list)  # since when, state, nodes
     foreign: bool = False
     execution: int = 0  # counts its starts and ends
+    tries: int = 0  # of its script to start its process again
     odd_state: str = ""  # what the queue calls it while it is in training
 
     @property
@@ -291,6 +293,15 @@ class Slurm:
         self.busy[node.name] += 1
         task.node, task.state, task.reason = node, "RUNNING", "None"
         task.accounts.append((self.park.now_s, "RUNNING", node.name))
+        task.execution, task.after_end, task.odd_state, task.tries = task.execution + 1, "", "", 0
+        self._start_step(task, node)
+        execution = task.execution
+        early_s = self.park.random.uniform(0, 20.0)
+        self.park.after(task.limit_s - 60 - early_s, lambda: self._warn(task, execution))
+        self.park.after(task.limit_s, lambda: self._end_step(task, execution, "TIMEOUT"))
+
+    def _start_step(self, task: Task, node: Host) -> None:
+        """Start the process of a job; its script does that again where it is killed (jobs/scheduler/sbatch.py)."""
         folder = task.script.rpartition("/")[0]
         environment = {
             "HOME": "/root",
@@ -306,12 +317,8 @@ class Slurm:
         step = Process(self.park, node, f"job {identity}", lambda: self.run_job(folder, identity), environment=environment)
         step.handlers = {signal.SIGUSR1: IGNORED, signal.SIGUSR2: IGNORED}
         step.on_end.append(lambda: self._step_is_over(task, step))
-        task.step, task.execution, task.after_end, task.odd_state = step, task.execution + 1, "", ""
+        task.step = step
         self.park.start(step)
-        execution = task.execution
-        early_s = self.park.random.uniform(0, 20.0)
-        self.park.after(task.limit_s - 60 - early_s, lambda: self._warn(task, execution))
-        self.park.after(task.limit_s, lambda: self._end_step(task, execution, "TIMEOUT"))
 
     def _warn(self, task: Task, execution: int) -> None:
         if task.execution == execution and task.step is not None and task.step.alive:
@@ -330,6 +337,10 @@ class Slurm:
         if task.step is not step:
             return
         assert task.node is not None
+        if not task.after_end and step.exit_code == -signal.SIGKILL and task.tries < MAX_TRIES:
+            task.tries += 1
+            self._start_step(task, task.node)
+            return
         self.busy[task.node.name] -= 1
         state = task.after_end or ("COMPLETED" if step.exit_code == 0 else "FAILED")
         node, task.step = task.node.name, None
