@@ -45,6 +45,7 @@ EVENT_S = 30.0  # until the next event, at most, mostly less
 REST_S = 7200.0  # in which everything has come to rest
 ROUNDS = 8  # of submit and retry, at the end
 STEPS = 4
+TAKEN_OVER = "another execution of this run has taken over"  # says a job whose training is ended for that
 SAID_IN_A_LOG = ("FailedJobError", "SchedulerError")  # by a helper, of what SLURM says; its launcher says it in a line
 
 
@@ -308,7 +309,7 @@ class World:
         """What submitit does in a job: wait for the pickle that is named by the job, and call what is in it."""
         process = this_process()
         assert process is not None
-        process.on_words = self.words.append
+        process.on_words = self._job_says
         path = JobPaths(folder, job_id=identity).submitted_pickle
         for _ in range(60):
             if path.exists():
@@ -319,6 +320,19 @@ class World:
         except Exception as error:  # it was lost with the disk: submitit ends with it, too
             return f"{error}" and 1
         return delayed.function(*delayed.args)
+
+    def _job_says(self, words: str) -> None:
+        self.words.append(words)
+        if TAKEN_OVER in words and not self.forced and not self._a_run_was_withdrawn():
+            self.broken.append(f"a run was submitted again while it was in training: {words}")
+
+    def _a_run_was_withdrawn(self) -> bool:
+        """Whether `cancel` took a run that seemed to wait, and its training may have begun in this moment."""
+        with real_files():
+            lasts = [RunDir(self.root, signature).attempts()[-1:] for signature in sorted(self.signatures)]
+            return any(
+                each.start_json.exists() and "withdrawn" in each.start_json.read_text() for last in lasts for each in last
+            )
 
     def _has_ended(self, process: Process) -> None:
         for signature in [each for each, its in self.training.items() if its is process]:
