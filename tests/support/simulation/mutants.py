@@ -88,12 +88,6 @@ MUTANTS = (
         '        return self.state in WAITING or self.state == "RUNNING"\n',
     ),
     Mutant(
-        "a scheduler that does not answer has no jobs",
-        "jobs/scheduler/client.py",
-        "            return Snapshot({}, str(error))\n",
-        "            return Snapshot({}) if error else Snapshot({})\n",
-    ),
-    Mutant(
         "a result of another signature is accepted",
         "vitpa/rundir.py",
         "        if result.signature != self.signature:\n",
@@ -110,12 +104,6 @@ MUTANTS = (
         "jobs/execute/slurm.py",
         "        if cancel_requested(run, last):",
         "        if not self.intent.token:",
-    ),
-    Mutant(
-        "nobody waits for an sbatch that has outlived its helper",
-        "jobs/submit/submission.py",
-        "        if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:\n",
-        "        if last_sbatch:\n",
     ),
     Mutant(
         "the rows that a result relies on are not synced",
