@@ -166,7 +166,7 @@ def query_environment(environment: Mapping[str, str]) -> dict[str, str]:
     the programs, HOME and USER are for what a site wraps around them, SLURM_JWT is the password of clusters without munge.
     """
     kept = {key: environment[key] for key in KEPT if key in environment}
-    return {**kept, "LC_ALL": "C", "TZ": "UTC", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
+    return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
 
 
 def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -25,15 +25,18 @@ PYTHON = (
 )
 # Where srun cannot start the job's process, as while slurmctld is away, or where that is killed, as by the kernel for its
 # memory, nobody in the job can see to its runs: the script starts it again; the history of the runs says when to give up.
+# Where slurmctld answers, the second failure counts: the profile's srun_args may be wrong.
 # Not on several nodes: the others have joined the training that was. A job that SLURM ends or requeues ends with its script.
 STEP = """srun() {
-  local try code
+  local try code answered=0
   for try in {1..30}; do
     export VITPA_NOT_STARTED=$(mktemp "${TMPDIR:-/tmp}/vitpa-XXXXXXXX" 2> /dev/null)
     command srun "$@" && return
     code=$?
     if [ -n "$VITPA_NOT_STARTED" ] && [ -e "$VITPA_NOT_STARTED" ]; then
       rm -f "$VITPA_NOT_STARTED"
+      if scontrol ping 2> /dev/null | grep -q ' UP$'; then answered=$((answered + 1)); fi
+      [ $answered -lt 2 ] || return $code
       echo "srun has not started the job's process; again in 10 s"
       sleep 10
     elif [ $code = 137 ] && [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ]; then

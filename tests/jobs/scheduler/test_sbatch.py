@@ -61,6 +61,7 @@ def test_a_setup_that_ends_the_job_says_so(tmp_path: Path) -> None:
     assert (known, said.splitlines()[-1]) == ("", "setup ended the job with exit code 1: cd /nowhere")
 
 
+UP = "touch up; exit 1"  # slurmctld is up again
 NEVER, KILLED, FAILED, FINE = "exit 1", 'sh -c "$*"; exit 137', 'sh -c "$*"; exit 1', 'sh -c "$*"'  # of srun, in turn
 
 
@@ -68,6 +69,8 @@ NEVER, KILLED, FAILED, FINE = "exit 1", 'sh -c "$*"; exit 137', 'sh -c "$*"; exi
     ("sruns", "nodes", "expected"),
     [
         ([FINE], 1, (1, 0)),
+        ([UP, UP, FINE], 1, (0, 1)),  # a wrong option of srun
+        ([UP, FINE], 1, (1, 0)),
         ([NEVER, NEVER, FINE], 1, (1, 0)),  # slurmctld was away
         ([KILLED, FINE], 1, (2, 0)),
         ([KILLED, NEVER, KILLED, FAILED], 1, (3, 1)),
@@ -85,7 +88,8 @@ def test_the_job_s_process_is_started_again_where_nothing_of_it_is_left(
     for number, lines in enumerate(sruns):
         (tmp_path / f"srun{number}").write_text(lines)
     turn = f"n=$(cat {tmp_path}/turn 2> /dev/null || echo 0); echo $((n + 1)) > {tmp_path}/turn; . {tmp_path}/srun$n"
-    for name, lines in {"srun": turn, "sleep": "true"}.items():
+    ping = '[ ! -e up ] || echo "Slurmctld(primary) at x is UP"'
+    for name, lines in {"srun": turn, "sleep": "true", "scontrol": ping}.items():
         (programs / name).write_text(f"#!/bin/sh\n{lines}\n")
         (programs / name).chmod(0o755)
     begin = PYTHON.partition("exec")[0].partition("-c '")[2] + "echo started"
@@ -95,6 +99,6 @@ def test_the_job_s_process_is_started_again_where_nothing_of_it_is_left(
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("TMPDIR", str(marks))
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.stdout.count("started"), done.returncode) == expected, done.stderr
     assert list(marks.iterdir()) == []

@@ -159,7 +159,8 @@ def test_the_table_has_a_row_for_each_line() -> None:
     head, row = table([line(12345.6, images="JPEG", decoder="gpu", replicas=5)]).splitlines()
     assert re.split(r" {2,}", head.strip()) == list(COLUMNS)
     assert re.split(r" {2,}", row.strip()) == [
-        "training, JPEG, gpu", "content", "auto", "5", "1", "4", "12,346", "1.5%", "-", "-", "-", "-", "31.4%", "-", "1.2",
+        "training, JPEG, gpu", "content", "auto", "5", "1", "4", "12,346", "1.5%", "-", "-", "-", "-", "-", "31.4%", "-", "-",
+        "1.2",
     ]  # fmt: skip
 
 
