@@ -255,11 +255,14 @@ OF_OURSELVES = {  # words and pipes of our own processes, not files that others 
     "data_prep/write.py",
     "jobs/doctor/probe.py",
     "jobs/submit/launch.py",
+    "slurm/chaos/play.py",  # profiles: the shipped one, and those that it has written
     "slurm/devcluster.py",
     "slurm/devcluster_supervisor.py",
     "vitpa/bench/imagenet.py",
     "vitpa/documents.py",  # which sets the bounds
     "vitpa/export/card.py",  # in the Python that it prints
+    "vitpa/step/compile_archive.py",  # Triton's, from an archive whose checksum and owner were checked
+    "vitpa/step/compile_cache.py",
 }
 
 
