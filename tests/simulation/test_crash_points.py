@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.simulation.crash_points import CRASHES, WHO, Stage, lose_power_after_cancel
+from tests.support.simulation.crash_points import CRASHES, WHO, Stage, assert_a_cancellation_survives_a_power_loss
 from tests.support.simulation.history import simulated_disk
 
 pytestmark = pytest.mark.slow
@@ -24,4 +24,4 @@ def test_every_crash_point(stage: str, crash: str) -> None:
 
 def test_what_cancel_has_said_holds_after_a_power_loss() -> None:
     with simulated_disk() as disk:
-        lose_power_after_cancel(disk)
+        assert_a_cancellation_survives_a_power_loss(disk)

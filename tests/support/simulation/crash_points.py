@@ -116,7 +116,7 @@ class Stage:
         return struck
 
 
-def lose_power_after_cancel(disk: Disk) -> None:
+def assert_a_cancellation_survives_a_power_loss(disk: Disk) -> None:
     """What `cancel` has said holds, also if the power is lost in the next moment.
 
     Raises:

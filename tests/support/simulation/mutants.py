@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.repository import ROOT
-from tests.support.simulation.crash_points import CRASHES, WHO, Stage, lose_power_after_cancel
+from tests.support.simulation.crash_points import CRASHES, WHO, Stage, assert_a_cancellation_survives_a_power_loss
 from tests.support.simulation.history import run_history, simulated_disk
 from tests.support.simulation.world import BrokenInvariantError
 
@@ -145,7 +145,7 @@ def hunt(histories: int) -> str:
     """The first thing that does not hold; empty if all does."""
     with simulated_disk() as disk:
         try:
-            lose_power_after_cancel(disk)
+            assert_a_cancellation_survives_a_power_loss(disk)
             for seed in range(histories):
                 run_history(seed, disk)
             for name in WHO:
