@@ -15,7 +15,7 @@ import sys
 from typing import Any, get_args
 
 from vitpa.arguments import ConfigError, whole_number
-from vitpa.bench.imagenet import BARE, SYNTHETIC_STEPS, WHOLE_IMAGES, decoders_of
+from vitpa.bench.imagenet import BARE, SYNTHETIC_STEPS, WHOLE_IMAGES, decoders_of, parts_among
 from vitpa.bench.measure import LATE_READING, Bench, measure, replicas_of, synthetic_feed
 from vitpa.bench.report import Report
 from vitpa.bench.rival_loaders import Rival, rival_loader
@@ -37,15 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=sorted(shipped_configs()), default="cifar10", metavar="NAME", help="whose steps: cifar10")
     add("--dataset", help="a data set that `vitpa prep` made: its images instead of random ones, and the loaders")
     add("--replicas", type=whole_number(1, 1024), metavar="R", help="seeds in a step: 5, or 1 of images that are streamed")
-    add("--parts", type=part_names, default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
-
-
-def part_names(text: str) -> tuple[str, ...]:
-    """Parts of the table, with commas between."""
-    words = tuple(text.split(","))
-    if not set(words) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(PARTS)}")
-    return words
+    add("--parts", type=parts_among(PARTS), default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
 
 
 def config_of(options: argparse.Namespace, attention: Attention, *changes: str) -> RunConfig:

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,17 +54,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=whole_numbers(1, 1024), default=[1], metavar="N,N,...", help="numbers of GPUs of this node: 1")
     sizes = "of all GPUs together, and for several also of each: 1024"
     add("--batch-size", type=whole_number(1, 1_048_576), default=1024, metavar="B", help=sizes)
-    add("--parts", type=part_names, default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
+    add("--parts", type=parts_among(PARTS), default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
     add("--step", choices=("auto", "compile", "eager"), default="auto", help="how our steps run: auto")
     add("--worker", action="store_true", help=argparse.SUPPRESS)  # one of the processes that measure
 
 
-def part_names(text: str) -> tuple[str, ...]:
-    """Parts of the table, with commas between."""
-    words = tuple(text.split(","))
-    if not set(words) <= set(PARTS):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(PARTS)}")
-    return words
+def parts_among(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type for argparse: some of the known parts of a table, with commas between."""
+
+    def parts(text: str) -> tuple[str, ...]:
+        words = tuple(text.split(","))
+        if not set(words) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}")
+        return words
+
+    return parts
 
 
 def config_of(attention: Attention, batch_size: int, *changes: str | Override) -> RunConfig:
