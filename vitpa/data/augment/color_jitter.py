@@ -58,7 +58,9 @@ class ColorJitter:
         grey = brightness_of(pixels)  # B, 1, P
         mean = (grey.sum((1, 2)).double() / pixels.shape[2]).float()[:, None, None]
         other = torch.where(kind == SATURATION, grey.float(), torch.where(kind == CONTRAST, mean, 0.0))
-        out = blend(pixels, other, torch.stack([factor, 1 - factor], 1).float().double())
+        # torchvision's weights are of float32; materialized, since torch 2.11 compiles .float().double() into nothing
+        ratios = materialize(torch.stack([factor, 1 - factor], 1).float()).double()
+        out = blend(pixels, other, ratios)
         return torch.where(kind == HUE, turned(pixels, factor.float()), out) if self.hue else out
 
 
