@@ -87,9 +87,14 @@ class Scheduler:
         return {}
 
     def cancel(self, jobs: Iterable[SlurmJob]) -> None:
-        """End jobs of ours. Those that have ended already are passed over."""
+        """End jobs of ours. Those that have ended already are passed over, as are ids that are others' by now.
+
+        scancel itself cannot be told whose jobs it is to end: with --name it ends all waiting tasks of an array.
+        """
+        wanted = list(jobs)
+        ours = {job.id for job in self._queue().values()} if wanted else set()
         arrays: dict[str, list[int]] = {}
-        for number, _, index in (job.id.partition("_") for job in jobs):
+        for number, _, index in (job.id.partition("_") for job in wanted if job.id in ours):
             arrays.setdefault(number, []).extend([int(index)] if index else [])
         words = [f"{number}_[{ranges(indices)}]" if indices else number for number, indices in arrays.items()]
         for start in range(0, len(words), 100):  # a command line has its limits

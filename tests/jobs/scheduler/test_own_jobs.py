@@ -15,7 +15,7 @@ from jobs.execute.attempt import Signals
 from jobs.execute.slurm import Place, SlurmIntent, _Job
 from jobs.scheduler.client import Scheduler, query_environment, scheduler_environment
 from jobs.scheduler.cluster import ask
-from jobs.scheduler.own_jobs import ACCOUNT_COLUMNS, COLUMN, QUEUE_COLUMNS, RECORD, in_accounting, in_queue
+from jobs.scheduler.own_jobs import ACCOUNT_COLUMNS, COLUMN, QUEUE_COLUMNS, RECORD, SlurmJob, in_accounting, in_queue
 from tests.support.cluster import BoundCluster
 from tests.support.jobs_sweeps import HOLD, Field, finished_trainings, slurm_profile
 from tests.support.waiting import run_to_end, wait_for
@@ -282,6 +282,24 @@ def test_no_variable_of_the_manual_pages_is_forgotten() -> None:
         text = gzip.decompress(page.read_bytes()).decode().replace("\\", "")
         named = re.findall(r"^fB((?:SQUEUE|SCANCEL|SACCT|SINFO|SCONTROL)_[A-Z0-9_]+)fR$", text, re.MULTILINE)
         assert set(named) <= variables().keys()
+
+
+@pytest.mark.slurm
+def test_a_job_that_has_got_the_id_of_ours_is_not_cancelled(field: Field) -> None:
+    """As when the cluster was installed again since it was looked at."""
+    script, names = ["--hold", "--array=0-1", "--wrap=true"], (f"small-{TOKEN}", "small")
+    ours, other = (field.slurm("sbatch", "--parsable", *script, f"--job-name={name}").strip() for name in names)
+
+    def live(identity: str) -> int:
+        return field.slurm("squeue", "--noheader", "--array", "--format=%i", f"--jobs={ours},{other}").split().count(identity)
+
+    try:
+        scheduler = Scheduler(field.environment)
+        scheduler.cancel([SlurmJob(f"{number}_1", "PENDING") for number in (ours, other)])
+        wait_for(lambda: not live(f"{ours}_1"), poll_s=0.2)
+        assert [live(f"{ours}_0"), live(f"{other}_0"), live(f"{other}_1")] == [1, 1, 1]
+    finally:
+        field.slurm("scancel", ours, other)
 
 
 @pytest.mark.slurm

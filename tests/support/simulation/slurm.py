@@ -22,6 +22,7 @@ REQUEUE_DELAY_S = 5.0
 MIN_JOB_AGE_S = 300.0
 MAX_TRIES = 30
 SLOTS = 3  # tasks of a node
+INSTALLATION_S = 10.0  # of the controller; until then it does not answer
 DOWN = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
 
@@ -413,6 +414,7 @@ class Slurm:
             if step is not None:  # accounting goes on to call it running
                 self.park.kill(step)
         old = [*self.forgotten, *self.tasks]
+        self.down_until_s = max(self.down_until_s, self.park.now_s + INSTALLATION_S)
         self.tasks, self.forgotten = [], old if keep_accounts else []
         for number in sorted({task.array for task in old}):
             if self.park.random.random() < 0.5:  # else the next job of ours gets it
