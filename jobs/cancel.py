@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from jobs.state import LIVE, RunState, withdraw
 from jobs.submit.submit import WRITERS
 from vitpa.attempt import CANCEL, Stop
 from vitpa.records import RunError, read_record, utc_now, write_json
+from vitpa.rundir import AttemptDir
 
 
 def cancel(context: Context) -> int:
     """What `vitpa sweep cancel` does; exit code 0. Pending claims first, so that free slots find nothing to start."""
-    states = context.states_of([*context.sweep.runs, *context.left])
+    states = _looked_at_twice(context, context.states_of([*context.sweep.runs, *context.left]))
     left = {run.signature for run in context.left}
     live = [state for state in select(states, context.filters) if state.state in LIVE or state.state == "uncertain"]
     if context.options.gone:
@@ -33,10 +35,10 @@ def cancel(context: Context) -> int:
     others = [state for state in states if state.state in LIVE and state.run.signature not in cancelled]
     waiting = [state for state in live if state.state != "running"]
     with ThreadPoolExecutor(WRITERS) as pool:
-        ours = list(pool.map(partial(_withdraw, context.root), waiting))
-        withdrawn = [state for state, is_ours in zip(waiting, ours, strict=True) if is_ours]
+        begun = list(pool.map(partial(_withdraw, context.root), waiting))
+        withdrawn = [state for state, attempt in zip(waiting, begun, strict=True) if attempt is None]
         running = [state for state in live if state.state == "running"]
-        running += [state for state, is_ours in zip(waiting, ours, strict=True) if not is_ours]
+        running += [replace(state, attempt=attempt) for state, attempt in zip(waiting, begun, strict=True) if attempt]
         list(
             pool.map(partial(_ask_to_stop, context.root, context.options.now), running)
         )  # at once, for groups to stay in step
@@ -61,6 +63,16 @@ def cancel(context: Context) -> int:
     return 0
 
 
+def _looked_at_twice(context: Context, states: list[RunState]) -> list[RunState]:
+    """The states, newer ones of runs that have been started and whose jobs wait.
+
+    Such a job waits to go on with its run, or has started it between SLURM's answer and the reading of the run's records.
+    """
+    again = [state.run for state in states if state.state == "pending" and state.started]
+    newer = {state.run.signature: state for state in context.states_of(again)} if again else {}
+    return [newer.get(state.run.signature, state) for state in states]
+
+
 def _say_shared(context: Context, live: list[RunState]) -> None:
     """Name the other sweeps for which these runs will be cancelled, too."""
     label_of = {state.run.signature: state.run.label for state in live}
@@ -79,14 +91,17 @@ def _ask_to_stop(root: Path, now: bool, state: RunState) -> None:
     write_json(state.run.directory(root).stop, request.model_dump())
 
 
-def _withdraw(root: Path, state: RunState) -> bool:
-    """Take a run that is not in training out of circulation; False if it has been started in this moment."""
+def _withdraw(root: Path, state: RunState) -> AttemptDir | None:
+    """Take a run that is not in training out of circulation; the attempt that has been started in this moment, if one has."""
     assert state.attempt is not None, "what is live has an attempt"
-    if not state.attempt.start_json.exists():
-        return withdraw(state.attempt, "cancelled", "cancelled before it started")
-    claim = read_record(Claim, state.attempt.claim_json)  # SLURM would have started it again
-    following = state.run.directory(root).claim_attempt(state.attempts + 1, claim.again()) if claim else None
-    return following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on")
+    if not state.started:
+        return None if withdraw(state.attempt, "cancelled", "cancelled before it started") else state.attempt
+    run, number = state.run.directory(root), state.attempts + 1  # SLURM would have started it again
+    claim = read_record(Claim, state.attempt.claim_json)
+    following = run.claim_attempt(number, claim.again()) if claim else None
+    if following is not None and withdraw(following, "cancelled", "cancelled while it waited to go on"):
+        return None
+    return run.attempt(number)
 
 
 def _task_of(state: RunState) -> tuple[str, str] | None:

@@ -49,6 +49,7 @@ class RunState:
     state: str
     reason: str = ""
     attempt: AttemptDir | None = None  # the last one
+    started: bool = False  # whether the last attempt had been, when it was looked at
     result: Result | None = None
     unseen: bool = False  # counts as alive only because it cannot be seen from here
     job_id: str = ""  # SLURM's, by its own words or by our records: to be shown
@@ -146,7 +147,7 @@ class StateReader:
         state, reason = verdict.state, verdict.reason
         if verdict.ended_early:
             state, reason = worker_ended_early(self._root / str(submission) / "submitit")
-        return RunState(run, state, reason, attempt, unseen=verdict.unseen)
+        return RunState(run, state, reason, attempt, started=start is not None, unseen=verdict.unseen)
 
     def _started_none(self, submission: str) -> bool:
         """Whether the workers of a submission, which are over, have not started any run of it."""
@@ -203,8 +204,17 @@ class StateReader:
         if verdict.ended_early:
             last_words = found.known.state if found.known else ""
             state, reason = ended_early(found.identity, last_words, self._root / claim.submission / "submitit")
-        unseen, cluster = verdict.unseen, verdict.cluster
-        return RunState(run, state, reason, attempt, unseen=unseen, job_id=found.identity, job=job, cluster=cluster)
+        return RunState(
+            run,
+            state,
+            reason,
+            attempt,
+            started=found.start is not None,
+            unseen=verdict.unseen,
+            job_id=found.identity,
+            job=job,
+            cluster=verdict.cluster,
+        )
 
     def _with_accounting(self, found: SlurmEvidence, attempt: AttemptDir) -> SlurmEvidence:
         """The evidence with what sacct knows, and with the records that the job may have written meanwhile, at its end."""
