@@ -23,6 +23,7 @@ from types import FrameType
 from jobs.execute.die_with_parent import PARENT
 from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
+from jobs.records import Claim
 from vitpa.arguments import ConfigError, literal_path
 from vitpa.attempt import CANCEL, Left, Stop, reason_of_pause
 from vitpa.child_process import child_environment
@@ -86,9 +87,15 @@ class Member:
     def stop(self) -> Stop | None:
         """The request to stop, also if it has been taken; None if there is none."""
         taken = Stop.read(self.attempt.stop_json)
-        if taken is not None and taken.attempt not in (None, self.attempt.number):  # a left-over
-            taken = None
-        return Stop.read(self.run.stop) or taken
+        return Stop.read(self.run.stop) or (taken if taken is not None and self._is_for(taken) else None)
+
+    def _is_for(self, taken: Stop) -> bool:
+        """Whether a request is no left-over: who cancels may not have seen yet that SLURM has started the run again."""
+        if taken.attempt in (None, self.attempt.number):
+            return True
+        theirs, ours = (read_record(Claim, each.claim_json) for each in (self.run.attempt(taken.attempt), self.attempt))
+        submission = theirs.submission if theirs else None
+        return taken.reason == CANCEL and submission is not None and ours is not None and ours.submission == submission
 
     def take_stop(self) -> None:
         """Move `stop` out of the run's directory; it is read afterwards: a request that comes in between is not lost."""

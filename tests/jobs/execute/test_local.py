@@ -56,6 +56,19 @@ def test_a_request_for_an_earlier_attempt_is_dropped(tmp_path: Path, run: Run) -
     assert not second.run.stop.exists()
 
 
+def test_a_request_to_cancel_the_attempt_before_of_the_same_submission_counts(tmp_path: Path, run: Run) -> None:
+    """Whoever cancels may not have seen yet that SLURM has started the run again."""
+    for submission, expected in (("sweeps/small/submissions/a", "done"), ("sweeps/small/submissions/b", "cancelled")):
+        claimed = {"submission": "sweeps/small/submissions/b", "process": ProcessId.mine().model_dump()}
+        first, second = member(tmp_path, run), member(tmp_path, run)
+        write_json(first.attempt.claim_json, {**claimed, "submission": submission})
+        write_json(second.attempt.claim_json, claimed)
+        ask_to_stop(second.run, first.attempt.number)
+        run_out(STAND_IN, second)
+        assert StateReader(tmp_path).state(run).state == expected
+        second.run.result_json.unlink(missing_ok=True)
+
+
 def test_a_request_before_the_start_cancels(tmp_path: Path, run: Run) -> None:
     first = member(tmp_path, run)
     ask_to_stop(first.run, 1)
