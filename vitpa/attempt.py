@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vitpa.config import RunConfig
 from vitpa.records import Holder, ProcessId, Record, RunError, create_exclusive, read_record, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
@@ -38,6 +39,17 @@ class Left(Record):
     state: str  # failed, stopped, apart
     reason: str
     utc: str | None = None
+
+
+def check_unedited(config_yaml: Path, config: RunConfig) -> None:
+    """What was read from the `config_yaml` of an attempt is the experiment of its run.
+
+    Raises:
+        RunError: it is another one.
+    """
+    *_, signature, attempts, _, _ = ("", "", *config_yaml.absolute().parts)  # runs/SIGNATURE/attempts/NNNN/config.yaml
+    if attempts == "attempts" and signature != config.signature:
+        raise RunError(f"{config_yaml}: was edited by hand, it is another experiment: `vitpa sweep retry`")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ import torch
 
 from vitpa import distributed
 from vitpa.arguments import ConfigError, path_argument, whole_numbers
-from vitpa.attempt import claimed_attempt
+from vitpa.attempt import check_unedited, claimed_attempt
 from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, keys_help, load_config, record_config
@@ -27,6 +28,7 @@ from vitpa.data.manifest import BetonError
 from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError, make_folders
+from vitpa.rundir import CLAIMED
 from vitpa.terminal import printable_output
 from vitpa.together import alternatives, check_together, keys_that_may_differ
 from vitpa.train import TrainError, train
@@ -42,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of code it comes from
 
     def run() -> int:
-        configs = configs_of([options.config, *options.others], options.overrides, options.seeds)
+        paths = [options.config, *options.others]
+        configs = configs_of(paths, options.overrides, options.seeds)
+        if CLAIMED in os.environ:  # whoever claimed the attempts has looked, too, but a moment ago
+            for path, config in zip(paths, configs, strict=True):
+                check_unedited(path, config)
         group = distributed.init_process_group(configs[0].runtime.device)
         try:
             return train_unfinished(configs, group, clock)

@@ -25,7 +25,7 @@ from jobs.failures import is_loss_of_peer
 from jobs.groups import in_step
 from jobs.records import Claim
 from vitpa.arguments import ConfigError, literal_path
-from vitpa.attempt import CANCEL, Left, Stop, reason_of_pause
+from vitpa.attempt import CANCEL, Left, Stop, check_unedited, reason_of_pause
 from vitpa.child_process import child_environment
 from vitpa.config_file import load_config
 from vitpa.documents import append_regular, lines_at_end
@@ -202,10 +202,7 @@ class Training:
                 refused.append((member, Outcome("cancelled", None, "cancelled before it started")))
                 continue
             try:
-                if load_config(member.attempt.config_yaml).signature != member.run.signature:
-                    raise RunError(
-                        f"{member.attempt.config_yaml}: was edited by hand, it is another experiment: `vitpa sweep retry`"
-                    )
+                check_unedited(member.attempt.config_yaml, load_config(member.attempt.config_yaml))
                 _set_broken_result_aside(member)
             except (OSError, RunError, ValueError) as error:
                 refused.append((member, Outcome("failed", None, str(error))))

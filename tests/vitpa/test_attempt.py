@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from vitpa.attempt import claimed_attempt
+from vitpa.config_file import load_config, record_config, shipped_configs
+from vitpa.documents import to_yaml
 from vitpa.records import ProcessId, RunError, read_json, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
+from vitpa.train_command import main
 
 
 @pytest.fixture
@@ -154,6 +157,24 @@ def test_the_launcher_that_claimed_the_attempt_keeps_the_records(run: RunDir, mo
     with pytest.raises(RunError, match="no images"), claimed_attempt(run, takeover=False):
         raise RunError("no images")
     assert list(run.path.iterdir()) == [run.stop]
+
+
+def test_a_claimed_configuration_that_is_edited_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if that happens after whoever claimed it has looked."""
+    config = load_config(shipped_configs()["digits"], [f"runtime.root={tmp_path}", f"runtime.data_dir={tmp_path}"])
+    attempt = record_config(config).claim_attempt(1, {}, to_yaml(config.model_dump(mode="json")))
+    assert attempt is not None
+    monkeypatch.setenv(CLAIMED, str(attempt.path))
+    path = str(attempt.config_yaml)
+    assert main([path]) == 1
+    assert "train.beton: no such file" in capsys.readouterr().err
+    attempt.config_yaml.write_text(attempt.config_yaml.read_text().replace("seed: 0", "seed: 7"))
+    assert main([path]) == 1
+    said = f"vitpa train: {path}: was edited by hand, it is another experiment: `vitpa sweep retry`\n"
+    assert capsys.readouterr().err == said
+    assert [each.name for each in (tmp_path / "runs").iterdir()] == [config.signature]
 
 
 def test_a_stop_meant_for_an_earlier_attempt_goes(run: RunDir) -> None:

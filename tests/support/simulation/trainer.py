@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tests.support.simulation.processes import Process
-from vitpa.attempt import record_left
+from vitpa.attempt import check_unedited, record_left
 from vitpa.checkpoint import Progress, weights_sha256
 from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, write_archive
 from vitpa.config import RunConfig
@@ -67,7 +67,7 @@ class Watch:
 
 def train(process: Process, paths: Sequence[str], watch: Watch, fails: Callable[[RunConfig], str], step_s: float) -> int:
     """Train the runs of these configuration files together; the exit code."""
-    configs = [config for path in paths if (config := load_config(Path(path))).run_dir.result() is None]
+    configs = [config for path in paths if (config := _load(Path(path))).run_dir.result() is None]
     if not configs:
         return 0
     with ExitStack() as stack:
@@ -114,6 +114,12 @@ def train(process: Process, paths: Sequence[str], watch: Watch, fails: Callable[
         return code
 
 
+def _load(path: Path) -> RunConfig:
+    config = load_config(path)
+    check_unedited(path, config)
+    return config
+
+
 def _stopped(group: Sequence[Replica]) -> list[Replica]:
     return [replica for replica in group if replica.run.stop.exists()]
 
@@ -121,9 +127,9 @@ def _stopped(group: Sequence[Replica]) -> list[Replica]:
 def _drop(process: Process, group: list[Replica], leaving: Sequence[Replica], state: str, watch: Watch) -> None:
     """The others of the group go on without these."""
     for replica in leaving:
-        record_left(replica.run, state, f"{state} at step {replica.progress.step}")
         group.remove(replica)
         watch.ends(process, replica.config)
+        record_left(replica.run, state, f"{state} at step {replica.progress.step}")
 
 
 def _step(process: Process, replica: Replica, watch: Watch) -> None:
