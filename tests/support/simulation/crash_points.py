@@ -81,7 +81,7 @@ class Stage:
         try:
             world.command("submit")
             if self.name.startswith("cancel"):
-                world.wait(7.0)  # one run is in training, the other one waits
+                world.wait(6.0)  # one run is in training, and will take a step after the end of `cancel`; the other one waits
                 world.command("cancel")
                 world.wait(30.0)
             world.rest()

@@ -118,6 +118,11 @@ class Disk:
         if self.late and self._is_late(process, path):
             raise FileNotFoundError(2, "No such file or directory", path)
 
+    def hides(self, now_s: float, *, host: str = "", folder: str = "") -> bool:
+        """Whether a host, or any, does not find something yet at that time that is there, below a folder."""
+        late = (*self.late.items(), *self.late_in_list.items())
+        return any(until_s > now_s and host in ("", whose) and path.startswith(folder) for (whose, path), until_s in late)
+
     def _is_late(self, process: Process, path: str) -> bool:
         """Whether a process does not see an entry, or a folder that it is in, yet."""
         host, end = process.host.name, len(path)

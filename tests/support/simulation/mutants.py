@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "jobs are cancelled by the number in a record",
         "jobs/state.py",
-        "job_id=found.identity, job=job, cluster=cluster)",
-        'job_id=found.identity, job=job or SlurmJob(found.identity or "1_0", "PENDING"), cluster=cluster)',
+        "            job=job,\n            cluster",
+        '            job=job or SlurmJob(found.identity or "1_0", "PENDING"),\n            cluster',
     ),
     Mutant(
         "a state that is not known counts as dead",
@@ -95,9 +95,9 @@ MUTANTS = (
     ),
     Mutant(
         "an edited configuration is trained",
-        "jobs/execute/attempt.py",
-        "if load_config(member.attempt.config_yaml).signature != member.run.signature:",
-        "if not load_config(member.attempt.config_yaml).signature:",
+        "vitpa/attempt.py",
+        'if attempts == "attempts" and signature != config.signature:',
+        "if not config.signature:",
     ),
     Mutant(
         "a cancellation between two executions is forgotten",

@@ -93,6 +93,7 @@ class World:
         self.failing: dict[str, str] = {}  # signatures that fail, with the reason
         self.tampered = False
         self.forced = False  # a user has insisted, and may have runs started again that are in training
+        self.starters = 0  # commands so far that start runs
         self.resting_since_s: float | None = None  # since a command has cancelled all, and nothing has been started
         self.broken: list[str] = []  # what must hold and does not
         self.words: list[str] = []
@@ -118,16 +119,22 @@ class World:
         self.forced = self.forced or (verb == "retry" and "--force" in words)
         if verb in ("submit", "retry"):
             self.resting_since_s = None
+            self.starters += 1
         elif verb == "cancel":
-            process.on_end.append(lambda: self._after_cancel(process, words, "".join(lines)))
+            before = self.starters
+            alone = not any(name in each.name for each in self.commands for name in ("submit", "retry"))
+            alone = alone and not self.disk.hides(self.park.now_s, host=self.hosts[host].name)
+            process.on_end.append(
+                lambda: self._after_cancel(process, words, "".join(lines), alone=alone and before == self.starters)
+            )
         self.commands.append(process)
         self.park.start(process)
         self.tell(name)
         return process
 
-    def _after_cancel(self, process: Process, words: Sequence[str], said: str) -> None:
-        nobody_else = [each for each in self.commands if each is not process and "cancel" not in each.name] == []
-        if process.exit_code == 0 and not words and nobody_else and not self.slurm.sbatches and "slurm" not in said:
+    def _after_cancel(self, process: Process, words: Sequence[str], said: str, *, alone: bool) -> None:
+        """`alone`: nothing could be hidden from it: no command was starting runs, and the disk showed all that was there."""
+        if process.exit_code == 0 and not words and alone and not self.slurm.sbatches and "slurm" not in said:
             self.resting_since_s = self.park.now_s
 
     def kill_command(self, which: int) -> None:
@@ -356,10 +363,11 @@ class World:
         grace_s = 2 + faults.late_s + 60 * (faults.pause + faults.look_pause)  # for one that began a moment before
         if self.resting_since_s is not None and self.park.now_s > self.resting_since_s + grace_s:
             self.broken.append(f"{signature} is executed although all was cancelled at {self.resting_since_s:.1f} s")
-        if signature in self.done:
+        if signature in self.done and not self.disk.hides(self.park.now_s - EVENT_S, folder=f"{self.root}/runs/{signature}"):
             self.broken.append(f"{signature} is done, and executed again by {process.name}")
         self.training[signature] = process
-        self._check_attempt(process, signature)
+        if not self.forced:
+            self._check_attempt(process, signature)
 
     def _check_attempt(self, process: Process, signature: str) -> None:
         """A run is executed by whom the start of its last attempt names, as long as that has no end."""
@@ -389,7 +397,8 @@ class World:
             del self.training[config.signature]
 
     def _asks_to_be_requeued(self, task: Task) -> None:
-        if task.step not in self.further:
+        hidden = self.disk.hides(self.park.now_s - EVENT_S)  # a checkpoint may be older than the start, and new to the job
+        if task.step not in self.further and not hidden:
             self.broken.append(f"job {task.id} asks to be started again without having got further")
 
     def _check_receipts(self) -> None:
