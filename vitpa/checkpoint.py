@@ -236,48 +236,52 @@ def _type(found: tuple[torch.dtype, torch.Size] | None) -> str:
     return "missing" if found is None else f"{str(found[0]).removeprefix('torch.')} {list(found[1])}"
 
 
-def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, Path | None]:
+def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, tuple[Path, Checkpoint] | None]:
     """The runs of `runs`, by number, that can go on together, each with its checkpoint of one step (None: from the start).
 
     As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
+    A checkpoint has been read to be believed, so it is returned with its path, its tensors on the CPU.
     """
     found = [files_by_step(run.checkpoints) for run in runs]
     for path in (path for run in runs for path in sorted(run.checkpoints.glob("step_*.pt")) if step_of(path.name) is None):
         LOGGER.warning(f"{path}: a checkpoint's name is step_, its step in nine digits, and .pt; it is passed over")
 
     @functools.cache
-    def believed(number: int, step: int) -> bool:
-        return _is_believed(runs[number], found[number][step], layout)
+    def believed(number: int, step: int) -> Checkpoint | None:
+        return _believed(runs[number], found[number][step], layout)
 
-    best: dict[int, Path | None] = {}
+    best: dict[int, tuple[Path, Checkpoint] | None] = {}
     for step in sorted(set().union(*found), reverse=True):
-        together: dict[int, Path | None] = {
-            number: paths[step] for number, paths in enumerate(found) if step in paths and believed(number, step)
+        together: dict[int, tuple[Path, Checkpoint] | None] = {
+            number: (paths[step], state)
+            for number, paths in enumerate(found)
+            if step in paths and (state := believed(number, step)) is not None
         }
         if len(together) == len(runs):
             return together
         if len(together) > len(best):
             best = together
-    fresh: dict[int, Path | None] = {
-        number: None for number, steps in enumerate(found) if not any(believed(number, step) for step in steps)
+    fresh: dict[int, tuple[Path, Checkpoint] | None] = {
+        number: None for number, steps in enumerate(found) if all(believed(number, step) is None for step in steps)
     }
     return fresh if len(fresh) > len(best) else best
 
 
-def _is_believed(run: RunDir, path: Path, layout: Layout | None) -> bool:
+def _believed(run: RunDir, path: Path, layout: Layout | None) -> Checkpoint | None:
+    """The checkpoint in a file; None, with a warning, if it is not believed: then it is set aside."""
     try:
-        _, has_checksum = load(path, run.signature, layout)
+        checkpoint, has_checksum = load(path, run.signature, layout)
     except CheckpointError as error:
         aside = path.with_name(f"passed_over_{path.name}")  # so that nobody takes its step for one that was reached
         with suppress(OSError):
             path.rename(aside)
         where = f", and is {aside.name} now" if not path.exists() else ""
         LOGGER.warning(f"{path}: {error}; it is passed over{where}")
-        return False
+        return None
     if not has_checksum:
         what = "is of an earlier version of vitpa and carries no checksum of its own; its archive's CRCs fit, and it is used"
         LOGGER.warning(f"{path}: {what}")
-    return True
+    return checkpoint
 
 
 def weights_sha256(state_dict: dict[str, Tensor]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitpa import checkpoint
 from vitpa.attempt import record_left
+from vitpa.checkpoint import Checkpoint
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.environment import environment
 from vitpa.records import RunError, with_checksum, write_json
@@ -17,20 +18,20 @@ from vitpa.training import Training
 LOGGER = logging.getLogger(__name__)
 
 
-def resume_points(t: Training) -> dict[int, Path | None]:
+def resume_points(t: Training) -> dict[int, tuple[Path, Checkpoint] | None]:
     """Choose the runs that are trained now: their numbers, each with the checkpoint it resumes from (None: from the start).
 
     They must be at the same step. The others leave: they are resumed apart, when they are started again.
     """
-    paths = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
-    at = next(iter(paths.values()))
-    step = "the start" if at is None else f"step {step_of(at.name)}"
+    points = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
+    at = next(iter(points.values()))
+    step = "the start" if at is None else f"step {step_of(at[0].name)}"
     for number, replica in enumerate(t.replicas):
-        if number not in paths:
+        if number not in points:
             reason = f"the others go on from {step}, where it has no checkpoint that can be read; train it apart from them"
             LOGGER.info(f"{replica.name} is left out: {reason}")
             record_left(replica.run, "apart", reason)
-    return paths
+    return points
 
 
 def layout(t: Training) -> checkpoint.Layout:
@@ -39,18 +40,15 @@ def layout(t: Training) -> checkpoint.Layout:
     return checkpoint.Layout.of(model, steps.optimizer_state(0, 0), t.total_steps, steps.ema_state(0))
 
 
-def resume(t: Training, paths: Sequence[Path]) -> None:
-    """Continue from the checkpoints, if there are any.
+def resume(t: Training, paths: Sequence[Path], states: Mapping[Path, Checkpoint]) -> None:
+    """Continue from the checkpoints, if there are any; `states` are those that this process has read already.
 
     Raises:
-        RunError: a checkpoint was damaged meanwhile, or is of other data.
+        RunError: a checkpoint was damaged after the main process had read it, or is of other data.
     """
     for number, path in enumerate(paths):
         replica = t.replicas[number]
-        try:
-            state, _ = checkpoint.load(path, replica.config.signature, layout(t))
-        except CheckpointError as error:  # since the main process has looked at it
-            raise RunError(f"{path}: {error}; start again") from error
+        state = states[path] if path in states else _load(path, replica.config.signature, layout(t))
         if state.beton_sha256 != t.data.beton_sha256:
             raise RunError(
                 f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
@@ -67,6 +65,14 @@ def resume(t: Training, paths: Sequence[Path]) -> None:
         for replica in t.replicas:
             replica.begin_seconds(t.clock)
     record_environment(t)
+
+
+def _load(path: Path, signature: str, its: checkpoint.Layout) -> Checkpoint:
+    """A checkpoint that the main process has chosen, for another one."""
+    try:
+        return checkpoint.load(path, signature, its)[0]
+    except CheckpointError as error:  # since the main process has looked at it
+        raise RunError(f"{path}: {error}; start again") from error
 
 
 def record_environment(t: Training) -> None:

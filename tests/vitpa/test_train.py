@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,24 @@ def test_a_pause_changes_nothing(digits: Path, tmp_path: Path, undisturbed: Resu
     assert result.weights_sha256 == undisturbed.weights_sha256
     assert (result.val_loss, result.attempts) == (undisturbed.val_loss, 4)
     assert main([*words, "runtime.stop_after_epoch=2"]) == 0, "it is finished"
+
+
+def test_a_checkpoint_is_read_once(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find out whether it is whole, all of it is read; the training goes on with what was read then."""
+    words = [*arguments(digits, tmp_path), "--seeds=0,1"]
+    assert main([*words, "runtime.stop_after_epoch=1"]) == 0
+    load, loaded = torch.load, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        loaded.append(args)
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    assert main([*words, "runtime.stop_after_epoch=2"]) == 0
+    assert f"resumed at step {EPOCH_STEPS}" in capsys.readouterr().err
+    assert len(loaded) == 2
 
 
 def test_a_pause_beyond_the_end_is_one_line(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
