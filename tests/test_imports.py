@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,10 @@ from tests.support.repository import ROOT
 OURS = ("vitpa", "jobs", "data_prep", "slurm")
 COMMAND_LINE = ("vitpa.arguments", "vitpa.errors", "vitpa.terminal", "vitpa.console", "vitpa.documents", "vitpa.child_process")
 TORCH = {"torch", "jaxtyping", "torchvision", "timm", "tensorboard", "ffcv", "sklearn", "cv2"}
+NOT_FOR_A_START = {
+    *("ffcv", "numba", "sklearn", "cv2", "scipy", "matplotlib", "pandas", "datasets"),
+    *("optuna", "submitit", "wandb", "mlflow", "vitpa.bench", "vitpa.export", "torch._inductor.compile_fx"),
+}
 
 
 def modules(package: str) -> Iterator[tuple[str, Path]]:
@@ -119,6 +126,16 @@ def test_a_login_node_needs_no_torch(package: str) -> None:
         if name.split(".")[0] in TORCH - readers - views.get(module, set())
     ]
     assert not wrong
+
+
+@pytest.mark.slow
+def test_a_training_imports_nothing_that_it_can_begin_without() -> None:
+    """Importing is a quarter of a warm start. What else is imported up to the first step is torch's, timm's and ours."""
+    code = "import json, sys, vitpa.cli, vitpa.train_command; print(json.dumps(sorted(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = set(json.loads(answer.stdout))
+    assert {"torch", "timm", "vitpa.train"} <= found
+    assert not found & NOT_FOR_A_START
 
 
 def test_tests_import_their_helpers_from_support_only() -> None:
