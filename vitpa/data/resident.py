@@ -25,8 +25,11 @@ def decoded(beton: Beton, img_size: int) -> tuple[UInt8[Tensor, "N 3 H W"], Int6
     if (beton.whole or beton).content_sha256() != beton.manifest.beton_sha256:
         raise BetonError(f"{beton.path}: its content is not what its manifest says; convert again with `vitpa prep --force`")
     images = np.empty((len(beton), img_size, img_size, 3), np.uint8)
-    for index in range(len(beton)):
-        beton.read_image(index, out=images[index])
+    if beton.is_jpeg.any():
+        for index in range(len(beton)):
+            beton.read_image(index, out=images[index])
+    else:
+        beton.copy(beton.offsets, beton.sizes, images.reshape(-1))
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(beton.labels.copy())
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitpa.data.beton import Beton
+from tests.support.betons import jpeg_sample, raw_sample, write_data
+from vitpa.data.beton import Beton, BetonFile
 from vitpa.data.manifest import BetonError, beton_path, manifest_path
 from vitpa.data.resident import ResidentImages, decoded
 
@@ -39,6 +40,19 @@ def test_pixels_and_labels_are_those_of_the_file(val: Beton, stored: Tensor) -> 
     assert images.images.dtype == torch.uint8
     assert images.labels.tolist() == val.labels.tolist()
     assert images.labels.dtype == torch.int64
+
+
+def test_where_some_are_jpegs_each_is_decoded(tmp_path: Path) -> None:
+    with Beton.open(
+        write_data(tmp_path, [raw_sample(16, 16), jpeg_sample(16, 16, 1, label=1), raw_sample(16, 16, 2)])
+    ) as beton:
+        expected = np.stack([beton.read_image(index) for index in range(3)])
+        assert np.array_equal(resident(beton, img_size=16).images.permute(0, 2, 3, 1).numpy(), expected)
+
+
+def test_raw_pixels_are_copied_together(val: Beton, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BetonFile, "read_image")
+    assert len(resident(val).images) == len(val)
 
 
 def test_content_that_is_not_what_the_manifest_says_is_refused(val: Beton, tmp_path: Path) -> None:
