@@ -48,7 +48,7 @@ from vitpa.replica import Replica
 from vitpa.resume import resume, resume_points
 from vitpa.seconds import PARTS
 from vitpa.step.accumulator import NEVER
-from vitpa.step.compile_cache import compile_cache, graph_counts
+from vitpa.step.compile_cache import compile_cache, graph_counts, hash_compilers
 from vitpa.step.compiler_cache import check_compiler_cache
 from vitpa.step.step import ReplicaSteps
 from vitpa.together import check_together, group_name, replica_names
@@ -80,6 +80,8 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
     clock = clock or Clock()
     with ExitStack() as stack:
         cache = stack.enter_context(compile_cache(configs, group))
+        if configs[0].runtime.compiles(group.device.type):
+            hash_compilers()  # while the data are opened and the models are built
         t = set_up(configs, group, clock)
         clock.enter("restore")
         points = resume_points(t) if group.is_main else {}

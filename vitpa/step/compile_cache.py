@@ -113,6 +113,19 @@ def compile_cache(configs: Sequence[RunConfig], group: Group) -> Iterator[Compil
         yield cache
 
 
+def hash_compilers() -> None:
+    """Have threads hash the files of torch and Triton, which are in the keys of all that is compiled.
+
+    Half a gigabyte is read for that. Inductor would do it when it looks for the first graph, and wait for it.
+    """
+    from torch._inductor import codecache  # noqa: PLC0415 - loads the compiler
+
+    for name in ("torch_key", "triton_key"):
+        prefetch = getattr(getattr(codecache, name, None), "prefetch", None)
+        if prefetch is not None:  # torch 2.14 has it, earlier ones may not
+            prefetch()
+
+
 def graph_counts() -> tuple[int, int]:
     """How many graphs this process has compiled so far, and how many it has found compiled, by Inductor's own counters."""
     from torch._dynamo.utils import counters  # noqa: PLC0415 - loads the compiler

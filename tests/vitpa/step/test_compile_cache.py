@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import codecache
 
 from tests.support.trainings import arguments, config_of
 from vitpa.config import RunConfig
 from vitpa.distributed import Group
 from vitpa.records import ProcessId, write_json
 from vitpa.step import compile_cache as compiled
-from vitpa.step.compile_cache import OWNER, VARIABLES, compile_cache, kind_of_step
+from vitpa.step.compile_cache import OWNER, VARIABLES, compile_cache, hash_compilers, kind_of_step
 from vitpa.step.compiler_cache import VARIABLE, default_folder
 
 GROUP = Group(0, 1, 0, 1, torch.device("cpu"))
@@ -126,6 +129,19 @@ def test_folders_of_killed_processes_go(words: list[str], tmp_path: Path) -> Non
         write_json(parent / name / OWNER, {"process": owner.model_dump()})
     compile_something(config_of(words))
     assert {path.name for path in parent.iterdir()} == {"alive", "elsewhere"}
+
+
+def test_the_files_of_the_compilers_are_hashed_meanwhile() -> None:
+    """The keys are those that Inductor would have found by itself."""
+    if not hasattr(codecache.torch_key, "prefetch"):
+        pytest.skip("this version of torch hashes them when it needs them")
+    keys: tuple[Any, ...] = (codecache.torch_key, codecache.triton_key)
+    for key in keys:
+        expected = key()
+        key.clear()
+        hash_compilers()
+        assert inspect.getclosurevars(key).nonlocals["_future"] is not None, "nobody is at it"
+        assert key() == expected
 
 
 def test_a_folder_of_another_user_is_said(words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
