@@ -76,12 +76,6 @@ MUTANTS = (
         "        if self.last_step < self.first_step:\n",
     ),
     Mutant(
-        "jobs are cancelled by the number in a record",
-        "jobs/state.py",
-        "            job=job,\n            cluster",
-        '            job=job or SlurmJob(found.identity or "1_0", "PENDING"),\n            cluster',
-    ),
-    Mutant(
         "a state that is not known counts as dead",
         "jobs/scheduler/own_jobs.py",
         "        return self.state not in ENDED\n",
