@@ -12,12 +12,14 @@ import json
 import os
 import pwd
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -228,17 +230,32 @@ def stop_cluster(root: Path, *, keep_logs: bool = False) -> bool:
 
 
 def _end_supervisor(layout: Layout) -> None:
-    """Ask it to stop and wait for it; if it cannot, end everything below it."""
+    """Ask it to stop and wait for its own end, which comes after that of all others; if it cannot, end all below it, too."""
     pid = layout.recorded_pid()
-    command = _command_line(pid)
-    ours = str(layout.root) in command and any(word.endswith(".devcluster_supervisor") for word in command)
-    if ours:
-        processes.kill([pid], signal.SIGTERM)
-    life = processes.SignsOfLife(lambda: processes.with_descendants([pid]))
-    while is_running(layout.root):
-        if ours and life.idle_s() > STOP_STILL_S:
-            processes.kill([*processes.descendants([pid]), pid])
-        time.sleep(0.02)
+    with _opened(pid) as goes_on:
+        command = _command_line(pid)
+        ours = str(layout.root) in command and any(word.endswith(".devcluster_supervisor") for word in command)
+        if ours:
+            processes.kill([pid], signal.SIGTERM)
+        life = processes.SignsOfLife(lambda: processes.with_descendants([pid]))
+        while is_running(layout.root) or (ours and goes_on()):  # it lets go of the folder before it has ended
+            if ours and life.idle_s() > STOP_STILL_S:
+                processes.kill([*processes.descendants([pid]), pid])
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _opened(pid: int) -> Iterator[Callable[[], bool]]:
+    """Whether the process that has this id now has not ended yet, whoever gets its id later."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # it is dead already
+        yield lambda: False
+        return
+    try:
+        yield lambda: not select.select([descriptor], [], [], 0)[0]
+    finally:
+        os.close(descriptor)
 
 
 def _command_line(pid: int) -> list[str]:

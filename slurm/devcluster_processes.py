@@ -39,8 +39,8 @@ def bound_to_this_process() -> Callable[[], None]:
 def descendants(roots: Iterable[int]) -> list[int]:
     """All living descendants of the processes `roots`, zombies aside."""
     children: dict[int, list[int]] = {}
-    for pid, state, parent in _processes():
-        if state != "Z":
+    for pid, zombie, parent in _processes():
+        if not zombie:
             children.setdefault(parent, []).append(pid)
     found: list[int] = []
     new = list(roots)
@@ -56,12 +56,14 @@ def with_descendants(roots: Iterable[int]) -> list[int]:
     return [*pids, *descendants(pids)]
 
 
-def _processes() -> Iterable[tuple[int, str, int]]:
+def _processes() -> Iterable[tuple[int, bool, int]]:
+    """The pid of each, whether it is a zombie, and its parent. One whose first thread has ended before others is none."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                yield int(entry.name), state, int(parent)
+                columns = (entry / "stat").read_text().rpartition(")")[2].split()  # proc(5): from the third on
+                state, parent, threads = columns[0], columns[1], columns[17]
+                yield int(entry.name), state == "Z" and threads == "1", int(parent)
 
 
 @dataclass(frozen=True)

@@ -271,10 +271,32 @@ def sleepers(guardian: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
+    """Whether a thread of the process is: the first one may have ended before the others."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    return any(stat.rpartition(")")[2].split()[0] not in "ZX" for stat in stats)
+
+
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(98.7654,)).start()
+print(os.getpid(), flush=True)
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit(2), of this thread
+"""
+
+
+def test_nothing_outlives_stop(tmp_path: Path) -> None:
+    require_slurm()
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_ITS_FIRST_THREAD)
+    with FaultyCluster(short_folder(), nodes=1, gpus=0) as cluster:
+        job = submit(cluster, f"setsid {sys.executable} {script} & {SLEEP}")
+        everything = [int(wait_for(lambda: printed(cluster, job)))]
+        everything += [guardian_pid(cluster), *descendants([guardian_pid(cluster)])]
+        assert stop_cluster(cluster.root)
+        assert [command_of(pid) for pid in everything if is_alive(pid)] == []
 
 
 def test_start_works_on_the_remains_of_a_killed_one() -> None:

@@ -10,6 +10,8 @@ from datetime import datetime
 from slurm.chaos.devcluster_supervisor import BreakableSupervisor
 from slurm.devcluster_supervisor import main
 
+LINGERS_S = 0.3  # the end of its own process, which may take a while on a busy machine, too
+
 
 class FaultySupervisor(BreakableSupervisor):
     """The daemons of one cluster, which can be killed and started again one by one, with waits for what comes back."""
@@ -39,3 +41,4 @@ class FaultySupervisor(BreakableSupervisor):
 
 if __name__ == "__main__":
     main(sys.argv[1:], FaultySupervisor)
+    time.sleep(LINGERS_S)
