@@ -46,7 +46,7 @@ class Victim:
     @property
     def script(self) -> str:
         """The end of the path of its job's script, which a shell executes."""
-        return f"/job{self.job}/slurm_script"
+        return f"/job{int(self.job):05}/slurm_script"
 
 
 @dataclass

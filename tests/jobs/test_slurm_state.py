@@ -130,7 +130,7 @@ def test_killed_hard(field: Field) -> None:
     start = read_json(run.directory(field.root).attempts()[0].start_json)
     assert start is not None
     job = variable(start["process"]["pid"], "SLURM_JOB_ID")
-    (script,) = processes_below(field.cluster.root, f"job{job}/slurm_script")
+    (script,) = processes_below(field.cluster.root, f"job{int(job):05}/slurm_script")
     for pid in (script, start["process"]["pid"]):
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: of(field, run).state == "lost", poll_s=0.2)
