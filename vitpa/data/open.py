@@ -18,6 +18,7 @@ from vitpa.config import RunConfig
 from vitpa.data.augment.pipeline import Augmentation, epoch_keys
 from vitpa.data.beton import Beton, open_splits
 from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
+from vitpa.data.decode.segment_file import SegmentFile
 from vitpa.data.holdout import without_val
 from vitpa.data.loader import Feed, ResidentFeed, StreamedFeed
 from vitpa.data.manifest import BetonError
@@ -31,6 +32,7 @@ from vitpa.distributed import Group
 LOGGER = logging.getLogger(__name__)
 RESIDENT_SHARE = 0.5  # of the free memory of a GPU that the images may take
 PREVIEW_IMAGES = 64
+SEGMENTS = "jpeg_segments"  # the folder in runtime.root
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,36 @@ def open_streamed(config: RunConfig, betons: dict[str, Beton], group: Group, *, 
     decoder = choose_decoder(config, betons["train"], group)
     feed = streamed_feed(config, betons, group, batch_size=batch_size, decoder=decoder)
     for each in feed.images.values():
-        if isinstance(each.decoder, GpuDecoder):
-            if group.is_main and each.beton.is_jpeg.any():
-                LOGGER.info(f"{each.beton.path}: its JPEGs are read once, for the GPU to decode in parallel")
-            each.decoder.prepare()
+        if isinstance(each.decoder, GpuDecoder) and each.beton.is_jpeg.any():
+            prepare_decoder(each.decoder, config.runtime.root_path / SEGMENTS, group)
     return feed
+
+
+def prepare_decoder(decoder: GpuDecoder, folder: Path, group: Group) -> None:
+    """Have a decoder know where the segments of its JPEGs begin: from a file in `folder`, or by reading all of them.
+
+    Where there is no such file, the main process writes it.
+
+    Raises:
+        BetonError: a JPEG is damaged.
+    """
+    file = SegmentFile(folder, decoder.beton)
+    found = None
+    try:
+        found = file.read()
+    except OSError as error:
+        if group.is_main:
+            LOGGER.info(f"{file.path} cannot be read ({error.strerror}): it is made again")
+    if found is not None and decoder.use_segments(found):
+        return
+    if group.is_main:
+        LOGGER.info(f"{decoder.beton.path}: its JPEGs are read once, for the GPU to decode in parallel; later starts need not")
+    decoder.prepare()
+    if group.is_main:
+        try:
+            file.write(decoder.segments())
+        except OSError as error:
+            LOGGER.info(f"{file.path} cannot be written ({error.strerror}): the next start reads all JPEGs again")
 
 
 def streamed_feed(

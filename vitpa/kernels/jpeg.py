@@ -126,12 +126,13 @@ def _find_segments_kernel(
 
 @triton.jit
 def _read_segments_kernel(
-    plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs,
+    plan, jobs, words, bits, codes, factors, entries, coefficients, damaged, num_jobs,
     PLAN: tl.constexpr, TABLE: tl.constexpr, SHORT_BITS: tl.constexpr, SEGMENT: tl.constexpr,
     LANES: tl.constexpr, BURST: tl.constexpr,
 ):  # fmt: skip
     job = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    active = job < num_jobs
+    there = job < num_jobs
+    active = there
     image, segment = tl.load(jobs + 2 * job, mask=active, other=0), tl.load(jobs + 2 * job + 1, mask=active, other=0)
     at = plan + image * PLAN
     end = tl.load(bits + image, mask=active, other=0)
@@ -139,18 +140,23 @@ def _read_segments_kernel(
     kind = tl.load(at + 3, mask=active, other=0).to(tl.int32)
     codes += kind * (4 * TABLE)
     factors += kind * 128
-    columns, top = tl.load(at + 4, mask=active, other=1).to(tl.int32), tl.load(at + 6, mask=active, other=0).to(tl.int32)
+    columns, rows = tl.load(at + 4, mask=active, other=1).to(tl.int32), tl.load(at + 5, mask=active, other=0).to(tl.int32)
+    top = tl.load(at + 6, mask=active, other=0).to(tl.int32)
     left, right = tl.load(at + 8, mask=active, other=0).to(tl.int32), tl.load(at + 9, mask=active, other=0).to(tl.int32)
     in_row = tl.cdiv(columns, SEGMENT)
     row, column = segment // in_row, segment % in_row * SEGMENT
     coefficients += (tl.load(at + 10, mask=active, other=0) + (row - top) * (right - left) * 6) * 64
-    right = tl.minimum(right, column + SEGMENT)
-    entry = tl.load(entries + tl.load(at + 17, mask=active, other=0) + segment, mask=active, other=0)
+    segment_end = tl.minimum(columns, column + SEGMENT)
+    right = tl.minimum(right, segment_end)
+    entries += tl.load(at + 17, mask=active, other=0) + segment
+    entry = tl.load(entries, mask=active, other=0)
     bit, dc_y = (entry & ((1 << 28) - 1)).to(tl.int32), ((entry << 24) >> 52).to(tl.int32)
     dc_b, dc_r = ((entry << 12) >> 52).to(tl.int32), (entry >> 52).to(tl.int32)
 
     block = tl.zeros((LANES,), tl.int32)
     position = block
+    bad = active & (bit > end)  # found in other bytes than these
+    active &= ~bad
     while tl.max(active.to(tl.int32), 0) > 0:
         for _ in range(BURST):
             is_dc = position == 0
@@ -160,7 +166,9 @@ def _read_segments_kernel(
             size = symbol & 15
             target = position + (symbol >> 4)
             bit += length + size
-            active &= (length > 0) & (bit <= end) & (target < 64)  # hold where no damage was found
+            wrong = (length == 0) | (bit > end) | (target > 63)
+            bad |= active & wrong
+            active &= ~wrong
 
             before = tl.where(block < 4, dc_y, tl.where(block == 4, dc_b, dc_r))
             value += tl.where(is_dc, before, 0)
@@ -178,6 +186,14 @@ def _read_segments_kernel(
             column += (block == 6).to(tl.int32)
             block = tl.where(block == 6, 0, block)
             active &= column < right
+
+    # what was read to its end ends where the next segment begins, or the image
+    whole = there & (right == segment_end)
+    follows = whole & (segment + 1 < rows * in_row)
+    after = bit.to(tl.int64) | ((dc_y & 4095).to(tl.int64) << 28) | ((dc_b & 4095).to(tl.int64) << 40)
+    bad |= follows & (tl.load(entries + 1, mask=follows, other=0) != (after | (dc_r.to(tl.int64) << 52)))
+    bad |= whole & ~follows & (end - bit >= 8)
+    tl.store(damaged + image, 1, mask=bad)
 
 
 @triton.jit
@@ -313,6 +329,7 @@ def read_segments(
     factors: Tensor,
     entries: Tensor,
     coefficients: Tensor,
+    damaged: Tensor,
     *,
     short_bits: int,
     segment: int,
@@ -326,8 +343,10 @@ def read_segments(
         bits: From `unstuff`.
         codes: As above.
         factors: (headers, 2, 64) int32: `vitpa.data.decode.jpeg_headers.Header.factors`.
-        entries: From `find_segments`, of undamaged images.
+        entries: From `find_segments`.
         coefficients: (blocks, 64) int16, zeros; the coefficients of the wanted blocks are put there, dequantised, by column.
+        damaged: (J,) int32, zeros; 1 is put where codes cannot be read, or a segment does not end where the next one begins:
+            the entries were found in other bytes than these.
         short_bits: As above.
         segment: As above.
     """
@@ -335,7 +354,7 @@ def read_segments(
     kernel: Any = _read_segments_kernel
     sizes = plan.shape[1], codes.shape[-1], short_bits, segment, LANES, BURST
     grid = (triton.cdiv(num_jobs, LANES),)
-    kernel[grid](plan, jobs, words, bits, codes, factors, entries, coefficients, num_jobs, *sizes, num_warps=1)
+    kernel[grid](plan, jobs, words, bits, codes, factors, entries, coefficients, damaged, num_jobs, *sizes, num_warps=1)
 
 
 def to_samples(coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None:

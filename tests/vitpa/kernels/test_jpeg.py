@@ -50,8 +50,13 @@ def encoded(pixels: Pixels, **options: Any) -> Pixels:
     return np.frombuffer(file.getvalue(), np.uint8)
 
 
-def decoded(jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, device: str) -> tuple[list[Pixels], list[int]]:
-    """The crops (height, width, 3) of JPEGs of these heights and widths, and which were found damaged."""
+def decoded(
+    jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, device: str, later: list[Pixels] | None = None
+) -> tuple[list[Pixels], list[int], list[int]]:
+    """The crops (height, width, 3) of JPEGs of these heights and widths, and which were found damaged: at first, when read.
+
+    When they are read they have become `later`, with as many bytes.
+    """
     headers = Headers(len(jpegs))
     heights, widths = np.array(sizes).T
     kinds = [headers.find(each, *size) for each, size in zip(jpegs, sizes, strict=True)]
@@ -71,13 +76,18 @@ def decoded(jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, dev
     entries = room(int(segments.sum()), dtype=torch.int64)
     codes = torch.from_numpy(np.stack([each.codes for each in headers.known])).to(device)
     factors = torch.from_numpy(np.stack([each.factors for each in headers.known])).to(device)
-    words, bits, damaged = (room(count, dtype=torch.int32) for count in (plan.words, len(jpegs), len(jpegs)))
+    words, bits, damaged, damaged_later = (room(count, dtype=torch.int32) for count in (plan.words, *[len(jpegs)] * 3))
     samples, rgb = room(plan.blocks, BLOCK, dtype=torch.uint8), room(plan.pixel_bytes, dtype=torch.uint8)
     coefficients = room(plan.blocks, BLOCK, dtype=torch.int16).zero_()
     kernels.unstuff(table, stored, words, bits)
     kernels.find_segments(table, words, bits, codes, entries, damaged, short_bits=SHORT_BITS, segment=SEGMENT)
+    if later is not None:
+        stored = torch.from_numpy(np.concatenate(later)).to(device)
+        kernels.unstuff(table, stored, words, bits)
+    known = codes, factors, entries
+    damaged_later.zero_()
     kernels.read_segments(
-        table, jobs, words, bits, codes, factors, entries, coefficients, short_bits=SHORT_BITS, segment=SEGMENT
+        table, jobs, words, bits, *known, coefficients, damaged_later, short_bits=SHORT_BITS, segment=SEGMENT
     )
     kernels.to_samples(coefficients, kernels.idct_matrix().to(device), samples)
     kernels.to_rgb(table, samples, rgb, most_pixels=plan.most_pixels)
@@ -85,7 +95,7 @@ def decoded(jpegs: list[Pixels], sizes: list[tuple[int, int]], crops: Crops, dev
     for first, height, width in zip(plan.table[:, -1].tolist(), crops.height.tolist(), crops.width.tolist(), strict=True):
         planar = rgb[first : first + 3 * height * width].view(3, height, width)
         pixels.append(planar.permute(1, 2, 0).cpu().numpy())
-    return pixels, damaged.tolist()
+    return pixels, damaged.tolist(), damaged_later.tolist()
 
 
 def crop_of(rng: np.random.Generator, height: int, width: int) -> tuple[int, ...]:
@@ -111,10 +121,10 @@ def differences(device: str, longest: int, count: int) -> list[int]:
         left, top, crop_width, crop_height = crops[-1][:4]
         with Image.open(io.BytesIO(jpegs[-1].tobytes())) as image:
             expected.append(np.array(image)[top : top + crop_height, left : left + crop_width])
-    found, damaged = decoded(jpegs, sizes, Crops(*np.array(crops).T), device)
+    found, *damaged = decoded(jpegs, sizes, Crops(*np.array(crops).T), device)
     return [
-        -1 if bad else int(np.abs(got.astype(np.int64) - wanted).max())
-        for got, wanted, bad in zip(found, expected, damaged, strict=True)
+        -1 if any(bad) else int(np.abs(got.astype(np.int64) - wanted).max())
+        for got, wanted, *bad in zip(found, expected, *damaged, strict=True)
     ]
 
 
@@ -146,14 +156,39 @@ def damages(device: str, height: int, width: int) -> list[int]:
     return decoded(jpegs, [(height, width)] * len(jpegs), whole(jpegs, height, width), device)[1]
 
 
+def later_damages(device: str, height: int, width: int) -> list[int]:
+    """Which are found damaged that have changed since it was found where their segments begin.
+
+    They are: as they were, with zeros from the middle on, with a marker inside, all ones, codes of an image more grey, codes
+    that end too soon; again as they were.
+    """
+    jpeg = encoded(picture(np.random.default_rng(), height, width, noise=5), quality=90)
+    header = read_header(jpeg.tobytes())
+    assert header is not None
+    zeros, marker, ones, grey, short = (jpeg.copy() for _ in range(5))
+    middle = (header.size + len(jpeg)) // 2
+    zeros[middle:-2] = 0
+    marker[middle : middle + 2] = (0xFF, 0xD0)
+    ones[header.size : -2 : 2], ones[header.size + 1 : -2 : 2] = 0xFF, 0
+    codes = encoded(np.full((height, width, 3), 99, np.uint8), quality=90)[header.size : -2]
+    grey[header.size : -2] = np.resize(codes, len(jpeg) - 2 - header.size)
+    short[middle:-2] = np.resize(np.array([0xFF, 0], np.uint8), len(jpeg) - 2 - middle)
+    jpegs = [jpeg] * 7
+    later = [jpeg, zeros, marker, ones, grey, short, jpeg]
+    return decoded(jpegs, [(height, width)] * 7, whole(jpegs, height, width), device, later)[2]
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    json.dump({"differences": differences("cpu", 28, 12), "damages": damages("cpu", 17, 20)}, sys.stdout)
+    report = {"differences": differences("cpu", 28, 12), "damages": damages("cpu", 17, 20)}
+    json.dump({**report, "later": later_damages("cpu", 17, 20)}, sys.stdout)
 
 
 @pytest.mark.slow
 def test_pixels_are_pillows_to_the_bit_and_damage_is_seen() -> None:
-    assert report_of("tests.vitpa.kernels.test_jpeg") == {"differences": [0] * 12, "damages": [0, 1, 1, 1, 1, 0]}
+    later = [0, 1, 1, 1, 1, 1, 0]
+    report = {"differences": [0] * 12, "damages": [0, 1, 1, 1, 1, 0], "later": later}
+    assert report_of("tests.vitpa.kernels.test_jpeg") == report
 
 
 @pytest.mark.gpu
@@ -162,6 +197,7 @@ def test_pixels_are_pillows_to_the_bit_and_damage_is_seen() -> None:
 def test_gpu_pixels_are_pillows_to_the_bit(longest: int) -> None:
     assert differences("cuda", longest, 100) == [0] * 100
     assert damages("cuda", longest, longest) == [0, 1, 1, 1, 1, 0]
+    assert later_damages("cuda", longest, longest) == [0, 1, 1, 1, 1, 1, 0]
 
 
 def test_codes_are_those_of_the_standard() -> None:

@@ -1,8 +1,9 @@
 """Decoding on a GPU: the CPU's threads only copy stored bytes into pinned memory, of raw images only the crop's rows.
 
-Before the first batch all JPEGs are read once, to find where in each of them its segments begin, and any damage: from these
-places the kernels (vitpa/kernels/jpeg.py) read all segments at the same time. Then one kernel (vitpa/kernels/resize.py) crops
-images of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that the
+From the places where its segments begin the kernels (vitpa/kernels/jpeg.py) read all of a JPEG at the same time. To find these
+takes a pass over all codes of all JPEGs, once: a file keeps them for later starts (segment_file.py). Damage is found by that
+pass, and in each batch, since segments end where the next ones begin. Then one kernel (vitpa/kernels/resize.py) crops images
+of all sizes. The pixels are those of Pillow, and so of torchvision's transforms, to the bit. JPEGs of a kind that the
 kernels cannot decode (FFCV writes none) are decoded by the threads.
 
 Each batch in the making has a stream and memory of its own. Nothing is allocated once the memory is large enough: an
@@ -28,7 +29,19 @@ from torch import Tensor
 
 from vitpa.data.augment.crop_boxes import Crops
 from vitpa.data.beton import Beton
-from vitpa.data.decode.jpeg_headers import BLOCK, SEGMENT, SHORT_BITS, TABLE, Headers, Plan, num_segments, plan_of
+from vitpa.data.decode.jpeg_headers import (
+    BLOCK,
+    LONGEST,
+    SEGMENT,
+    SHORT_BITS,
+    TABLE,
+    Headers,
+    Plan,
+    num_segments,
+    plan_of,
+    read_header,
+)
+from vitpa.data.decode.segment_file import Segments
 from vitpa.data.manifest import Ints
 from vitpa.data.prefetch import read_ahead
 from vitpa.data.sampler import Batch, labels_of
@@ -105,7 +118,7 @@ class GpuDecoder:
         self.header = np.full(len(beton), -1)  # which kind; -1 where the device does not decode
         segments = np.where(beton.is_jpeg, num_segments(beton.heights, beton.widths), 0)
         self.first_segment = np.cumsum(segments) - segments
-        self.entries = torch.empty(int(segments.sum()), dtype=torch.int64, device=self.device)  # where segments begin
+        self.entries = torch.empty(int(segments.sum()), dtype=torch.int64, device=self.device).zero_()  # where segments begin
         self.codes = torch.empty(MAX_HEADERS, 2, 2, TABLE, dtype=torch.int16, device=self.device)
         self.factors = torch.empty(MAX_HEADERS, 2, BLOCK, dtype=torch.int32, device=self.device)
         self.matrix = torch.empty(8, 8, dtype=torch.int32, device=self.device).copy_(jpeg.idct_matrix())
@@ -129,6 +142,29 @@ class GpuDecoder:
         if not self.is_known.all():
             self.find_segments(torch.from_numpy(np.flatnonzero(~self.is_known)))
 
+    def segments(self) -> Segments:
+        """What `prepare` has found."""
+        kinds = [kind.before + bytes(4) + kind.after for kind in self.headers.known]
+        heads = np.frombuffer(b"".join(kind.ljust(LONGEST, b"\0") for kind in kinds), np.uint8).reshape(-1, LONGEST)
+        return Segments(self.entries.cpu().numpy(), self.header.astype(np.int8), heads)
+
+    def use_segments(self, segments: Segments) -> bool:
+        """Take over what another decoder of the same images has found; False if its headers are not such as this one reads.
+
+        To be called before anything is decoded.
+        """
+        kinds = [read_header(head.tobytes()) for head in segments.kinds]
+        known = [kind for kind in kinds if kind is not None]
+        if len(known) < len(kinds) or len(known) > MAX_HEADERS:
+            return False
+        assert not self.headers.known
+        self.headers.known += known
+        self.header[:] = segments.header
+        self.entries.copy_(torch.from_numpy(segments.entries))
+        torch.cuda.current_stream(self.device).synchronize()  # slots have streams of their own
+        self.is_known[:] = True
+        return True
+
     def find_segments(self, samples: Tensor) -> None:
         """Find where the segments of these samples (n,) begin, and which kinds of headers they have.
 
@@ -143,12 +179,20 @@ class GpuDecoder:
             parts = stack.enter_context(closing(steps))
             slots = stack.enter_context(closing(self._ahead(parts, self._whole, self._read_unknown, self._find_segments)))
             for slot in slots:
-                slot.ready.synchronize()
-                assert slot.batch is not None
-                damaged = slot.was_damaged[: len(slot.jpegs)].numpy() > 0
-                if damaged.any():
-                    raise self.beton.undecodable(int(slot.batch.samples[slot.jpegs[damaged.argmax()]]))
-                self.is_known[slot.batch.samples.numpy()] = True
+                self.is_known[self._finished(slot).samples.numpy()] = True
+
+    def _finished(self, slot: Slot) -> Stored:
+        """The batch of a slot, when the device has done it.
+
+        Raises:
+            BetonError: a JPEG in it is damaged.
+        """
+        slot.ready.synchronize()
+        assert slot.batch is not None
+        damaged = slot.was_damaged[: len(slot.jpegs)].numpy() > 0
+        if damaged.any():
+            raise self.beton.undecodable(int(slot.batch.samples[slot.jpegs[damaged.argmax()]]))
+        return slot.batch
 
     def batches(
         self, indices: Iterable[Tensor], crops_of: Callable[[Tensor], Crops], img_size: int
@@ -171,10 +215,8 @@ class GpuDecoder:
         decode = partial(self._decode, img_size=img_size)
         with closing(self._ahead(indices, crops_of, self._read, decode)) as slots:
             for slot in slots:
-                slot.ready.synchronize()
+                B = len(self._finished(slot).samples)
                 torch.cuda.current_stream(self.device).wait_event(slot.ready)
-                assert slot.batch is not None
-                B = len(slot.batch.samples)
                 yield Batch(slot.images, *slot.numbers[:B].unbind(1))
 
     def _ahead(
@@ -265,7 +307,6 @@ class GpuDecoder:
         with self.turn, torch.cuda.stream(slot.stream):
             plan, table = self._unstuff(batch, slot)
             J = len(plan.table)
-            slot.damaged, slot.was_damaged = slot.ensure_capacity(slot.damaged, J), slot.ensure_capacity(slot.was_damaged, J)
             if J:
                 self.jpeg.find_segments(
                     table,
@@ -340,8 +381,10 @@ class GpuDecoder:
             slot.stream.synchronize()  # other slots use them, too
             self.num_headers += 1
         table = torch.from_numpy(plan.table).pin_memory().to(self.device, non_blocking=True)
-        slot.bits, slot.words = slot.ensure_capacity(slot.bits, len(plan.table)), slot.ensure_capacity(slot.words, plan.words)
-        if len(plan.table):
+        J = len(plan.table)
+        slot.bits, slot.words = slot.ensure_capacity(slot.bits, J), slot.ensure_capacity(slot.words, plan.words)
+        slot.damaged, slot.was_damaged = slot.ensure_capacity(slot.damaged, J), slot.ensure_capacity(slot.was_damaged, J)
+        if J:
             self.jpeg.unstuff(table, slot.stored, slot.words, slot.bits)
         return plan, table
 
@@ -353,12 +396,14 @@ class GpuDecoder:
         if not plan.blocks:
             return
         jobs = torch.from_numpy(plan.jobs).pin_memory().to(self.device, non_blocking=True)
-        coefficients = slot.coefficients[: plan.blocks]
+        coefficients, damaged = slot.coefficients[: plan.blocks], slot.damaged[: len(plan.table)]
         coefficients.zero_()
+        damaged.zero_()
         known = self.codes, self.factors, self.entries
         self.jpeg.read_segments(
-            table, jobs, slot.words, slot.bits, *known, coefficients, short_bits=SHORT_BITS, segment=SEGMENT
+            table, jobs, slot.words, slot.bits, *known, coefficients, damaged, short_bits=SHORT_BITS, segment=SEGMENT
         )
+        slot.was_damaged[: len(damaged)].copy_(damaged, non_blocking=True)
         self.jpeg.to_samples(coefficients, self.matrix, slot.samples)
         self.jpeg.to_rgb(table, slot.samples, slot.rgb, most_pixels=plan.most_pixels)
 

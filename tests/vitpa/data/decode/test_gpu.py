@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +30,9 @@ from vitpa.config_file import parse_config
 from vitpa.data.beton import Beton
 from vitpa.data.decode import gpu
 from vitpa.data.decode.gpu import GpuDecoder, gpu_unsupported_reason
+from vitpa.data.decode.segment_file import SegmentFile
 from vitpa.data.manifest import BetonError, Pixels, beton_path, manifest_path
-from vitpa.data.open import choose_decoder
+from vitpa.data.open import choose_decoder, prepare_decoder
 from vitpa.data.sampler import Batch
 from vitpa.data.stream import CpuDecoder, StreamedImages
 from vitpa.distributed import Group
@@ -56,7 +59,7 @@ class Stream:
 
 
 class SlowJpeg:
-    """What vitpa/kernels/jpeg.py does, by Pillow: all of it in the last of its functions."""
+    """What vitpa/kernels/jpeg.py does, by Pillow: all of it in the last of its functions. An image has one entry: its size."""
 
     def __init__(self, decoder: GpuDecoder) -> None:
         self.decoder = decoder
@@ -65,11 +68,15 @@ class SlowJpeg:
         self.stored = stored
 
     def find_segments(self, plan: Tensor, *arguments: Any, **options: int) -> None:
-        damaged: Tensor = arguments[-1]
-        for number, (begin, size, _, kind, *_) in enumerate(plan.tolist()):
+        entries, damaged = arguments[-2:]
+        for number, (begin, size, _, kind, *more) in enumerate(plan.tolist()):
             damaged[number] = bytes(64) in self.jpeg_of(begin, size, kind)  # Pillow takes no offence
+            entries[more[-2]] = size
 
-    def read_segments(self, *arguments: Any, **options: int) -> None: ...
+    def read_segments(self, plan: Tensor, *arguments: Any, **options: int) -> None:
+        *_, entries, _, damaged = arguments
+        for number, (begin, size, _, kind, *more) in enumerate(plan.tolist()):
+            damaged[number] |= bytes(64) in self.jpeg_of(begin, size, kind) or int(entries[more[-2]]) != size
 
     def to_samples(self, coefficients: Tensor, matrix: Tensor, samples: Tensor) -> None: ...
 
@@ -315,6 +322,95 @@ def test_damaged_codes_are_found_before_the_first_batch(pretended: Decoder, cut:
     check_cut(images, cut)
 
 
+GROUP = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU)
+
+
+@pytest.fixture
+def jpegs(beton: Beton) -> Beton:
+    if not beton.is_jpeg.any():
+        pytest.skip("has no JPEGs")
+    return beton
+
+
+def with_file(images: StreamedImages, decoder: GpuDecoder, folder: Path, group: Group = GROUP) -> StreamedImages:
+    """Images whose decoder is prepared as for a training."""
+    images.decoder = decoder
+    with logged_lines():
+        prepare_decoder(decoder, folder, group)
+    return images
+
+
+def test_segments_are_looked_for_once_for_all_starts(
+    pretended: Decoder, jpegs: Beton, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_batches(with_file(stream(jpegs), pretended(jpegs), tmp_path / "made"), stream(jpegs))
+    assert capsys.readouterr().err.count("train.beton: its JPEGs are read once") == 1
+    monkeypatch.setattr(GpuDecoder, "find_segments", None)
+    check_batches(with_file(stream(jpegs), pretended(jpegs), tmp_path / "made"), stream(jpegs))
+    assert not capsys.readouterr().err
+
+
+def test_a_part_of_the_images_has_a_file_of_its_own(
+    pretended: Decoder, jpegs: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = jpegs.part(np.array([0, 2, 3, 7, 10]))
+    for each in (jpegs, part):
+        with_file(stream(each), pretended(each), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(GpuDecoder, "find_segments", None)
+    batches = [torch.tensor([4, 0, 2]), torch.tensor([1, 3])]
+    images = with_file(stream(part), pretended(part), tmp_path)
+    assert_same(kept(images.train_batches(batches, 3)), kept(stream(part).train_batches(batches, 3)))
+
+
+def test_codes_damaged_since_segments_were_found_are_named_in_their_batch(
+    pretended: Decoder, jpegs: Beton, cut: Beton, tmp_path: Path
+) -> None:
+    with_file(stream(jpegs), pretended(jpegs), tmp_path / "segments")
+    images, last = with_file(stream(cut), pretended(cut), tmp_path / "segments"), int(np.flatnonzero(cut.is_jpeg)[-1])
+    batches, found = [torch.tensor([0, 1]), torch.tensor([2, last]), torch.tensor([3])], []
+    with pytest.raises(BetonError, match=rf"train\.beton: the JPEG of sample {last} cannot be decoded; .*vitpa prep photos"):
+        for batch in images.train_batches(batches, 0):
+            found.append(batch.labels.tolist())
+    assert found == [cut.labels[:2].tolist()]
+
+
+def test_a_file_that_cannot_be_used_is_made_again(
+    pretended: Decoder, jpegs: Beton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = SegmentFile(tmp_path, jpegs)
+    with_file(stream(jpegs), pretended(jpegs), tmp_path)
+    whole, found = file.path.read_bytes(), file.read()
+    assert found is not None
+    file.path.write_bytes(whole[:-1])
+    with_file(stream(jpegs), pretended(jpegs), tmp_path)
+    assert file.path.read_bytes() == whole
+    file.write(replace(found, kinds=np.zeros_like(found.kinds)))  # as of a version that reads other headers
+    with_file(stream(jpegs), pretended(jpegs), tmp_path)
+    assert file.path.read_bytes() == whole
+    assert capsys.readouterr().err.count("its JPEGs are read once") == 3
+
+
+def test_without_a_folder_for_the_file_it_goes_on(
+    pretended: Decoder, jpegs: Beton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    images = with_file(stream(jpegs), pretended(jpegs), tmp_path / "taken")
+    said = capsys.readouterr().err
+    assert "cannot be read (Not a directory): it is made again" in said
+    assert re.search(r"photos-train-\w{16}\.bin cannot be written \(.*\): the next start reads all JPEGs again", said)
+    assert_same(kept(images.train_batches(BATCHES, 3)), kept(stream(jpegs).train_batches(BATCHES, 3)))
+
+
+def test_the_main_process_alone_writes_and_speaks(
+    pretended: Decoder, jpegs: Beton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Group(rank=1, world_size=2, local_rank=1, local_world_size=2, device=CPU)
+    with_file(stream(jpegs), pretended(jpegs), tmp_path / "made", other)
+    assert not (tmp_path / "made").exists()
+    assert not capsys.readouterr().err
+
+
 def test_without_a_gpu_it_is_said(beton: Beton) -> None:
     assert gpu_unsupported_reason(beton, img_size=32, device=CPU) == "there is no GPU"
     if not torch.cuda.is_available():
@@ -362,3 +458,17 @@ class TestOnGpu:
 
     def test_damaged_codes_are_found_before_the_first_batch(self, cut: Beton) -> None:
         check_cut(stream(cut, torch.device("cuda")), cut)
+
+    def test_segments_come_from_a_file(
+        self, jpegs: Beton, cut: Beton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        device, folder = torch.device("cuda"), tmp_path / "segments"
+        group = replace(GROUP, device=device)
+        for find_segments in (GpuDecoder.find_segments, None):
+            monkeypatch.setattr(GpuDecoder, "find_segments", find_segments)
+            decoder = GpuDecoder(jpegs, device=device, workers=2)
+            check_batches(with_file(stream(jpegs, device), decoder, folder, group), stream(jpegs))
+        images = with_file(stream(cut, device), GpuDecoder(cut, device=device, workers=2), folder, group)
+        last = int(np.flatnonzero(cut.is_jpeg)[-1])
+        with pytest.raises(BetonError, match=rf"the JPEG of sample {last} cannot be decoded"):
+            list(images.eval_batches([torch.arange(12)]))
