@@ -12,6 +12,7 @@ Axes: B batch, C channels, H W pixels, P = H * W, K operations, V = 256 pixel va
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -59,6 +60,38 @@ def argument(name: str, magnitude: float, *, negated: bool, img_size: int) -> fl
     }.get(name, 0.0)
 
 
+@functools.lru_cache(maxsize=8)  # a training has several of the same
+def operations_of(
+    strengths: tuple[tuple[float, float], ...], img_size: int
+) -> tuple[tuple[Operation, ...], Int64[Tensor, "strengths 15 2 levels"]]:
+    """K different operations, and which of them is meant by a strength, a name, whether it is negated, and a quantile."""
+    found: dict[Operation, int] = {IDENTITY: 0}
+    index = [
+        [[[found.setdefault((name, argument(name, m, negated=negated, img_size=img_size)), len(found)) for m in values]
+          for negated in (False, True)]
+         for name in NAMES]
+        for values in (quantiles(mean, std) for mean, std in strengths)
+    ]  # fmt: skip
+    return tuple(found), torch.tensor(index)
+
+
+@functools.lru_cache(maxsize=8)
+def tables_of(operations: tuple[Operation, ...], height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What PillowOperations knows of K operations.
+
+    Returns:
+        (K,) int32, the kinds; (K, 6) int64, the matrices times 2^32; (K, 2) float64, the weights of the image and of the
+        other; (K,) int64, a row of the last one: (rows, V) uint8, what a pixel value becomes. Not to be changed.
+    """
+    kind = torch.tensor([_kind(name) for name, _ in operations], dtype=torch.int32)
+    matrices = [_matrix(op, height, width) for op in operations]
+    matrix = torch.tensor([[round(m * 2**32) for m in matrix] for matrix in matrices])
+    factors = torch.tensor([m if name in ENHANCEMENTS else 1.0 for name, m in operations], dtype=torch.float64)
+    tables: dict[tuple[int, ...], int] = {}
+    rows = torch.tensor([tables.setdefault(_values(op), len(tables)) for op in operations])
+    return kind, matrix, torch.stack([factors, 1 - factors], 1), rows, torch.tensor(list(tables), dtype=torch.uint8)
+
+
 class RandAugment:
     """`num_ops` operations, each of the 15 as likely as any other and then applied to every second image."""
 
@@ -77,17 +110,11 @@ class RandAugment:
         `kernels`: whether a GPU does the operations by kernels.
         """
         different, self.strength = numbered(strengths, device)
-        found: dict[Operation, int] = {IDENTITY: 0}
-        index = [
-            [[[found.setdefault((name, argument(name, m, negated=negated, img_size=img_size)), len(found)) for m in values]
-              for negated in (False, True)]
-             for name in NAMES]
-            for values in (quantiles(mean, std) for mean, std in different)
-        ]  # fmt: skip
-        self.index = torch.tensor(index).to(device)  # strengths, 15, 2, LEVELS
+        operations, index = operations_of(tuple(different), img_size)
+        self.index = index.to(device)
         self.num_ops = num_ops
         self.operations = PillowOperations(
-            list(found), fill=fill, height=img_size, width=img_size, device=device, kernels=kernels
+            operations, fill=fill, height=img_size, width=img_size, device=device, kernels=kernels
         )
 
     def choices(self, samples: Int64[Tensor, " B"], stream: Int64[Tensor, " #B"]) -> list[Int64[Tensor, " B"]]:
@@ -125,15 +152,8 @@ class PillowOperations:
     ):
         """`fill` is the colour (R, G, B) outside of the images; `kernels`: whether a GPU uses them."""
         self.names, self.kernels = operations, kernels
-        self.kind = torch.tensor([_kind(name) for name, _ in operations], dtype=torch.int32).to(device)
-        matrices = [_matrix(op, height, width) for op in operations]
-        self.matrix = torch.tensor([[round(m * 2**32) for m in matrix] for matrix in matrices]).to(device)  # K, 6
-        factors = torch.tensor([m if name in ENHANCEMENTS else 1.0 for name, m in operations], dtype=torch.float64)
-        self.ratios = torch.stack([factors, 1 - factors], 1).to(device)  # K, 2: weights of the image and of the other
-        tables: dict[tuple[int, ...], int] = {}
-        rows = [tables.setdefault(_values(op), len(tables)) for op in operations]
-        self.row = torch.tensor(rows).to(device)  # K, a row of values
-        self.values = torch.tensor(list(tables), dtype=torch.uint8).to(device)  # rows, V: what a pixel value becomes
+        tables = tables_of(tuple(operations), height, width)
+        self.kind, self.matrix, self.ratios, self.row, self.values = (each.to(device) for each in tables)
         stretch = [[i * (255.0 / span) if span else float(i) for i in range(256)] for span in range(256)]
         self.stretch = torch.tensor(stretch, dtype=torch.float64).to(device)  # range of values, V
         self.fill = torch.tensor(fill, dtype=torch.uint8).to(device)

@@ -61,6 +61,13 @@ def by_timm(image: Tensor, operation: Operation) -> Tensor:
     return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
 
 
+def test_tables_are_made_once_for_the_augmentations_of_a_training() -> None:
+    first, again, other = make(), make(), make(magnitude=8)
+    assert first.index is again.index and first.index is not other.index
+    for name in ("kind", "matrix", "ratios", "row", "values"):
+        assert getattr(first.operations, name) is getattr(again.operations, name) is not getattr(other.operations, name)
+
+
 def test_the_operations_are_those_of_timm() -> None:
     assert sorted(THEIR_NAMES.get(name, name) for name in NAMES) == sorted(timms._RAND_INCREASING_TRANSFORMS)
 
