@@ -10,6 +10,8 @@ import hashlib
 import io
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +26,7 @@ from torch import Tensor
 from vitpa import snapshot
 from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, step_of, write_archive
 from vitpa.metrics_file import EMA_EVALUATED, EVALUATED
+from vitpa.room import POLL_S, WAIT_S, is_full
 from vitpa.rundir import RunDir
 
 LOGGER = logging.getLogger(__name__)
@@ -107,9 +110,17 @@ def _tensors(
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own, in the order of the calls; all checkpoints of a step at a time."""
+    """Writes checkpoints in a thread of its own, in the order of the calls; all checkpoints of a step at a time.
+
+    While the disk is full it waits for room, and what was given to it after that waits, too.
+
+    Attributes:
+        waits_for_room: It is waiting now.
+    """
 
     def __init__(self) -> None:
+        self.waits_for_room = False
+        self._waits_no_more = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: list[Future[object]] = []
 
@@ -117,15 +128,18 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.wait_no_more()
         self._pool.shutdown()  # what is under way is written to its end
 
     def save(self, run: RunDir, checkpoint: Checkpoint) -> None:
         """As the function `save`, but return at once. The tensors may change afterwards: they are copied."""
-        self._under_way.append(self._pool.submit(_write, run, checkpoint.progress.step, _on_host(checkpoint.state())))
+        state = _on_host(checkpoint.state())
+        self._submit(run, lambda: _write(run, checkpoint.progress.step, state))
 
     def keep(self, run: RunDir, step: int, model: dict[str, Tensor]) -> None:
         """Write a snapshot of the weights after `step` steps, likewise."""
-        self._under_way.append(self._pool.submit(snapshot.write, run, step, _on_host(model)))
+        weights = _on_host(model)
+        self._submit(run, lambda: snapshot.write(run, step, weights))
 
     def afterwards(self, act: Callable[[], object]) -> None:
         """Call it when all that was given before is written, or has failed."""
@@ -140,6 +154,31 @@ class Writer:
         under_way, self._under_way = self._under_way, []
         for future in under_way:
             future.result()
+
+    def wait_no_more(self) -> None:
+        """Wait for no room any more: what cannot be written fails at once."""
+        self._waits_no_more.set()
+
+    def _submit(self, run: RunDir, write: Callable[[], object]) -> None:
+        self._under_way.append(self._pool.submit(self._once_there_is_room, run, write))
+
+    def _once_there_is_room(self, run: RunDir, write: Callable[[], object]) -> None:
+        deadline_s = time.monotonic() + WAIT_S
+        try:
+            while True:
+                try:
+                    write()
+                    return
+                except OSError as error:
+                    if not is_full(error) or self._waits_no_more.is_set() or time.monotonic() > deadline_s:
+                        raise
+                    if not self.waits_for_room:
+                        what = f"the training goes on, and writes it when there is some within {WAIT_S / 60:.0f} minutes"
+                        LOGGER.warning(f"{run.path}: no space left for a checkpoint; {what}")
+                self.waits_for_room = True
+                self._waits_no_more.wait(POLL_S)
+        finally:
+            self.waits_for_room = False
 
 
 def _on_host(state: Any) -> Any:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have errors of writing name the file, which an open file's errors do not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+from vitpa.appended_file import AppendedFile
 
 
 class EventFile:
@@ -35,9 +27,9 @@ class EventFile:
         self.wall_time_s = not_before_s
         second = max(int(time.time()), _newest_second(folder) + 1)  # TensorBoard reads the files in the order of their names
         name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.0"
-        self._path = folder / name
-        self._file = self._path.open("xb")
-        self._records = RecordWriter(self._file)
+        self._file = AppendedFile(folder / name, new=True)
+        self._buffer = BytesIO()
+        self._records = RecordWriter(self._buffer)
         self._write(Event(file_version="brain.Event:2"))
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         self.flush()
@@ -48,18 +40,21 @@ class EventFile:
 
     def _write(self, event: Event) -> None:
         self.wall_time_s = event.wall_time = max(time.time(), self.wall_time_s)
-        with naming(self._path):
-            self._records.write(event.SerializeToString())
+        self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
-        with naming(self._path):
-            self._records.flush()
+        """Hand everything to the operating system; what a full disk does not take, at a later time."""
+        data = self._buffer.getvalue()
+        self._buffer.seek(0)
+        self._buffer.truncate()
+        self._file.append(data)
 
     def close(self) -> None:
         """Write what is left."""
-        with naming(self._path):
-            self._records.close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def _newest_second(folder: Path) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,9 +20,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from vitpa.appended_file import AppendedFile
 from vitpa.console import PrintableConsole
 from vitpa.documents import open_regular
-from vitpa.event_file import EventFile, naming
+from vitpa.event_file import EventFile
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
@@ -56,8 +56,7 @@ class Logs:
             _warn_if_others(run, restored_step, restored_rows)
         self._lines = [restored_rows]
         write_atomic(run.metrics_jsonl, restored_rows)
-        self._path = run.metrics_jsonl
-        self._file = run.metrics_jsonl.open("a", buffering=1)
+        self._file = AppendedFile(run.metrics_jsonl)
         self._board = EventFile(run.tensorboard, restored_step + 1, not_before_s) if tensorboard else None
         self._not_before_s = not_before_s
 
@@ -65,7 +64,7 @@ class Logs:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
-        with suppress(OSError) if error is not None else naming(self._path):  # a full disk has been said
+        with suppress(OSError) if error is not None else nullcontext():  # a full disk has been said
             self._file.close()
         if self._board is not None:
             with suppress(OSError) if error is not None else nullcontext():
@@ -82,11 +81,10 @@ class Logs:
         return self._not_before_s if self._board is None else self._board.wall_time_s
 
     def row(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` after `step` optimiser steps: one row, one point on each curve."""
+        """Record `metrics` after `step` optimiser steps: one row, one point on each curve. A full disk gets them later."""
         line = to_line({"step": step, "epoch": round(epoch, 4), **metrics})
         self._lines.append(line)
-        with naming(self._path):
-            self._file.write(line)
+        self._file.append(line.encode())
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add(summary.scalar(name, value), step)
@@ -118,16 +116,13 @@ class Logs:
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
-        with naming(self._path):
-            self._file.flush()
         if self._board is not None:
             self._board.flush()
 
     def sync(self) -> None:
         """Have the disk hold all rows: what is written next relies on them, also after a crash of the machine."""
         self.flush()
-        with naming(self._path):
-            os.fsync(self._file.fileno())
+        self._file.sync()
 
 
 def _warn_if_others(run: RunDir, step: int, rows: str) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
+from vitpa.room import is_full
+
 # C0 and C1 controls and DEL, the separators that end a line for some programs, and what turns the direction of text around
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -78,8 +80,8 @@ class OutputFailedError(SystemExit):
 class OutputStream:
     """A text stream that ends the program when nobody reads it, or when it is vital and cannot be written.
 
-    What is not vital, such as the progress on stderr, is left out from then on. Whatever is not overridden here is the
-    stream's own.
+    What is not vital, such as the progress on stderr, is left out from then on, on a full disk until there is room. Whatever
+    is not overridden here is the stream's own.
     """
 
     def __init__(self, stream: TextIO, *, vital: bool = False) -> None:
@@ -108,7 +110,16 @@ class OutputStream:
         except OSError as error:
             self._failed(error)
 
-    def _failed(self, error: OSError) -> None:
+    def end(self) -> None:
+        """Hand everything to whoever reads, for the last time: what cannot be written is dropped."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._failed(error, is_last=True)
+
+    def _failed(self, error: OSError, *, is_last: bool = False) -> None:
+        if is_full(error) and not self.vital and not is_last:
+            return
         _discard(self.stream)
         if isinstance(error, BrokenPipeError):
             raise SystemExit(OUTPUT_CLOSED)
@@ -167,7 +178,7 @@ def printable_output() -> Iterator[None]:
                 yield
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
+            cast("OutputStream", sys.stderr).end()
     except OutputFailedError as failed:
         print(f"error: standard output cannot be written: {failed.strerror}", file=sys.stderr, flush=True)
         raise

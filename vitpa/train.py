@@ -301,10 +301,16 @@ def save_or_stop(t: Training) -> bool:
     """Between two steps: write checkpoints if they are due or a stop was requested; False if it was, for all that are left."""
     runtime, step = t.config.runtime, t.step
     due = runtime.checkpoint_every_steps is not None and step % runtime.checkpoint_every_steps == 0
+    polls = step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0
     stopped: list[int] = []
-    if step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0:
-        late = time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
-        stopped, late = t.group.broadcast((stop_requested(t) if t.group.is_main else [], late))
+    if due or polls:
+        late = polls and time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
+        disk_full = t.checkpoints is not None and t.checkpoints.waits_for_room
+        stopped, late, disk_full = t.group.broadcast((stop_requested(t) if polls and t.group.is_main else [], late, disk_full))
+        if disk_full and len(stopped) < len(t.active):
+            return True  # looks again later
+        if disk_full and t.checkpoints is not None:
+            t.checkpoints.wait_no_more()
         due = due or late or bool(stopped)
     if due:
         save(t)

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.execute.attempt import Member, Outcome, Request, Signals, Training
-from jobs.execute.room import wait_for_room
 from jobs.execute.slots import Slot, take_slot
 from jobs.notify.outbox import tell_of_ended
 from jobs.records import Claim, Intent, WantedRun
 from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
+from vitpa.room import wait_for_room
 from vitpa.rundir import RunDir
 
 

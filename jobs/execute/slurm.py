@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.execute import bad_nodes, room
+from jobs.execute import bad_nodes
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of
 from jobs.execute.node_check import preflight
 from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, why_nothing_to_do
@@ -48,6 +48,7 @@ from vitpa.records import (
     utc_now,
     write_json,
 )
+from vitpa.room import WAIT_S, has_room, wait_for_room
 from vitpa.rundir import AttemptDir, RunDir
 
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
@@ -132,8 +133,8 @@ class _Job:
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
         self._queue_s = self.scheduler.waited_s(self.place.job)
-        limit_s = room.WAIT_S if self._deadline is None else min(room.WAIT_S, self._deadline - time.monotonic())
-        room.wait_for_room(self.root, stop=self._end_requested, limit_s=limit_s)
+        limit_s = WAIT_S if self._deadline is None else min(WAIT_S, self._deadline - time.monotonic())
+        wait_for_room(self.root, stop=self._end_requested, limit_s=limit_s)
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
@@ -387,7 +388,7 @@ class _Job:
             told_to_end=self._end_requested(),
             followed=_following(member.attempt).exists(),
             bad_node=bool(without_node),
-            disk_full=cause_of(ended.reason, "").name == "disk full" or not room.has_room(self.root),
+            disk_full=cause_of(ended.reason, "").name == "disk full" or not has_room(self.root),
             first_step=first_step(member.attempt),
             last_step=member.run.newest_step(),
             given_up=self._why_given_up(member.run),

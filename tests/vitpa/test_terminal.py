@@ -15,6 +15,8 @@ import pytest
 from jobs.report.collect import Cell, CollectedTable
 from jobs.report.status import table_of
 from jobs.report.tables import latex, markdown
+from tests.support.repository import ROOT
+from tests.support.waiting import run_to_end
 from vitpa.cli import main
 from vitpa.console import PrintableConsole
 from vitpa.records import create_exclusive, write_atomic
@@ -126,6 +128,40 @@ def test_a_full_disk_behind_the_output_is_one_line_that_says_so(command: str) ->
 def test_what_cannot_be_said_on_stderr_ends_nothing() -> None:
     assert redirected("sweep plan demo --json", "2> /dev/full").stdout.startswith("{")
     assert redirected("sweep plan nowhere", "2> /dev/full").returncode == 1
+
+
+ON_A_FULL_DISK = """
+import sys
+from pathlib import Path
+from slurm.chaos.disk import PrivateDisk
+from vitpa.terminal import printable_output
+folder = Path(sys.argv[1])
+try:
+    disk = PrivateDisk(folder)
+except OSError:
+    sys.exit(77)
+sys.stderr = open(folder / "log", "w")
+with printable_output():
+    disk.fill()
+    for number in range(2000):
+        print(f"line {number}", file=sys.stderr, flush=True)
+    disk.free()
+    print("there is room again", file=sys.stderr, flush=True)
+    found = (folder / "log").read_text().splitlines()
+    assert (found[0], found[-1]) == ("line 0", "there is room again")
+    assert len(found) < 2001, "the disk was not full"
+    disk.fill()
+    for number in range(2000):
+        print(f"line {number}", file=sys.stderr, flush=True)
+"""
+
+
+def test_what_is_said_after_a_full_disk_has_room_is_there(tmp_path: Path) -> None:
+    """And one that is full at the end changes no exit code."""
+    done = run_to_end([sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)], cwd=ROOT)
+    if done.returncode == 77:
+        pytest.skip("this machine gives no mount namespaces")
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_a_closed_output_is_no_traceback() -> None:

@@ -447,29 +447,66 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 @pytest.mark.parametrize("tensorboard", ["false", "true"])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
-    digits: Path, tmp_path: Path, tensorboard: str
-) -> None:
+def test_a_training_outlasts_a_full_disk(digits: Path, tmp_path: Path, tensorboard: str) -> None:
     root = tmp_path / "small"
     root.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
     if mounted.returncode != 0:
         pytest.skip("tmpfs cannot be mounted here")
     try:
-        options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", "runtime.log_every_steps=1"]
+        log_every, width = "runtime.log_every_steps=1", ("model.embed_dim=32", "runtime.cpu_threads=1")
+        options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", log_every]
+        words = arguments(digits, root, *options, *width)
+        process = start(words)
+        assert process.stdout is not None
+        full = next((line for line in process.stdout if "no space left for a checkpoint" in line), "")
+        assert full, process.wait()
+        run = config_of(words).run_dir
+        with pytest.raises(subprocess.TimeoutExpired):  # its last checkpoint waits, and result.json with it
+            process.wait(5)
+        assert not run.result_json.exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(root)], check=True)
+        output = finish(process)[0]
+        assert process.returncode == 0, output
+        assert "Traceback" not in output
+        result, found = run.result(), losses(run)
+        if tensorboard == "true":
+            board = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
+            assert len(board.Scalars("train/loss")) == EPOCHS * EPOCH_STEPS
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+    reference = trained(arguments(digits, tmp_path, log_every, *width))
+    assert result is not None
+    assert (result.weights_sha256, result.attempts) == (reference.weights_sha256, 1)
+    assert found == losses(config_of(arguments(digits, tmp_path, log_every, *width)).run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_training_that_is_stopped_on_a_full_disk_says_so(digits: Path, tmp_path: Path) -> None:
+    root = tmp_path / "small"
+    root.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        options = ["runtime.checkpoint_every_steps=10", "runtime.poll_every_steps=1", "train.epochs=1000"]
         words = arguments(digits, root, *options, "model.embed_dim=32", "runtime.cpu_threads=1")
         process = start(words)
+        assert process.stdout is not None
+        assert any("no space left for a checkpoint" in line for line in process.stdout), process.wait()
+        config_of(words).run_dir.stop.touch()
         output = finish(process)[0]
         assert process.returncode == 1, output
         assert re.search(r"vitpa train: /\S+: No space left on device; free some space and start again\n", output)
         assert "Traceback" not in output
-        assert not config_of(words).run_dir.result_json.exists()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(root)], check=True)
-        result = trained(words)
     finally:
         subprocess.run(["umount", str(root)], check=True)
-    reference = trained(arguments(digits, tmp_path, "model.embed_dim=32", "runtime.cpu_threads=1"))
-    assert result.weights_sha256 == reference.weights_sha256
+
+
+def losses(run: RunDir) -> list[tuple[int, float, float]]:
+    """What metrics.jsonl says of the training, without times."""
+    return [(row["step"], row.get("train/loss", 0.0), row.get("val/loss", 0.0)) for row in metrics(run)]
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(

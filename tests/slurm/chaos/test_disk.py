@@ -13,7 +13,7 @@ from tests.support.waiting import run_to_end
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from jobs.execute.room import has_room
+from vitpa.room import has_room
 from slurm.chaos.disk import PrivateDisk
 path = Path(sys.argv[1])
 try:

@@ -15,6 +15,11 @@ BYTES = 1 << 20  # more than the records of an attempt
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether it says that the disk is full, or the user's quota of it used up."""
+    return error.errno in FULL
+
+
 def has_room(folder: Path) -> bool:
     """Whether BYTES can be written below `folder`; True, too, where something else than a full disk or quota is in the way."""
     try:
@@ -23,7 +28,7 @@ def has_room(folder: Path) -> bool:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        return error.errno not in FULL
+        return not is_full(error)
     return True
 
 
