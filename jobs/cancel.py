@@ -12,7 +12,7 @@ from jobs.membership import jobs_needed_by_others, sweeps_with
 from jobs.records import Claim
 from jobs.report import status
 from jobs.state import LIVE, RunState, withdraw
-from jobs.submit.submit import WRITERS
+from jobs.submit.submission import WRITERS
 from vitpa.attempt import CANCEL, Stop
 from vitpa.records import RunError, read_record, utc_now, write_json
 from vitpa.rundir import AttemptDir

@@ -10,13 +10,16 @@ import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jobs.errors import SweepError
+from jobs.submit.submission import WRITERS
 from vitpa.code_version import CODE_VERSION_JSON, RECORDED, code_record
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.installation import CODE
-from vitpa.records import to_json, write_atomic
+from vitpa.records import make_folders, sync_folder, to_json, write_atomic
 from vitpa.rundir import TAKEN
 
 PACKAGES = ("vitpa", "jobs")
@@ -27,7 +30,8 @@ RECORD = f"vitpa/{CODE_VERSION_JSON}"
 def make_snapshot(root: Path) -> Path:
     """Copy the code that runs here below `root`, unless that copy is there already.
 
-    Several launchers may do this at once, and be killed in between: a snapshot appears whole or not at all.
+    Several launchers may do this at once, and be killed in between: a snapshot appears whole or not at all. The disk
+    holds it when this returns: no power loss takes anything of it.
 
     Returns:
         The folder to put first on PYTHONPATH.
@@ -44,9 +48,11 @@ def make_snapshot(root: Path) -> Path:
     if os.pathsep in str(target):
         raise SweepError(f"{target}: a snapshot of the code cannot lie below a name with '{os.pathsep}'; choose another root")
     try:
+        make_folders(target.parent)
         if not target.exists():
             _create(target, files)
         _put_right(target, files)
+        sync_folder(target.parent)  # also if it was there: another launcher may have made it in this moment
     except OSError as error:
         hint = "fix that, or submit with --code live"
         raise SweepError(f"{target}: the code cannot be copied there ({error.strerror}); {hint}") from error
@@ -70,10 +76,7 @@ def _files_in(folder: Path) -> list[Path]:
 def _create(target: Path, files: dict[str, bytes]) -> None:
     draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        for path, content in files.items():
-            (draft / path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(draft / path, content)
-            (draft / path).chmod(0o444)  # not edited by mistake
+        _write(draft, files)
         draft.rename(target)
     except OSError as error:
         if error.errno not in TAKEN:  # another launcher was faster
@@ -84,19 +87,30 @@ def _create(target: Path, files: dict[str, bytes]) -> None:
 
 def _put_right(target: Path, files: dict[str, bytes]) -> None:
     """Write again what is missing or differs; jobs that run from there can only gain by it."""
-    for path, content in files.items():
-        there = target / path
-        if not there.is_file() or not _is_same(path, there, content):
-            there.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(there, content)
-            there.chmod(0o444)
+    bad = [path for path, content in files.items() if not _is_same(path, target / path, content)]
+    _write(target, {path: files[path] for path in bad})
     for found in _files_in(target):
         if found.relative_to(target).as_posix() not in files:
             raise SweepError(f"{found}: is not of the code that this is a copy of; remove that file")
 
 
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files below a folder, on the disk with all folders that they are in."""
+    for parent in sorted({(folder / path).parent for path in files}):
+        make_folders(parent)
+
+    def write(path: str) -> None:
+        write_atomic(folder / path, files[path])
+        (folder / path).chmod(0o444)  # not edited by mistake
+
+    with ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(write, files))
+
+
 def _is_same(path: str, there: Path, content: bytes) -> bool:
     """Whether a file of the snapshot is as it has to be; its record may name another commit of the same code."""
+    if not there.is_file():
+        return False
     try:
         if path != RECORD:
             return read_bytes(there, len(content)) == content

@@ -21,6 +21,7 @@ from jobs.scheduler.own_jobs import SlurmJob
 from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
 
 HELPER_WAIT_S = 120.0
+WRITERS = 16  # files are written at the same time: each waits for the disk, most of all on a file server
 
 
 class SubmissionDir:

@@ -44,7 +44,7 @@ from jobs.records import Place
 from jobs.scheduler.client import Scheduler, scheduler_environment
 from jobs.scheduler.job_output import ENDED_EARLY
 from jobs.state import RunState, withdraw
-from jobs.submit.submission import SubmissionDir, adopt, check_root, close
+from jobs.submit.submission import WRITERS, SubmissionDir, adopt, check_root, close
 from jobs.sweep import Run, SweepDir
 from vitpa.arguments import ConfigError, literal_path
 from vitpa.child_process import child_environment
@@ -57,7 +57,6 @@ from vitpa.records import ProcessId, make_folders, utc_now, write_json
 from vitpa.rundir import AttemptDir, RunDir
 
 NEVER_STARTED = "never started: nobody was left to start it"
-WRITERS = 16  # claims are written at the same time: each waits for the disk, most of all on a file server
 
 
 class RefusedError(SweepError):

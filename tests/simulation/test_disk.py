@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from jobs.submit.snapshot import make_snapshot
 from tests.support.simulation import trainer
 from tests.support.simulation.disk import Disk, Faults
 from tests.support.simulation.history import simulated_disk
 from tests.support.simulation.processes import Host, Park, Process
+from tests.support.simulation.seams import SNAPSHOT
 from vitpa.checkpoint import Progress
 from vitpa.config_file import load_config, record_config
 from vitpa.logs import Logs
@@ -66,6 +69,24 @@ def test_a_claim_is_not_lost(disk: Disk) -> None:
     run = RunDir(Path(disk.root), "0123456789abcdef")
     before_power_loss(disk, lambda: run.claim_attempt(1, {"by": "a test"}, "config"))
     assert [attempt.claim_json.exists() for attempt in run.attempts()] == [True]
+
+
+def test_a_copy_of_the_code_is_not_lost(disk: Disk) -> None:
+    made: list[Path] = []
+    before_power_loss(disk, lambda: made.append(make_snapshot(Path(disk.root))))
+    assert {path: (made[0] / path).read_bytes() for path in SNAPSHOT} == SNAPSHOT
+
+
+def test_a_copy_of_the_code_that_was_found_or_put_right_is_not_lost(disk: Disk) -> None:
+    made: list[Path] = []
+
+    def make_twice() -> None:
+        made.append(make_snapshot(Path(disk.root)))
+        shutil.rmtree(made[0] / "jobs")
+        make_snapshot(Path(disk.root))
+
+    before_power_loss(disk, make_twice)
+    assert {path: (made[0] / path).read_bytes() for path in SNAPSHOT} == SNAPSHOT
 
 
 def test_a_result_is_not_lost_nor_what_it_is_compared_with(disk: Disk) -> None:

@@ -111,6 +111,12 @@ MUTANTS = (
         "        sync_folder(folder.parent)  #",
         "        assert folder.parent  #",
     ),
+    Mutant(
+        "a copy of the code is not synced under its name",
+        "jobs/submit/snapshot.py",
+        "        sync_folder(target.parent)  #",
+        "        assert target.parent  #",
+    ),
 )
 
 

@@ -28,18 +28,27 @@ from submitit.core.utils import CommandFunction, FailedJobError
 import jobs.cancel
 import jobs.execute.slurm
 import jobs.scheduler.client
+import jobs.submit.snapshot
 import jobs.submit.submission
 import jobs.submit.submit
 import vitpa.config_file
 import vitpa.records
+from jobs.submit.snapshot import RECORD
 from jobs.submit.submission import SubmissionDir
 from tests.support.simulation.disk import Disk, Operations
 from tests.support.simulation.processes import BIRTH_S, Child, Process, this_process
 from tests.support.simulation.slurm import Slurm
 from tests.support.simulation.trainer import CODE
 from vitpa.child_process import run_program
+from vitpa.code_version import RECORDED
 from vitpa.documents import parse_yaml
+from vitpa.records import to_json
 
+SNAPSHOT = {  # of the code, much smaller than it is
+    "vitpa/step/step.py": b"step = 1\n",
+    "jobs/command.py": b"",
+    RECORD: to_json(dict.fromkeys(sorted(RECORDED), CODE)).encode(),
+}
 StartProgram = Callable[[Process, Sequence[str], dict[str, Any]], Child]
 
 
@@ -273,6 +282,8 @@ def installed(disk: Disk) -> Iterator[None]:
             (vitpa.config_file, "parse_yaml", _remembering(parse_yaml)),
             (jobs.submit.submit, "datetime", Datetime),
             (jobs.submit.submit, "ThreadPoolExecutor", OneByOne),
+            (jobs.submit.snapshot, "ThreadPoolExecutor", OneByOne),
+            (jobs.submit.snapshot, "_read_code", lambda: (SNAPSHOT, CODE)),
             (jobs.submit.submit, "code_version", lambda: CODE),
             (jobs.execute.slurm, "code_version", lambda: CODE),
             (jobs.cancel, "ThreadPoolExecutor", OneByOne),

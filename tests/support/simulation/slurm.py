@@ -37,6 +37,7 @@ class Task:
     comment: str
     limit_s: float
     user: int = 0
+    code: str = ""  # PYTHONPATH, as its script exports it
     state: str = "PENDING"
     reason: str = "Priority"
     restart: int = 0
@@ -254,6 +255,8 @@ class Slurm:
         script = re.search(r"submitit\.core\._submit (\S+)", text)
         assert script is not None
         folder = shlex.split(script[1])[0]
+        exported = re.search(r"^export PYTHONPATH=(.*)$", text, re.MULTILINE)
+        assert exported is not None
         for index in indices:
             task = Task(
                 number,
@@ -263,6 +266,7 @@ class Slurm:
                 options["comment"],
                 60.0 * int(options["time"]),
                 self.user,
+                shlex.split(exported[1])[0],
             )
             task.accounts.append((self.park.now_s, "PENDING", ""))
             self.tasks.append(task)
@@ -307,6 +311,7 @@ class Slurm:
         environment = {
             "HOME": "/root",
             "PATH": "/usr/bin",
+            "PYTHONPATH": task.code,
             "SLURM_JOB_ID": str(task.array + 100_000 + (task.index or 0)) if task.index is not None else str(task.array),
             "SLURM_RESTART_COUNT": str(task.restart),
             "SLURMD_NODENAME": node.name,

@@ -5,7 +5,8 @@ The events are methods of `World`; which of them happen is for tests/simulation 
 - no run is lost: when the faults are over, `submit` and `retry` bring every run to its result, and a result stays
 - none is executed twice at once, nor submitted while it is in training, nor executed again when it is done or cancelled
 - a result was made by its own configuration, step by step
-- a receipt names the jobs that SLURM has of its submission, and a job asks to be started again only if it has got further
+- a receipt names the jobs that SLURM has of its submission; each finds the copy of the code
+- a job asks to be started again only if it has got further
 - jobs of others are not touched, and no command or job ends with a traceback
 """
 
@@ -35,7 +36,7 @@ from tests.support.jobs_sweeps import make_sweep, slurm_profile
 from tests.support.simulation import trainer
 from tests.support.simulation.disk import Disk, Faults, real_files
 from tests.support.simulation.processes import Child, Host, Park, Process, this_process
-from tests.support.simulation.seams import HISTORY
+from tests.support.simulation.seams import HISTORY, SNAPSHOT
 from tests.support.simulation.slurm import Slurm, Task
 from vitpa.arguments import expand_path
 from vitpa.config import RunConfig
@@ -322,11 +323,20 @@ class World:
             if path.exists():
                 break
             process.wait_until(self.park.now_s + 1.0)
+        self._check_snapshot(process)
         try:
             delayed = DelayedSubmission.load(path)
         except Exception as error:  # it was lost with the disk: submitit ends with it, too
             return f"{error}" and 1
         return delayed.function(*delayed.args)
+
+    def _check_snapshot(self, process: Process) -> None:
+        """A job finds the whole copy of the code that it was submitted with."""
+        code = Path(process.environment["PYTHONPATH"])
+        with real_files():
+            for path, content in SNAPSHOT.items():
+                if not (code / path).is_file() or (code / path).read_bytes() != content:
+                    self.broken.append(f"{process.name} does not find {path} of its code in {code}")
 
     def _job_says(self, words: str) -> None:
         self.words.append(words)
@@ -494,7 +504,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @functools.cache
 def _parsed(verb: str, root: str, words: tuple[str, ...]) -> argparse.Namespace:
-    place = ["--profile", f"{root}/slurm.yaml"] if verb in ("submit", "retry") else []
+    place = ["--profile", f"{root}/slurm.yaml", "--code", "snapshot"] if verb in ("submit", "retry") else []
     return _parser().parse_args(["sweep", verb, f"{root}/small.yaml", "--root", root, *place, *words])
 
 
