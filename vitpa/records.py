@@ -80,7 +80,16 @@ def make_folders(path: Path) -> None:
 
 def sync_folder(path: Path) -> None:
     """Have the disk hold the entries of a folder as they are now: what was made, renamed or removed in it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(path, os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Have the disk hold the content of a file as it is now: one that was written by others, who did not see to that."""
+    _sync(path, 0)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:

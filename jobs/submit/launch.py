@@ -19,7 +19,7 @@ from jobs.records import Intent
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.sbatch import slurm_executor
 from jobs.submit.submission import SubmissionDir, as_started, find_jobs
-from vitpa.records import ProcessId, create_exclusive, read_record, to_json, utc_now
+from vitpa.records import ProcessId, create_exclusive, make_folders, read_record, to_json, utc_now
 
 NO_TIME_LIMIT_MIN = 60 * 24 * 366  # submitit's default for local jobs is 2 minutes
 
@@ -56,9 +56,11 @@ def start_array(root: Path, submission: str, indices: list[int]) -> list[dict[st
     """
     intent = SlurmIntent.of(root / submission)
     count = len(intent.groups)
+    directory = SubmissionDir(root / submission)
+    make_folders(directory.submitit)  # submitit would make it, and not sync it
     executor = slurm_executor(
         intent.profile,
-        SubmissionDir(root / submission).submitit,
+        directory.submitit,
         root=root,
         name=intent.sweep,
         token=intent.token,
@@ -67,7 +69,7 @@ def start_array(root: Path, submission: str, indices: list[int]) -> list[dict[st
         count=count,
     )
     said = executor.map_array(run_task, [str(root)] * count, [submission] * count)[0].job_id.partition("_")[0]
-    jobs = find_jobs(root, SubmissionDir(root / submission), intent.token, Scheduler())
+    jobs = find_jobs(root, directory, intent.token, Scheduler())
     if not jobs:
         sys.exit(f"sbatch: error: it said job {said}, but SLURM has no job of this submission")
     return [{**job, "tasks": len(indices)} for job in as_started(jobs)]

@@ -3,25 +3,37 @@
 intent.json    before anything is started: the runs wanted, each with the number of its next attempt
 launch.json    by the helper that starts the jobs, before it does; created exclusively: whoever finds the launcher dead and
                no such file abandons the submission by creating it
-receipt.json   after the jobs were started: their ids
+receipt.json   after the jobs were started, and the disk holds what they need to start: their ids
 taken-N.json   on this machine: a worker has task N, a group of several runs
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jobs.errors import SweepError
 from jobs.records import Intent, Launch
 from jobs.scheduler.client import IN_FLIGHT_S, Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
-from vitpa.records import ProcessId, RunError, create_exclusive, read_record, to_json, utc_now
+from vitpa.records import (
+    ProcessId,
+    RunError,
+    create_exclusive,
+    read_record,
+    sync_file,
+    sync_folder,
+    to_json,
+    utc_now,
+    write_atomic,
+)
 
 HELPER_WAIT_S = 120.0
-WRITERS = 16  # files are written at the same time: each waits for the disk, most of all on a file server
+WRITERS = 16  # files are written or synced at the same time: each waits for the disk, most of all on a file server
 
 
 class SubmissionDir:
@@ -105,6 +117,8 @@ def adopt(root: Path, submission: SubmissionDir, token: str, scheduler: Schedule
 def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Scheduler) -> list[SlurmJob]:
     """The jobs that SLURM has of a submission, each with what it needs to start; also if SLURM is only about to get them.
 
+    The disk holds that then: no power loss takes it.
+
     Raises:
         SchedulerError: SLURM does not answer.
     """
@@ -120,7 +134,7 @@ def find_jobs(root: Path, submission: SubmissionDir, token: str, scheduler: Sche
         if _sbatch_at_work(submission):
             last_sbatch = now
         if jobs or now - last_sbatch > IN_FLIGHT_S or now - began > HELPER_WAIT_S:
-            _restore_pickles(root, submission, [job.id for job in jobs])
+            _secure_pickles(root, submission, [job.id for job in jobs])
             return jobs
         time.sleep(0.5)
 
@@ -162,17 +176,30 @@ def _sbatch_at_work(submission: SubmissionDir) -> bool:
     return False
 
 
-def _restore_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> None:
-    """submitit names a job's pickle by the job's id, after sbatch: the pickle of an adopted job may not have its name yet."""
+def _secure_pickles(root: Path, submission: SubmissionDir, ids: list[str]) -> None:
+    """Have the disk hold the pickle of each job, whole and under the job's name.
+
+    submitit names a pickle by the job's id, after sbatch, and syncs nothing: that of an adopted job may have no name yet, and
+    after a power loss it may be cut short.
+    """
     from submitit.core.utils import DelayedSubmission, JobPaths  # noqa: PLC0415 - slow, and needed only here
 
     from jobs.execute.slurm import run_task  # noqa: PLC0415
 
-    for identity in ids:
+    delayed = DelayedSubmission(run_task, str(root), str(submission.path.relative_to(root)))
+    delayed.set_timeout(0, 0)
+    content = pickle.dumps(delayed)
+
+    def secure(identity: str) -> None:
         path = JobPaths(submission.submitit, job_id=identity).submitted_pickle
-        if not path.exists():
-            delayed = DelayedSubmission(run_task, str(root), str(submission.path.relative_to(root)))
-            delayed.set_timeout(0, 0)
-            temporary = path.with_name(f".{path.name}")
-            delayed.dump(temporary)
-            temporary.replace(path)
+        try:
+            DelayedSubmission.load(path)
+        except Exception:  # pickle raises many types
+            write_atomic(path, content)
+        else:
+            sync_file(path)
+
+    if ids:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(secure, ids))
+        sync_folder(submission.submitit)

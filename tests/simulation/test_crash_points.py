@@ -10,8 +10,10 @@ from tests.support.simulation.history import simulated_disk
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("crash", ["kill", "power loss"])  # a node that goes down is between them
-@pytest.mark.parametrize("stage", list(WHO))
+@pytest.mark.parametrize(
+    ("stage", "crash"),
+    [*((stage, crash) for stage in WHO for crash in ("kill", "power loss")), ("submit", "power loss and submit")],
+)  # a node that goes down is between a kill and a power loss
 def test_every_crash_point(stage: str, crash: str) -> None:
     with simulated_disk() as disk:
         of_stage = Stage(disk, stage)

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import DelayedSubmission, JobPaths
 
+from jobs.execute.slurm import run_task
 from jobs.submit.snapshot import make_snapshot
+from jobs.submit.submission import SubmissionDir, _secure_pickles
 from tests.support.simulation import trainer
 from tests.support.simulation.disk import Disk, Faults
 from tests.support.simulation.history import simulated_disk
@@ -69,6 +72,25 @@ def test_a_claim_is_not_lost(disk: Disk) -> None:
     run = RunDir(Path(disk.root), "0123456789abcdef")
     before_power_loss(disk, lambda: run.claim_attempt(1, {"by": "a test"}, "config"))
     assert [attempt.claim_json.exists() for attempt in run.attempts()] == [True]
+
+
+@pytest.mark.parametrize("length", [None, 100, 0])
+def test_a_pickle_is_not_lost_and_one_that_was_cut_short_is_written_again(disk: Disk, length: int | None) -> None:
+    submission = SubmissionDir(Path(disk.root) / "sweeps" / "small" / "submissions" / "s")
+    paths = [JobPaths(submission.submitit, job_id=f"7_{index}").submitted_pickle for index in range(3)]
+    arguments = disk.root, "sweeps/small/submissions/s"
+
+    def start() -> None:
+        make_folders(submission.submitit)
+        for path in paths:
+            DelayedSubmission(run_task, *arguments).dump(path)
+        if length is not None:
+            paths[0].write_bytes(paths[1].read_bytes()[:length])
+            paths[2].unlink()  # it has not got its name yet
+        _secure_pickles(Path(disk.root), submission, ["7_0", "7_1", "7_2"])
+
+    before_power_loss(disk, start)
+    assert [DelayedSubmission.load(path).args for path in paths] == [arguments] * 3
 
 
 def test_a_copy_of_the_code_is_not_lost(disk: Disk) -> None:

@@ -42,7 +42,22 @@ def _power_loss(world: World, process: Process) -> None:
     world.park.kill(process)
 
 
-CRASHES: dict[str, Callable[[World, Process], None]] = {"kill": _kill, "node down": _node_down, "power loss": _power_loss}
+def _power_loss_and_submit(world: World, process: Process) -> None:
+    """The user submits again before the jobs start that SLURM has by then."""
+
+    def submit() -> None:
+        world.command("submit")
+
+    world.park.at(world.park.now_s + 0.1, submit)
+    _power_loss(world, process)
+
+
+CRASHES: dict[str, Callable[[World, Process], None]] = {
+    "kill": _kill,
+    "node down": _node_down,
+    "power loss": _power_loss,
+    "power loss and submit": _power_loss_and_submit,
+}
 WHO: dict[str, Callable[[Process], bool]] = {
     "submit": lambda process: "vitpa sweep submit" in process.name,  # the launcher and its helper
     "job": lambda process: process.name.partition(" of ")[2].endswith("_0") or process.name.endswith("_0"),

@@ -74,7 +74,7 @@ class Disk:
         self.listed: dict[str, set[str]] = {}
         self.late: dict[tuple[str, str], float] = {}  # when a host finds an entry that is there
         self.late_in_list: dict[tuple[str, str], float] = {}
-        self.descriptors: dict[int, str] = {}  # of folders and written files
+        self.descriptors: dict[int, str] = {}
         self.writing: dict[int, Written] = {}  # by descriptor
         self.written: dict[int, Written] = {}  # by inode
         self.changes: dict[int, list[Change]] = {}  # by the inode of the folder, oldest first
@@ -392,8 +392,7 @@ class Operations:
             raise
         self._forget(descriptor)
         found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode) or writes:
-            disk.descriptors[descriptor] = name
+        disk.descriptors[descriptor] = name
         if writes:
             size = found.st_size
             disk.writing[descriptor] = disk.written.setdefault(found.st_ino, Written(process.host.name, size, size))
@@ -442,11 +441,12 @@ class Operations:
             REAL["fsync"](descriptor)
             return
         self.disk.before(process, "fsync", name)
-        written = self.disk.writing.get(descriptor)
-        if written is not None:
+        found = os.fstat(descriptor)
+        written = self.disk.written.get(found.st_ino)
+        if stat.S_ISDIR(found.st_mode):
+            self.disk.synced(found.st_ino)
+        elif written is not None and written.host == process.host.name:  # what another host has is not for this one to write
             written.synced = written.size
-        else:
-            self.disk.synced(os.fstat(descriptor).st_ino)
         self.disk.after(process, "fsync", name)
 
     def link(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -112,6 +113,18 @@ MUTANTS = (
         "        assert folder.parent  #",
     ),
     Mutant(
+        "the pickles of jobs are not synced",
+        "jobs/submit/submission.py",
+        "            sync_file(path)\n",
+        "            assert path\n",
+    ),
+    Mutant(
+        "the pickle of an adopted job is believed if it is there",
+        "jobs/submit/submission.py",
+        "            DelayedSubmission.load(path)\n",
+        "            path.stat()\n",
+    ),
+    Mutant(
         "a copy of the code is not synced under its name",
         "jobs/submit/snapshot.py",
         "        sync_folder(target.parent)  #",
@@ -154,7 +167,7 @@ def hunt(histories: int) -> str:
                     for crash in CRASHES.values():
                         stage.crash(crash, point, False)
                         stage.crash(crash, point, True)
-        except BrokenInvariantError as error:
+        except (BrokenInvariantError, json.JSONDecodeError) as error:  # the latter: a record has been cut short
             return str(error).splitlines()[0]
     return ""
 

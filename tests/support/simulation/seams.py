@@ -282,6 +282,7 @@ def installed(disk: Disk) -> Iterator[None]:
             (vitpa.config_file, "parse_yaml", _remembering(parse_yaml)),
             (jobs.submit.submit, "datetime", Datetime),
             (jobs.submit.submit, "ThreadPoolExecutor", OneByOne),
+            (jobs.submit.submission, "ThreadPoolExecutor", OneByOne),
             (jobs.submit.snapshot, "ThreadPoolExecutor", OneByOne),
             (jobs.submit.snapshot, "_read_code", lambda: (SNAPSHOT, CODE)),
             (jobs.submit.submit, "code_version", lambda: CODE),

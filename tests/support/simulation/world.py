@@ -5,7 +5,7 @@ The events are methods of `World`; which of them happen is for tests/simulation 
 - no run is lost: when the faults are over, `submit` and `retry` bring every run to its result, and a result stays
 - none is executed twice at once, nor submitted while it is in training, nor executed again when it is done or cancelled
 - a result was made by its own configuration, step by step
-- a receipt names the jobs that SLURM has of its submission; each finds the copy of the code
+- a receipt names the jobs that SLURM has of its submission; each finds its pickle, and the copy of the code
 - a job asks to be started again only if it has got further
 - jobs of others are not touched, and no command or job ends with a traceback
 """
@@ -326,8 +326,10 @@ class World:
         self._check_snapshot(process)
         try:
             delayed = DelayedSubmission.load(path)
-        except Exception as error:  # it was lost with the disk: submitit ends with it, too
-            return f"{error}" and 1
+        except Exception as error:
+            if self._is_in_receipt(Path(folder).parent / "receipt.json", identity):  # until then the next `submit` sees to it
+                self.broken.append(f"{process.name} is in a receipt, but cannot load its pickle ({error!r})")
+            return 1
         return delayed.function(*delayed.args)
 
     def _check_snapshot(self, process: Process) -> None:
@@ -337,6 +339,11 @@ class World:
             for path, content in SNAPSHOT.items():
                 if not (code / path).is_file() or (code / path).read_bytes() != content:
                     self.broken.append(f"{process.name} does not find {path} of its code in {code}")
+
+    def _is_in_receipt(self, receipt: Path, identity: str) -> bool:
+        with real_files():
+            jobs = json.loads(receipt.read_text())["jobs"] if receipt.exists() else []
+        return identity.partition("_")[0] in [job["id"] for job in jobs]
 
     def _job_says(self, words: str) -> None:
         self.words.append(words)
