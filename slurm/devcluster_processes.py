@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitpa.child_process import die_with_parent
+from vitpa.child_process import die_with_parent, stat_of_living
 
 PR_SET_CHILD_SUBREAPER = 36
 SAMPLE_S = 1.0  # between two looks at the processes
@@ -39,9 +39,8 @@ def bound_to_this_process() -> Callable[[], None]:
 def descendants(roots: Iterable[int]) -> list[int]:
     """All living descendants of the processes `roots`, zombies aside."""
     children: dict[int, list[int]] = {}
-    for pid, zombie, parent in _processes():
-        if not zombie:
-            children.setdefault(parent, []).append(pid)
+    for pid, parent in _processes():
+        children.setdefault(parent, []).append(pid)
     found: list[int] = []
     new = list(roots)
     while new:
@@ -56,14 +55,13 @@ def with_descendants(roots: Iterable[int]) -> list[int]:
     return [*pids, *descendants(pids)]
 
 
-def _processes() -> Iterable[tuple[int, bool, int]]:
-    """The pid of each, whether it is a zombie, and its parent. One whose first thread has ended before others is none."""
+def _processes() -> Iterable[tuple[int, int]]:
+    """The pid of each that lives, and its parent."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
-                columns = (entry / "stat").read_text().rpartition(")")[2].split()  # proc(5): from the third on
-                state, parent, threads = columns[0], columns[1], columns[17]
-                yield int(entry.name), state == "Z" and threads == "1", int(parent)
+                if (fields := stat_of_living(int(entry.name))) is not None:
+                    yield int(entry.name), int(fields[1])
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def remains_of(root: Path, slurm_conf: Path) -> list[int]:
     SLURM_CONF is not in a job and stays.
     """
     marked = []
-    for pid in {pid for pid, _, _ in _processes()} - {os.getpid()}:
+    for pid in {pid for pid, _ in _processes()} - {os.getpid()}:
         environment = _environment(pid)
         of_job = "SLURMD_NODENAME" in environment and environment.get("SLURM_CONF") == str(slurm_conf)
         if of_job or writes_below(pid, root / "log"):

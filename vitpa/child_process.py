@@ -1,4 +1,4 @@
-"""Child processes: their environment, what they print, and their end with that of their parent."""
+"""Child processes: their environment, what they print, and their end with that of their parent; whether a process lives."""
 
 from __future__ import annotations
 
@@ -45,3 +45,21 @@ def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def stat_of_living(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat (proc(5)) from the third, `state`, on; None if the process has ended, waited for or not.
+
+    State Z says only that its first thread has ended. The process lives as long as another one does, and `num_threads` then
+    counts both.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # the command name before may hold spaces and brackets
+    state, num_threads = fields[0], int(fields[17])
+    return None if state in "ZX" and num_threads < 2 else fields

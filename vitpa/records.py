@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vitpa.child_process import stat_of_living
 from vitpa.documents import JSON_BYTES, DocumentError, parse_json, read_bytes
 from vitpa.errors import UserError
 
@@ -212,12 +213,8 @@ def _boot_id() -> str:
 
 def _start_ticks(pid: int) -> int | None:
     """Start time of a live process in clock ticks since boot (proc(5), stat field 22); None if dead or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command name before may hold spaces and brackets
-    return None if fields[0] in "ZX" else int(fields[19])
+    fields = stat_of_living(pid)
+    return None if fields is None else int(fields[19])
 
 
 class Record(BaseModel):

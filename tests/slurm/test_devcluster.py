@@ -26,6 +26,7 @@ from slurm.devcluster_folder import AlreadyRunningError, DevClusterError, is_run
 from slurm.devcluster_processes import descendants
 from slurm.devcluster_status import status_of
 from slurm.devcluster_supervisor import CLIENT_TIMEOUT_S
+from tests.support.at_once import WITHOUT_ITS_FIRST_THREAD
 from tests.support.cluster import BoundCluster, FaultyCluster, guardian_pid, require_slurm, short_folder
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
@@ -277,14 +278,6 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return any(stat.rpartition(")")[2].split()[0] not in "ZX" for stat in stats)
-
-
-WITHOUT_ITS_FIRST_THREAD = """
-import ctypes, os, threading, time
-threading.Thread(target=time.sleep, args=(98.7654,)).start()
-print(os.getpid(), flush=True)
-ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit(2), of this thread
-"""
 
 
 def test_nothing_outlives_stop(tmp_path: Path) -> None:

@@ -8,6 +8,14 @@ import textwrap
 
 from tests.support.waiting import finish
 
+# A program that prints its pid and ends its first thread, while another one sleeps on.
+WITHOUT_ITS_FIRST_THREAD = """
+import ctypes, os, threading, time
+threading.Thread(target=time.sleep, args=(98.7654,)).start()
+print(os.getpid(), flush=True)
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit(2), of this thread
+"""
+
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Run `code` in a process of its own, with `arguments` in sys.argv."""

@@ -24,6 +24,7 @@ from tests.support.cluster import FaultyCluster
 from tests.support.jobs_sweeps import STAND_IN, nothing_live
 from tests.support.repository import ROOT
 from tests.support.waiting import run_to_end, wait_for
+from vitpa.child_process import stat_of_living
 from vitpa.cli import main as vitpa
 from vitpa.records import read_json
 from vitpa.rundir import Result, RunDir
@@ -168,12 +169,11 @@ def processes_below(root: Path, module: str = "") -> list[int]:
         try:
             line = (path / "cmdline").read_bytes()
             text = line + (path / "environ").read_bytes()
-            state = (path / "stat").read_text().rpartition(") ")[2][0]
         except OSError:
             continue
-        ours = int(path.name) == os.getpid()
-        if str(root).encode() in text and module.encode() in line and state not in "ZX" and not ours:
-            found.append(int(path.name))
+        pid = int(path.name)
+        if str(root).encode() in text and module.encode() in line and stat_of_living(pid) is not None and pid != os.getpid():
+            found.append(pid)
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.trainings import arguments, config_of, result_of, rows
 from tests.support.waiting import wait_for
+from vitpa.child_process import stat_of_living
 from vitpa.rundir import CLAIMED
 
 pytestmark = pytest.mark.slow
@@ -77,10 +78,7 @@ def variable(pid: int, name: str) -> str:
 
 
 def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return stat_of_living(pid) is not None
 
 
 def test_two_nodes_stopped_and_parted_by_a_kill_end_bit_identical_to_one_node(digits: Path, tmp_path: Path) -> None:

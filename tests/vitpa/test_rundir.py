@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.at_once import at_once, start
-from tests.support.waiting import finish
+from slurm.devcluster_processes import descendants
+from tests.support.at_once import WITHOUT_ITS_FIRST_THREAD, at_once, start
+from tests.support.waiting import finish, wait_for
 from vitpa.checkpoint_file import Footer
 from vitpa.metrics_file import to_line
 from vitpa.records import ProcessId, RunError, create_exclusive, read_json, with_checksum, write_atomic, write_json
@@ -250,6 +251,22 @@ def test_a_process_alive_zombie_and_dead() -> None:
     assert me.alive() is False
 
 
+def test_a_process_lives_on_without_its_first_thread() -> None:
+    process = start(WITHOUT_ITS_FIRST_THREAD)
+    try:
+        me = ProcessId.of(process.pid)
+        wait_for(lambda: ") Z " in Path(f"/proc/{process.pid}/stat").read_text())
+        assert me.alive() is True
+        assert ProcessId.of(process.pid) == me
+        assert process.pid in descendants([os.getpid()])
+    finally:
+        process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie as above
+    assert me.alive() is False
+    assert process.pid not in descendants([os.getpid()])
+    process.communicate()
+
+
 def test_a_reused_pid_another_boot_and_another_host() -> None:
     me = ProcessId.mine()
     assert me.model_copy(update={"start_ticks": me.start_ticks - 1}).alive() is False
@@ -258,7 +275,7 @@ def test_a_reused_pid_another_boot_and_another_host() -> None:
 
 
 def test_a_process_is_recognised_by_another_process_and_whatever_its_name(tmp_path: Path) -> None:
-    name = tmp_path / "a) Z (0 b"  # the kernel shows it in parentheses before the fields that are read
+    name = tmp_path / "a) Z (0 \udcff"  # the kernel shows it in parentheses before the fields that are read
     name.symlink_to("/bin/sleep")
     process = subprocess.Popen([name, "60"])
     try:
