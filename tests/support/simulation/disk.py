@@ -293,15 +293,15 @@ def real_files() -> Iterator[None]:
 class WrittenFile:
     """A file that a simulated process writes: what it has not flushed is lost with it."""
 
-    def __init__(self, disk: Disk, descriptor: int, *, text: bool, lines: bool = False) -> None:
-        self.disk, self.descriptor, self.text, self.lines = disk, descriptor, text, lines
+    def __init__(self, disk: Disk, descriptor: int, *, text: bool, buffering: int = -1) -> None:
+        self.disk, self.descriptor, self.text, self.buffering = disk, descriptor, text, buffering
         self.name = disk.descriptors[descriptor]
         self.buffer = b""
         self.closed = False
 
     def write(self, data: Any) -> int:
         self.buffer += data.encode() if self.text else bytes(data)
-        if self.lines and self.buffer.endswith(b"\n"):
+        if self.buffering == 0 or (self.buffering == 1 and self.buffer.endswith(b"\n")):
             self.flush()
         return len(data)
 
@@ -432,7 +432,7 @@ class Operations:
             return self._looking(here, lambda: REAL_OPEN(path, mode, buffering, *more, **keys))
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         flags |= os.O_APPEND if "a" in mode else os.O_EXCL if "x" in mode else os.O_TRUNC
-        return WrittenFile(self.disk, self.open(path, flags, 0o666), text="b" not in mode, lines=buffering == 1)
+        return WrittenFile(self.disk, self.open(path, flags, 0o666), text="b" not in mode, buffering=buffering)
 
     def fsync(self, descriptor: int) -> None:
         process = this_process()
