@@ -121,7 +121,7 @@ def without_one(config: RunConfig, replicas: int) -> dict[str, tuple[RunConfig, 
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
     betons = betons_of(options)
-    bench = Bench.start(options.window_s)
+    bench = Bench.start(options.window_s, options.kernels)
     first = config_of(options, options.attention[0])
     on_gpu = bool(betons) and decoders_of(first, betons["train"], bench.group)[0] == "gpu"
     with Report(options, first) as report:

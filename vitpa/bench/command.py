@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vitpa.arguments import number, path_argument
+from vitpa.arguments import number, path_argument, whole_number
 from vitpa.bench import ablation, imagenet, small, start
 from vitpa.bench.schema import ATTENTIONS, RECIPES
 from vitpa.errors import at_signals, run_command
@@ -43,6 +43,8 @@ def command_parser() -> argparse.ArgumentParser:
         bench.add_options(its)
         windows = "how long each of 5 windows lasts at least: 0.5"
         its.add_argument("--window-s", type=number(0, 3600, above=True), default=0.5, metavar="S", help=windows)
+        kernels = "name the N kernels that take most of each line's step"
+        its.add_argument("--kernels", type=whole_number(1, 10_000), default=0, metavar="N", help=kernels)
         its.set_defaults(dataset=None)
     start.add_options(add_parser(benchmarks, "start", start))
     return parser

@@ -157,6 +157,7 @@ def worker_words(options: argparse.Namespace) -> list[str]:
     """The command line for the processes that measure."""
     words = ["--worker", *options.overrides, "--batch-size", str(options.batch_size), "--parts", ",".join(options.parts)]
     words += ["--step", options.step, "--window-s", str(options.window_s)]
+    words += ["--kernels", str(options.kernels)] if options.kernels else []
     for attention in options.attention:
         words += ["--attention", attention]
     return [*words, "--dataset", options.dataset] if options.dataset else words
@@ -166,7 +167,7 @@ def work(options: argparse.Namespace) -> int:
     """Measure as one of the processes that torchrun has started; the main one sends JSON: its hardware, then each line."""
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no document
-    bench = Bench.start(options.window_s)
+    bench = Bench.start(options.window_s, options.kernels)
 
     def send(document: Mapping[str, Any]) -> None:
         if bench.group.is_main:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vitpa.bench.kernels import kernels_of
 from vitpa.bench.rival_loaders import RivalLoader
 from vitpa.bench.schema import Case, Line
 from vitpa.bench.timm_steps import TimmSteps
@@ -52,9 +53,10 @@ class Bench:
     group: Group
     peak_matmul_tflops: float
     window_s: float
+    num_kernels: int = 0  # of a line, to be named
 
     @classmethod
-    def start(cls, window_s: float) -> Bench:
+    def start(cls, window_s: float, num_kernels: int = 0) -> Bench:
         """Join the other processes, if there are any, and see how fast matrix products are.
 
         Raises:
@@ -64,7 +66,7 @@ class Bench:
         peak = peak_matmul_tflops(group, window_s)
         if group.is_main:
             print(f"bfloat16 matrix products: {peak:,.2f} TFLOP/s", file=sys.stderr, flush=True)
-        return cls(group, peak, window_s)
+        return cls(group, peak, window_s, num_kernels)
 
     def facts(self) -> dict[str, Any]:
         """Versions and hardware."""
@@ -103,6 +105,7 @@ def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed |
         found = rates(run, case.replicas * case.batch_size, group, least=least, window_s=bench.window_s)
         cpu_cores = (time.process_time() - began_cpu_s) / (time.monotonic() - began_s)
         memory_gib = resident_gib()
+        kernels = kernels_of(run, group.device, bench.num_kernels) if bench.num_kernels else ()
     median = statistics.median(found)
     peak_gflops = 1000 * bench.peak_matmul_tflops * group.world_size
     return Line(
@@ -113,6 +116,7 @@ def measure(case: Case, configs: Sequence[RunConfig], bench: Bench, feed: Feed |
         start_s=start_s,
         mfu=None if case.model is None else median * gflop_per_image(configs[0]) / peak_gflops,
         notes=tuple(notes),
+        kernels=kernels,
         cpu_cores=cpu_cores,
         memory_gib=memory_gib,
     )

@@ -11,6 +11,8 @@ from vitpa.bench.schema import Line
 from vitpa.config import RunConfig
 from vitpa.records import write_json
 
+NAME_LENGTH = 160  # C++ templates have names of thousands of letters
+
 
 class Report:
     """The lines of a benchmark so far; with `--json` the file has them, too.
@@ -42,6 +44,9 @@ class Report:
         self.write(complete=False)
         notes = "".join(f"; {note}" for note in line.notes)
         print(f"{line.case}: {line.images_per_s:,.0f} images/s{notes}", file=sys.stderr, flush=True)
+        for each in line.kernels:
+            name = f"{each.calls_per_step:6.1f} x {each.name[:NAME_LENGTH]}"
+            print(f"  {each.share:6.1%} {each.us_per_step:9.1f} us {name}", file=sys.stderr, flush=True)
 
     def write(self, *, complete: bool) -> None:
         """Write the file, if there is to be one and a line to be in it."""

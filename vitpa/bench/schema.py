@@ -76,6 +76,17 @@ class Case(BaseModel):
         return " ".join(word for word in words if word)
 
 
+class Kernel(BaseModel):
+    """One of the kernels of a step, on the CPU one of torch's operations: all its calls together."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    name: str
+    share: float  # of the time of all kernels
+    us_per_step: float
+    calls_per_step: float
+
+
 class Line(BaseModel):
     """A case and its figures. Ratios are None where the other line is not there, or would be this one."""
 
@@ -88,6 +99,7 @@ class Line(BaseModel):
     start_s: float  # until the first steps are done: building, compiling, capturing
     mfu: float | None  # model FLOPs utilisation: arithmetic / what bfloat16 matrix products alone reach; None: no module
     notes: tuple[str, ...] = ()
+    kernels: tuple[Kernel, ...] = ()  # those that take most of a step, if asked for
     times_timm: float | None = None  # rate / that of timm's module
     times_one_gpu: float | None = None  # rate / that of the same on one GPU
     times_one_run: float | None = None  # rate / that of one run in a step

@@ -71,7 +71,7 @@ def _config(setting: Sequence[str | Override], attention: str, step: str, augmen
 def run(options: argparse.Namespace) -> int:
     """Measure and print the table."""
     wanted = cases(options)
-    bench = Bench.start(options.window_s)
+    bench = Bench.start(options.window_s, options.kernels)
     with Report(options, next(iter(wanted.values()))[0]) as report:
         report.facts |= bench.facts()
         for case, configs in wanted.items():

@@ -54,6 +54,25 @@ def measured_on_a_gpu(file: Path) -> Benchmark:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
+def test_it_names_the_kernels_that_take_most_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(small, "NUM_IMAGES", {"train": 40, "val": 8})
+    file = tmp_path / "figures.json"
+    words = ["--only-graph", "--no-ablation", "--attention", "content", "--replicas", "1", "--window-s", "0.01"]
+    assert main(["small", *TINY, *words, "--kernels", "10000", "--json", str(file)]) == 0
+    (line,) = measured_on_a_gpu(file).results
+    assert sum(kernel.share for kernel in line.kernels) == pytest.approx(1)
+    assert [kernel.share for kernel in line.kernels] == sorted((kernel.share for kernel in line.kernels), reverse=True)
+    by_name = {kernel.name: kernel for kernel in line.kernels}
+    assert by_name["aten::gelu_backward"].calls_per_step == 1  # of the one block
+    said = capsys.readouterr().err
+    first = line.kernels[0]
+    assert f"{first.share:6.1%} {first.us_per_step:9.1f} us {first.calls_per_step:6.1f} x {first.name[:20]}" in said
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="figures of a CPU")
 def test_it_prints_a_table_and_writes_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
