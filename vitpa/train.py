@@ -156,7 +156,8 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)
-    previews = None if step else t.data.previews([replica.config for replica in t.replicas])
+    shown = config.runtime.tensorboard and not step
+    previews = t.data.previews([replica.config for replica in t.replicas]) if shown else None
     for number, replica in enumerate(t.replicas):
         logs = Logs(
             replica.run,
@@ -176,7 +177,7 @@ def open_logs(t: Training, stack: ExitStack) -> None:
 def show_positions(t: Training) -> None:
     """Draw the positional-similarity maps of ViTs in TensorBoard."""
     for _, replica in t.active:
-        if replica.logs is not None and t.config.model.kind == "vit":
+        if replica.logs is not None and t.config.runtime.tensorboard and t.config.model.kind == "vit":
             similarity = positional_similarity(replica.model.pos_embed.detach(), t.config.model.num_prefix_tokens)
             replica.logs.image("positional_similarity", similarity_grid(similarity), t.step)
 

@@ -87,6 +87,17 @@ def test_a_checkpoint_is_read_once(
     assert len(loaded) == 2
 
 
+def test_without_tensorboard_nothing_is_drawn(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("drawn for nobody")
+
+    monkeypatch.setattr("vitpa.data.open.Data.previews", refuse)
+    monkeypatch.setattr("vitpa.train.positional_similarity", refuse)
+    assert main(arguments(digits, tmp_path, "runtime.tensorboard=false", "runtime.stop_after_epoch=1")) == 0
+    with pytest.raises(AssertionError, match="drawn for nobody"):
+        main(arguments(digits, tmp_path / "other", "runtime.tensorboard=true", "runtime.stop_after_epoch=1"))
+
+
 def test_a_pause_beyond_the_end_is_one_line(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(digits, tmp_path, f"runtime.stop_after_epoch={EPOCHS + 1}")) == 1
     assert f"runtime.stop_after_epoch={EPOCHS + 1} is beyond train.epochs={EPOCHS}" in capsys.readouterr().err
