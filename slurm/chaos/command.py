@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _chaos(options: argparse.Namespace) -> int:
     from slurm.chaos.certificate import as_text, is_clean  # noqa: PLC0415 - what the other verbs do not need
-    from slurm.chaos.play import Plan, play  # noqa: PLC0415 - as above
+    from slurm.chaos.experiment import Plan, run_experiment  # noqa: PLC0415 - as above
 
     plan = Plan(
         words=(options.sweep, *options.terms),
@@ -78,7 +78,7 @@ def _chaos(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         keep=options.keep,
     )
-    certificate = play(plan, lambda line: print(line, file=sys.stderr, flush=True))
+    certificate = run_experiment(plan, lambda line: print(line, file=sys.stderr, flush=True))
     if options.json is not None:
         options.json.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
     print(as_text(certificate))

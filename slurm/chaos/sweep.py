@@ -96,10 +96,3 @@ def document(path: Path) -> dict[str, Any]:
     except (OSError, DocumentError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def values(metrics_jsonl: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics without what the clock says, and without their checksums, which cover that, too."""
-    timed = ("perf/", "time", "crc32")
-    rows = [parse_json(line) for line in metrics_jsonl.read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]

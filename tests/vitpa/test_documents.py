@@ -255,7 +255,7 @@ OF_OURSELVES = {  # words and pipes of our own processes, not files that others 
     "data_prep/write.py",
     "jobs/doctor/probe.py",
     "jobs/submit/launch.py",
-    "slurm/chaos/play.py",  # profiles: the shipped one, and those that it has written
+    "slurm/chaos/experiment.py",  # the shipped profile
     "slurm/devcluster.py",
     "slurm/devcluster_supervisor.py",
     "vitpa/bench/imagenet.py",
