@@ -174,8 +174,10 @@ class FaultInjection:
         with self._noting:
             self.strikes.append(Strike(self.now_s(), fault.kind, labels, blow.what))
         self._tell(f"{fault.kind}: {', '.join(labels) or 'nobody'}: {blow.what}")
-        with contextlib.suppress(MissedError):
+        try:
             blow.after()
+        except (MissedError, DevClusterError) as error:  # what it has broken stays so; the others go on
+            self._tell(f"{fault.kind}: it has no end ({error})")
 
     def _submit_again(self) -> None:
         """What a cron job does, and what a person does about failed runs."""
