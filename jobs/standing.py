@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from jobs.failures import cause_of
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
 from jobs.state import LIVE, RETRYABLE, RunState
-from jobs.sweep import TRIAL, Run, Sweep
+from jobs.sweep import TRIAL, Run, Sweep, with_ledger
 from vitpa.metrics_file import read_metrics
 from vitpa.records import RunError
 
@@ -58,6 +58,25 @@ class Standing:
             if trial.in_training and trial.number in of_trial:
                 standing._add(trial.number, of_trial[trial.number], root)
         return standing
+
+    @staticmethod
+    def now(sweep: Sweep, look: Callable[[list[Run]], list[RunState]], root: Path) -> Standing | None:
+        """That of a search by its ledger as it is now, to which another launcher may have added rounds; None of another sweep.
+
+        Args:
+            sweep: As it was loaded.
+            look: Gives the states of runs.
+            root: Of the sweep's folders.
+
+        Raises:
+            SweepError, RunError: the ledger, or a record of a run, cannot be used.
+        """
+        if sweep.ledger is None:
+            return None
+        ledger = Ledger.read(sweep.ledger.folder)
+        if len(ledger.rounds) > len(sweep.ledger.rounds):
+            sweep = with_ledger(sweep, ledger)
+        return Standing.of(sweep, look(sweep.runs), root)
 
     def _add(self, number: int, states: Sequence[RunState], root: Path) -> None:
         """Take in a trial of the last round, with the states of its runs."""

@@ -32,7 +32,7 @@ from jobs.submit.snapshot import make_snapshot
 from jobs.submit.submission import settle
 from jobs.submit.submit import SubmissionPlan, check_data, prepare, submit
 from jobs.sweep import SweepDir
-from jobs.watch.command import watch
+from jobs.watch.command import watch, watch_table
 from vitpa.errors import run_command
 from vitpa.terminal import printable
 
@@ -62,7 +62,7 @@ def _plan(context: Context) -> int:
 
     benchmark = load_benchmark(Path(context.options.speeds)) if context.options.speeds else None
     states, left = context.look_around()
-    standing = _standing(context)
+    standing = Standing.now(context.sweep, context.states_of, context.root)
     waiting = None if standing is None else {state.run.signature for state in standing.waiting}
     missing = _to_submit(context, [state for state in states if waiting is None or state.run.signature in waiting])
     problems, plan, report = [], SubmissionPlan([], None), EMPTY_REPORT
@@ -225,11 +225,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         context.say("nothing to submit")
     runs = [state.run for state in looked_at]
     try:
-        states = (
-            status.watch(runs, context.root, context.sweep.name, context.console, context.tell)
-            if context.options.wait
-            else context.states_of(runs)
-        )
+        states = watch_table(context, runs) if context.options.wait else context.states_of(runs)
     except KeyboardInterrupt:
         context.say(f"left; the runs go on. To stop them: vitpa sweep cancel {context.suffix}")
         return INTERRUPTED
@@ -297,21 +293,14 @@ def _say_left(context: Context, left: list[RunState]) -> None:
         )
 
 
-def _standing(context: Context) -> Standing | None:
-    """Where a search stands; None of another sweep."""
-    if context.sweep.search is None:
-        return None
-    return Standing.of(context.sweep, context.states_of(context.sweep.runs), context.root)
-
-
 def _status(context: Context) -> int:
     states, left = context.look_around()
-    standing = None if context.options.watch else _standing(context)
+    standing = None if context.options.watch else Standing.now(context.sweep, context.states_of, context.root)
     if context.options.watch:
         _say_left(context, left)
         runs = [state.run for state in states]
         try:
-            states = status.watch(runs, context.root, context.sweep.name, context.console, context.tell)
+            states = watch_table(context, runs)
         except KeyboardInterrupt:
             return OK
     elif context.options.json:
@@ -327,7 +316,7 @@ def _status(context: Context) -> int:
             context.say(context.drift.describe())
         for line in [*status.held_out(states), *status.ran_other_code(context.root, states)]:
             context.say(line)
-        for line in search_report.lines(standing) if standing else []:
+        for line in search_report.lines(standing):
             context.say(line)
         if left:
             rows = [status.row_of(state, context.root) for state in left]

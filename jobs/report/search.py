@@ -34,8 +34,10 @@ def state_of(trial: Trial, standing: Standing) -> str:
     return "pruned" if standing.ledger.over else "paused"
 
 
-def lines(standing: Standing) -> list[str]:
-    """Round, trials, budget, and the best so far."""
+def lines(standing: Standing | None) -> list[str]:
+    """Round, trials, budget, and the best so far; nothing of a sweep that is no search."""
+    if standing is None:
+        return []
     plan, trials = standing.plan, standing.trials
     counts = Counter(state_of(trial, standing) for trial in trials)
     parts = [f"{count} {name}" for name, count in counts.items()]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console, ConsoleOptions
@@ -171,8 +172,8 @@ _WELL = ("pending", "missing", "paused", "done")
 MATTERS = ("running", "failed", "broken", "lost", "uncertain", "interrupted", "cancelled", *_WELL)
 
 
-def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) -> StatusTable:
-    """Rows of `row_of` as a table; below it a line for each reason to be as they are.
+def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None, more: Sequence[str] = ()) -> StatusTable:
+    """Rows of `row_of` as a table; below it a line for each reason to be as they are, and the lines `more`.
 
     If it must fit on a screen of `height` lines, what matters most now is shown.
     """
@@ -181,11 +182,11 @@ def table_of(rows: list[dict[str, Any]], title: str, height: int | None = None) 
         most = max(1, height // 3)
         if len(reasons) > most:
             reasons = [*reasons[: most - 1], f"and {len(reasons) - most + 1} more reasons"]
-        room = max(1, height - 4 - len(reasons))
+        room = max(1, height - 4 - len(reasons) - len(more))
         if len(rows) > room:
             order = sorted(range(len(rows)), key=lambda index: (MATTERS.index(rows[index]["state"]), index))
             rows, title = [rows[index] for index in sorted(order[:room])], f"{title}; {room} of them:"
-    return StatusTable(rows, title, reasons, one_line_each=height is not None)
+    return StatusTable(rows, title, [*reasons, *more], one_line_each=height is not None)
 
 
 def _reasons(rows: list[dict[str, Any]]) -> list[str]:
@@ -206,8 +207,8 @@ class StatusTable:
 
     rows: list[dict[str, Any]]
     title: str
-    reasons: list[str]
-    one_line_each: bool  # cut reasons that are longer than a line
+    below: list[str]
+    one_line_each: bool  # cut lines below that are longer than a line
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment | Text]:
         """The lines, with the columns for which there is room."""
@@ -222,8 +223,8 @@ class StatusTable:
             yield Segment(cells[1], STYLES.get(row["state"]))
             yield Segment(" ".join(["", *cells[2:]]).rstrip() + "\n")
         yield Segment("\n")
-        for reason in self.reasons:
-            yield Text(reason, no_wrap=self.one_line_each, overflow="ellipsis" if self.one_line_each else "fold")
+        for line in self.below:
+            yield Text(line, no_wrap=self.one_line_each, overflow="ellipsis" if self.one_line_each else "fold")
 
     def _columns(self, width: int) -> list[tuple[Column, int, list[str]]]:
         """The columns that are shown, each with its width and its texts."""
@@ -268,15 +269,21 @@ def held_out(states: Iterable[RunState]) -> list[str]:
 
 
 def watch(
-    runs: list[Run], root: Path, name: str, console: Console, tell: Callable[[list[RunState]], object]
+    runs: list[Run],
+    root: Path,
+    name: str,
+    console: Console,
+    *,
+    tell: Callable[[list[RunState]], object],
+    more: Callable[[StateReader], list[str]],
 ) -> list[RunState]:
-    """Show the table until no run is in progress or about to be; without a terminal, a line whenever the counts change.
+    """Show the table until no run is in progress or about to be; without a terminal, lines as they change.
 
-    `tell` is called with the states at each look that SLURM has answered.
+    `tell` is called with the states at each look that SLURM has answered. What `more` says at each look is shown below.
 
     Returns the last states.
     """
-    shown = ""
+    shown: list[str] = []
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while True:
             reader = StateReader(root)
@@ -286,10 +293,14 @@ def watch(
                 tell(states)
             title = "; ".join([f"{name}: {summary(states)}{warning}", *held_out(states)])
             if live is not None:
-                live.update(table_of([row_of(state, root) for state in states], title, console.height - 1), refresh=True)
-            elif (text := "\n".join([title, *stuck(states)])) != shown:
-                shown = text
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                below = [part for line in more(reader) for part in wrap(printable(line), console.width)]
+                rows = [row_of(state, root) for state in states]
+                live.update(table_of(rows, title, console.height - 1, below), refresh=True)
+            else:
+                said = [title, *stuck(states), *more(reader)]
+                if new := [line for line in said if line not in shown]:
+                    console.print("\n".join(new), markup=False, highlight=False, soft_wrap=True)
+                shown = said
             if not any(state.state in LIVE for state in states):
                 return states
             time.sleep(pause_s(reader))

@@ -45,6 +45,7 @@ class WatchApp(App[None]):
     ENABLE_COMMAND_PALETTE = False
     CSS = """
     #title { height: 1; text-style: bold; }
+    #search { height: auto; max-height: 6; }
     #whole { height: auto; max-height: 3; text-style: italic; }
     #said { height: auto; max-height: 3; }
     DataTable { height: 1fr; }
@@ -77,6 +78,7 @@ class WatchApp(App[None]):
     def compose(self) -> ComposeResult:
         """The parts, from top to bottom."""
         yield Static(f"{self.sweep_name}: looking", id="title", markup=False)
+        yield Static("", id="search", markup=False)
         table = RunTable(cursor_type="row")
         table.cell_padding = 0
         yield table
@@ -120,6 +122,9 @@ class WatchApp(App[None]):
         """Show what was seen."""
         self.now = seen
         self.query_one("#title", Static).update(printable(seen.title(self.sweep_name)))
+        search = self.query_one("#search", Static)
+        search.display = bool(seen.search)
+        search.update(printable("\n".join(seen.search), keep="\n"))
         self.draw()
 
     def draw(self) -> None:

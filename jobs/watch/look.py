@@ -21,6 +21,7 @@ class Look:
     rows: Sequence[Row]
     warning: str = ""  # why SLURM could not be asked
     pause_s: float = 1.0  # until the next look
+    search: Sequence[str] = ()  # lines about a search
 
     def title(self, name: str) -> str:
         """Counts of states, and when the sweep will be done."""

@@ -41,9 +41,9 @@ def report(context: Context) -> bool:
 
 
 def _search_lines(context: Context) -> Sequence[str]:
-    if context.sweep.search is None:
+    standing = Standing.now(context.sweep, context.states_of, context.root)
+    if standing is None:
         return []
-    standing = Standing.of(context.sweep, context.states_of(context.sweep.runs), context.root)
     return [*search_report.lines(standing), *(line.strip() for line in search_report.best_trials(standing))]
 
 

@@ -89,6 +89,6 @@ def test_status_says_it(tmp_path: Path) -> None:
     row = row_of(state, tmp_path)
     assert row["reason"] == "pending in SLURM: JobHeldUser"
     assert RELEASE in row["advice"]
-    (line,) = table_of([row], "title").reasons
+    (line,) = table_of([row], "title").below
     assert line == f"digits-content-s0 pending: pending in SLURM: JobHeldUser; {row['advice']}"
     assert stuck([state, state]) == [f"digits-content-s0 and 1 more: {row['advice']}"]

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from textual.pilot import Pilot
 from textual.widgets import Input, Log, Sparkline, Static
 
 from jobs.command import add_parser
-from jobs.context import load_context
+from jobs.context import Context, load_context
+from jobs.rounds import begin
+from jobs.standing import Standing
+from jobs.state import StateReader
+from jobs.sweep import SweepDir
 from jobs.watch.app import WatchApp
-from jobs.watch.command import screen_of
+from jobs.watch.command import screen_of, watch_table
 from jobs.watch.look import Look, groups_of, matching, sweep_eta_s, terms_of
-from tests.support.jobs_sweeps import command, exits, launch, make_sweep, settle
+from tests.support.jobs_sweeps import command, exits, launch, make_sweep, settle, write_result
+from tests.support.search_sweeps import make_search
 from vitpa.cli import main
 
 SIZE = (80, 24)
@@ -35,11 +44,16 @@ def row(name: str, seed: int, state: str = "pending", **values: Any) -> dict[str
     }  # fmt: skip
 
 
-def screen(root: Path, *words: str) -> WatchApp:
-    """The screen that a command line opens."""
+def context(root: Path, *words: str) -> Context:
+    """What a command line is about."""
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    return screen_of(load_context(parser.parse_args(["sweep", "watch", f"{root}/small.yaml", "--root", str(root), *words])))
+    return load_context(parser.parse_args(["sweep", "watch", f"{root}/small.yaml", "--root", str(root), *words]))
+
+
+def screen(root: Path, *words: str) -> WatchApp:
+    """The screen that a command line opens."""
+    return screen_of(context(root, *words))
 
 
 def lines(app: WatchApp) -> list[str]:
@@ -99,6 +113,54 @@ def test_a_name_that_is_cut_is_shown_below() -> None:
             await assert_in_time(pilot, lambda: not app.query_one("#whole").display)
 
     asyncio.run(drive())
+
+
+def test_status_its_watch_and_the_screen_say_the_same_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = make_search(tmp_path, budget={"runs": 2}, trials_at_once=2)
+    begin(sweep)
+    SweepDir(tmp_path, "small").record(sweep)
+    write_result(tmp_path, sweep.runs[0], epochs=9, val_top1=0.75)
+
+    def said(*words: str) -> list[str]:
+        assert main(["sweep", *words, "--root", str(tmp_path)]) == 4
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith(("search:", "best so far:"))]
+
+    status = said("status", "small")
+    assert status[0].startswith("search: in round 1; 2 trials: 1 finished, 1 in training; budget: 2.0 of 2 runs, 0.25 ")
+    assert status[1].startswith("best so far: t000 75.00 % held-out top-1 (epoch 9 of 9, 1 run, 0.25 GPU-hours): augment.")
+    assert said("status", "small", "--watch") == status
+    assert said("status", "small", "trial=t001", "--watch") == status
+    assert said("watch", "small") == status
+
+    app = screen(tmp_path)
+
+    async def drive() -> None:
+        async with app.run_test(size=SIZE) as pilot:
+            await assert_in_time(pilot, lambda: text(app, "search").splitlines() == status)
+            whole = sum(math.ceil(len(line) / SIZE[0]) for line in status)
+            await assert_in_time(pilot, lambda: app.query_one("#search").size.height >= whole)
+
+    asyncio.run(drive())
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=60, height=24)
+    watch_table(replace(context(tmp_path), console=terminal), sweep.runs)
+    assert isinstance(terminal.file, io.StringIO)
+    assert " ".join(status) in " ".join(terminal.file.getvalue().split())
+
+
+def test_watching_a_search_follows_its_ledger_and_outlives_a_damaged_one(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path, budget={"runs": 2}, trials_at_once=1)
+    begin(sweep)
+    SweepDir(tmp_path, "small").record(sweep)
+    app = screen(tmp_path)
+    assert app.look_again().search[0].startswith("search: in round 1; 1 trials: 1 in training")
+    write_result(tmp_path, sweep.runs[0], epochs=9, val_top1=0.75)
+    standing = Standing.now(sweep, StateReader(tmp_path).states, tmp_path)
+    assert standing is not None
+    standing.ledger.append(standing.next_round({}))
+    assert app.look_again().search[0].startswith("search: in round 2; 2 trials: 1 finished, 1 in training")
+    (SweepDir(tmp_path, "small").search / "0002.json").write_text("{")
+    (said,) = app.look_again().search
+    assert "0002.json: not valid JSON" in said
 
 
 def test_what_is_not_shown_is_not_cancelled() -> None:
