@@ -84,6 +84,7 @@ class StateReader:
         self._receipts: dict[str, Receipt | None] = {}
         self._has_started_none = functools.cache(self._started_none)
         self._looked_after: set[str] = set()  # submissions that had their jobs when SLURM was asked
+        self._seen_starts: set[Path] = set()  # of other submissions, that were there when SLURM was asked again
 
     @property
     def scheduler_error(self) -> str:
@@ -184,6 +185,9 @@ class StateReader:
             launchers = [self._is_alive(process) for process in self._launchers(claim)]
         job = self._job(claim)
         start = read_record(Start, attempt.start_json)
+        if job is None and start is not None and self._has_started_since(claim, attempt):
+            self._look()
+            job, start = self._job(claim), read_record(Start, attempt.start_json)
         found = SlurmEvidence(
             claim=claim,
             start=start,
@@ -251,6 +255,19 @@ class StateReader:
         if self._snapshot.of(claim.token, claim.index) is None and later:
             self._look()
         return self._snapshot.of(claim.token, claim.index)
+
+    def _has_started_since(self, claim: SlurmClaim, attempt: AttemptDir) -> bool:
+        """Whether a job may have started a run after SLURM was asked; the starts that are there now will not have, next time.
+
+        A file system that shows new files late may show a start before the receipt, which is older.
+        """
+        if claim.submission in self._looked_after or attempt.start_json in self._seen_starts:
+            return False
+        intent = read_record(Intent, self._root / claim.submission / "intent.json")
+        runs = intent.runs if intent else []
+        others = [RunDir(self._root, run.signature).attempt(run.attempt or 1).start_json for run in runs]
+        self._seen_starts |= {attempt.start_json, *(path for path in others if path.exists())}
+        return True
 
     def _look(self) -> None:
         """Ask SLURM; remember whose jobs had been submitted before."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.report.status import progress_of, row_of
-from jobs.scheduler.own_jobs import SlurmJob
+from jobs.scheduler.own_jobs import SlurmJob, Snapshot
 from jobs.state import RunState, StateReader, early_ends, withdraw
 from jobs.sweep import Run
 from tests.support.claims import ALIVE, DEAD, ELSEWHERE, Queue, slurm_claim
@@ -263,6 +263,29 @@ def test_the_queue_has_forgotten_it(tmp_path: Path, run: Run, account: str, star
     state, reason = ask(tmp_path, run, Queue(account=account))
     assert state == expected[0]
     assert reason.startswith(expected[1])
+
+
+class LateQueue(Queue):
+    """One that the job is in from the second time on that it is asked."""
+
+    asked = 0
+
+    def snapshot(self) -> Snapshot:
+        self.asked += 1
+        return super().snapshot() if self.asked > 1 else Snapshot({}, "")
+
+
+def test_a_start_that_is_seen_before_its_receipt(tmp_path: Path, run: Run) -> None:
+    """Its job was submitted after SLURM was asked; another login node's receipt is not shown yet."""
+    slurm_start(slurm_claim(tmp_path, run, ELSEWHERE, receipt=False))
+    queue = LateQueue(SlurmJob("7_0", "RUNNING"))
+    reader = StateReader(tmp_path, queue)
+    assert [reader.state(run).state for _ in range(3)] == ["running"] * 3
+    assert queue.asked == 2
+    gone = LateQueue()
+    reader = StateReader(tmp_path, gone)
+    assert [reader.state(run).state for _ in range(3)] == ["lost"] * 3
+    assert gone.asked == 2, "once more is enough"
 
 
 def test_its_own_records_come_before_slurm_s(tmp_path: Path, run: Run) -> None:
