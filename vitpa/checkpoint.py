@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from vitpa.rundir import RunDir
 
 LOGGER = logging.getLogger(__name__)
 KEEP = 2
+SAY_EVERY_S = 60.0  # that a checkpoint waits for room
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
 
 
@@ -163,20 +165,24 @@ class Writer:
         self._under_way.append(self._pool.submit(self._once_there_is_room, run, write))
 
     def _once_there_is_room(self, run: RunDir, write: Callable[[], object]) -> None:
-        deadline_s = time.monotonic() + WAIT_S
+        began_s, said_s = time.monotonic(), -math.inf
         try:
             while True:
                 try:
                     write()
-                    return
+                    break
                 except OSError as error:
-                    if not is_full(error) or self._waits_no_more.is_set() or time.monotonic() > deadline_s:
+                    now_s = time.monotonic()
+                    if not is_full(error) or self._waits_no_more.is_set() or now_s > began_s + WAIT_S:
                         raise
-                    if not self.waits_for_room:
-                        what = f"the training goes on, and writes it when there is some within {WAIT_S / 60:.0f} minutes"
-                        LOGGER.warning(f"{run.path}: no space left for a checkpoint; {what}")
+                    if now_s > said_s + SAY_EVERY_S:
+                        left = f"for {(began_s + WAIT_S - now_s) / 60:.0f} minutes more"
+                        LOGGER.warning(f"{run.path}: no space left for a checkpoint; it waits for some, {left}")
+                        said_s = now_s
                 self.waits_for_room = True
                 self._waits_no_more.wait(POLL_S)
+            if self.waits_for_room:
+                LOGGER.info(f"{run.path}: there is space again, and the checkpoint is written")
         finally:
             self.waits_for_room = False
 

@@ -480,6 +480,7 @@ def test_a_training_outlasts_a_full_disk(digits: Path, tmp_path: Path, tensorboa
         output = finish(process)[0]
         assert process.returncode == 0, output
         assert "Traceback" not in output
+        assert "there is space again, and the checkpoint is written\n" in output
         result, found = run.result(), losses(run)
         if tensorboard == "true":
             board = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
