@@ -103,6 +103,11 @@ class Context:
         """Print a line as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def say_changed(self) -> None:
+        """Print how the sweep's file differs from what was submitted, if it does."""
+        if self.drift.describe():
+            self.say(self.drift.describe())
+
     def say_json(self, document: object) -> None:
         """Print JSON and nothing else."""
         print(json.dumps(document, indent=2, allow_nan=False))

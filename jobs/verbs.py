@@ -138,7 +138,7 @@ def _submit(context: Context) -> int:
             "to make the changed sweep the sweep, or give it another name with --name"
         )
     if context.drift.gone or (context.drift.added and context.sweep.search is None):
-        context.say(context.drift.describe())
+        context.say_changed()
     if context.options.give_up and context.sweep.search is None:
         raise SweepError(f"--give-up: {context.sweep.name} is no search; its other runs do not wait for those that failed")
     _say_left(context, left)
@@ -175,6 +175,7 @@ def _settle(context: Context) -> None:
 
 def _retry(context: Context) -> int:
     force = context.options.force
+    context.say_changed()  # it starts runs as they were submitted
     _settle(context)
     states = context.look()
     chosen = [state for state in states if state.state in RETRYABLE or state.ended_early or (force and state.unseen)]
@@ -297,6 +298,7 @@ def _status(context: Context) -> int:
     states, left = context.look_around()
     standing = None if context.options.watch else Standing.now(context.sweep, context.states_of, context.root)
     if context.options.watch:
+        context.say_changed()
         _say_left(context, left)
         runs = [state.run for state in states]
         try:
@@ -308,12 +310,12 @@ def _status(context: Context) -> int:
         total = Goodput.of_runs(states, context.root)
         goodput = None if total is None else total.as_json()
         document = {"sweep": context.sweep.name, "goodput": goodput, "runs": rows, "no_longer_in_sweep": rows_left}
+        document["changed"] = context.drift.describe()
         context.say_json(document | ({"search": search_report.as_json(standing)} if standing else {}))
     else:
         rows = [status.row_of(state, context.root) for state in states]
         context.console.print(status.table_of(rows, f"{context.sweep.name}: {status.summary(states)}"))
-        if context.drift.describe():
-            context.say(context.drift.describe())
+        context.say_changed()
         for line in [*status.held_out(states), *status.ran_other_code(context.root, states)]:
             context.say(line)
         for line in search_report.lines(standing):

@@ -91,6 +91,7 @@ class CollectedTable:
     pivot: tuple[str, str] | None = None  # the axes of rows and columns
     scores: list[Scores] = field(default_factory=list)  # the accuracies that each cell is made of, in their order
     goodput: Goodput | None = None  # of all runs
+    changed: str = ""  # how the sweep's file differs from the submitted sweep, which the table is of; empty: not at all
 
     @property
     def axes(self) -> list[str]:
@@ -114,6 +115,7 @@ class CollectedTable:
             "description": self.description,
             "collected_utc": self.collected_utc,
             "complete": self.complete,
+            "changed": self.changed,
             "mixed": self.mixed,
             "cells": [{**asdict(cell), "complete": cell.complete} for cell in self.cells],
             "differences_content_minus_positional": [asdict(difference) for difference in self.differences],
@@ -137,6 +139,7 @@ def collect(
     allow_mixed: bool = False,
     compare: str | None = None,
     pivot: tuple[str, str] | None = None,
+    changed: str = "",
 ) -> CollectedTable:
     """The table of a sweep from the states of its runs below `root`.
 
@@ -147,6 +150,7 @@ def collect(
         allow_mixed: Average results of different code or data.
         compare: An axis, or `attention`, along which every two cells are compared.
         pivot: Two of them, for the rows and columns of tables of means.
+        changed: How the sweep's file differs from `sweep`, for the table to say it; empty: not at all.
 
     Raises:
         MixedRunsError: and `allow_mixed` is not set.
@@ -183,6 +187,7 @@ def collect(
         settings={state.result.signature: state.run.settings for state in states if state.result is not None},
         damaged=[{"run": state.run.label, "reason": reason} for state in states if (reason := _damage(state, root))],
         goodput=Goodput.of_runs(states, root),
+        changed=changed,
     )
 
 

@@ -56,6 +56,7 @@ def collected(context: Context, states: list[RunState], folder: Path | None, *, 
             allow_mixed=options.allow_mixed,
             compare=compare,
             pivot=options.pivot and tuple(options.pivot),
+            changed=context.drift.describe(),
         )
     except MixedRunsError as error:
         older = set_report_aside(folder) if folder else None

@@ -7,6 +7,7 @@ curves of a large sweep have millions of rows.
 from __future__ import annotations
 
 import csv
+import logging
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from vitpa.arguments import parse_float, parse_integer
 from vitpa.metrics_file import read_metrics
 from vitpa.rundir import Result
 
+LOGGER = logging.getLogger(__name__)
 OK, PARTIAL = 0, 4
 JUDGED = ("top1", "top5", "loss")  # of the weights' average where a run keeps one, else val_*
 IDENTITY = ("signature", "dataset", "attention", "seed", "beton_sha256")  # of a result: said otherwise
@@ -49,6 +51,8 @@ class Frame:
 def frame(context: Context) -> int:
     """Write or print what the options ask for; the exit code: 4 if runs have no result."""
     states, out, options = context.look(), context.options.out, context.options
+    if context.drift.describe():
+        LOGGER.warning(context.drift.describe())  # what is printed is the table
     if options.wandb or options.mlflow:
         write_runs = write_wandb if options.wandb else write_mlflow
         folder = Path(options.wandb or options.mlflow)

@@ -267,7 +267,7 @@ def about(table: CollectedTable) -> list[str]:
 
 
 def _notes(table: CollectedTable) -> list[str]:
-    notes = []
+    notes = [f"CHANGED: {table.changed}; this is the sweep as it was submitted."] if table.changed else []
     if not table.complete:
         notes.append(f"INCOMPLETE: {len(table.absent)} runs are not in these means:")
         notes += [

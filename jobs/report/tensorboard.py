@@ -75,6 +75,7 @@ class Cell:
 def show(context: Context) -> int:
     """Write the views, and unless they are only to be written show them until the user leaves; the exit code."""
     directory, options = SweepDir(context.root, context.sweep.name), context.options
+    context.say_changed()
     states = context.look()
     whole = len(states) == len(context.sweep.runs)
     written, cells = write_views(states, context.root, directory.tensorboard, whole=whole)

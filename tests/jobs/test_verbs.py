@@ -258,6 +258,29 @@ def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
     assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
 
 
+def test_every_verb_that_shows_a_changed_sweep_as_it_was_submitted_says_so(sweep: Shell) -> None:
+    folder = SweepDir(sweep.root, "small")
+    assert sweep("collect")[0] == 4
+    assert json.loads((folder.report / "report.json").read_text())["changed"] == ""
+    assert "CHANGED" not in (folder.report / "table.md").read_text()
+    recipe = yaml.safe_load((sweep.root / "recipe.yaml").read_text())
+    (sweep.root / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "train": {**recipe.get("train", {}), "holdout": 0.1}}))
+    said = (
+        "since the last submission the sweep has changed: 4 new (digits-content-s0, digits-positional-s0, digits-content-s1 "
+        "...), 4 no longer in it as configured before"
+    )
+    for verb in ("collect", "report", "status", "tensorboard --no-serve", "frame", f"frame --out {sweep.root}/a.csv"):
+        assert said in sweep(verb)[1], verb
+    assert said in sweep(f"retry --dry-run --data-dir {sweep.root}/data")[1]
+    for verb in ("collect --json", "status --json"):
+        assert json.loads(sweep(verb)[1])["changed"].startswith(said)
+    assert json.loads((folder.report / "report.json").read_text())["changed"].startswith(said)
+    for name in ("table.md", "table.tex", "report.md", "report.html"):
+        assert f"CHANGED: {said}" in (folder.report / name).read_text().replace("\\", ""), name
+    with (sweep.root / "a.csv").open() as file:
+        assert file.readline().startswith("run,")
+
+
 def test_giving_up_is_for_searches(sweep: Shell) -> None:
     code, text = sweep(f"submit --give-up --data-dir {sweep.root}/data")
     assert (code, text.count("\n")) == (1, 1)

@@ -64,7 +64,7 @@ def build(
         made_utc=table.collected_utc,
         command=commands.report,
         sections=[
-            problems.section(states, root, commands.suffix, damaged, is_search=bool(search)),
+            problems.section(states, root, commands.suffix, damaged, changed=table.changed, is_search=bool(search)),
             verdict.section(table, search, commands.report),
             _table(table, commands.collect),
             curves.section(states, root, commands.report),

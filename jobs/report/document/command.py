@@ -23,6 +23,7 @@ def report(context: Context) -> bool:
         SweepError: runs of different code or data, an axis that the sweep has not, or a part of the runs and no --out.
     """
     options, root = context.options, context.root
+    context.say_changed()
     states = context.look()
     whole = len(states) == len(context.sweep.runs)
     if not whole and not options.out:

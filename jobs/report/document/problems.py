@@ -18,7 +18,13 @@ TOLD = 60  # of a traceback: its end
 
 
 def section(
-    states: Sequence[RunState], root: Path, suffix: Callable[[str], str], damaged: Sequence[str], *, is_search: bool
+    states: Sequence[RunState],
+    root: Path,
+    suffix: Callable[[str], str],
+    damaged: Sequence[str],
+    *,
+    changed: str,
+    is_search: bool,
 ) -> Section:
     """What is not done.
 
@@ -27,10 +33,13 @@ def section(
         root: Folder of runs/ and sweeps/.
         suffix: What follows `vitpa sweep VERB`, for a verb, to mean this sweep.
         damaged: Lines about finished runs whose curves have gaps.
+        changed: How the sweep's file differs from the submitted sweep, which the report is of; empty: not at all.
         is_search: Trials that pause are pruned on purpose, and no problem.
     """
     open_ones = [state for state in states if state.state != "done" and not (is_search and state.state == "paused")]
     blocks: list[Block] = []
+    if changed:
+        blocks.append(Text([f"CHANGED: {changed}; this is the sweep as it was submitted."], strong=True))
     if not open_ones:
         blocks.append(Text([f"Nothing is missing and nothing has failed: all {len(states)} runs are done."]))
     groups: dict[tuple[int, str, str], list[tuple[RunState, Failure | None]]] = {}
