@@ -14,6 +14,8 @@ from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, fields_of
 
+MAX_REPLICAS = 1024  # of one step; more are a slip, and a GPU is busy with far fewer
+
 # Of each section the keys that may differ between replicas.
 PER_REPLICA: dict[str, set[str]] = {
     "model": {"drop_path_rate", "pos_embed_std"},

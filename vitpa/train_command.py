@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -25,12 +26,14 @@ from vitpa.config import RunConfig
 from vitpa.config_file import Override, keys_help, load_config, record_config
 from vitpa.data.beton import open_splits
 from vitpa.data.manifest import BetonError
+from vitpa.data.open import memory_limit
 from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError, make_folders
 from vitpa.rundir import CLAIMED
+from vitpa.step.fit import GIB, state_bytes
 from vitpa.terminal import printable_output
-from vitpa.together import alternatives, check_together, keys_that_may_differ
+from vitpa.together import MAX_REPLICAS, alternatives, check_together, keys_that_may_differ
 from vitpa.train import TrainError, train
 
 LOGGER = logging.getLogger(__name__)
@@ -99,7 +102,8 @@ def configs_of(paths: Sequence[Path], overrides: Sequence[str], seeds: Sequence[
     """The runs that a command asks for: of each configuration one for every combination of values and seeds.
 
     Raises:
-        ConfigError: a configuration cannot be used, the runs cannot train together, or a seed is asked for twice.
+        ConfigError: a configuration cannot be used, the runs cannot train together or are too many, or a seed is asked for
+            twice.
     """
     for override in overrides:
         if seeds is not None and override.startswith("seed="):
@@ -107,6 +111,12 @@ def configs_of(paths: Sequence[Path], overrides: Sequence[str], seeds: Sequence[
     chosen = [alternatives(override) for override in overrides]
     if seeds is not None:
         chosen.append([Override("seed", seed) for seed in seeds])
+    num_runs = len(paths) * math.prod(map(len, chosen))
+    if num_runs > MAX_REPLICAS:
+        raise ConfigError(
+            f"{num_runs:,} runs in one step: at most {MAX_REPLICAS:,}; name fewer seeds, values or files (a sweep takes "
+            "several steps by itself)"
+        )
     configs = [load_config(path, each) for path in paths for each in itertools.product(*chosen)]
     check_together(configs)
     return configs
@@ -133,6 +143,7 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group, clock: Clock | 
             try:
                 if len(configs) > 1 and group.world_size > 1:
                     raise ConfigError("several runs are trained together by one process, without torchrun")
+                check_memory([config for config in configs if config.run_dir.result() is None], group.device)
                 unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
             except (ConfigError, BetonError, RunError, OSError) as error:
                 refused = error
@@ -144,6 +155,24 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group, clock: Clock | 
         if unfinished:
             train([configs[number] for number in unfinished], group, clock=clock)
     return 0
+
+
+def check_memory(configs: Sequence[RunConfig], device: torch.device) -> None:
+    """Refuse runs whose weights and optimisers alone are more than the device's memory: on a CPU nothing else would.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if len(configs) < 2:
+        return
+    on_gpu, each = device.type == "cuda", state_bytes(configs[0])
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else memory_limit()
+    if len(configs) * each > memory:
+        raise ConfigError(
+            f"{len(configs):,} runs in one step: their weights, gradients and optimiser states alone take "
+            f"{len(configs) * each / GIB:.1f} GiB of the {memory / GIB:.1f} GiB of {'the GPU' if on_gpu else 'memory'}; at "
+            f"most {memory // each:,} fit: name fewer seeds, values or files"
+        )
 
 
 def claim(config: RunConfig, stack: ExitStack) -> bool:

@@ -39,6 +39,7 @@ from vitpa.config_file import load_config, parse_config, shipped_configs
 from vitpa.records import read_json
 from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
+from vitpa.together import MAX_REPLICAS
 
 
 def labels(sweep: Sweep, groups: list[list[int]]) -> list[list[str]]:
@@ -148,6 +149,7 @@ def test_as_many_as_fit_the_memory() -> None:
     assert most(config, gib=three) == 3
     assert most(config, gib=three - 0.01) == 2
     assert most(config, gib=0.1) == 1
+    assert most(config, 5000) == MAX_REPLICAS
     shared = config.model_copy(update={"runtime": config.runtime.model_copy(update={"runs_per_gpu": 2})})
     assert most(shared, gib=2 * three) == 3
     assert (most(config, gib=None), most(config, 3, gib=None)) == (1, 3)

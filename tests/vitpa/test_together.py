@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.trainings import arguments, config_of, metrics, result_of
+from vitpa import train_command
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import shipped_configs
 from vitpa.records import write_json
+from vitpa.step.fit import state_bytes
 from vitpa.together import (
     check_together,
     differing,
@@ -22,7 +26,7 @@ from vitpa.together import (
     settings_apart,
     step_shape,
 )
-from vitpa.train_command import configs_of, main
+from vitpa.train_command import check_memory, configs_of, main
 
 RECIPE = shipped_configs()["digits"]
 
@@ -92,6 +96,29 @@ def test_lists_are_values_of_keys_that_take_them() -> None:
         runs("model.depth=1,2")
     with pytest.raises(ConfigError, match=r"optim\.lr=high"):
         runs("optim.lr=1e-3,high")
+
+
+def test_more_runs_than_a_step_takes_are_refused_before_any_is_resolved() -> None:
+    expected = (
+        r"^8,002 runs in one step: at most 1,024; name fewer seeds, values or files \(a sweep takes several steps by itself\)$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        runs("optim.lr=1e-3,2e-3", seeds=list(range(4001)))
+
+
+def test_runs_that_cannot_fit_the_memory_are_refused_before_any_is_claimed(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(digits, tmp_path)
+    monkeypatch.setattr(train_command, "memory_limit", lambda: 3 * state_bytes(config_of(words)) + 1)
+    assert main([*words, "--seeds", "0,1,2,3"]) == 1
+    assert re.search(
+        r"4 runs in one step: their weights, gradients and optimiser states alone take \d+\.\d GiB of the \d+\.\d GiB of "
+        r"memory; at most 3 fit: name fewer seeds, values or files\n$",
+        capfd.readouterr().err,
+    )
+    assert not (tmp_path / "runs").exists()
+    check_memory([config_of(words)] * 3, torch.device("cpu"))
 
 
 def test_runs_of_several_files_and_values_train_in_one_step(

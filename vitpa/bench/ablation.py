@@ -24,6 +24,7 @@ from vitpa.config import RunConfig
 from vitpa.config_file import Override, load_config, preset, shipped_configs
 from vitpa.data.beton import Beton, open_splits
 from vitpa.data.open import streamed_feed
+from vitpa.together import MAX_REPLICAS
 
 HELP = "what each of our mechanisms is worth, and how other ways do in the same job"
 EXAMPLE = "vitpa bench ablation --recipe cifar100 --replicas 5 --json ablation.json"
@@ -36,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--recipe", choices=sorted(shipped_configs()), default="cifar10", metavar="NAME", help="whose steps: cifar10")
     add("--dataset", help="a data set that `vitpa prep` made: its images instead of random ones, and the loaders")
-    add("--replicas", type=whole_number(1, 1024), metavar="R", help="seeds in a step: 5, or 1 of images that are streamed")
+    seeds = "seeds in a step: 5, or 1 of images that are streamed"
+    add("--replicas", type=whole_number(1, MAX_REPLICAS), metavar="R", help=seeds)
     add("--parts", type=parts_among(PARTS), default=PARTS, metavar="PART,...", help=f"of the table: {','.join(PARTS)}")
 
 

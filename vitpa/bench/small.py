@@ -21,7 +21,7 @@ from vitpa.bench.report import Report
 from vitpa.bench.schema import RECIPES, Case
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, load_config, preset, shipped_configs
-from vitpa.together import alternatives, check_together, differing
+from vitpa.together import MAX_REPLICAS, alternatives, check_together, differing
 
 HELP = "training steps of the small ViT: timm's module, compiled, and several seeds in one CUDA graph"
 EXAMPLE = "vitpa bench small --attention positional --replicas 1,5 --json small.json"
@@ -32,7 +32,7 @@ BARE = ("augment.policy=none", "augment.crop=none", "augment.hflip=false")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only this benchmark has."""
     seeds = "seeds in a step: 1,5,10"
-    parser.add_argument("--replicas", type=whole_numbers(1, 1024), default=[1, 5, 10], metavar="R,R,...", help=seeds)
+    parser.add_argument("--replicas", type=whole_numbers(1, MAX_REPLICAS), default=[1, 5, 10], metavar="R,R,...", help=seeds)
     parser.add_argument("--no-ablation", action="store_true", help="leave out the lines without augmentation")
     parser.add_argument("--only-graph", action="store_true", help="leave out timm's module")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -264,6 +264,21 @@ def available_memory() -> int:
     """Bytes of this machine's memory that can be had without swapping (proc(5), meminfo)."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may have: this machine's, or less if its control group has a limit (cgroups(7))."""
+    limits = [total_memory()]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            folder = Path("/sys/fs/cgroup", controllers, path.lstrip("/"))
+            for each in (folder, *folder.parents):
+                with suppress(OSError, ValueError):  # no limit there, or the word max
+                    limits.append(int((each / ("memory.limit_in_bytes" if controllers else "memory.max")).read_text()))
+    return min(limits)
 
 
 def total_memory() -> int:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from vitpa.config import RunConfig
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 4 + 8 + 4 + 2  # weights, AdamW's two moments, gradients, the copy for bfloat16 products
+COPY_BYTES_PER_PARAMETER = 2  # for products in bfloat16
+BYTES_PER_PARAMETER = 4 + 8 + 4 + COPY_BYTES_PER_PARAMETER  # weights, AdamW's two moments, gradients, the copy
 EMA_BYTES_PER_PARAMETER = 4 + 2  # with train.ema_decay the average of the weights, and its copy
 KEPT_PER_TOKEN = 9  # vectors of D that a block keeps for its backward pass: inputs of both norms, norms, q, k, v, mixed, ...
 KEPT_PER_HIDDEN = 2  # vectors of the MLP's hidden width: before and after its non-linearity
@@ -37,8 +38,14 @@ def memory_gib(config: RunConfig, replicas: int, num_train_images: int) -> float
     return MARGIN * ((replicas * per_replica + num_train_images * image_bytes) / GIB + FIXED_GIB)
 
 
-def num_parameters(config: RunConfig) -> int:
+def state_bytes(config: RunConfig) -> int:
+    """Bytes that the weights, gradients and AdamW's moments of one replica take at least, without the head."""
+    copies = config.train.precision == "bfloat16"
+    return num_parameters(config, classes=0) * (BYTES_PER_PARAMETER - (0 if copies else COPY_BYTES_PER_PARAMETER))
+
+
+def num_parameters(config: RunConfig, classes: int = CLASSES) -> int:
     """Parameters of the network, about; its attention has four square matrices per block, its MLP two."""
     model, D = config.model, config.model.embed_dim
     blocks = model.depth * (4 + 2 * model.mlp_ratio) * D * D
-    return round(blocks) + D * (3 * model.patch_size**2 + model.num_tokens + CLASSES)
+    return round(blocks) + D * (3 * model.patch_size**2 + model.num_tokens + classes)

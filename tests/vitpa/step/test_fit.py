@@ -6,7 +6,8 @@ import pytest
 
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, parse_config, shipped_configs
-from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters
+from vitpa.models import build_model
+from vitpa.step.fit import FIXED_GIB, GIB, MARGIN, memory_gib, num_parameters, state_bytes
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -27,6 +28,14 @@ def test_memory_by_hand() -> None:
         "model.embed_dim=8", "model.num_heads=2", "model.depth=1", "model.patch_size=16", "model.global_pool=avg"
     )
     assert num_parameters(without_class_token) == 6 * 8 * 8 + 8 * (3 * 256 + 4 + 1000)
+
+
+@pytest.mark.parametrize("attention", ["content", "positional"])
+@pytest.mark.parametrize(("precision", "per_parameter"), [("float32", 16), ("bfloat16", 18)])
+def test_state_bytes_are_a_bound_from_below(attention: str, precision: str, per_parameter: int) -> None:
+    config = configured(f"model.attention={attention}", f"train.precision={precision}")
+    parameters = sum(each.numel() for each in build_model(**dict(config.model), num_classes=10, seed=0).parameters())
+    assert 0.98 * parameters * per_parameter < state_bytes(config) <= parameters * per_parameter
 
 
 def test_five_replicas_of_the_papers_small_vit_fit_any_data_centre_gpu() -> None:
