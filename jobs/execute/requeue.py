@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.records import Claim, Exit, Start
@@ -54,7 +55,7 @@ class End:
     bad_node: bool  # a node has failed its pre-flight, and is left out from now on
     disk_full: bool  # there was no room for what it wrote; the next execution waits for some
     first_step: int  # from which this execution went on
-    last_step: int  # of the newest checkpoint
+    last_step: int  # of the newest checkpoint, of runs that train together the oldest such
     given_up: str  # by the history of the run; empty if not
 
     @property
@@ -87,6 +88,11 @@ def why_nothing_to_do(job: str, finished: bool, start: Start | None, ended: Exit
     if owner != job:
         return f"it belongs to job {owner}"
     return FAILED_BEFORE if left is not None and left.state == "failed" else ""
+
+
+def last_step(runs: Sequence[RunDir]) -> int:
+    """The step from which runs that train together can go on: one killed between their checkpoints leaves some ahead."""
+    return min((run.newest_step() for run in runs), default=0)
 
 
 def first_step(attempt: AttemptDir) -> int:

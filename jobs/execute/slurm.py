@@ -25,7 +25,7 @@ from typing import Any
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import BOUND, TORCHRUN, TRAIN, Member, Outcome, Request, Signals, Training, failure_of
 from jobs.execute.node_check import preflight
-from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, why_nothing_to_do
+from jobs.execute.requeue import FAILED_BEFORE, TIME_LIMIT, End, History, first_step, last_step, why_nothing_to_do
 from jobs.failures import cause_of, is_loss_of_peer
 from jobs.notify.outbox import tell_of_ended
 from jobs.profile import SlurmProfile
@@ -358,7 +358,8 @@ class _Job:
     def _end(self, training: Training, ends: list[tuple[Member, Outcome]], without_node: str) -> None:
         """Write exit.json, and have SLURM start the job again if that can help one of the runs."""
         unfinished = [(member, ended) for member, ended in ends if ended.state in ("interrupted", "failed")]
-        refusals = [self._why_not_requeued(member, ended, without_node) for member, ended in unfinished]
+        step = last_step([member.run for member, _ in unfinished])
+        refusals = [self._why_not_requeued(member, ended, without_node, step) for member, ended in unfinished]
         refusal = refusals[0] if all(refusals) and refusals else ""
         if unfinished and not refusal:
             for member, ended in ends:
@@ -380,8 +381,8 @@ class _Job:
         except OSError as error:
             _say(f"{error.filename}: {error.strerror}; the attempt ended as {ended.state} ({ended.reason})")
 
-    def _why_not_requeued(self, member: Member, ended: Outcome, without_node: str) -> str:
-        """Why the job is not requeued for a run after this end; empty if it is."""
+    def _why_not_requeued(self, member: Member, ended: Outcome, without_node: str, step: int) -> str:
+        """Why the job is not requeued for a run after this end, whose runs all have a checkpoint of `step`; empty if it is."""
         return End(
             state=ended.state,
             reason=ended.reason,
@@ -390,7 +391,7 @@ class _Job:
             bad_node=bool(without_node),
             disk_full=cause_of(ended.reason, "").name == "disk full" or not has_room(self.root),
             first_step=first_step(member.attempt),
-            last_step=member.run.newest_step(),
+            last_step=step,
             given_up=self._why_given_up(member.run),
         ).why_not_requeued
 

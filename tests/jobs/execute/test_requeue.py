@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.execute.requeue import End, History, first_step, why_nothing_to_do
+from jobs.execute.requeue import End, History, first_step, last_step, why_nothing_to_do
 from jobs.records import Execution, Exit, Start
 from vitpa.attempt import Left
+from vitpa.checkpoint_file import write_archive
 from vitpa.records import ProcessId, with_checksum, write_json
 from vitpa.rundir import RunDir
 
@@ -102,3 +103,13 @@ def test_the_first_step_is_the_trainer_s_own_or_that_of_the_start(tmp_path: Path
     assert first_step(attempt) == 20, "the checkpoint of step 30 was damaged"
     attempt.env_json.write_text("{")
     assert first_step(attempt) == 30
+
+
+def test_runs_that_train_together_have_got_as_far_as_the_last_of_them(tmp_path: Path) -> None:
+    """Killed between two checkpoints of a step, they go on from the one before: that is no progress, also the next time."""
+    runs = [RunDir(tmp_path, f"{number:016x}") for number in range(2)]
+    assert last_step(runs) == 0
+    for run, steps in zip(runs, ((2, 3), (1, 2)), strict=True):
+        for step in steps:
+            write_archive(run.checkpoints, b"weights", run.signature, step)
+    assert (last_step(runs), last_step(runs[:1])) == (2, 3)
