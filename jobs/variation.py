@@ -47,6 +47,17 @@ def variation_name(base: Sweep, axes: Sequence[str]) -> str:
     return "-".join([base.name, *(short_name(_key(term)) for term in axes)])
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that means something else already: a sweep of it would be shown under the shipped one's description.
+
+    Raises:
+        SweepError: a shipped sweep or recipe has it.
+    """
+    for kind, shipped in (("sweep", shipped_sweeps()), ("recipe", shipped_configs())):
+        if name in shipped:
+            raise SweepError(f"--name {name}: this is the name of a shipped {kind}; take another with --name")
+
+
 def variation(base: Sweep, terms: Sequence[str], name: str, root: Path) -> tuple[Sweep, list[str]]:
     """`base` below `root` with an axis for each new key, and the data sets, attentions and seeds that are named; other terms.
 

@@ -109,6 +109,8 @@ def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
         ("submit demo optim.lr=1e-3 seed=a", "command line: seeds.0=a: Input should be a valid integer"),
         ("submit demo optim.lr=1e-3 sed=1", "'sed=1': expected a filter"),
         ("submit demo optim.lr=1e-3 --name a/b", "command line: name=a/b: String should match pattern"),
+        ("submit demo optim.lr=1e-3 seed=0 --name demo", "--name demo: this is the name of a shipped sweep; take another"),
+        ("plan digits seed=0 --name svhn", "--name svhn: this is the name of a shipped recipe; take another with --name"),
         ("status demo optim.lr=1e-3", "sweep demo-lr was never submitted under"),
         ("status svhn", "sweep svhn was never submitted under"),
         ("submit demoo", "none of the shipped sweeps (cifar10"),
