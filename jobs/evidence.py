@@ -86,7 +86,7 @@ def in_progress(found: SlurmEvidence) -> Verdict | None:  # noqa: PLR0911 - rule
     alive = "running" if found.started else "pending"
     if start is not None and start.withdrawn is not None:
         return Verdict(start.withdrawn, (ended.reason if ended else None) or "")
-    if ended is not None and not ended.may_go_on:
+    if ended is not None and not ended.may_go_on and not (job is not None and job.waiting and ended.goes_on_if_started):
         return Verdict(ended.state, ended.reason or "")
     if job is None and found.here:
         return Verdict(alive, _in_another_cluster(found.claim, found.here), unseen=True, cluster=found.claim.cluster or "")

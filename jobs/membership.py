@@ -95,15 +95,15 @@ def jobs_needed_by_others(root: Path, states: Iterable[RunState]) -> set[str]:
             intent = intents[claim.submission]
             group = intent.signatures(claim.index) if intent else []
             others = [RunDir(root, signature) for signature in group if signature != state.run.signature]
-            if any(_waits_for_job(directory, claim.token) for directory in others):
+            if any(_waits_for_job(directory, claim.token, again=state.job.waiting) for directory in others):
                 needed.add(state.job.id)
         except RunError:
             needed.add(state.job.id)
     return needed
 
 
-def _waits_for_job(directory: RunDir, token: str) -> bool:
-    """Whether the last attempt of a run belongs to a submission and is not over."""
+def _waits_for_job(directory: RunDir, token: str, *, again: bool) -> bool:
+    """Whether the last attempt of a run belongs to a submission and is not over, or its job waits to be started `again`."""
     attempts = directory.attempts()
     if not attempts or directory.result_json.exists():
         return False
@@ -111,4 +111,4 @@ def _waits_for_job(directory: RunDir, token: str) -> bool:
     if claim is None or claim.token != token or (start is not None and start.withdrawn is not None):
         return False
     ended = read_record(Exit, attempts[-1].exit_json)
-    return ended is None or ended.may_go_on
+    return ended is None or ended.may_go_on or (again and ended.goes_on_if_started)

@@ -74,6 +74,11 @@ class Exit(Record):
         """
         return not self.left and (self.requeued or self.state == "interrupted")
 
+    @property
+    def goes_on_if_started(self) -> bool:
+        """Whether the run goes on if SLURM starts its job again by itself: after a preemption, also one in which it failed."""
+        return not self.left and self.state in ("failed", "interrupted")
+
 
 class StartedJob(Record):
     """A job that a submission has started: a SLURM job (array), or a worker on this machine."""

@@ -70,6 +70,11 @@ def evidence(**values: Any) -> SlurmEvidence:
         ({"start": STARTED, "exit": FAILED, "error": "no route"}, ("failed", False)),
         ({"start": STARTED, "exit": REQUEUED, "job": RUNS}, ("pending", False)),  # it will make the next attempt
         ({"start": STARTED, "exit": STOPPED, "job": WAITS}, ("pending", False)),
+        (
+            {"start": STARTED, "exit": FAILED, "job": WAITS},
+            ("pending", False),
+        ),  # preempted as it failed
+        ({"start": STARTED, "exit": LEFT, "job": WAITS}, ("interrupted", False)),
         ({"start": STARTED, "job": RUNS}, ("running", False)),
         ({"start": STARTED, "job": WAITS}, ("pending", False)),  # requeued
         ({"job": WAITS}, ("pending", False)),
