@@ -117,7 +117,12 @@ def _check_once(values: Sequence[JsonValue], where: str) -> None:
 def _labelled(name: str, label: str, settings: JsonValue, where: str) -> Choice:
     if name in KEYS:
         raise SweepError(f"{where}: {name} is a key; its values are a list. Keys that move together need a name of their own")
-    if name in TAKEN or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if name in TAKEN:
+        raise SweepError(
+            f"{where}: {name} is reserved, as are {', '.join(sorted(TAKEN - {name}))}: commands filter runs by them; "
+            "take another name, such as mixing"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise SweepError(f"{where}: no name for keys that move together; take lower-case letters and _, such as mixing")
     if not LABEL.fullmatch(label):
         raise SweepError(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
@@ -23,7 +23,7 @@ from jobs.search.config import SearchConfig
 from jobs.search.ledger import Ledger, Trial
 from jobs.search.plan import SearchPlan
 from vitpa.arguments import ConfigError, expand_path
-from vitpa.config import Float, RunConfig, Section
+from vitpa.config import Float, RunConfig, Section, name_validator
 from vitpa.config_file import Override, load_model, parse_config, read_yaml, shipped_configs
 from vitpa.documents import to_yaml
 from vitpa.installation import CODE
@@ -44,20 +44,32 @@ class Reference(Section):
 class SweepConfig(Section):
     """A sweep's YAML file: recipes x attentions x axes x seeds."""
 
-    name: str = Field(
-        max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", description="its directory is <root>/sweeps/<name>"
+    name: Annotated[str, name_validator("letters", "A-Za-z")] = Field(
+        max_length=100, description="its directory is <root>/sweeps/<name>"
     )
     description: str = Field("", description="what is compared, and its source")
-    recipes: list[str] = Field(min_length=1, description="shipped recipes by name, or paths beside the sweep's file")
-    attentions: list[Attention] = Field(min_length=1, description="values of model.attention")
-    axes: dict[str, JsonValue] = Field(
-        {}, description="dotted key: its values; or a name: labels, each with settings of keys that move together"
+    recipes: list[str] = Field(
+        min_length=1, description="shipped recipes by name, or paths beside the sweep's file", examples=["[cifar10]"]
     )
-    include: list[dict[str, JsonValue]] = Field([], description="cells besides the grid: values by axis")
-    exclude: list[dict[str, JsonValue]] = Field([], description="cells to be left out: values by axis")
+    attentions: list[Attention] = Field(
+        min_length=1, description="values of model.attention", examples=["[content, positional]"]
+    )
+    axes: dict[str, JsonValue] = Field(
+        {},
+        description="dotted key: its values; or a name: labels, each with settings of keys that move together",
+        examples=["{optim.lr: [5e-4, 1e-3]}"],
+    )
+    include: list[dict[str, JsonValue]] = Field(
+        [], description="cells besides the grid: values by axis", examples=["[{optim.lr: 2e-3}]"]
+    )
+    exclude: list[dict[str, JsonValue]] = Field(
+        [], description="cells to be left out: values by axis", examples=["[{optim.lr: 1e-3, attention: content}]"]
+    )
     search: SearchConfig | None = Field(None, description="instead of axes: trials that look for the best settings")
-    seeds: list[int] = Field(min_length=1, description="values of seed")
-    overrides: dict[str, JsonValue] = Field({}, description="dotted key: value, for all runs")
+    seeds: list[int] = Field(min_length=1, description="values of seed", examples=["[0, 1, 2]"])
+    overrides: dict[str, JsonValue] = Field(
+        {}, description="dotted key: value, for all runs", examples=["{train.epochs: 100}"]
+    )
     reference: dict[str, dict[Attention, Reference]] = Field({}, description="per data set and attention")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jobs.errors import SweepError
 from jobs.grid import KEYS, OWN_LISTS, short_name
 from jobs.sweep import Sweep, SweepConfig, load_sweep, resolve, shipped_sweeps, sweep_of
-from vitpa.config_file import Override, parse_model, shipped_configs
+from vitpa.config_file import parse_model, parse_values, shipped_configs
 
 LISTS = {short_name(key): name for key, name in OWN_LISTS.items()}  # terms that narrow a list of the new sweep
 WHERE = "command line"
@@ -96,10 +96,9 @@ def values_of(term: str) -> list[Any]:
         ConfigError: they cannot be read.
         SweepError: there is none.
     """
-    key, _, text = term.partition("=")
-    values = Override.parse(f"{key}=[{text}]", WHERE).value
-    if not isinstance(values, list) or not values:
-        raise SweepError(f"{term!r}: no value; write {key}=A,B")
+    values = parse_values(term, WHERE)
+    if not values:
+        raise SweepError(f"{term!r}: no value; write {_key(term)}=A,B")
     return values
 
 

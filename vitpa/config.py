@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from vitpa import image_sizes
@@ -33,6 +34,17 @@ def _number(value: object) -> object:
 
 
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+def name_validator(letters: str, characters: str) -> AfterValidator:
+    """What refuses a name of other characters than these letters, as of a class in a pattern, digits, _ and -."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(rf"[{characters}0-9][{characters}0-9_\-]*", name):
+            raise PydanticCustomError("name", f"take {letters}, digits, _ and -, and begin with a letter or digit")
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -290,7 +302,9 @@ class RuntimeConfig(Section):
 class RunConfig(Section):
     """One run, its seed included."""
 
-    dataset: str = Field(pattern=r"^[a-z0-9][a-z0-9_\-]*$", description="name under which `vitpa prep` made the .beton")
+    dataset: Annotated[str, name_validator("lower-case letters", "a-z")] = Field(
+        description="name under which `vitpa prep` made the .beton"
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="of initialisation, order and augmentation")
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()

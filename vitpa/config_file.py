@@ -32,6 +32,7 @@ COMMAND_LINE = "command line"
 NOTHING = object()
 LONGEST_SHOWN = 200  # characters of a value in an error message
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes of a path, as Python reads them
+EMPTY_VALUE = re.compile(r"(?:^|,)\s*(?:,|$)")  # among values with commas between
 NO_TEXT = "bytes that are not UTF-8, which no configuration can hold; give that file or folder another name"
 
 
@@ -157,6 +158,19 @@ class Override:
             raise ConfigError(f"override {text!r}: {str(error).removeprefix('line 1: ')}{hint}") from error
 
 
+def parse_values(text: str, origin: str = COMMAND_LINE) -> list[Any]:
+    """The values of `a.b=value,value`, each read as YAML; none of `a.b=`.
+
+    Raises:
+        ConfigError: it is not of that form, or one of several values is empty.
+    """
+    key, _, written = text.partition("=")
+    if written.strip() and EMPTY_VALUE.search(written):
+        raise ConfigError(f"override {text!r}: an empty value; write {key}=A,B, or leave the comma out")
+    values = Override.parse(f"{key}=[{written}]", origin).value
+    return values if isinstance(values, list) else [values]
+
+
 def preset(text: str) -> Override:
     """`a.b=value` as the program itself gives it, which a command line may give otherwise."""
     return Override.parse(text, "vitpa")
@@ -278,11 +292,11 @@ def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: 
         if key in known:  # with a dot, in a file
             section, _, name = key.rpartition(".")
             return f"unknown key {key}; write it as a section: `{section}:`, and below it, indented, `{name}: ...`"
-        if isinstance(problem["input"], dict) and problem["input"]:  # no such section
+        own_level = [name for name in known if name.count(".") == key.count(".")]
+        if isinstance(problem["input"], dict) and problem["input"] and not nearest_key(key, own_level):  # no such section
             key += f".{next(iter(problem['input']))}"
-        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]  # in another section
-        near = near or difflib.get_close_matches(key[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        near = nearest_key(key, known)
+        hint = f"did you mean {near}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {key[:LONGEST_SHOWN]}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing"
@@ -293,7 +307,17 @@ def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: 
     if problem["type"] == "string_type" and not isinstance(problem["input"], list | dict):
         quoted = f"{key}=\"'{shown}'\", with both kinds of quotes" if typed else f"{key.rpartition('.')[2]}: '{shown}'"
         message += f"; if {shown} is a name, write {quoted}"
+    field = model.model_fields.get(key)
+    if problem["type"] in ("dict_type", "list_type", "tuple_type") and field is not None and field.examples:
+        message += f"; write it as `{key}: {field.examples[0]}`"
     return f"{key}={shown}: {message}"
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The known key that a mistyped one may have meant: of the same last part in another section, or written alike."""
+    near = [name for name in known if name.split(".")[-1] == key.rsplit(".", maxsplit=1)[-1]]
+    near = near or difflib.get_close_matches(key[:LONGEST_SHOWN], known, n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 def keys_help() -> str:

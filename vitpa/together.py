@@ -7,12 +7,13 @@ the section `runtime`, may not.
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
-from vitpa.config_file import Override, fields_of
+from vitpa.config_file import Override, fields_of, parse_values
 
 MAX_REPLICAS = 1024  # of one step; more are a slip, and a GPU is busy with far fewer
 
@@ -42,6 +43,8 @@ PER_REPLICA: dict[str, set[str]] = {
     },
 }
 
+FIELDS = dict(fields_of(RunConfig))
+
 
 def may_differ(key: str) -> bool:
     """Whether a dotted key may have other values in other replicas of a step."""
@@ -58,13 +61,22 @@ def alternatives(text: str) -> list[str | Override]:
     """The overrides that `a.b=value`, or `a.b=value,value` of a key that may differ between replicas, stands for.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: it is not of that form, or has several values of another key.
     """
     key, _, written = text.partition("=")
-    if "," not in written or not may_differ(key):
+    annotation = FIELDS[key].annotation if key in FIELDS else str
+    if "," not in written or str in (annotation, *typing.get_args(annotation)):  # a text may have commas
         return [text]
-    values = Override.parse(f"{key}=[{written}]").value
-    return [Override(key, value) for value in values] if isinstance(values, list) and len(values) > 1 else [text]
+    values = parse_values(text)
+    if len(values) < 2 or (typing.get_origin(annotation) is tuple and not all(isinstance(each, list) for each in values)):
+        return [text]
+    if may_differ(key):
+        return [Override(key, value) for value in values]
+    hint = "name one of them"
+    if not key.startswith("runtime.") and key != "train.holdout":  # a sweep's runs are compared, so they have the same images
+        term = text.removeprefix("model.") if key == "model.attention" else text
+        hint = f"to train several values: vitpa sweep submit RECIPE {term}"
+    raise ConfigError(f"{text}: {key} must be the same for all runs of one step; {hint}")
 
 
 def value_of(config: RunConfig, key: str) -> Any:

@@ -18,7 +18,7 @@ from jobs.errors import SweepError
 from jobs.grid import KEYS, OWN_LISTS, same
 from jobs.search.config import Range, SearchConfig
 from vitpa.config import RunConfig
-from vitpa.config_file import fields_of, parse_model
+from vitpa.config_file import fields_of, nearest_key, parse_model
 
 DIGITS = 3  # of a value that is not on a grid: more are noise in names and tables
 TRIES = 100  # to draw what has not been drawn yet
@@ -85,7 +85,9 @@ def dimensions_of(search: SearchConfig, overrides: Container[str], where: str) -
         if key in overrides:
             raise SweepError(f"{place} is in the overrides, too; say it once")
         if key not in KEYS:
-            raise SweepError(f"{place}: no key of the configuration")
+            near = nearest_key(key, sorted(KEYS))
+            hint = f"; did you mean {near}?" if near else ""
+            raise SweepError(f"{place}: no key of the configuration{hint}")
         found.append(_dimension(key, values, place))
     return found
 

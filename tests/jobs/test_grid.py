@@ -81,7 +81,10 @@ def test_grid_can_be_written_point_by_point(tmp_path: Path) -> None:
         ({"axes": {"optim.lr": [1, 1.0]}}, "axes.optim.lr: 1 is given 2 times; once is enough"),
         ({"axes": {"optim.lr": {"a": {}}}}, "axes.optim.lr: optim.lr is a key; its values are a list"),
         ({"axes": {"seed": {"a": {}}}}, "axes.seed: seed is a key"),
-        ({"axes": {"state": {"a": {}}}}, "axes.state: no name for keys that move together"),
+        (
+            {"axes": {"state": {"a": {}}}},
+            "axes.state: state is reserved, as are attention, dataset, runtime, seed",
+        ),
         ({"axes": {"Mixing": {"a": {}}}}, "axes.Mixing: no name for keys that move together; take lower-case letters"),
         ({"axes": {"mixing": {"a-b": {}}}}, "axes.mixing: the label 'a-b' becomes a part of names"),
         ({"axes": {"mixing": {"a": 3}}}, "axes.mixing.a: expected settings, such as {augment.mixup_alpha: 0.8}, or"),

@@ -184,6 +184,9 @@ def test_contradictions(tmp_path: Path, changes: dict[str, object], message: str
     ("changes", "message"),
     [
         ({"atentions": ["content"]}, "unknown key atentions; did you mean attentions?"),
+        ({"axis": {"optim.lr": [1e-3, 2e-3]}}, "unknown key axis; did you mean axes?"),
+        ({"axes": ["optim.lr"]}, "Input should be an object; write it as `axes: {optim.lr: [5e-4, 1e-3]}`"),
+        ({"name": "a b"}, "name=a b: take letters, digits, _ and -, and begin with a letter or digit"),
         ({"attentions": ["vanilla"]}, "attentions.0=vanilla"),
         ({"seeds": ["a"]}, "seeds.0=a"),
         ({"overrides": {"optim.lrr": 1}}, "unknown key optim.lrr; did you mean optim.lr?"),

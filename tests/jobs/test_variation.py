@@ -108,7 +108,12 @@ def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
         ("submit paper_small optim.lr=1e-3 dataset=mnist", "there is no dataset 'mnist' in paper_small; there is cifar10"),
         ("submit demo optim.lr=1e-3 seed=a", "command line: seeds.0=a: Input should be a valid integer"),
         ("submit demo optim.lr=1e-3 sed=1", "'sed=1': expected a filter"),
-        ("submit demo optim.lr=1e-3 --name a/b", "command line: name=a/b: String should match pattern"),
+        ("submit demo optim.lr=1e-3 --name a/b", "command line: name=a/b: take letters, digits, _ and -, and begin"),
+        (
+            "submit demo optim.lr=1e-3,,2e-3",
+            "'optim.lr=1e-3,,2e-3': an empty value; write optim.lr=A,B, or leave the comma out",
+        ),
+        ("submit demo optim.lr=1e-3,", "'optim.lr=1e-3,': an empty value"),
         ("submit demo optim.lr=1e-3 seed=0 --name demo", "--name demo: this is the name of a shipped sweep; take another"),
         ("plan digits seed=0 --name svhn", "--name svhn: this is the name of a shipped recipe; take another with --name"),
         ("status demo optim.lr=1e-3", "sweep demo-lr was never submitted under"),

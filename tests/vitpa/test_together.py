@@ -29,6 +29,7 @@ from vitpa.together import (
 from vitpa.train_command import check_memory, configs_of, main
 
 RECIPE = shipped_configs()["digits"]
+SUBMIT = "to train several values: vitpa sweep submit RECIPE "
 
 
 def runs(*overrides: str, seeds: list[int] | None = None) -> list[RunConfig]:
@@ -92,10 +93,37 @@ def test_lists_are_values_of_keys_that_take_them() -> None:
     two = runs("optim.betas=[0.9,0.95],[0.8,0.9]")
     assert [run.optim.betas for run in two] == [(0.9, 0.95), (0.8, 0.9)]
     assert [run.seed for run in runs("seed=2,5")] == [2, 5]
-    with pytest.raises(ConfigError, match=r"^command line: model\.depth=1,2: Input should be a valid integer"):
-        runs("model.depth=1,2")
     with pytest.raises(ConfigError, match=r"optim\.lr=high"):
         runs("optim.lr=1e-3,high")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("model.depth=2,3", SUBMIT + "model.depth=2,3"),
+        ("augment.erase_mode=const,pixel", SUBMIT + "augment.erase_mode=const,pixel"),
+        ("augment.crop_scale=[0.1,1],[0.2,1]", SUBMIT + "augment.crop_scale=[0.1,1],["),
+        ("model.attention=content,positional", SUBMIT + "attention=content,positional"),
+        ("train.holdout=0.1,0.2", "name one of them"),
+        ("runtime.stop_after_epoch=1,null", "name one of them"),
+    ],
+)
+def test_several_values_of_what_shapes_the_step_are_refused(override: str, hint: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError) as error:
+        runs("optim.lr=5e-4,1e-3", override)
+    assert str(error.value).startswith(f"{override}: {key} must be the same for all runs of one step; {hint}")
+
+
+def test_a_text_may_have_commas() -> None:
+    assert runs("runtime.data_dir=a,b")[0].runtime.data_dir == "a,b"
+
+
+@pytest.mark.parametrize("values", ["1e-3,,2e-3", "1e-3,2e-3,", "5e-4,", ",5e-4", ","])
+def test_an_empty_value_is_refused(values: str) -> None:
+    expected = rf"^override 'optim\.lr={values}': an empty value; write optim\.lr=A,B, or leave the comma out$"
+    with pytest.raises(ConfigError, match=expected):
+        runs(f"optim.lr={values}")
 
 
 def test_more_runs_than_a_step_takes_are_refused_before_any_is_resolved() -> None:

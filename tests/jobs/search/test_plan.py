@@ -192,6 +192,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"space": {"train.epochs": [1, 2]}}, "search.space.train.epochs: the halving says how long trials are trained"),
     ({"space": {"runtime.workers": [1, 2]}}, "search.space.runtime.workers: it does not change the numbers"),
     ({"space": {"optim.rate": [1, 2]}}, "search.space.optim.rate: no key of the configuration"),
+    ({"space": {"optim.lrr": [1, 2]}}, "search.space.optim.lrr: no key of the configuration; did you mean optim.lr?"),
     ({"space": {"optim.lr": 1}}, "search.space.optim.lr: expected a list of choices, or a range such as"),
     ({"space": {"optim.lr": [1]}}, "search.space.optim.lr: expected two choices or more, each once"),
     ({"space": {"optim.lr": [1, 1.0]}}, "search.space.optim.lr: expected two choices or more, each once"),
