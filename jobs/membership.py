@@ -76,10 +76,12 @@ def sweeps_with(root: Path, signatures: Collection[str], besides: str) -> dict[s
 
 
 def jobs_needed_by_others(root: Path, states: Iterable[RunState]) -> set[str]:
-    """Which of the SLURM jobs of these runs have still another run to train: their ids.
+    """Which of the SLURM jobs of these runs have still a run to train that is none of them: their ids.
 
     A job that cannot be told because a record has been edited counts as needed: it ends by itself if it is not.
     """
+    states = list(states)
+    theirs = {state.run.signature for state in states}
     intents: dict[str, Intent | None] = {}
     needed = set()
     for state in states:
@@ -94,7 +96,7 @@ def jobs_needed_by_others(root: Path, states: Iterable[RunState]) -> set[str]:
                 intents[claim.submission] = read_record(Intent, root / claim.submission / "intent.json")
             intent = intents[claim.submission]
             group = intent.signatures(claim.index) if intent else []
-            others = [RunDir(root, signature) for signature in group if signature != state.run.signature]
+            others = [RunDir(root, signature) for signature in group if signature not in theirs]
             if any(_waits_for_job(directory, claim.token, again=state.job.waiting) for directory in others):
                 needed.add(state.job.id)
         except RunError:
