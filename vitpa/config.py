@@ -205,7 +205,10 @@ class TrainConfig(Section):
         (), description="[[epoch, px], ...]: from which epoch on (0: the first) training images have which size; []: one size"
     )
     holdout: Float = Field(
-        0.0, ge=0, le=0.5, description="share of each class of train that replaces val, to choose a recipe by; 0: val itself"
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of each class of train, an image at least, that replaces val, to choose a recipe by; 0: val itself",
     )
 
 
@@ -433,7 +436,10 @@ class RunConfig(Section):
     @property
     def evaluated_on(self) -> str:
         """The images of its evaluations, for people: val, or such as held-out 10 % of train."""
-        return f"held-out {100 * self.train.holdout:g} % of train" if self.train.holdout else "val"
+        if not self.train.holdout:
+            return "val"
+        minimum = ", at least 1 image of each class" if self.train.holdout < 0.01 else ""  # which is often more than the share
+        return f"held-out {100 * self.train.holdout:g} % of train{minimum}"
 
     @property
     def top1_name(self) -> str:

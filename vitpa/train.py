@@ -152,7 +152,11 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     images = "resident images" if isinstance(t.data.feed, ResidentFeed) else "streamed images"
     if config.train.image_sizes:
         images += f" of {config.train_img_size(t.epoch)} px"
-    place = f"on {t.group.device} ({images}, evaluated on {config.evaluated_on}) in {where}"
+    num_val, evaluated_on = t.data.num_samples["val"], config.evaluated_on
+    if config.train.holdout:  # of each class in whole images, one at least
+        share = num_val / (num_val + t.data.num_samples["train"])
+        evaluated_on = f"{num_val:,} held-out images, {100 * share:.3g} % of train"
+    place = f"on {t.group.device} ({images}, evaluated on {evaluated_on}) in {where}"
     say(t, f"{name}: {'resumed' if step else 'starts'} at step {step} of {t.total_steps} {place}")
     if note := random_reads_note(config, t.data.feed):
         say(t, note)

@@ -190,7 +190,8 @@ def test_a_run_says_on_which_images_it_was_evaluated(
     words = arguments(digits, tmp_path, HOLDOUT, "train.epochs=1", "seed=3")
     result, config = trained(words), config_of(words)
     said = capsys.readouterr().err
-    assert "(resident images, evaluated on held-out 20 % of train)" in said
+    num_val = len(Beton.open(beton_path(written, "digits", "val")))
+    assert f"(resident images, evaluated on {num_val} held-out images, 20 % of train)" in said
     assert f"seed 3 finished: held-out top-1 {100 * result.val_top1:.2f} % after 1 epochs" in said
     assert result.holdout == 0.2
     assert config.contradiction_of(result.model_copy(update={"holdout": 0.0})) == "says holdout 0.0, its configuration 0.2"
@@ -204,6 +205,17 @@ def test_a_run_says_on_which_images_it_was_evaluated(
     assert environment["beton_sha256"] == dict.fromkeys(("train", "val"), train.manifest.beton_sha256)
     run = load_run(config.run_dir.path)
     assert TrainedSweep(tmp_path, [run], []).frame()["evaluated_on"].tolist() == ["held-out 20 % of train"]
+
+
+def test_a_log_counts_the_held_out_images_of_a_small_share(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(digits, tmp_path, "train.holdout=0.0001", "train.epochs=1")
+    trained(words)
+    train = Beton.open(beton_path(digits, "digits", "train"))
+    assert held_out(train.labels, 0.0001).sum() == 10
+    assert f"evaluated on 10 held-out images, {1000 / len(train):.3g} % of train)" in capsys.readouterr().err
+    assert config_of(words).evaluated_on == "held-out 0.01 % of train, at least 1 image of each class"
 
 
 def test_what_is_analysed_is_what_was_evaluated(digits: Path, written: Path, tmp_path: Path) -> None:
