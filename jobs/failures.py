@@ -39,7 +39,7 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
     ),
     Cause(
         "disk full",
-        r"No space left on device|\[Errno 28\]|Disk quota exceeded|PytorchStreamWriter failed writing",
+        r"No space left on device|\[Errno 28\]|Disk quota exceeded|PytorchStreamWriter failed writing|are wanted; make room",
         "free space or quota where --root is, then retry: the run goes on from its newest checkpoint",
     ),
     Cause(

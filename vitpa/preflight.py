@@ -3,7 +3,8 @@
     python -m vitpa.preflight CONFIG [a.b=c ...] --gpus N [--cpus N] [--min-free-gib X]
 
 Whatever can hang (a GPU, a network file system) is looked at by child processes, which are given up at the deadline. Each
-check says whom it blames: `node` (another node may do), `data` (no node will), `run` (what was asked for, or a full disk).
+check says what it blames: `node` (another node may do), `data` (no node will), `disk` (short of room now, on all nodes), `run`
+(what was asked for).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import argparse
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,15 +32,14 @@ from vitpa.data.beton import Beton
 from vitpa.data.manifest import BetonError, beton_path
 from vitpa.datasets import SPLITS
 from vitpa.documents import DocumentError, parse_json
+from vitpa.room import GIB, is_full, shortage
 from vitpa.terminal import printable, printable_output
 
-Blame = Literal["node", "data", "run"]
+Blame = Literal["node", "data", "disk", "run"]
 
-GIB = 2**30
-MIN_FREE_INODES = 1000
 MEMORY_WAIT_S = 15.0  # what ended just now may take as long to let go of a GPU's memory
 USERS_OWN = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR)  # the same on every node
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)  # likewise, when writing
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)  # likewise, when writing
 PRODUCT_SIDE = 1024
 PASSED_ON = ("gpus", "min-free-gib", "max-used-gib", "deadline-s")  # options, to child processes
 
@@ -71,25 +71,17 @@ def check_files(config: RunConfig, options: argparse.Namespace) -> Iterator[Chec
 def check_disk(root: Path, min_free_gib: float) -> Check:
     """Whether there is room below `root` and it can be written to.
 
-    Too little room blames the run, not the node: results are written to a disk that all nodes share.
+    Too little room blames neither the node nor the run: results are written to a disk that all nodes share.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root) as file:  # statvfs knows nothing of quotas and missing rights
-            file.write(bytes(4096))
-            file.flush()
-            os.fsync(file.fileno())
-        disk = os.statvfs(root)
+        short = shortage(root, min_free_gib)
+        free_gib = shutil.disk_usage(root).free / GIB
     except OSError as error:
-        return Check(
-            "disk", False, f"{root}: cannot be written to ({error.strerror})", "run" if error.errno in FULL else "node"
-        )
-    free_gib = disk.f_bavail * disk.f_frsize / GIB
-    if free_gib < min_free_gib:
-        return Check("disk", False, f"{root}: {free_gib:.1f} GiB free, {min_free_gib:g} are wanted; make room", "run")
-    if disk.f_files and disk.f_favail < MIN_FREE_INODES:  # some file systems do not count
-        return Check("disk", False, f"{root}: room for {disk.f_favail} more files, {MIN_FREE_INODES} are wanted", "run")
-    return Check("disk", True, f"{root}: {free_gib:.1f} GiB free", "run")
+        blames: Blame = "disk" if is_full(error) else "run" if error.errno in NOT_WRITABLE else "node"
+        return Check("disk", False, f"{root}: cannot be written to ({error.strerror})", blames)
+    detail = f"{short}; make room" if short else f"{root}: {free_gib:.1f} GiB free"
+    return Check("disk", not short, detail, "disk")
 
 
 def check_data(path: Path, dataset: str, split: str) -> Check:

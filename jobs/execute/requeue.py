@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.execute.bad_nodes import PREFLIGHT
 from jobs.records import Claim, Exit, Start
 from vitpa.attempt import Left
 from vitpa.records import made_with, read_record
@@ -53,7 +54,7 @@ class End:
     told_to_end: bool  # SLURM has sent SIGTERM or SIGINT
     followed: bool  # another execution has the run already
     bad_node: bool  # a node has failed its pre-flight, and is left out from now on
-    disk_full: bool  # there was no room for what it wrote; the next execution waits for some
+    disk_full: bool  # there was no room for what it wrote, or before it began; the next execution waits for some
     first_step: int  # from which this execution went on
     last_step: int  # of the newest checkpoint, of runs that train together the oldest such
     given_up: str  # by the history of the run; empty if not
@@ -65,7 +66,8 @@ class End:
             return "SLURM requeues after preemption, nobody after a cancellation"
         if self.followed:
             return "another execution has the run"
-        if self.bad_node or (self.disk_full and self.state == "failed"):
+        for_room = self.disk_full and (self.state == "failed" or PREFLIGHT in self.reason)
+        if self.bad_node or for_room:
             return self.given_up
         if self.state == "interrupted" and self.reason not in WARNINGS:
             return "a stop was requested"

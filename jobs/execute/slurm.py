@@ -1,10 +1,11 @@
 """What a SLURM job does: trains the group of runs of its array index, and sees that SLURM goes on with it if it must.
 
-Node 0 leads: it makes an attempt of each run, trains, writes exit.json and asks SLURM to requeue the job where that can
-help: at the time limit or after a failure if a run has a newer checkpoint than at the start, after a failed pre-flight on
-another node. Whatever restarts the job (preemption, a dead node, `scontrol requeue`), the next execution finds the records
-of the last one and makes the next attempts, but not of what is finished, cancelled or has left the group. Other nodes
-follow: they join the training that node 0 has published; a group on several nodes is a single run.
+Node 0 leads: it makes an attempt of each run, trains, writes exit.json and asks SLURM to requeue the job where that can help:
+at the time limit or after a failure if a run has a newer checkpoint than at the start, after a failed pre-flight on another
+node or, where the disk is short of room, once it has some. Whatever restarts the job (preemption, a dead node, `scontrol
+requeue`), the next execution finds the records of the last one and makes the next attempts, but not of what is finished,
+cancelled or has left the group. Other nodes follow: they join the training that node 0 has published; a group on several
+nodes is a single run.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from vitpa.records import (
     utc_now,
     write_json,
 )
-from vitpa.room import WAIT_S, has_room, wait_for_room
+from vitpa.room import WAIT_S, has_room, is_full, wait_for_room
 from vitpa.rundir import AttemptDir, RunDir
 
 EARLY_S = 90.0  # SLURM's warning comes up to a minute before it was asked for; what is left of the time is used
@@ -133,8 +134,7 @@ class _Job:
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
         self._queue_s = self.scheduler.waited_s(self.place.job)
-        limit_s = WAIT_S if self._deadline is None else min(WAIT_S, self._deadline - time.monotonic())
-        wait_for_room(self.root, stop=self._end_requested, limit_s=limit_s)
+        self._wait_for_room()
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
             self._publish(None, 0)
@@ -155,6 +155,16 @@ class _Job:
         self._tell()
         return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
 
+    def _wait_for_room(self) -> None:
+        """Wait for as much as the pre-flight wants, not beyond the job's own time, and no longer than node 0 does."""
+
+        def over() -> bool:
+            return self._end_requested() or self.published.exists()
+
+        limit_s = WAIT_S if self._deadline is None else min(WAIT_S, self._deadline - time.monotonic())
+        min_free_gib = self.profile.min_free_gib if self.profile.preflight else None
+        wait_for_room(self.root, min_free_gib=min_free_gib, stop=over, limit_s=limit_s)
+
     def _tell(self) -> None:
         """Send the messages that the profile's `notify` wants."""
         for line in tell_of_ended(self.root, self.intent.sweep, [run.signature for run in self.runs]):
@@ -168,6 +178,7 @@ class _Job:
 
     def follow(self) -> int:
         """Take part in the training that node 0 leads."""
+        self._wait_for_room()
         deadline = time.monotonic() + FOLLOWERS_WAIT_S
         while (published := read_json(self.published)) is None:
             if "SIGTERM" in self.signals.received or time.monotonic() > deadline:
@@ -179,7 +190,7 @@ class _Job:
         attempt = run.attempt(published["attempt"])
         member = Member(run, attempt)
         training = Training([member], self._command(published["master_addr"], published["master_port"]), {})
-        problem = self._preflight(member)
+        problem, _ = self._preflight(member)
         if problem is not None:
             return self._report_node(attempt, problem.reason)
         log = attempt.path / f"log.node{self.place.node_rank}.txt"
@@ -273,9 +284,9 @@ class _Job:
 
     def _train(self, training: Training) -> tuple[list[tuple[Member, Outcome]], str]:
         """How the attempts ended that are not recorded yet, and a node that is to blame for it and to be avoided."""
-        problem = self._preflight(training.active[0])
+        problem, without_node = self._preflight(training.active[0])
         if problem is not None:
-            return [(member, problem) for member in training.active], self.place.node if problem.state == "interrupted" else ""
+            return [(member, problem) for member in training.active], without_node
         ends = training.supervise(lambda: self._request(training))
         if self._end_requested():  # a training may have got the signal before it was deaf to it, or was too slow
             last = self.signals.received[-1]
@@ -322,7 +333,7 @@ class _Job:
             time.sleep(POLL_S)
         for node, reason in self._failed_nodes(attempt):
             if bad_nodes.PREFLIGHT in reason:
-                return Outcome("interrupted", None, reason), node
+                return Outcome("interrupted", None, reason), "" if _is_for_room(reason) else node
             if not is_loss_of_peer(reason) and is_loss_of_peer(ended.reason):
                 return Outcome("failed", ended.exit_code, reason), ""
         return ended, ""
@@ -331,23 +342,26 @@ class _Job:
         write_json(attempt.path / f"node{self.place.node_rank}.json", {"node": self.place.node, "reason": reason})
         return 1
 
-    def _preflight(self, member: Member) -> Outcome | None:
-        """Check this node; None if it is fit. A node that is not is recorded."""
+    def _preflight(self, member: Member) -> tuple[Outcome | None, str]:
+        """Check this node: how the attempt ends, None if it is fit, and the node if that is to blame, which is recorded."""
         if not self.profile.preflight:
-            return None
+            return None, ""
         try:
             with append_regular(member.attempt.log) as log:
                 report = preflight(self._preflight_command(member), log)
         except OSError as error:
-            return Outcome("failed", None, str(error))
+            if is_full(error):
+                return Outcome("interrupted", None, f"{bad_nodes.PREFLIGHT}: {error}"), ""
+            return Outcome("failed", None, str(error)), ""
         failed = [check for check in report["checks"] if not check["ok"]]
         if not failed:
-            return None
+            return None, ""
         reason = f"{bad_nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
-        if any(check["blames"] == "node" for check in failed):
+        blamed = {check["blames"] for check in failed}
+        if "node" in blamed:
             bad_nodes.record(self.root, self.place.node, reason)
-            return Outcome("interrupted", None, f"node {self.place.node}: {reason}")
-        return Outcome("failed", None, reason)
+            return Outcome("interrupted", None, f"node {self.place.node}: {reason}"), self.place.node
+        return Outcome("interrupted" if blamed == {"disk"} else "failed", None, reason), ""
 
     def _preflight_command(self, member: Member) -> list[str]:
         command = [sys.executable, "-m", "vitpa.preflight", literal_path(member.attempt.config_yaml)]
@@ -389,7 +403,7 @@ class _Job:
             told_to_end=self._end_requested(),
             followed=_following(member.attempt).exists(),
             bad_node=bool(without_node),
-            disk_full=cause_of(ended.reason, "").name == "disk full" or not has_room(self.root),
+            disk_full=_is_for_room(ended.reason) or not has_room(self.root),
             first_step=first_step(member.attempt),
             last_step=step,
             given_up=self._why_given_up(member.run),
@@ -440,6 +454,10 @@ class _Job:
 
 def _following(attempt: AttemptDir) -> Path:
     return attempt.path.with_name(f"{attempt.number + 1:04d}")
+
+
+def _is_for_room(reason: str) -> bool:
+    return cause_of(reason, "").name == "disk full"
 
 
 @contextmanager

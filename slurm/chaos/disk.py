@@ -29,10 +29,10 @@ class PrivateDisk:
         _call("mount", b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None)
         _call("mount", b"tmpfs", os.fsencode(path), b"tmpfs", ctypes.c_ulong(0), b"mode=700")
 
-    def fill(self) -> None:
-        """Leave no room: it is as large as what it holds."""
+    def fill(self, left: int = 0) -> None:
+        """Leave no room but `left` bytes: it is hardly larger than what it holds."""
         found = os.statvfs(self.path)
-        self._resize(str(max(PAGE, (found.f_blocks - found.f_bfree) * found.f_frsize)))  # 0 would mean any size
+        self._resize(str(max(PAGE, (found.f_blocks - found.f_bfree) * found.f_frsize + left)))  # 0 would mean any size
 
     def free(self) -> None:
         """Give it room again: half of the machine's memory, as a tmpfs has by default."""

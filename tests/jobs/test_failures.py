@@ -45,6 +45,7 @@ ECC = FRAMES + "[rank1]: RuntimeError: CUDA error: uncorrectable ECC error encou
 NO_DRIVER = "RuntimeError: Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
 PREFLIGHT = "failed its pre-flight: gpu: no CUDA-capable device is detected"
 PREFLIGHT_DATA = "failed its pre-flight: data: /data/digits/train.beton: no such file; make it with `vitpa prep digits`"
+PREFLIGHT_DISK = "failed its pre-flight: disk: /outputs: 0.6 GiB free, 1 are wanted; make room"
 WRITER = (
     "RuntimeError: [enforce fail at inline_container.cc:626] . PytorchStreamWriter failed writing file data/12: file write"
 )
@@ -69,6 +70,7 @@ SLURM_MEMORY = "host out of memory: SLURM ended job 12_3 (OUT_OF_MEMORY); ask fo
         ("node", PREFLIGHT, ""),
         ("missing data", PREFLIGHT_DATA, ""),
         ("disk full", WRITER, ""),
+        ("disk full", PREFLIGHT_DISK, ""),
         ("staging", "", STAGING),
         ("host out of memory", SLURM_MEMORY, "step 1"),
         ("killed by a signal", "killed by SIGKILL (out of memory?)", f"step 1\n{NCCL_WARNING}"),

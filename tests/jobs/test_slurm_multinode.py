@@ -207,5 +207,31 @@ def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, dig
     assert nodes_of(cell, second, 0).isdisjoint({bad})
 
 
+def test_too_little_room_is_waited_for_and_is_no_failure(cluster: FaultyCluster, digits: Path, tmp_path: Path) -> None:
+    """As long as the job's time allows, which here is shorter than half an hour; no node is blamed, and `submit` goes on."""
+    cell = make_cell(
+        tmp_path / "root",
+        cluster,
+        {"digits": digits_recipe(epochs=1)},
+        data=digits,
+        attentions=["content"],
+        profile={"nodes": 2, "processes_per_node": 1, "cpus_per_task": 1, "preflight": True, "max_idle_attempts": 2},
+    )
+    (run,) = cell.sweep.runs
+    cell.submit(min_free_gib=1e9, time="1:00", signal_delay_s=30)
+    (state,) = cell.settle()
+    assert processes_left([cell]) == []
+    said = r"interrupted: failed its pre-flight: disk: .* GiB free, 1e\+09 are wanted; make room"
+    assert [bool(re.fullmatch(said, each)) for each in cell.ends(run)] == [True, True]
+    end = read_json(cell.directory(run).attempts()[-1].exit_json)
+    assert end is not None
+    assert end["not_requeued"].startswith("given up: 2 executions in a row without a new checkpoint")
+    assert state.state == "interrupted"
+    assert not (cell.root / "nodes").exists()
+    assert any("1e+09 are wanted; waiting for room" in path.read_text() for path in cell.root.glob("sweeps/**/*.out"))
+    cell.submit(min_free_gib=0)
+    assert [state.state for state in cell.settle()] == ["done"]
+
+
 def nodes_of(cell: Cell, run: Run, attempt: int) -> set[str]:
     return set(cell.slurm("scontrol", "show", "hostnames", cell.start(run, attempt)["nodes"]).split())

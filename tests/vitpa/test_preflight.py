@@ -86,9 +86,9 @@ def test_too_few_cpus_blame_the_node(digits: Path, tmp_path: Path) -> None:
     assert detail(found, "cpus") == "1 CPUs of 2 asked for; start it with srun --cpus-per-task=2"
 
 
-def test_a_full_disk_blames_the_run(digits: Path, tmp_path: Path) -> None:
+def test_too_little_room_blames_the_disk(digits: Path, tmp_path: Path) -> None:
     found = report(digits, tmp_path, "--min-free-gib=1e9")
-    assert failures(found) == [("disk", "run")]
+    assert failures(found) == [("disk", "disk")]
     assert "1e+09 are wanted; make room" in detail(found, "disk")
 
 
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_read_here_blames_the_node(
     assert os.strerror(number) in check.detail
 
 
-@pytest.mark.parametrize(("number", "blames"), [(errno.EROFS, "node"), (errno.EIO, "node"), (errno.EDQUOT, "run")])
+@pytest.mark.parametrize(("number", "blames"), [(errno.EROFS, "node"), (errno.EIO, "node"), (errno.EDQUOT, "disk")])
 def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, blames: str) -> None:
     def broken(_: int) -> None:
         raise OSError(number, os.strerror(number))

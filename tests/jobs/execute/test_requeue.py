@@ -19,6 +19,7 @@ OURS = Start(process=SOMEBODY, job=Execution(id="7_0"))
 WITHDRAWN = Start(process=SOMEBODY, withdrawn="cancelled")
 TIME_LIMIT = End("interrupted", "time limit", False, False, False, False, first_step=10, last_step=20, given_up="")
 CRASH = replace(TIME_LIMIT, state="failed", reason="CUDA error")
+NO_ROOM = replace(TIME_LIMIT, reason="failed its pre-flight: disk: too little", disk_full=True, last_step=10)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,10 @@ CRASH = replace(TIME_LIMIT, state="failed", reason="CUDA error")
         (replace(CRASH, disk_full=True, last_step=10), ""),  # it may have room again
         (replace(CRASH, disk_full=True, given_up="given up"), "given up"),
         (replace(TIME_LIMIT, disk_full=True, last_step=10), "no new checkpoint in this attempt"),
+        (NO_ROOM, ""),
+        (replace(NO_ROOM, given_up="given up"), "given up"),
+        (replace(NO_ROOM, told_to_end=True), "SLURM requeues after preemption, nobody after a cancellation"),
+        (replace(NO_ROOM, reason="the file stop"), "a stop was requested"),
     ],
 )
 def test_why_not_requeued(end: End, reason: str) -> None:

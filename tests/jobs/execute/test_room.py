@@ -1,4 +1,4 @@
-"""A worker and a full disk: the run that ends on it is lost, those that wait for the worker are trained once there is room."""
+"""A disk that is full, or low: a worker, and a job before its pre-flight, wait until it has room."""
 
 from __future__ import annotations
 
@@ -42,7 +42,54 @@ assert len(second.attempts()) == 1
 
 @pytest.mark.slow
 def test_the_worker_waits_for_room(tmp_path: Path) -> None:
+    """The run that ends on the full disk is lost, those that wait for the worker are trained once there is room."""
     done = run_to_end([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
     if done.returncode == 77:
         pytest.skip("this machine gives no mount namespaces")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+LOW_DISK = """
+import sys, time
+from pathlib import Path
+from jobs.failures import cause_of
+from slurm.chaos.disk import PrivateDisk
+from vitpa import room
+from vitpa.preflight import check_disk
+root, wanted = Path(sys.argv[1]), 32 / 1024
+try:
+    disk = PrivateDisk(root)
+except OSError:
+    sys.exit(77)
+room.POLL_S = 0.1
+looks = []
+
+def make_room():
+    looks.append(check_disk(root, wanted))
+    if len(looks) == 2:
+        disk.fill(left=64 << 20)
+    return False
+
+disk.fill(left=8 << 20)
+room.wait_for_room(root, stop=make_room)
+assert not looks, "it is low, not full, and nothing else was asked for"
+room.wait_for_room(root, min_free_gib=wanted, stop=make_room)
+assert [(look.ok, look.blames, cause_of(look.detail, "").name) for look in looks] == [(False, "disk", "disk full")] * 2
+assert check_disk(root, wanted).ok
+disk.fill()
+assert cause_of(check_disk(root, 0).detail, "").name == "disk full"
+began_s = time.monotonic()
+room.wait_for_room(root, min_free_gib=wanted, stop=lambda: True)
+room.wait_for_room(root, min_free_gib=wanted, stop=lambda: False, limit_s=0.5)
+assert time.monotonic() - began_s < 60
+"""
+
+
+def test_a_low_disk_is_waited_for_like_a_full_one(tmp_path: Path) -> None:
+    done = run_to_end([sys.executable, "-c", LOW_DISK, str(tmp_path)], cwd=ROOT)
+    if done.returncode == 77:
+        pytest.skip("this machine gives no mount namespaces")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"{tmp_path}: 0.0 GiB free, 0.03125 are wanted; waiting for room"] * 2
+    assert lines[2] == f"{tmp_path}: No space left on device; waiting for room"
