@@ -21,6 +21,7 @@ from jobs.notify.outbox import Teller
 from jobs.records import Place
 from jobs.report import status
 from jobs.scheduler.client import Scheduler
+from jobs.standing import trial_number
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run, Sweep, SweepDir, load_sweep, recorded_sweep, value_text
 from jobs.variation import check_name, is_recipe, load_base, new_axes, values_of, variation, variation_name
@@ -71,6 +72,13 @@ class Context:
             return self.suffix
         data_dir = f" --data-dir {in_shell(self.place.data_dir)}" if self.place.data_dir else ""
         return f"{self.suffix} --profile {in_shell(self.place.profile)}{data_dir}"
+
+    @property
+    def given_up(self) -> set[str]:
+        """Signatures of the runs of trials that a search has given up: it would not use what they may still reach."""
+        trials = self.sweep.ledger.trials if self.sweep.ledger is not None else []
+        out = {trial.number for trial in trials if trial.out}
+        return {run.signature for run in self.sweep.runs if trial_number(run) in out} if out else set()
 
     def look(self) -> list[RunState]:
         """The states of the runs that the filters select."""

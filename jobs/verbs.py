@@ -179,6 +179,10 @@ def _retry(context: Context) -> int:
     _settle(context)
     states = context.look()
     chosen = [state for state in states if state.state in RETRYABLE or state.ended_early or (force and state.unseen)]
+    given_up = set() if force else context.given_up
+    if unused := [state.run.label for state in chosen if state.run.signature in given_up]:
+        context.say(f"{status.first_of(unused, 3)}: left alone, since the search has given up the trial and would not use it")
+    chosen = [state for state in chosen if state.run.signature not in given_up]
     hopeless = [] if force else [state for state in chosen if fails_alike(state, context.root)]
     for state in hopeless:
         how = f"got {MAX_EARLY_ENDS} jobs in vain" if state.ended_early else "failed twice in the same way"
@@ -270,7 +274,12 @@ def _check_limits(context: Context, states: list[RunState], plan: SubmissionPlan
 
 
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
-    left_alone = [state for state in states if early_ends(state, context.root) not in range(1, MAX_EARLY_ENDS)]
+    given_up = context.given_up
+    left_alone = [
+        state
+        for state in states
+        if state.run.signature not in given_up and early_ends(state, context.root) not in range(1, MAX_EARLY_ENDS)
+    ]
     counts = Counter(state.state for state in left_alone if state.state in RETRYABLE)
     for state, count in sorted(counts.items()):
         context.say(

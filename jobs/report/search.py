@@ -49,12 +49,16 @@ def lines(standing: Standing | None) -> list[str]:
         spent = f"{hours:.2f} of {budget.gpu_hours:g} GPU-hours"
     rounds = [each for each in standing.ledger.rounds if each.trials]
     over = "over after" if standing.ledger.over else "in"
-    said = [f"search: {over} round {len(rounds)}; {len(trials)} trials: {', '.join(parts)}; budget: {spent}"]
+    said = [f"search: {over} round {len(rounds)}; {_count(len(trials))}: {', '.join(parts)}; budget: {spent}"]
     if plan.config.halving is not None:
         came = [f"{sum(rung in trial.scores for trial in trials)} to {rung}" for rung in plan.rungs]
         said.append(f"came to epoch: {', '.join(came)}")
     best = standing.best
     return [*said, f"best so far: {_of_trial(best, standing)}: {settings_text(best.values)}"] if best is not None else said
+
+
+def _count(trials: int) -> str:
+    return f"{trials} trial{'' if trials == 1 else 's'}"
 
 
 def _of_trial(trial: Trial, standing: Standing) -> str:
@@ -85,7 +89,7 @@ def plan_line(plan: SearchPlan, ledger: Ledger) -> str:
     budget = plan.config.budget
     rungs = " -> ".join(map(str, plan.rungs))
     most = plan.most_trials(0.0, 0) if budget.runs is not None else 0
-    total = f"{most} trials at most, as much training as {plan.expected_runs(most):.1f} runs" if most else ""
+    total = f"{_count(most)} at most, as much training as {plan.expected_runs(most):.1f} runs" if most else ""
     total = total or f"as many trials as {budget.gpu_hours:g} GPU-hours allow"
     at_once = min(plan.config.trials_at_once, most or plan.config.trials_at_once)
     return (

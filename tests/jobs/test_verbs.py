@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 from jobs.command import VERBS
+from jobs.rounds import begin
+from jobs.search.ledger import Entry, Round
 from jobs.state import RunState, fails_alike
-from jobs.sweep import SweepDir, shipped_sweeps
+from jobs.sweep import Run, SweepDir, shipped_sweeps
 from tests.support.jobs_sweeps import STAND_IN, launch, make_sweep, settle, write_result
+from tests.support.search_sweeps import make_search
 from vitpa.cli import main
 from vitpa.records import ProcessId, read_json, write_json
 
@@ -381,3 +384,52 @@ def test_retry_takes_whatever_an_exit_says(tmp_path: Path) -> None:
         write_json(attempt.exit_json, {"state": [], "reason": {}})
     assert not fails_alike(RunState(run, "broken", attempt=attempt), tmp_path / "root")
     assert fails_alike(RunState(run, "failed", attempt=attempt), tmp_path / "root")
+
+
+def diverge(root: Path, run: Run) -> None:
+    me = {"process": ProcessId.mine().model_dump()}
+    attempt = run.directory(root).claim_attempt(1, me)
+    assert attempt is not None
+    write_json(attempt.start_json, me)
+    write_json(attempt.exit_json, {"state": "failed", "reason": "TrainError: the loss is not finite", "duration_s": 2.0})
+
+
+def test_what_a_search_has_given_up_is_not_to_be_retried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shell, sweep = Shell(tmp_path, capsys), make_search(tmp_path, budget={"runs": 2}, trials_at_once=2)
+    SweepDir(tmp_path, "small").record(sweep)
+    begin(sweep)
+    assert sweep.ledger is not None
+    first, _ = sweep.runs
+    for run in sweep.runs:
+        diverge(tmp_path, run)
+    sweep.ledger.append(Round(out={"0": "not finite"}, trials=[Entry(number=1, epochs=9)]))
+    _, text = shell("status")
+    assert "search: in round 2; 2 trials: 1 given up, 1 in training" in text
+    assert "1 failed, not touched by submit; to run again: vitpa sweep retry" in text
+    retry = f"retry --dry-run --data-dir {tmp_path}/data"
+    _, text = shell(retry)
+    assert f"{first.label}: left alone, since the search has given up the trial and would not use it" in text
+    assert "would start 1 runs" in text
+    assert "would start 2 runs" in shell(f"{retry} --force")[1]
+    shell(f"report --out {tmp_path}/report")
+    problems = (tmp_path / "report" / "report.md").read_text().partition("## 2.")[0]
+    assert problems.count("- next: ") == 2
+    assert problems.count("- next: nothing: the search has given up the trial\n") == 1
+    assert problems.count("- next: `vitpa sweep retry ") == 1
+
+
+def test_a_finished_search_does_not_suggest_to_retry_what_it_has_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell, sweep = Shell(tmp_path, capsys), make_search(tmp_path, budget={"runs": 1}, trials_at_once=1)
+    SweepDir(tmp_path, "small").record(sweep)
+    begin(sweep)
+    assert sweep.ledger is not None
+    diverge(tmp_path, sweep.runs[0])
+    assert "to run again" in shell("status")[1]
+    sweep.ledger.append(Round(out={"0": "not finite"}, trials=[]))
+    code, text = shell("status")
+    assert "search: over after round 1; 1 trial: 1 given up" in text
+    assert "to run again" not in text
+    assert code == 0
+    assert "nothing to retry" in shell("retry")[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def build(
     commands: Commands,
     *,
     search: Sequence[str] = (),
+    given_up: Collection[str] = (),
     maps_bytes: int,
 ) -> Report:
     """The report.
@@ -48,6 +49,7 @@ def build(
         root: Folder of runs/ and sweeps/.
         commands: That made the numbers.
         search: Lines about a search; empty if the sweep is none.
+        given_up: Signatures of the runs of trials that the search has given up.
         maps_bytes: At most as much of maps for the patch explorer.
     """
     damaged = [f"{entry['run']}: {entry['reason']}" for entry in table.damaged]
@@ -64,7 +66,15 @@ def build(
         made_utc=table.collected_utc,
         command=commands.report,
         sections=[
-            problems.section(states, root, commands.suffix, damaged, changed=table.changed, is_search=bool(search)),
+            problems.section(
+                states,
+                root,
+                commands.suffix,
+                damaged,
+                changed=table.changed,
+                is_search=bool(search),
+                given_up=given_up,
+            ),
             verdict.section(table, search, commands.report),
             _table(table, commands.collect),
             curves.section(states, root, commands.report),

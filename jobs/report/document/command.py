@@ -35,7 +35,15 @@ def report(context: Context) -> bool:
         compare = "attention"
     table = collected(context, counted, folder if whole and not options.out else None, compare=compare)
     search = _search_lines(context)
-    document = build(table, states, root, _commands(context), search=search, maps_bytes=round(options.maps_mib * 2**20))
+    document = build(
+        table,
+        states,
+        root,
+        _commands(context),
+        search=search,
+        given_up=context.given_up,
+        maps_bytes=round(options.maps_mib * 2**20),
+    )
     for path in write(document, folder):
         context.say(f"written: {path} ({path.stat().st_size / 1e6:.2f} MB)")
     return table.complete

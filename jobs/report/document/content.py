@@ -36,7 +36,7 @@ class Problem:
         cause: The kind of failure, and how to fix it; empty if it is none.
         told: The last lines of the first one's log.
         log: The file that these lines are of.
-        command: What takes them further.
+        command: What takes them further; empty if nothing does: a search has given up their trials.
     """
 
     kind: ClassVar[str] = "problem"

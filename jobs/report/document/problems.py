@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from jobs.failures import without_particulars
@@ -25,6 +25,7 @@ def section(
     *,
     changed: str,
     is_search: bool,
+    given_up: Collection[str] = (),
 ) -> Section:
     """What is not done.
 
@@ -35,6 +36,7 @@ def section(
         damaged: Lines about finished runs whose curves have gaps.
         changed: How the sweep's file differs from the submitted sweep, which the report is of; empty: not at all.
         is_search: Trials that pause are pruned on purpose, and no problem.
+        given_up: Signatures of the runs of trials that a search has given up: nothing is to be done about them.
     """
     open_ones = [state for state in states if state.state != "done" and not (is_search and state.state == "paused")]
     blocks: list[Block] = []
@@ -42,37 +44,35 @@ def section(
         blocks.append(Text([f"CHANGED: {changed}; this is the sweep as it was submitted."], strong=True))
     if not open_ones:
         blocks.append(Text([f"Nothing is missing and nothing has failed: all {len(states)} runs are done."]))
-    groups: dict[tuple[int, str, str], list[tuple[RunState, Failure | None]]] = {}
+    groups: dict[tuple[int, bool, str, str], list[tuple[RunState, Failure | None]]] = {}
     for state in open_ones:
         failure = failure_of(state, LINES)
         alike = failure.alike if failure else without_particulars(state.reason)
         cause = failure.cause.name if failure else ""
-        groups.setdefault((MATTERS.index(state.state), cause, alike), []).append((state, failure))
-    for _, members in sorted(groups.items(), key=lambda group: group[0]):
-        blocks.append(_problem(members, states, root, suffix))
+        out = state.run.signature in given_up
+        groups.setdefault((MATTERS.index(state.state), out, cause, alike), []).append((state, failure))
+    others = [state for state in states if state.run.signature not in given_up]
+    for (_, out, _, _), members in sorted(groups.items(), key=lambda group: group[0]):
+        command = "" if out else _command([state for state, _ in members], others, root, suffix)
+        blocks.append(_problem(members, command))
     if damaged:
         blocks.append(Text(["The curves of these runs have gaps; their results were checked, and count:", *damaged]))
     return Section("problems", "What is missing or failed", blocks, [f"vitpa sweep status {suffix('status')}"])
 
 
-def _problem(
-    members: Sequence[tuple[RunState, Failure | None]],
-    states: Sequence[RunState],
-    root: Path,
-    suffix: Callable[[str], str],
-) -> Problem:
-    (first, failure), chosen = members[0], [state for state, _ in members]
+def _problem(members: Sequence[tuple[RunState, Failure | None]], command: str) -> Problem:
+    first, failure = members[0]
     reason = first.reason
     if first.state == "pending" and advice(first.job):
         reason = "; ".join(filter(None, [reason, advice(first.job)]))
     return Problem(
         state=first.state,
-        runs=[state.run.label for state in chosen],
+        runs=[state.run.label for state, _ in members],
         reason=reason or {"missing": "never started"}.get(first.state, ""),
         cause=f"{failure.cause.name}; to fix it: {failure.cause.advice}" if failure else "",
         told=failure.told[-TOLD:] if failure else [],
         log=str(failure.log) if failure else "",
-        command=_command(chosen, states, root, suffix),
+        command=command,
     )
 
 

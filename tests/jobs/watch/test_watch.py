@@ -152,7 +152,7 @@ def test_watching_a_search_follows_its_ledger_and_outlives_a_damaged_one(tmp_pat
     begin(sweep)
     SweepDir(tmp_path, "small").record(sweep)
     app = screen(tmp_path)
-    assert app.look_again().search[0].startswith("search: in round 1; 1 trials: 1 in training")
+    assert app.look_again().search[0].startswith("search: in round 1; 1 trial: 1 in training")
     write_result(tmp_path, sweep.runs[0], epochs=9, val_top1=0.75)
     standing = Standing.now(sweep, StateReader(tmp_path).states, tmp_path)
     assert standing is not None
