@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -455,65 +455,59 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
     assert "was trained on other data" in capsys.readouterr().err
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which a training's checkpoint finds no room."""
+    root = tmp_path / "small"
+    root.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    yield root
+    subprocess.run(["umount", str(root)], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 @pytest.mark.parametrize("tensorboard", ["false", "true"])
-def test_a_training_outlasts_a_full_disk(digits: Path, tmp_path: Path, tensorboard: str) -> None:
-    root = tmp_path / "small"
-    root.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("tmpfs cannot be mounted here")
-    try:
-        log_every, width = "runtime.log_every_steps=1", ("model.embed_dim=32", "runtime.cpu_threads=1")
-        options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", log_every]
-        words = arguments(digits, root, *options, *width)
-        process = start(words)
-        assert process.stdout is not None
-        full = next((line for line in process.stdout if "no space left for a checkpoint" in line), "")
-        assert full, process.wait()
-        run = config_of(words).run_dir
-        with pytest.raises(subprocess.TimeoutExpired):  # its last checkpoint waits, and result.json with it
-            process.wait(5)
-        assert not run.result_json.exists()
-        subprocess.run(["mount", "-o", "remount,size=20m", str(root)], check=True)
-        output = finish(process)[0]
-        assert process.returncode == 0, output
-        assert "Traceback" not in output
-        assert "there is space again, and the checkpoint is written\n" in output
-        result, found = run.result(), losses(run)
-        if tensorboard == "true":
-            board = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
-            assert len(board.Scalars("train/loss")) == EPOCHS * EPOCH_STEPS
-    finally:
-        subprocess.run(["umount", str(root)], check=True)
-    reference = trained(arguments(digits, tmp_path, log_every, *width))
+def test_a_training_outlasts_a_full_disk(digits: Path, tmp_path: Path, small_disk: Path, tensorboard: str) -> None:
+    log_every, width = "runtime.log_every_steps=1", ("model.embed_dim=32", "runtime.cpu_threads=1")
+    options = ["runtime.checkpoint_every_steps=10", f"runtime.tensorboard={tensorboard}", log_every]
+    words = arguments(digits, small_disk, *options, *width)
+    process = start(words)
+    assert process.stdout is not None
+    assert any("no space left for a checkpoint" in line for line in process.stdout), process.wait()
+    run = config_of(words).run_dir
+    with pytest.raises(subprocess.TimeoutExpired):  # its last checkpoint waits, and result.json with it
+        process.wait(5)
+    assert not run.result_json.exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    output = finish(process)[0]
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    assert "there is space again, and the checkpoint is written\n" in output
+    if tensorboard == "true":
+        board = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0}).Reload()
+        assert len(board.Scalars("train/loss")) == EPOCHS * EPOCH_STEPS
+    result, reference = run.result(), trained(arguments(digits, tmp_path, log_every, *width))
     assert result is not None
     assert (result.weights_sha256, result.attempts) == (reference.weights_sha256, 1)
-    assert found == losses(config_of(arguments(digits, tmp_path, log_every, *width)).run_dir)
+    assert losses(run) == losses(config_of(arguments(digits, tmp_path, log_every, *width)).run_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
-def test_a_training_that_is_stopped_on_a_full_disk_says_so(digits: Path, tmp_path: Path) -> None:
-    root = tmp_path / "small"
-    root.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(root)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("tmpfs cannot be mounted here")
-    try:
-        options = ["runtime.checkpoint_every_steps=10", "runtime.poll_every_steps=1", "train.epochs=1000"]
-        words = arguments(digits, root, *options, "model.embed_dim=32", "runtime.cpu_threads=1")
-        process = start(words)
-        assert process.stdout is not None
-        assert any("no space left for a checkpoint" in line for line in process.stdout), process.wait()
-        config_of(words).run_dir.stop.touch()
-        output = finish(process)[0]
-        assert process.returncode == 1, output
-        assert re.search(r"vitpa train: /\S+: No space left on device; free some space and start again\n", output)
-        assert "Traceback" not in output
-    finally:
-        subprocess.run(["umount", str(root)], check=True)
+def test_a_training_that_is_stopped_on_a_full_disk_says_so(digits: Path, small_disk: Path) -> None:
+    options = ["runtime.checkpoint_every_steps=10", "runtime.poll_every_steps=1", "train.epochs=1000"]
+    words = arguments(digits, small_disk, *options, "model.embed_dim=32", "runtime.cpu_threads=1")
+    process = start(words)
+    assert process.stdout is not None
+    assert any("no space left for a checkpoint" in line for line in process.stdout), process.wait()
+    config_of(words).run_dir.stop.touch()
+    output = finish(process)[0]
+    assert process.returncode == 1, output
+    assert re.search(r"vitpa train: /\S+: No space left on device; free some space and start again\n", output)
+    assert "Traceback" not in output
 
 
 def losses(run: RunDir) -> list[tuple[int, float, float]]:
