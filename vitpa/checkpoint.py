@@ -135,8 +135,8 @@ class Writer:
 
     def save(self, run: RunDir, checkpoint: Checkpoint) -> None:
         """As the function `save`, but return at once. The tensors may change afterwards: they are copied."""
-        state = _on_host(checkpoint.state())
-        self._submit(run, lambda: _write(run, checkpoint.progress.step, state))
+        step, state = checkpoint.progress.step, _on_host(checkpoint.state())
+        self._submit(run, lambda: _write(run, step, state))
 
     def keep(self, run: RunDir, step: int, model: dict[str, Tensor]) -> None:
         """Write a snapshot of the weights after `step` steps, likewise."""

@@ -143,7 +143,7 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group, clock: Clock | 
             try:
                 if len(configs) > 1 and group.world_size > 1:
                     raise ConfigError("several runs are trained together by one process, without torchrun")
-                check_memory([config for config in configs if config.run_dir.result() is None], group.device)
+                check_memory(configs, group.device)
                 unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
             except (ConfigError, BetonError, RunError, OSError) as error:
                 refused = error
