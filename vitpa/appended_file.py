@@ -53,7 +53,7 @@ class AppendedFile:
             if not is_full(error):
                 raise
             if not self._full:
-                LOGGER.warning(f"{self._path}: no space left; the training goes on, and what is missing is written later")
+                LOGGER.warning(f"{self._path}: no space left; what is missing is written once there is some")
             self._full = True
 
     def sync(self) -> None:

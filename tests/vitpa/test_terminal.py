@@ -15,8 +15,7 @@ import pytest
 from jobs.report.collect import Cell, CollectedTable
 from jobs.report.status import table_of
 from jobs.report.tables import latex, markdown
-from tests.support.repository import ROOT
-from tests.support.waiting import run_to_end
+from tests.support.private_disk import run_on_private_disk
 from vitpa.cli import main
 from vitpa.console import PrintableConsole
 from vitpa.records import create_exclusive, write_atomic
@@ -131,15 +130,7 @@ def test_what_cannot_be_said_on_stderr_ends_nothing() -> None:
 
 
 ON_A_FULL_DISK = """
-import sys
-from pathlib import Path
-from slurm.chaos.disk import PrivateDisk
 from vitpa.terminal import printable_output
-folder = Path(sys.argv[1])
-try:
-    disk = PrivateDisk(folder)
-except OSError:
-    sys.exit(77)
 sys.stderr = open(folder / "log", "w")
 with printable_output():
     disk.fill()
@@ -158,9 +149,7 @@ with printable_output():
 
 def test_what_is_said_after_a_full_disk_has_room_is_there(tmp_path: Path) -> None:
     """And one that is full at the end changes no exit code."""
-    done = run_to_end([sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)], cwd=ROOT)
-    if done.returncode == 77:
-        pytest.skip("this machine gives no mount namespaces")
+    done = run_on_private_disk(ON_A_FULL_DISK, tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
 
 

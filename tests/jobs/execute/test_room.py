@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.repository import ROOT
-from tests.support.waiting import run_to_end
+from tests.support.private_disk import run_on_private_disk
 
 PROGRAM = """
-import sys
-from pathlib import Path
-from slurm.chaos.disk import PrivateDisk
-root = Path(sys.argv[1])
-try:
-    disk = PrivateDisk(root)
-except OSError:
-    sys.exit(77)
+root = folder
 from jobs.state import StateReader
 from tests.support.jobs_sweeps import launch, make_sweep
 from tests.support.slurm_sweeps import processes_below
@@ -43,24 +34,16 @@ assert len(second.attempts()) == 1
 @pytest.mark.slow
 def test_the_worker_waits_for_room(tmp_path: Path) -> None:
     """The run that ends on the full disk is lost, those that wait for the worker are trained once there is room."""
-    done = run_to_end([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
-    if done.returncode == 77:
-        pytest.skip("this machine gives no mount namespaces")
+    done = run_on_private_disk(PROGRAM, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 LOW_DISK = """
-import sys, time
-from pathlib import Path
+import time
 from jobs.failures import cause_of
-from slurm.chaos.disk import PrivateDisk
 from vitpa import room
 from vitpa.preflight import check_disk
-root, wanted = Path(sys.argv[1]), 32 / 1024
-try:
-    disk = PrivateDisk(root)
-except OSError:
-    sys.exit(77)
+root, wanted = folder, 32 / 1024
 room.POLL_S = 0.1
 looks = []
 
@@ -86,9 +69,7 @@ assert time.monotonic() - began_s < 60
 
 
 def test_a_low_disk_is_waited_for_like_a_full_one(tmp_path: Path) -> None:
-    done = run_to_end([sys.executable, "-c", LOW_DISK, str(tmp_path)], cwd=ROOT)
-    if done.returncode == 77:
-        pytest.skip("this machine gives no mount namespaces")
+    done = run_on_private_disk(LOW_DISK, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[:2] == [f"{tmp_path}: 0.0 GiB free, 0.03125 are wanted; waiting for room"] * 2

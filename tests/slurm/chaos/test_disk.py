@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-from tests.support.repository import ROOT
-from tests.support.waiting import run_to_end
+from tests.support.private_disk import run_on_private_disk
 
 PROGRAM = """
-import os, sys
-from pathlib import Path
+import os
 from vitpa.room import has_room
-from slurm.chaos.disk import PrivateDisk
-path = Path(sys.argv[1])
-try:
-    disk = PrivateDisk(path)
-except OSError:
-    sys.exit(77)
+path = folder
 (path / "record").write_text("x" * 10_000)
 assert has_room(path)
 disk.fill()
@@ -39,8 +29,6 @@ assert os.listdir(path) == []
 
 
 def test_a_full_disk_is_full_and_nobody_else_sees_it(tmp_path: Path) -> None:
-    done = run_to_end([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
-    if done.returncode == 77:
-        pytest.skip("this machine gives no mount namespaces")
+    done = run_on_private_disk(PROGRAM, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
