@@ -549,6 +549,7 @@ def test_the_table_of_other_values_has_every_key() -> None:
 
 SHIPPED_SIGNATURES = {
     "cifar10": "2a7491d95151c22e",
+    "cifar10_strong": "6395c98f091111ff",
     "cifar100": "19f467fc6728925c",
     "cifar100_strong": "c4a8d3b34b20411c",
     "digits": "0746b6c6a1d25b57",
