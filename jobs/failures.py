@@ -40,7 +40,7 @@ CAUSES = (  # the first that matches; what follows from other failures comes las
     Cause(
         "disk full",
         r"No space left on device|\[Errno 28\]|Disk quota exceeded|PytorchStreamWriter failed writing|are wanted; make room",
-        "free space or quota where --root is, then retry: the run goes on from its newest checkpoint",
+        "free space or quota where --root is, then submit, or retry what is failed: it goes on from its newest checkpoint",
     ),
     Cause(
         "not finite",

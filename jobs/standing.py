@@ -11,7 +11,7 @@ from jobs.failures import cause_of
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
 from jobs.state import LIVE, RETRYABLE, RunState
-from jobs.sweep import TRIAL, Run, Sweep, with_ledger
+from jobs.sweep import TRIAL, Run, Sweep, with_newest_rounds
 from vitpa.metrics_file import read_metrics
 from vitpa.records import RunError
 
@@ -73,9 +73,7 @@ class Standing:
         """
         if sweep.ledger is None:
             return None
-        ledger = Ledger.read(sweep.ledger.folder)
-        if len(ledger.rounds) > len(sweep.ledger.rounds):
-            sweep = with_ledger(sweep, ledger)
+        sweep = with_newest_rounds(sweep)
         return Standing.of(sweep, look(sweep.runs), root)
 
     def _add(self, number: int, states: Sequence[RunState], root: Path) -> None:

@@ -288,6 +288,18 @@ def with_ledger(sweep: Sweep, ledger: Ledger) -> Sweep:
     return replace(sweep, runs=resolve(sweep.config, sweep.name, ledger.trials), ledger=ledger)
 
 
+def with_newest_rounds(sweep: Sweep) -> Sweep:
+    """The sweep, or if it is a search to whose ledger a launcher has added rounds since it was loaded: with these.
+
+    Raises:
+        SweepError, RunError: the ledger cannot be used.
+    """
+    if sweep.ledger is None:
+        return sweep
+    ledger = Ledger.read(sweep.ledger.folder)
+    return with_ledger(sweep, ledger) if len(ledger.rounds) > len(sweep.ledger.rounds) else sweep
+
+
 def _search_plan(config: SweepConfig, search: SearchConfig, where: str) -> SearchPlan:
     for name in ("axes", "include", "exclude", "reference"):
         if getattr(config, name):

@@ -6,7 +6,7 @@ import argparse
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,7 @@ def _plan(context: Context) -> int:
     if missing and problem:
         context.say(f"cannot be submitted yet: {problem}")
     elif missing:
-        context.say(f"submit would start {len(missing)} runs{plan.jobs}")
+        context.say(f"submit would start {_count(missing)}{plan.jobs}")
     _say_left_alone(context, states)
     return code
 
@@ -204,7 +204,7 @@ def _start(context: Context, looked_at: list[RunState], chosen: list[RunState]) 
         context.say(line)
     _check_limits(context, looked_at, plan)
     if context.options.dry_run:
-        context.say(f"would start {len(chosen)} runs{plan.jobs}")
+        context.say(f"would start {_count(chosen)}{plan.jobs}")
         for group in plan.groups:
             context.say("  " + " + ".join(f"{state.run.label} ({state.state})" for state in group))
         return OK
@@ -273,6 +273,10 @@ def _check_limits(context: Context, states: list[RunState], plan: SubmissionPlan
         raise SweepError(f"{problem}; to try it all the same: --force")
 
 
+def _count(runs: Sequence[object]) -> str:
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+
+
 def _say_left_alone(context: Context, states: list[RunState]) -> None:
     given_up = context.given_up
     left_alone = [
@@ -311,7 +315,7 @@ def _status(context: Context) -> int:
         _say_left(context, left)
         runs = [state.run for state in states]
         try:
-            states = watch_table(context, runs)
+            states = watch_table(context, runs, follow=True)
         except KeyboardInterrupt:
             return OK
     elif context.options.json:

@@ -121,6 +121,7 @@ class AugmentConfig(Section):
         (),
         description="brightness, contrast, saturation and, if wanted, hue, as of torchvision's ColorJitter, after the policy; "
         "[] for none",
+        examples=["[0.4,0.4,0.4]"],
     )
     erase_prob: Float = Field(0.0, ge=0, le=1, description="share of the images of which a random rectangle is erased")
     erase_mode: Literal["const", "pixel"] = Field("const", description="erased: the mean colour, or noise in each pixel")
@@ -202,7 +203,9 @@ class TrainConfig(Section):
         description="of an epoch's images; quasi_random: read in shards, for a .beton larger than the node's memory",
     )
     image_sizes: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1, le=MAX_PX)]], ...] = Field(
-        (), description="[[epoch, px], ...]: from which epoch on (0: the first) training images have which size; []: one size"
+        (),
+        description="[[epoch, px], ...]: from which epoch on (0: the first) training images have which size; []: one size",
+        examples=["[[0,96],[200,224]]"],
     )
     holdout: Float = Field(
         0.0,
@@ -232,6 +235,7 @@ class RuntimeConfig(Section):
         (),
         description="operations that a GPU does as torch's own instead of our kernels, to compare them or to do without one: "
         f"{', '.join(get_args(TorchOperation))}",
+        examples=[f"[{get_args(TorchOperation)[0]}]"],
     )
     compile_cache: str | None = Field(
         "auto", description="folder with what was compiled for later starts; auto: compiled/ in root; null: none is kept"
@@ -257,7 +261,9 @@ class RuntimeConfig(Section):
         None, ge=1, le=MAX_STEPS, description="optimiser steps between checkpoints, besides"
     )
     keep_epochs: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = Field(
-        (), description="epochs after which the weights are kept for `vitpa analyze`, such as [1, 10, 100]"
+        (),
+        description="epochs after which the weights are kept for `vitpa analyze`, such as [1, 10, 100]",
+        examples=["[1,10,100]"],
     )
     stop_after_epoch: int | None = Field(
         None,

@@ -307,10 +307,18 @@ def _explain(problem: ErrorDetails, key: str, model: type[BaseModel], document: 
     if problem["type"] == "string_type" and not isinstance(problem["input"], list | dict):
         quoted = f"{key}=\"'{shown}'\", with both kinds of quotes" if typed else f"{key.rpartition('.')[2]}: '{shown}'"
         message += f"; if {shown} is a name, write {quoted}"
-    field = model.model_fields.get(key)
-    if problem["type"] in ("dict_type", "list_type", "tuple_type") and field is not None and field.examples:
-        message += f"; write it as `{key}: {field.examples[0]}`"
+    example = _example(dict(fields_of(model)).get(key)) if problem["type"] in ("dict_type", "list_type", "tuple_type") else ""
+    if example:
+        message += f"; write it as `'{key}={example}'`" if typed else f"; write it as `{key.rpartition('.')[2]}: {example}`"
     return f"{key}={shown}: {message}"
+
+
+def _example(field: FieldInfo | None) -> str:
+    """How a value of a field that takes several can be written; empty if nothing shows it."""
+    if field is None:
+        return ""
+    default = list(field.default) if isinstance(field.default, list | tuple) else []
+    return str(field.examples[0]) if field.examples else json.dumps(default, separators=(",", ":")) if default else ""
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:

@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
@@ -22,7 +22,6 @@ from rich.text import Text
 from jobs.records import Claim, Intent, Start
 from jobs.report.waiting import advice, needs_action
 from jobs.state import LIVE, STATES, RunState, StateReader
-from jobs.sweep import Run
 from vitpa.config import RunConfig
 from vitpa.documents import read_end
 from vitpa.flops import full_size_epochs, size_share
@@ -268,8 +267,18 @@ def held_out(states: Iterable[RunState]) -> list[str]:
     return [f"{dataset}: evaluated on {part}, not on val" for dataset, part in parts if part != "val"]
 
 
+class Watched(Protocol):
+    """What is watched."""
+
+    def states(self, reader: StateReader) -> list[RunState]:
+        """The states of the moment."""
+
+    def patience_s(self) -> float:
+        """How long to wait, when the last run has ended, for others to join."""
+
+
 def watch(
-    runs: list[Run],
+    watched: Watched,
     root: Path,
     name: str,
     console: Console,
@@ -284,10 +293,11 @@ def watch(
     Returns the last states.
     """
     shown: list[str] = []
+    last_live_s = -math.inf
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
         while True:
             reader = StateReader(root)
-            states = reader.states(runs)
+            states = watched.states(reader)
             warning = f" ({printable(reader.scheduler_error)})" if reader.scheduler_error else ""
             if not reader.scheduler_error:
                 tell(states)
@@ -301,7 +311,9 @@ def watch(
                 if new := [line for line in said if line not in shown]:
                     console.print("\n".join(new), markup=False, highlight=False, soft_wrap=True)
                 shown = said
-            if not any(state.state in LIVE for state in states):
+            if any(state.state in LIVE for state in states):
+                last_live_s = time.monotonic()
+            elif time.monotonic() >= last_live_s + watched.patience_s():
                 return states
             time.sleep(pause_s(reader))
 

@@ -682,6 +682,17 @@ def test_a_dotted_key_in_a_file_says_how_to_write_it(tmp_path: Path) -> None:
     assert "unknown key train.epochs; write it as a section: `train:`, and below it, indented, `epochs: ...`" in line
 
 
+@pytest.mark.parametrize("key", [key for key, field in fields_of(RunConfig) if "tuple" in str(field.annotation)])
+def test_a_single_value_where_several_belong_says_how_to_write_them(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path, to_yaml(SMALL))
+    example = re.search(rf"write it as `'{key}=(.+)'`", refused(path, f"{key}=7"))
+    assert example is not None
+    load_config(path, [f"{key}={example[1]}", "train.epochs=300", "augment.crop=random_resized"])
+    section, _, name = key.rpartition(".")
+    inner = {**SMALL.get(section, {}), name: 7}
+    assert f"; write it as `{name}: {example[1]}`" in refused(write(tmp_path, to_yaml({**SMALL, section: inner})))
+
+
 def test_an_experiment_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, to_yaml(SMALL))
     assert re.search(r"experiment_version=2: .*less than or equal to 1", refused(path, "experiment_version=2"))

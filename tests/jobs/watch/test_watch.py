@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import io
 import math
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +30,9 @@ from jobs.watch.app import WatchApp
 from jobs.watch.command import screen_of, watch_table
 from jobs.watch.look import Look, groups_of, matching, sweep_eta_s, terms_of
 from tests.support.jobs_sweeps import command, exits, launch, make_sweep, settle, write_result
+from tests.support.repository import ROOT
 from tests.support.search_sweeps import make_search
+from tests.support.waiting import wait_for
 from vitpa.cli import main
 
 SIZE = (80, 24)
@@ -161,6 +165,23 @@ def test_watching_a_search_follows_its_ledger_and_outlives_a_damaged_one(tmp_pat
     (SweepDir(tmp_path, "small").search / "0002.json").write_text("{")
     (said,) = app.look_again().search
     assert "0002.json: not valid JSON" in said
+
+
+@pytest.mark.slow
+def test_watching_a_search_shows_the_runs_of_its_later_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_search(tmp_path, budget={"runs": 3}, trials_at_once=1)
+    (tmp_path / "hold").touch()
+    with subprocess.Popen(command(tmp_path, 2, "submit", "--wait"), cwd=ROOT) as search:
+        wait_for(lambda: any(tmp_path.glob("runs/*/attempts/0001/start.json")), poll_s=0.1)
+        app = screen(tmp_path)
+        assert len(app.look_again().rows) == 1
+        released = threading.Timer(2.0, (tmp_path / "hold").unlink)
+        released.start()
+        assert main(["sweep", "status", f"{tmp_path}/small.yaml", "--root", str(tmp_path), "--watch"]) == 0
+        released.join()
+        assert search.wait(60) == 0
+    assert "small: 3 of 3 done" in capsys.readouterr().out
+    assert [each["state"] for each in app.look_again().rows] == ["done"] * 3
 
 
 def test_what_is_not_shown_is_not_cancelled() -> None:
