@@ -687,7 +687,7 @@ def test_a_single_value_where_several_belong_says_how_to_write_them(tmp_path: Pa
     path = write(tmp_path, to_yaml(SMALL))
     example = re.search(rf"write it as `'{key}=(.+)'`", refused(path, f"{key}=7"))
     assert example is not None
-    load_config(path, [f"{key}={example[1]}", "train.epochs=300", "augment.crop=random_resized"])
+    load_config(path, [f"{key}={example[1]}", "train.epochs=300", "augment.crop=random_resized", "model.img_size=224"])
     section, _, name = key.rpartition(".")
     inner = {**SMALL.get(section, {}), name: 7}
     assert f"; write it as `{name}: {example[1]}`" in refused(write(tmp_path, to_yaml({**SMALL, section: inner})))

@@ -55,7 +55,7 @@ def _biased(q, bias, B):
 
 
 @triton.jit
-def _forward_kernel(qkv, q_bias, out, lse, B, scale_log2, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
+def _attention_forward_kernel(qkv, q_bias, out, lse, B, scale_log2, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     kind: tl.constexpr = qkv.dtype.element_ty
@@ -100,7 +100,7 @@ def _forward_kernel(qkv, q_bias, out, lse, B, scale_log2, H: tl.constexpr, P: tl
 
 
 @triton.jit
-def _backward_kernel(
+def _attention_backward_kernel(
     qkv, q_bias, out, dout, lse, dqkv, parts, B, scale, scale_log2, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr
 ):
     N: tl.constexpr = 1 + P
@@ -180,7 +180,7 @@ def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     qkv, q_bias = qkv.contiguous(), q_bias.contiguous()
     out = torch.empty(M, N, H * d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(M, H, N, dtype=torch.float32, device=qkv.device)
-    kernel: Any = _forward_kernel
+    kernel: Any = _attention_forward_kernel
     kernel[(H * M,)](qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, H, N - 1, d, num_warps=NUM_WARPS)
     return out, lse
 
@@ -200,7 +200,7 @@ def _backward(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tenso
     parts = torch.empty(R, M // R, H * d, dtype=torch.float32, device=qkv.device)
     small = d <= 32 and qkv.dtype == torch.bfloat16  # larger tiles do not fit into so few registers
     scale = d**-0.5
-    kernel: Any = _backward_kernel
+    kernel: Any = _attention_backward_kernel
     kernel[(H * M,)](
         qkv, q_bias, out, dout, lse, dqkv, parts, M // R, scale, scale * LOG2_E, H, N - 1, d,
         num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS_BACKWARD if small else None,

@@ -88,7 +88,7 @@ def _erase_kernel(images, scale, shift, boxes, words, normals, out, H: tl.conste
 
 
 @triton.jit
-def _mix_kernel(
+def _erase_and_mix_kernel(
     images, scale, shift, boxes, words, normals, weights, cuts, out,
     H: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,7 @@ def _normalize_erase_and_mix(
 ) -> Tensor:
     B, _, H, W = images.shape
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    kernel: Any = _mix_kernel
+    kernel: Any = _erase_and_mix_kernel
     inputs = (tensor.contiguous() for tensor in (images, scale, shift, boxes, words, normals, weights, cuts))
     kernel[(triton.cdiv(H * W, TILE) * (B // 2),)](*inputs, out, H, W, TILE)
     return out

@@ -35,7 +35,7 @@ def _normal(x):
 
 
 @triton.jit
-def _forward_kernel(x, bias, y, M, bias_stride, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _gelu_forward_kernel(x, bias, y, M, bias_stride, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS  # beside one another
     r = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -49,7 +49,7 @@ def _forward_kernel(x, bias, y, M, bias_stride, D: tl.constexpr, ROWS: tl.conste
 
 
 @triton.jit
-def _backward_kernel(
+def _gelu_backward_kernel(
     dy, x, bias, dx, parts, M, steps, bias_stride, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     tiles: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -77,7 +77,7 @@ def _forward(x: Tensor, bias: Tensor) -> Tensor:
     R, M, D = x.shape
     y = torch.empty_like(x)
     columns = min(COLUMNS, triton.next_power_of_2(D))
-    kernel: Any = _forward_kernel
+    kernel: Any = _gelu_forward_kernel
     grid = (triton.cdiv(M, ROWS_FORWARD) * triton.cdiv(D, columns), R)
     kernel[grid](x, bias, y, M, bias.stride(0), D, ROWS_FORWARD, columns, num_warps=NUM_WARPS_FORWARD)
     return y
@@ -98,7 +98,7 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     steps = triton.cdiv(tokens_a_program(R * M * tiles), ROWS_BACKWARD)
     programs = triton.cdiv(M, steps * ROWS_BACKWARD)
     parts = torch.empty(R, programs, D, dtype=torch.float32, device=x.device)
-    kernel: Any = _backward_kernel
+    kernel: Any = _gelu_backward_kernel
     kernel[(programs * tiles, R)](
         dy, x, bias, dx, parts, M, steps, bias.stride(0), D, ROWS_BACKWARD, columns, num_warps=NUM_WARPS_BACKWARD
     )

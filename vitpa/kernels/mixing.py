@@ -38,7 +38,7 @@ def unsupported_reason(tokens: int, head_dim: int) -> str | None:
 
 
 @triton.jit
-def _forward_kernel(attention, v, out, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
+def _mixing_forward_kernel(attention, v, out, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     head = tl.program_id(0).to(tl.int64)
@@ -68,7 +68,7 @@ def _forward_kernel(attention, v, out, B, chunk, H: tl.constexpr, P: tl.constexp
 
 
 @triton.jit
-def _backward_kernel(attention, v, dout, dv, parts, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
+def _mixing_backward_kernel(attention, v, dout, dv, parts, B, chunk, H: tl.constexpr, P: tl.constexpr, d: tl.constexpr):
     N: tl.constexpr = 1 + P
     D: tl.constexpr = H * d
     head = tl.program_id(0).to(tl.int64)
@@ -117,7 +117,7 @@ def _forward(attention: Tensor, v: Tensor) -> Tensor:
     R, B, N, H, d = v.shape
     attention, v = attention.contiguous(), v.contiguous()
     out = torch.empty(R, B, N, H * d, dtype=v.dtype, device=v.device)
-    kernel: Any = _forward_kernel
+    kernel: Any = _mixing_forward_kernel
     chunk, warps = FORWARD_MANY if R * B >= MANY_IMAGES else FORWARD_FEW
     grid = (R * H, triton.cdiv(B, chunk))
     kernel[grid](attention, v, out, B, chunk, H, N - 1, d, num_warps=warps, num_stages=NUM_STAGES)
@@ -138,7 +138,7 @@ def _backward(attention: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, Tenso
     chunk, warps = BACKWARD_MANY if R * B >= MANY_IMAGES else BACKWARD_FEW
     chunks = triton.cdiv(B, chunk)
     parts = torch.empty(R * H, chunks, N * N, dtype=torch.float32, device=v.device)
-    kernel: Any = _backward_kernel
+    kernel: Any = _mixing_backward_kernel
     grid = (R * H, chunks)
     kernel[grid](attention, v, dout, dv, parts, B, chunk, H, N - 1, d, num_warps=warps, num_stages=NUM_STAGES)
     return sum_partials(parts).view(R, H, N, N), dv

@@ -28,7 +28,7 @@ def unsupported_reason(embed_dim: int) -> str | None:
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     residual, branch, bias, scale, weight, norm_bias, total, normed, mean, rstd, M, tokens, eps,
     bias_stride, weight_stride, norm_bias_stride,
     SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -62,7 +62,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     dnormed, dtotal, total, scale, weight, mean, rstd, dx, dbranch, parts, M, tokens, steps, weight_stride,
     SCALED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _forward(
     mean = torch.empty(R, M, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
     scales, tokens = _per_image(scale, M)
-    kernel: Any = _forward_kernel
+    kernel: Any = _norm_forward_kernel
     kernel[(triton.cdiv(M, ROWS_FORWARD), R)](
         residual, branch, bias, bias if scales is None else scales, weight, norm_bias, total, normed, mean, rstd, M, tokens,
         eps,
@@ -155,7 +155,7 @@ def _backward(
     programs = triton.cdiv(M, steps * rows)
     parts = torch.empty(3 * R, programs, D, dtype=torch.float32, device=total.device)
     scales, tokens = _per_image(scale, M)
-    kernel: Any = _backward_kernel
+    kernel: Any = _norm_backward_kernel
     kernel[(programs, R)](
         dnormed, dtotal, total, mean if scales is None else scales, weight, mean, rstd, dx, dbranch, parts, M, tokens, steps,
         weight.stride(0),

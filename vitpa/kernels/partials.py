@@ -26,7 +26,7 @@ def rows_apart(vectors: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
 
 
 @triton.jit
-def _sum_kernel(parts, total, S, L, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _sum_partials_kernel(parts, total, S, L, share, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     group = tl.program_id(1).to(tl.int64)
     first = tl.program_id(2) * share
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -45,6 +45,6 @@ def sum_partials(parts: Float32[Tensor, "groups S L"]) -> Float32[Tensor, "group
     rows = min(MAX_ROWS, triton.next_power_of_2(share))
     shares = triton.cdiv(S, share)
     total = torch.empty(groups, shares, L, dtype=torch.float32, device=parts.device)
-    kernel: Any = _sum_kernel
+    kernel: Any = _sum_partials_kernel
     kernel[(triton.cdiv(L, TILE // rows), groups, shares)](parts, total, S, L, share, rows, TILE // rows, num_warps=NUM_WARPS)
     return total[:, 0] if shares == 1 else sum_partials(total)

@@ -45,7 +45,7 @@ def _dot(x, y, acc=None):
 
 
 @triton.jit
-def _forward_kernel(
+def _tiled_attention_forward_kernel(
     qkv, q_bias, out, lse, B, scale_log2,
     N: tl.constexpr, H: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _tiled_attention_backward_kernel(
     qkv, q_bias, out, dout, lse, dqkv, parts, B, scale, scale_log2,
     N: tl.constexpr, H: tl.constexpr, d: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def _forward(qkv: Tensor, q_bias: Tensor) -> tuple[Tensor, Tensor]:
     out = torch.empty(M, N, H * d, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(M, H, N, dtype=torch.float32, device=qkv.device)
     rows, columns, warps, stages = FORWARD
-    kernel: Any = _forward_kernel
+    kernel: Any = _tiled_attention_forward_kernel
     kernel[(triton.cdiv(N, rows) * H * M,)](
         qkv, q_bias, out, lse, M // R, d**-0.5 * LOG2_E, N, H, d, rows, columns, num_warps=warps, num_stages=stages
     )
@@ -159,7 +159,7 @@ def _backward(qkv: Tensor, q_bias: Tensor, out: Tensor, dout: Tensor, lse: Tenso
     parts = torch.empty(R, M // R, H * d, dtype=torch.float32, device=qkv.device)
     rows, warps, stages = BACKWARD[qkv.element_size()]
     scale = d**-0.5
-    kernel: Any = _backward_kernel
+    kernel: Any = _tiled_attention_backward_kernel
     kernel[(H * M,)](
         qkv, q_bias, out, dout, lse, dqkv, parts, M // R, scale, scale * LOG2_E,
         N, H, d, max(64, triton.next_power_of_2(N)), rows, num_warps=warps, num_stages=stages,

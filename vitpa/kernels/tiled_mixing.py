@@ -34,7 +34,7 @@ def unsupported_reason(head_dim: int) -> str | None:
 
 
 @triton.jit
-def _pad_kernel(attention, padded, N, S: tl.constexpr, BLOCK: tl.constexpr):
+def _tiled_mixing_pad_kernel(attention, padded, N, S: tl.constexpr, BLOCK: tl.constexpr):
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -43,7 +43,7 @@ def _pad_kernel(attention, padded, N, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _mix_kernel(
+def _tiled_mixing_kernel(
     padded, v, out, B, N: tl.constexpr, S: tl.constexpr, H: tl.constexpr, d: tl.constexpr,
     TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,9 @@ def _mix_kernel(
 
 
 @triton.jit
-def _gradient_kernel(v, dout, parts, B, chunk, N: tl.constexpr, H: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr):
+def _tiled_mixing_gradient_kernel(
+    v, dout, parts, B, chunk, N: tl.constexpr, H: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr
+):
     D: tl.constexpr = H * d
     tiles: tl.constexpr = (N + ROWS - 1) // ROWS
     head = tl.program_id(2).to(tl.int64)
@@ -98,7 +100,7 @@ def _product(padded: Tensor, v: Tensor, *, transposed: bool) -> Tensor:
     out = torch.empty_like(v)
     rows, inner, columns, warps, stages = MIX
     grid = (triton.cdiv(N, rows) * triton.cdiv(B * d, columns), R * H)
-    kernel: Any = _mix_kernel
+    kernel: Any = _tiled_mixing_kernel
     kernel[grid](
         padded, v, out, B, N, padded.shape[1], H, d, transposed, rows, inner, columns, num_warps=warps, num_stages=stages
     )
@@ -113,7 +115,7 @@ def _gradient(v: Tensor, dout: Tensor) -> Tensor:
     chunk = min(B, triton.cdiv(B * tiles * R * H, GRADIENT_PROGRAMS))
     chunks = triton.cdiv(B, chunk)
     parts = torch.empty(R * H, chunks, N * N, dtype=torch.float32, device=v.device)
-    kernel: Any = _gradient_kernel
+    kernel: Any = _tiled_mixing_gradient_kernel
     kernel[(tiles, chunks, R * H)](v, dout, parts, B, chunk, N, H, d, rows, num_warps=warps, num_stages=stages)
     return sum_partials(parts).view(R, H, N, N)
 
@@ -124,7 +126,7 @@ def _forward(attention: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     attention, v = attention.contiguous(), v.contiguous()
     S = triton.cdiv(N, PAD) * PAD
     padded = torch.empty(R * H, S, S, dtype=v.dtype, device=v.device)
-    kernel: Any = _pad_kernel
+    kernel: Any = _tiled_mixing_pad_kernel
     kernel[(S, R * H)](attention, padded, N, S, triton.next_power_of_2(S))
     return _product(padded, v, transposed=False).view(R, B, N, H * d), padded
 
