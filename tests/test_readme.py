@@ -310,7 +310,7 @@ def hundreds(rate: float) -> str:
     return f"{round(rate, -2):,.0f}"
 
 
-@pytest.mark.parametrize("sweep", ["cifar10", "cifar100", "cifar10_short"])
+@pytest.mark.parametrize("sweep", ["cifar10", "cifar10_strong", "cifar100", "cifar100_strong", "cifar10_short"])
 def test_accuracies_are_those_of_the_files(sweep: str) -> None:
     document = read(f"jobs/sweeps/results/{sweep}.json")
     top1: dict[str, dict[int, float]] = {"content": {}, "positional": {}}
@@ -340,6 +340,18 @@ def test_speeds_are_those_of_the_files() -> None:
                 assert f"| {shown} ({line['times_one_gpu']:.2f}x) |" in SPEED
             elif Case(**line["case"]).name != "training, synthetic" or file == "imagenet_h100.json":
                 assert shown in SPEED
+
+
+def test_the_speeds_of_settings_in_a_step_are_those_of_the_file() -> None:
+    for line in read("vitpa/bench/results/settings_h200.json")["results"]:
+        factor = f" ({line['times_one_run']:.2f}x)" if line["times_one_run"] else ""
+        assert f"| {hundreds(line['images_per_s'])}{factor} |" in SPEED
+
+
+def test_the_seconds_of_starts_are_those_of_the_file() -> None:
+    for name, line in read("vitpa/bench/results/start_h200.json")["starts"].items():
+        parts = [line[f"{part}_s"] for part in ("first_step", "imports", "data", "set_up", "restore", "compilation")]
+        assert f"| {name} | {' | '.join(f'{part:.1f}' for part in parts)} |" in SPEED
 
 
 def test_the_readmes_speeds_are_among_them() -> None:
