@@ -35,10 +35,16 @@ class MissedError(Exception):
 
 @dataclass(frozen=True)
 class Victim:
-    """A run in training, with its processes."""
+    """A run in training, with its processes.
+
+    Attributes:
+        job: Its number in SLURM. Of one task of an array it is that of the whole array.
+        task: What SLURM's clients call it so that they mean no other task.
+    """
 
     signature: str
     job: str
+    task: str
     node: str
     trainers: tuple[int, ...]
     wrapper: int
@@ -79,7 +85,7 @@ class Scene:
                 if run:
                     variables = _environment(pid)
                     others = found[run[1]].trainers if run[1] in found else ()
-                    place = variables["SLURM_JOB_ID"], variables["SLURMD_NODENAME"]
+                    place = variables["SLURM_JOB_ID"], _task(variables), variables["SLURMD_NODENAME"]
                     found[run[1]] = Victim(run[1], *place, (*others, pid), _wrapper_of(pid))
         return sorted(found.values(), key=lambda victim: self.labels.get(victim.signature, ""))
 
@@ -135,6 +141,12 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
+def _task(variables: dict[str, str]) -> str:
+    """What SLURM's clients call the job with these environment variables."""
+    array, number = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{number}" if array and number else variables["SLURM_JOB_ID"]
+
+
 def _wrapper_of(trainer: int) -> int:
     """The process of the job that supervises a training: its nearest ancestor that submitit has started."""
     pid = trainer
@@ -183,8 +195,8 @@ def _bring_back(scene: Scene, node: str, fault: Fault) -> None:
 def requeue(scene: Scene, fault: Fault) -> Blow:
     """SLURM is told to end the job and start it again."""
     victim = scene.victim(fault)
-    scene.ask("scontrol", "requeue", victim.job)
-    return Blow([victim], f"scontrol requeue {victim.job}")
+    scene.ask("scontrol", "requeue", victim.task)
+    return Blow([victim], f"scontrol requeue {victim.task}")
 
 
 def preemption(scene: Scene, fault: Fault) -> Blow:
@@ -199,19 +211,19 @@ def preemption(scene: Scene, fault: Fault) -> Blow:
 def time_limit(scene: Scene, fault: Fault) -> Blow:
     """The job's time is nearly up; when SLURM has started it again it has its old limit."""
     victim = scene.victim(fault)
-    before = _job(scene, victim.job)
+    before = _job(scene, victim.task)
     minutes = int(_seconds(before["RunTime"]) // 60) + 2
-    scene.ask("scontrol", "update", f"JobId={victim.job}", f"TimeLimit={minutes}")
+    scene.ask("scontrol", "update", f"JobId={victim.task}", f"TimeLimit={minutes}")
 
     def reset() -> None:
         deadline = time.monotonic() + PATIENCE_S + 60
-        while (now := _job(scene, victim.job))["Restarts"] == before["Restarts"] and time.monotonic() < deadline:
+        while (now := _job(scene, victim.task))["Restarts"] == before["Restarts"] and time.monotonic() < deadline:
             scene.wait(POLL_S)
             if scene.over.is_set() or now["JobState"] not in ("RUNNING", "COMPLETING"):
                 break
-        scene.ask("scontrol", "update", f"JobId={victim.job}", f"TimeLimit={before['TimeLimit']}")
+        scene.ask("scontrol", "update", f"JobId={victim.task}", f"TimeLimit={before['TimeLimit']}")
 
-    return Blow([victim], f"time limit of job {victim.job}: {minutes} minutes", reset)
+    return Blow([victim], f"time limit of job {victim.task}: {minutes} minutes", reset)
 
 
 def _job(scene: Scene, job: str) -> dict[str, str]:
