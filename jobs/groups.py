@@ -19,7 +19,7 @@ from vitpa.datasets import facts_of, num_held_out
 from vitpa.records import RunError, read_json
 from vitpa.rundir import RunDir
 from vitpa.step.fit import memory_gib
-from vitpa.together import differing, may_differ, step_shape
+from vitpa.together import MAX_REPLICAS, differing, may_differ, step_shape
 
 ASSUMED_GPU_MEMORY_GIB = 16.0  # where nobody says; any GPU of a data centre has that
 MAX_BY_ITSELF = 16  # replicas that `auto` puts into one step: the GPU is busy long before, and a job's end hits all of them
@@ -119,7 +119,7 @@ def most_replicas(
     if processes > 1 or unsupported_reason(config) is not None:
         return 1
     if wanted != "auto":
-        return wanted
+        return min(wanted, MAX_REPLICAS)
     images = num_images(config, "train")
     if gpu_memory_gib is None or config.runtime.device == "cpu" or images is None:
         return 1
