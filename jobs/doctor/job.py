@@ -22,6 +22,7 @@ from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
 from jobs.scheduler.own_jobs import SlurmJob
 from jobs.scheduler.sbatch import ON_EXIT, slurm_executor
+from vitpa.installation import KEEP_BYTECODE, NO_BYTECODE
 from vitpa.records import RunError, read_json
 
 PROBE = Path(__file__).resolve().with_name("probe.py")
@@ -195,6 +196,7 @@ class _Found(BaseModel):
     name: str = ""
     ok: bool
     detail: str
+    compiled: bool = True  # a package, which was imported
 
 
 class _Report(BaseModel):
@@ -217,7 +219,10 @@ def checks_of(document: object, prefix: str = "", *, gpus_are_optional: bool = F
         return
     yield Check("python", "ok", f"{prefix}{report.python} on {report.host}, {report.cpus} CPUs")
     for name, found in report.imports.items():
-        yield _verdict(name, found.ok, f"{prefix}{found.detail}")
+        if found.compiled:
+            yield _verdict(name, found.ok, f"{prefix}{found.detail}")
+        else:
+            yield Check(name, "warning", f"{prefix}{found.detail}; {NO_BYTECODE}", KEEP_BYTECODE)
     if report.gpus:
         yield Check("GPUs", "ok", f"{prefix}{'; '.join(report.gpus)}")
     elif gpus_are_optional:

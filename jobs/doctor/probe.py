@@ -22,6 +22,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # it is started by its path
 
 from vitpa.child_process import child_environment, run_program
+from vitpa.installation import has_bytecode
 
 IMPORTS = {"vitpa": "vitpa.config, submitit, vitpa", "torch": "torch", "ffcv": "ffcv"}  # the last one's version is shown
 LIMIT_S = 150
@@ -103,11 +104,11 @@ def look(specification: dict[str, Any]) -> dict[str, Any]:
 
 
 def try_import(names: str) -> dict[str, Any]:
-    """Import modules in a process of their own; the version of the last one."""
+    """Import modules in a process of their own; the version of the last one, and whether that is kept compiled."""
     package = names.rpartition(", ")[2]
     program = f"import {names}, importlib.metadata; print(importlib.metadata.version({package!r}))"
     output, error = words_of([sys.executable, "-W", "ignore", "-c", program])
-    return {"ok": not error, "detail": error or output}
+    return {"ok": not error, "detail": error or output, "compiled": bool(error) or has_bytecode(package)}
 
 
 def preflights(specification: dict[str, Any], gpus: int) -> list[dict[str, Any]]:

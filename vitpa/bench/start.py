@@ -19,6 +19,7 @@ from pathlib import Path
 from vitpa.arguments import literal_path, path_argument
 from vitpa.child_process import child_environment
 from vitpa.config import RunConfig
+from vitpa.installation import KEEP_BYTECODE, NO_BYTECODE, has_bytecode
 from vitpa.records import RunError, made_with, read_record, write_json
 from vitpa.rundir import RunDir
 from vitpa.seconds import PARTS, Seconds
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
                 shutil.rmtree(root / "runs")
             starts[name] = measure(command, configs, root / "log.txt")
             print(f"{name}: {starts[name].first_step_s:.1f} s", file=sys.stderr, flush=True)
+        if not has_bytecode("torch"):
+            print(f"torch: {NO_BYTECODE}; {KEEP_BYTECODE}", file=sys.stderr)
         facts = made_with(configs[0].run_dir.env_json)
     print(table(starts))
     if options.json:

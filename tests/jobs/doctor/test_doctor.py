@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from jobs.doctor import examine
 from jobs.doctor.cluster import PROGRAMS, Check, configured
 from jobs.doctor.examine import examine_cluster
 from jobs.doctor.job import _read, checks_of
+from jobs.doctor.probe import try_import
 from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler
 from jobs.scheduler.cluster import Cluster
 from tests.support.cluster import BoundCluster
 from vitpa.cli import main
+from vitpa.installation import NO_BYTECODE
 from vitpa.records import RunError
 
 PROFILE = {"executor": "slurm", "gpus_per_node": 0, "cpus_per_task": 1, "time": "10", "partition": "main"}
@@ -226,6 +230,21 @@ def test_a_report_with_problems() -> None:
     assert "cut short -> vitpa prep makes it" in lines[1]
     assert "wrong -> another node may do" in lines[2]
     assert Check("GPUs", "ok", "NVIDIA H100, 81559 MiB") in list(checks_of(report))
+
+
+def test_a_package_that_every_process_compiles_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image that was built without .pyc files, and is read-only."""
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
+    report = {"host": "n1", "python": "3.11.2", "cpus": 8, "gpus": [], "checks": []}
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    _, check, _ = checks_of({**report, "imports": {"torch": try_import("submitit")}}, gpus_are_optional=True)
+    assert (check.name, check.level) == ("torch", "warning")
+    assert check.found == f"{importlib.metadata.version('submitit')}; {NO_BYTECODE}"
+    assert "PYTHONPYCACHEPREFIX" in check.hint
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+    assert try_import("submitit") == {"ok": True, "detail": importlib.metadata.version("submitit"), "compiled": True}
+    assert try_import("no_such_package")["compiled"] is True, "there is another problem with it"
 
 
 @pytest.mark.parametrize("document", ["no report", [], {}, {"host": "n1"}, {"host": 7, "checks": [[]]}, None])
