@@ -15,7 +15,7 @@ from jobs.report import search as report
 from jobs.search.ledger import Ledger, Round
 from jobs.standing import Standing
 from jobs.state import SUBMITTABLE, RunState
-from jobs.sweep import Sweep, with_ledger
+from jobs.sweep import Sweep, SweepDir, with_ledger
 from vitpa.terminal import printable
 
 PARTIAL = 4  # exit code: runs failed, or are missing
@@ -74,6 +74,9 @@ def _go_on(context: Context, standing: Standing, following: Round) -> Context:
     """The search with a round more, unless nothing is to be done: then as it would be."""
     ledger = standing.ledger
     dry = context.options.dry_run
+    if not dry:  # of a round whose runs had their results already nothing was started
+        begin(context.sweep)
+        SweepDir(context.root, context.sweep.name).record(context.sweep)
     ledger = replace(ledger, rounds=[*ledger.rounds, following]) if dry else ledger.append(following)
     for number, reason in ledger.rounds[-1].out.items():
         context.say(f"{ledger.trials[int(number)].label} is given up: {printable(reason)}")
