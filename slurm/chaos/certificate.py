@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from slurm.chaos.daly import daly_interval_s, efficiency, young_interval_s
-from slurm.chaos.watch import Life, Outage, Strike, cause, kept_s, outages, trained_s
+from slurm.chaos.watch import Life, Outage, Strike, causes, kept_s, outages, trained_s
 
 RESTART = "restart"  # the kind of those that are measured beforehand
 UNEXPLAINED = "unexplained"
@@ -60,21 +60,23 @@ def summary(values: Sequence[float]) -> dict[str, float | int | None]:
 
 def numbers(seen: Observed) -> dict[str, Any]:
     """The certificate's figures."""
-    interruptions = [(life.label, outage) for life in seen.lives for outage in outages(life)]
-    restarts = [outage.lost_s for label, outage in interruptions if _kind(outage, label, seen.strikes) == RESTART]
-    counted = [
-        (outage, kind)
-        for label, outage in interruptions
-        if (kind := _kind(outage, label, seen.strikes)) != RESTART and outage.attempts[0].at_s > seen.began_s
+    found = [(life.label, outage) for life in seen.lives for outage in outages(life)]
+    restarts = [
+        outage.lost_s
+        for label, outage in found
+        if outage.attempts[0].at_s <= seen.began_s and RESTART in _kinds(outage, label, seen.strikes)
     ]
+    faults = [strike for strike in seen.strikes if strike.kind != RESTART]
+    counted = [(outage, _kinds(outage, label, faults)) for label, outage in found if outage.attempts[0].at_s > seen.began_s]
     lost = [outage.lost_s for outage, _ in counted if outage.lost_s is not None]
-    struck = Counter(strike.kind for strike in seen.strikes if strike.kind != RESTART)
+    struck = Counter(strike.kind for strike in faults)
+    interruptions = Counter(kind for _, kinds in counted for kind in kinds)
     by_kind = {}
-    for kind in [*struck, *({UNEXPLAINED} & {kind for _, kind in counted})]:
-        its = [outage for outage, its_kind in counted if its_kind == kind]
+    for kind in [*struck, *({UNEXPLAINED} & set(interruptions))]:
+        its = [outage for outage, kinds in counted if kinds[0] == kind]
         by_kind[kind] = {
             "struck": struck[kind],
-            "interruptions": len(its),
+            "interruptions": interruptions[kind],
             "lost_s": summary([outage.lost_s for outage in its if outage.lost_s is not None]),
             "recovered_by": dict(Counter(_recovered_by(outage, seen.by_command) for outage in its)),
         }
@@ -83,7 +85,7 @@ def numbers(seen: Observed) -> dict[str, Any]:
         "faults_by_kind": by_kind,
         "lost_s": summary(lost),
         "recoveries": {each: recovered[each] for each in ("itself", "submit", "retry", "nobody")},
-        "ettr": _ettr(seen, len([1 for outage, _ in counted if outage.began_s < seen.ended_s]), restarts),
+        "ettr": _ettr(seen, sum(_times(outage, seen.ended_s) for outage, _ in counted), restarts),
         "runs": {
             "count": len(seen.endings),
             "lost": [ending.label for ending in seen.endings if not ending.finished],
@@ -94,9 +96,14 @@ def numbers(seen: Observed) -> dict[str, Any]:
     }
 
 
-def _kind(outage: Outage, label: str, strikes: Sequence[Strike]) -> str:
-    found = cause(outage, label, strikes)
-    return found.kind if found else UNEXPLAINED
+def _kinds(outage: Outage, label: str, strikes: Sequence[Strike]) -> list[str]:
+    """Of the faults that made the attempts of an outage necessary, in order."""
+    return [found.kind if found else UNEXPLAINED for found in causes(outage, label, strikes)]
+
+
+def _times(outage: Outage, until_s: float) -> int:
+    """How often the run was interrupted in an outage until then: Daly's failures may also come during a restart."""
+    return sum([outage.began_s < until_s, *(start.at_s < until_s for start in outage.attempts[1:])])
 
 
 def _recovered_by(outage: Outage, by_command: Mapping[str, str]) -> str:
@@ -111,9 +118,13 @@ def _ettr(seen: Observed, interruptions: int, restarts: Sequence[float | None]) 
     windows_s, trained = 0.0, 0.0
     for life in seen.lives:
         end_s = min(seen.ended_s, life.done_s if life.done_s is not None else math.inf)
+        if end_s <= seen.began_s:  # it was done before anything might happen
+            continue
         windows_s += end_s - seen.began_s
         trained += kept_s(life, end_s) - trained_s(life, seen.began_s)
-    measured = trained / windows_s if windows_s > 0 else None
+    # the time in a run's rows has what it waited for checkpoints, which is no training
+    share = seen.checkpoint_every_s / (seen.checkpoint_every_s + seen.checkpoint_s)
+    measured = share * trained / windows_s if windows_s > 0 else None
     mttf_s = windows_s / interruptions if interruptions else math.inf
     restart_s = median(found) if (found := [each for each in restarts if each is not None]) else 0.0
     cost = {"checkpoint_s": seen.checkpoint_s, "restart_s": restart_s, "mttf_s": mttf_s}

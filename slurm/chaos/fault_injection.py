@@ -125,7 +125,7 @@ class FaultInjection:
             victim = next((each for each in self.scene.victims() if self.scene.labels[each.signature] == life.label), None)
             if victim is None:
                 continue
-            self.scene.ask("scontrol", "requeue", victim.task)
+            self.scene.requeue(victim)
             self.strikes.append(Strike(self.now_s(), RESTART, (life.label,), ""))
             self._wait(partial(_is_back, life), f"{life.label} does not come back")
         self.say(f"all {len(self.lives)} runs train; faults from now on, for {self.duration_s / 3600:.3g} h")

@@ -25,6 +25,7 @@ from vitpa.child_process import run_program
 CLIENT_TIMEOUT_S = 20.0
 PATIENCE_S = 120.0  # for slurmctld to be back, a node to be up, a job to be started again
 POLL_S = 0.5
+STARTS_S = 60.0  # until a job with precedence has its node
 STOPPED_S = 30.0  # from a wrapper's end until SLURM knows of it
 STATES = {"lost", "interrupted", "uncertain", "missing", "failed", "done"}  # of a run that nobody has started again
 
@@ -93,9 +94,9 @@ class Scene:
         """The run that a fault strikes.
 
         Raises:
-            MissedError: none trains now.
+            MissedError: none trains now, or it is too late.
         """
-        victims = self.victims()
+        victims = [] if self.over.is_set() else self.victims()
         if not victims:
             raise MissedError("no run was in training")
         return victims[int(fault.whom * len(victims))]
@@ -104,23 +105,39 @@ class Scene:
         """The runs that train on a node."""
         return [victim for victim in self.victims() if victim.node == node]
 
-    def ask(self, *command: str) -> str:
+    def ask(self, *command: str, once: bool = False) -> str:
         """What one of SLURM's clients prints, tried again as long as slurmctld may be away.
+
+        With `once` it is not tried again, and taken for done, where slurmctld may have got it and did not answer in time.
 
         Raises:
             MissedError: it refuses.
         """
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 answer = run_program(command, env=self.cluster.environment, timeout_s=CLIENT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                late = True
+            else:
                 if answer.returncode == 0:
                     return answer.stdout.strip()
-                if "Unable to contact" not in answer.stderr and "Connection" not in answer.stderr:
+                late = "timed out" in answer.stderr
+                if not late and "Unable to contact" not in answer.stderr and "Connection" not in answer.stderr:
                     raise MissedError(answer.stderr.strip().splitlines()[-1] if answer.stderr.strip() else f"{command} failed")
+            if late and once:
+                return ""
             if time.monotonic() > deadline:
                 raise MissedError("slurmctld did not answer")
             time.sleep(POLL_S)
+
+    def requeue(self, victim: Victim) -> None:
+        """Have SLURM end a job and start it again, but no task that has finished meanwhile.
+
+        Raises:
+            MissedError: it refuses.
+        """
+        self.ask("scontrol", "requeue", "Incomplete", victim.task, once=True)
 
     def wait(self, seconds: float) -> None:
         """Leave broken what is, until everything is over."""
@@ -195,7 +212,7 @@ def _bring_back(scene: Scene, node: str, fault: Fault) -> None:
 def requeue(scene: Scene, fault: Fault) -> Blow:
     """SLURM is told to end the job and start it again."""
     victim = scene.victim(fault)
-    scene.ask("scontrol", "requeue", victim.task)
+    scene.requeue(victim)
     return Blow([victim], f"scontrol requeue {victim.task}")
 
 
@@ -204,8 +221,19 @@ def preemption(scene: Scene, fault: Fault) -> Blow:
     victim = scene.victim(fault)
     victims, cpus = scene.on(victim.node), scene.cluster.settings.cpus
     options = ["--parsable", "--partition=main", f"--nodelist={victim.node}", f"--cpus-per-task={cpus}", "--output=/dev/null"]
-    job = scene.ask("sbatch", *options, f"--wrap=exec sleep {fault.lasts_s:.0f}")
-    return Blow(victims, f"job {job} of `main` takes {victim.node} for {fault.lasts_s:.0f} s")
+    job = scene.ask("sbatch", *options, "--no-requeue", f"--wrap=exec sleep {fault.lasts_s:.0f}")
+
+    def end() -> None:
+        """Where the node fails meanwhile, or another such job has it, this one does not strike others later."""
+        deadline = time.monotonic() + fault.lasts_s + STARTS_S
+        with contextlib.suppress(MissedError):  # SLURM has forgotten it
+            while (
+                time.monotonic() < deadline and not scene.over.is_set() and scene.ask("squeue", "--noheader", f"--jobs={job}")
+            ):
+                scene.wait(2 * POLL_S)
+            scene.ask("scancel", job)
+
+    return Blow(victims, f"job {job} of `main` takes {victim.node} for {fault.lasts_s:.0f} s", end)
 
 
 def time_limit(scene: Scene, fault: Fault) -> Blow:
@@ -252,9 +280,13 @@ def controller_restart(scene: Scene, fault: Fault) -> Blow:
 
 def launcher_killed(scene: Scene, fault: Fault) -> Blow:
     """A job is killed whole, and the `submit` that is to start its run again is killed, too, with all that it has started."""
-    victim = scene.victim(fault)
     scene.submitting.acquire()
-    kill([*scene.processes(victim.script), victim.wrapper])
+    try:  # now: it may have taken a minute
+        victim = scene.victim(fault)
+        kill([*scene.processes(victim.script), victim.wrapper])
+    except BaseException:
+        scene.submitting.release()
+        raise
 
     def submit() -> None:
         try:

@@ -137,7 +137,16 @@ class Strike:
 
 def cause(outage: Outage, label: str, strikes: Sequence[Strike]) -> Strike | None:
     """The last fault that touched the run before it stopped; None if there is none that explains it."""
-    before_s = min(outage.attempts[0].at_s, outage.began_s + SLACK_S)
+    return _last(strikes, label, min(outage.attempts[0].at_s, outage.began_s + SLACK_S))
+
+
+def causes(outage: Outage, label: str, strikes: Sequence[Strike]) -> list[Strike | None]:
+    """For each attempt of an outage, the fault that made it necessary: the run may be interrupted again on its way back."""
+    later = [_last(strikes, label, start.at_s) for start in outage.attempts[1:]]
+    return [cause(outage, label, strikes), *later]
+
+
+def _last(strikes: Sequence[Strike], label: str, before_s: float) -> Strike | None:
     touched = [strike for strike in strikes if label in strike.runs and before_s - EXPLAINS_S <= strike.at_s <= before_s]
     return max(touched, key=lambda strike: strike.at_s, default=None)
 

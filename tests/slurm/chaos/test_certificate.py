@@ -90,7 +90,7 @@ def test_numbers_of_two_runs() -> None:
     }
     assert found["recoveries"] == {"itself": 1, "submit": 1, "retry": 0, "nobody": 0}
     ettr = found["ettr"]
-    assert ettr["measured"] == pytest.approx((250 + 200) / (300 + 200))
+    assert ettr["measured"] == pytest.approx((250 + 200) / (300 + 200) * 15 / 15.5, abs=1e-4), "without checkpoints"
     assert ettr["mean_time_to_interruption_s"] == 250.0
     assert ettr["daly_bound"] == pytest.approx(15 / (250 * math.expm1(15.5 / 250)), abs=1e-4)
     assert ettr["of_daly_bound"] == pytest.approx(ettr["measured"] / ettr["daly_bound"], abs=1e-3)
@@ -110,6 +110,34 @@ def test_a_restart_that_was_measured_beforehand_counts_for_nothing_else() -> Non
     assert found["ettr"]["restart_s"] == 60.0
     assert found["lost_s"]["count"] == 2
     assert "restart" not in found["faults_by_kind"]
+
+
+def test_nothing_later_counts_as_a_measured_restart() -> None:
+    """Not even what nothing explains."""
+    seen = observed()
+    run = life("a", [(float(t), t, float(t)) for t in range(-90, 301)], [(-100.0, FIRST), (120.0, FIRST)], None)
+    found = numbers(Observed(**{**vars(seen), "lives": [run], "strikes": [Strike(-30.0, "restart", ("a",), "")]}))
+    assert found["ettr"]["restarts_measured_s"] == []
+    assert found["ettr"]["interruptions"] == 1
+    assert {kind: its["interruptions"] for kind, its in found["faults_by_kind"].items()} == {"unexplained": 1}
+
+
+def test_interruptions_on_the_way_back_count_each_for_its_own_fault() -> None:
+    rows = [(0.0, 0, 0.0), (50.0, 500, 50.0), (70.0, 410, 41.0), (75.0, 460, 46.0), (100.0, 410, 41.0), (110.0, 510, 51.0)]
+    run = life("a", rows, [(-5.0, FIRST), (60.0, FIRST), (90.0, FIRST)], None)
+    strikes = [Strike(52.0, "requeue", ("a",), ""), Strike(80.0, "node down", ("a",), "")]
+    found = numbers(Observed(0.0, 200.0, [run], strikes, [Ending("a", True)], {}, 60.0, 0.0))
+    assert {kind: its["interruptions"] for kind, its in found["faults_by_kind"].items()} == {"requeue": 1, "node down": 1}
+    assert found["ettr"]["mean_time_to_interruption_s"] == 100.0
+    assert found["lost_s"]["count"] == 1, "it was away once"
+
+
+def test_a_run_that_was_done_before_has_no_part_in_it() -> None:
+    rows = [(float(t), t, float(t)) for t in range(-50, 0)]
+    early = life("a", rows, [(-55.0, FIRST)], -1.0)
+    run = life("b", [(float(t), t, float(t)) for t in range(0, 101)], [(-5.0, FIRST)], None)
+    found = numbers(Observed(0.0, 100.0, [early, run], [], [Ending("a", True), Ending("b", True)], {}, 60.0, 0.0))
+    assert (found["ettr"]["measured"], found["ettr"]["run_hours"]) == (1.0, round(100 / 3600, 4))
 
 
 def test_runs_that_did_not_come_through_are_named() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm.chaos.cluster import BreakableCluster
-from slurm.chaos.faults import Scene, Victim, requeue, time_limit
+from slurm.chaos.faults import Scene, Victim, preemption, requeue, time_limit
 from slurm.chaos.schedule import Fault
 from slurm.chaos.sweep import Sweep
 from tests.support.cluster import require_slurm
@@ -26,7 +27,10 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
     require_slurm()
     (tmp_path / "vitpa").mkdir()
     (tmp_path / "vitpa/train.py").write_text("import time\ntime.sleep(600)\n")
-    with BreakableCluster(tmp_path / "slurm", nodes=2, gpus=0, cpus=1) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="vitpa-", dir="/tmp", ignore_cleanup_errors=True) as short,
+        BreakableCluster(Path(short) / "slurm", nodes=2, gpus=0, cpus=1) as cluster,
+    ):
         scene = Scene(cluster, Sweep(["demo"], tmp_path, tmp_path / "profile.yaml"), {}, None)
         options = ["--partition=low", "--array=0-1", "--requeue", "--time=60", "--output=/dev/null"]
         scene.ask("sbatch", *options, f"--export=ALL,PYTHONPATH={tmp_path}", f"--wrap={TRAINING}")
@@ -55,3 +59,18 @@ def test_an_arrays_last_task(scene: Scene) -> None:
     assert facts(scene, victims, "TimeLimit") == {task: "00:02:00", other: "01:00:00"}
     requeue(scene, whom)
     wait_for(lambda: facts(scene, victims, "Restarts") == {task: "1", other: "0"})
+
+
+def test_a_preemption_ends_with_what_it_says(scene: Scene) -> None:
+    """A job with precedence that could not start, as where the node has failed meanwhile, strikes nobody later."""
+    blow = preemption(scene, Fault(0.0, "preemption", 0.1, 3.0))
+    (victim,) = blow.victims
+    wait_for(lambda: scene.ask("squeue", "--noheader", "--states=RUNNING", "--partition=main") != "")
+    late = preemption(scene, Fault(0.0, "preemption", 0.0, 600.0))  # waits, or takes the other node
+    blow.after()
+    scene.over.set()
+    late.after()
+    wait_for(lambda: scene.ask("squeue", "--noheader", "--partition=main", "--states=PENDING,RUNNING") == "")
+    scene.over.clear()
+    wait_for(lambda: len(scene.victims()) == 2)
+    assert victim.task in {each.task for each in scene.victims()}
