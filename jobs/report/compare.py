@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jobs.errors import SweepError
 from jobs.grid import short_name
@@ -26,6 +27,11 @@ class Scores:
     def values(self) -> list[float]:
         """The accuracies that are there."""
         return [value for value in self.val_top1.values() if value is not None]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds whose accuracies are there."""
+        return sorted(seed for seed, value in self.val_top1.items() if value is not None)
 
     @property
     def text(self) -> str:
@@ -72,6 +78,8 @@ class Best:
         mean: Its mean accuracy, a fraction.
         others: How many more cells have two results or more.
         alike: Those of them whose difference to it has a corrected p of 0.05 or more, among all pairs of cells.
+        above: Those that are better than it by that test, which is of the seeds that both have.
+        uneven: Whether the cells have results of different seeds.
     """
 
     dataset: str
@@ -79,6 +87,8 @@ class Best:
     mean: float
     others: int
     alike: list[str]
+    above: list[str] = field(default_factory=list)
+    uneven: bool = False
 
 
 def axis_named(name: str, axes: Sequence[str]) -> str:
@@ -116,13 +126,22 @@ def best_cells(cells: Sequence[Scores]) -> list[Best]:
         best = max(own, key=lambda cell: means[id(cell)])
         pairs = list(itertools.combinations(own, 2))
         corrected = holm([paired(*pair)[2] for pair in pairs])
-        alike = [
-            (first if second is best else second).text
-            for (first, second), p in zip(pairs, corrected, strict=True)
-            if best in (first, second) and (p is None or p >= LEVEL)
-        ]
-        found.append(Best(dataset, best.text, means[id(best)], len(own) - 1, alike))
+        alike, above = [], []
+        for pair, p in zip(pairs, corrected, strict=True):
+            if not any(cell is best for cell in pair):
+                continue
+            other = pair[0] if pair[1] is best else pair[1]
+            if p is None or p >= LEVEL:
+                alike.append(other.text)
+            elif math.fsum(paired(best, other)[1].values()) > 0:
+                above.append(other.text)
+        found.append(Best(dataset, best.text, means[id(best)], len(own) - 1, alike, above, uneven(own)))
     return found
+
+
+def uneven(cells: Sequence[Scores]) -> bool:
+    """Whether the cells have results of different seeds."""
+    return len({tuple(cell.seeds) for cell in cells}) > 1
 
 
 def _without(cell: Scores, axis: str) -> dict[str, str]:

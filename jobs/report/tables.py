@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from jobs.grid import short_name
 from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
 from jobs.report.compare import Best, Comparison
 from vitpa.records import to_json, write_atomic
+from vitpa.statistics import ROUNDING, Estimate
 from vitpa.terminal import printable
 
 OLDER = "older-than-the-last-attempt"  # the folder of a report that a later `collect` could not replace
@@ -154,16 +156,31 @@ def hours(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
-def percent(value: float | None, sign: bool = False) -> str:
+def percent(value: float | None, sign: bool = False, digits: int = 2) -> str:
     """A fraction as tables have it; `-` for None."""
-    return "-" if value is None else f"{round(100 * value, 2) + 0.0:{'+' if sign else ''}.2f}"  # never -0.00
+    return "-" if value is None else f"{round(100 * value, digits) + 0.0:{'+' if sign else ''}.{digits}f}"  # never -0.00
+
+
+def span(ends: tuple[float | None, float | None], sign: bool = False, digits: int = 2) -> str:
+    """An interval as tables have it; `-` without one."""
+    low, high = (percent(end, sign, digits) for end in ends)
+    return "-" if ends[0] is None else f"[{low}, {high}]"
+
+
+def digits_of(difference: Estimate) -> int:
+    """Decimals of its percentage: two, or if its interval is without 0 as many more as show which way a small one goes."""
+    mean, low, high = difference.mean, difference.ci95_low, difference.ci95_high
+    if mean is None or low is None or high is None or low <= 0 <= high or abs(mean) < ROUNDING:
+        return 2
+    return 2 if float(percent(mean)) else 1 - math.floor(math.log10(abs(100 * mean)))
 
 
 def _accuracy(table: CollectedTable, its: Cell | Difference | Comparison, *, sign: bool = False) -> list[str]:
     """Mean and standard deviation, the interval of the mean, and how many seeds are in it."""
     found = its.val_top1
-    mean = percent(found.mean, sign) + (f" ± {percent(found.std)}" if found.std is not None else "")
-    interval = "-" if found.ci95_low is None else f"[{percent(found.ci95_low, sign)}, {percent(found.ci95_high, sign)}]"
+    digits = digits_of(found) if sign else 2
+    mean = percent(found.mean, sign, digits) + (f" ± {percent(found.std, digits=digits)}" if found.std is not None else "")
+    interval = span((found.ci95_low, found.ci95_high), sign, digits)
     seeds = f"{found.n}/{its.wanted}" + ("" if found.n == its.wanted else " incomplete")
     return [mean + (" (mixed)" if its.dataset in table.mixed else ""), interval, seeds]
 
@@ -282,12 +299,15 @@ def _notes(table: CollectedTable) -> list[str]:
 
 def verdict(best: Best) -> str:
     """Which cell of a data set is best, and from which it cannot be told apart."""
-    ahead = best.others - len(best.alike)
+    ahead = best.others - len(best.alike) - len(best.above)
     text = f"Best of {best.dataset}: {best.cell}, {percent(best.mean)} %; "
     text += f"better than {ahead} of {best.others} other cells (paired t test by seed, 5 %, Holm's correction for all pairs)"
-    if best.alike:
-        more = f" and {len(best.alike) - 5} more" if len(best.alike) > 5 else ""
-        text += f"; not told apart from: {'; '.join(best.alike[:5])}{more}"
+    for what, others in (("not told apart from", best.alike), ("worse, on the seeds that both have, than", best.above)):
+        if others:
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            text += f"; {what}: {'; '.join(others[:5])}{more}"
+    if best.uneven:
+        text += ". The cells have results of different seeds: means are of all that each has, tests of those that both have"
     return f"{text}."
 
 

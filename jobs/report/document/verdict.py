@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from jobs.grid import short_name
 from jobs.report.collect import CollectedTable
-from jobs.report.compare import LEVEL, Comparison, Scores
+from jobs.report.compare import LEVEL, Comparison, Scores, uneven
 from jobs.report.document.content import Block, Section, Table, Text
-from jobs.report.tables import percent, verdict
+from jobs.report.tables import digits_of, percent, span, verdict
 from vitpa.statistics import Estimate, bootstrap_interval, probability_of_superiority
 
 SENTENCES = 8  # more comparisons than this are counted, and stand in the table
@@ -54,17 +54,18 @@ class Compared:
         its, found = self.its, self.its.val_top1
         if found.mean is None:
             return f"{self.where}: no seed has a result in both {its.first} and {its.second}; nothing is compared."
-        equal = percent(found.mean, True) == "+0.00"
+        digits = digits_of(found)
+        equal = percent(found.mean, True, digits) == "+0.00"
         winner, loser, sign = (its.second, its.first, 1) if found.mean >= 0 or equal else (its.first, its.second, -1)
-        by = f"{percent(sign * found.mean)} points"
+        by = f"{percent(sign * found.mean, digits=digits)} points"
         above = "their means are equal" if equal else f"{winner} is {by} above"
         if found.ci95_low is None or found.ci95_high is None:
             return f"{self.where}: of {winner} and {loser}, {above} with the one seed that both have; one seed is no test."
         low, high = sorted((sign * found.ci95_low, sign * found.ci95_high))
-        interval = f"{winner} - {loser}: 95 % t interval [{percent(low, True)}, {percent(high, True)}] points"
+        interval = f"{winner} - {loser}: 95 % t interval {span((low, high), True, digits)} points"
         if self.bootstrap is not None:
             low, high = sorted(sign * end for end in self.bootstrap)
-            interval += f", bootstrap over seeds [{percent(low, True)}, {percent(high, True)}]"
+            interval += f", bootstrap over seeds {span((low, high), True, digits)}"
         of = f" of {its.wanted}" if found.n < its.wanted else ""
         test = f"{interval}, {self._p_text}, paired over {found.n}{of} seeds"
         chance = self.probability if sign > 0 else 1 - (self.probability or 0)
@@ -84,13 +85,13 @@ class Compared:
     def row(self) -> list[str]:
         """Of the table."""
         its, found = self.its, self.its.val_top1
-        t = "-" if found.ci95_low is None else f"[{percent(found.ci95_low, True)}, {percent(found.ci95_high, True)}]"
-        b = "-" if self.bootstrap is None else f"[{percent(self.bootstrap[0], True)}, {percent(self.bootstrap[1], True)}]"
+        digits = digits_of(found)
+        t, b = (span(ends, True, digits) for ends in ((found.ci95_low, found.ci95_high), self.bootstrap or (None, None)))
         p, corrected = (("-" if each is None else f"{each:.2g}") for each in (its.p, its.p_holm))
-        spread = "" if found.std is None else f" ± {percent(found.std)}"
+        spread = "" if found.std is None else f" ± {percent(found.std, digits=digits)}"
         odds = "-" if self.probability is None else f"{100 * self.probability:.0f} %"
         what = [self.where, f"{its.second} - {its.first}"]
-        return [*what, percent(found.mean, True) + spread, t, b, p, corrected, odds, f"{found.n}/{its.wanted}"]
+        return [*what, percent(found.mean, True, digits) + spread, t, b, p, corrected, odds, f"{found.n}/{its.wanted}"]
 
 
 def compared(table: CollectedTable) -> list[Compared]:
@@ -152,12 +153,12 @@ def _untested(cells: Sequence[Scores]) -> list[str]:
     """Of each data set with several cells that have a result: which one has the highest mean, and that there is no test."""
     said = []
     for dataset in dict.fromkeys(cell.dataset for cell in cells):
-        means = {
-            cell.text: math.fsum(cell.values) / len(cell.values) for cell in cells if cell.dataset == dataset and cell.values
-        }
+        own = [cell for cell in cells if cell.dataset == dataset and cell.values]
+        means = {cell.text: math.fsum(cell.values) / len(cell.values) for cell in own}
         if len(means) > 1:
             best = max(means, key=means.__getitem__)
             highest = f"{best} has the highest accuracy of {len(means)} cells with a result, {percent(means[best])} %"
+            highest += ", of different seeds" if uneven(own) else ""
             said.append(f"{dataset}: {highest}; a test takes two seeds in two cells.")
     return said
 

@@ -119,6 +119,30 @@ def test_clear_differences_are_told() -> None:
     assert all(each.p_holm is not None and each.p_holm < 0.05 for each in comparisons(cells, "optim.lr"))
 
 
+def test_best_is_better_only_where_the_seeds_that_both_have_say_so(tmp_path: Path) -> None:
+    """The mean of a cell without its worse seeds is the highest, and it is worse on each seed that both have."""
+    sweep = make_sweep(tmp_path, seeds=5, axes={"optim.lr": [1e-3, 2e-3]})
+    top1 = {"0.001": [0.90, 0.91, 0.92], "0.002": [0.92, 0.93, 0.941, 0.70, 0.71]}
+    for run in sweep.runs:
+        if run.attention == "content" and run.seed < len(top1[run.settings["optim.lr"]]):
+            write_result(tmp_path, run, val_top1=top1[run.settings["optim.lr"]][run.seed])
+    (best,) = (table := table_of(tmp_path, sweep)).best
+    assert (best.cell, best.others, best.alike) == ("content lr=0.001", 1, [])
+    assert (best.above, best.uneven) == (["content lr=0.002"], True)
+    text = "Best of digits: content lr=0.001, 91.00 %; better than 0 of 1 other cells (paired t test by seed, 5 %, Holm's "
+    text += "correction for all pairs); worse, on the seeds that both have, than: content lr=0.002. The cells have results of "
+    assert text + "different seeds: means are of all that each has, tests of those that both have." in markdown(table)
+
+
+def test_a_small_difference_that_the_test_tells_from_none_is_shown(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, seeds=4, axes={"optim.lr": [1e-3, 2e-3]})
+    for run in sweep.runs:
+        lower = (4e-5 if run.seed % 2 else 3e-5) * (run.settings["optim.lr"] == "0.002")
+        write_result(tmp_path, run, val_top1=0.5 + 0.01 * run.seed - lower)
+    text = markdown(table_of(tmp_path, sweep, compare="lr"))
+    assert re.search(r"\| 0\.002 - 0\.001 +\| -0\.0035 ± 0\.0006 +\| \[-0\.0044, -0\.0026\] +\| 0\.00", text)
+
+
 def test_pivot_is_a_table_along_two_axes(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, seeds=2, axes={"augment.permute_block_px": [0, 4], "optim.lr": [1e-3, 2e-3]})
     for number, run in enumerate(sweep.runs):

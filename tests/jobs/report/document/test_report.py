@@ -382,6 +382,11 @@ def test_one_seed_of_one_attention_along_an_axis(tmp_path: Path) -> None:
     verdict = text[text.index("## 2") : text.index("## 3")]
     assert "digits: content lr=0.002 has the highest accuracy of 2 cells with a result, 60.00 %; a test takes" in verdict
     assert "nothing to compare" not in verdict
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "seeds": [0, 1]}))
+    sweep.runs[0].directory(tmp_path).result_json.unlink()
+    finish(tmp_path, load_sweep(str(path), tmp_path).runs[2], 0.5)
+    _, text = report(tmp_path, load_sweep(str(path), tmp_path), code=4)
+    assert "2 cells with a result, 60.00 %, of different seeds; a test takes" in text
 
 
 def test_some_of_the_runs_need_a_place_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +417,22 @@ def test_differences_of_two_seeds_that_are_the_same_tell_nothing() -> None:
     assert not found.certain
     assert found.text.startswith("digits: the seeds do not tell positional and content apart; positional is 0.50 points above")
     assert "p = 0.5, paired over 2 seeds" in found.text
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_small_difference_that_is_certain_has_a_winner(sign: int) -> None:
+    """It rounds to 0.00 points; equal means it is not."""
+    content = {seed: 0.5 + 0.01 * seed for seed in range(10)}
+    positional = {seed: value + sign * (2e-5 if seed % 2 else 4e-5) for seed, value in content.items()}
+    cells = [Scores("digits", {"attention": name}, top1) for name, top1 in (("content", content), ("positional", positional))]
+    (its,) = comparisons(cells, "attention")
+    found = Compared(its, (its.val_top1.mean or 0, its.val_top1.mean or 0), 0.5)
+    winner, loser = ("positional", "content")[::sign]
+    assert found.text.startswith(
+        f"digits: {winner} is better than {loser} by 0.0030 points ({winner} - {loser}: 95 % t interval "
+    )
+    assert "[+0.0022, +0.0038] points, bootstrap over seeds [+0.0030, +0.0030], p = " in found.text
+    assert found.row[2:4] == [f"{'-+'[sign > 0]}0.0030 ± 0.0011", "[+0.0022, +0.0038]" if sign > 0 else "[-0.0038, -0.0022]"]
 
 
 def test_statistics_of_the_verdict() -> None:
