@@ -129,7 +129,7 @@ class _Job:
         self._first_failure_s: float | None = None
 
     def lead(self) -> int:
-        """Train the runs; 0 if they are done, cancelled or not ours any more."""
+        """Train the runs; 0 if they are done, paused, cancelled or not ours any more."""
         left_s = self.scheduler.time_left_s(self.place.job)
         if left_s is not None:
             self._deadline = time.monotonic() + left_s - self.profile.signal_delay_s
@@ -153,7 +153,8 @@ class _Job:
         ends = [(member, self._with_setup(ended)) for member, ended in ends]
         self._end(training, ends, without_node)
         self._tell()
-        return 0 if {ended.state for ended in [*training.left, *(end for _, end in ends)]} <= {"done", "cancelled"} else 1
+        states = {ended.state for ended in [*training.left, *(end for _, end in ends)]}
+        return 0 if states <= {"done", "paused", "cancelled"} else 1
 
     def _wait_for_room(self) -> None:
         """Wait for as much as the pre-flight wants, not beyond the job's own time, and no longer than node 0 does."""

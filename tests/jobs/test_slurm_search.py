@@ -10,6 +10,7 @@ from jobs.sweep import load_sweep
 from tests.support.cluster import FaultyCluster
 from tests.support.search_sweeps import SPACE, ledger_of
 from tests.support.slurm_sweeps import MODEL, make_cell
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -22,9 +23,12 @@ def test_rounds_are_arrays(tmp_path: Path, cluster: FaultyCluster) -> None:
     cell = make_cell(tmp_path / "search", cluster, {"digits": RECIPE}, attentions=["content"], stand_in=True, grid=grid)
     (cell.root / "score-by-name").touch()
     cell.submit()
-    assert len({cell.job(run).partition("_")[0] for run in cell.sweep.runs}) == 1, "one array"
+    (array,) = {cell.job(run).partition("_")[0] for run in cell.sweep.runs}
     settled = cell.settle()
     assert [(state.state, state.reason) for state in settled] == [("paused", "after epoch 1")] * 4
+    states = ("squeue", "--noheader", "--array", "--states=all", f"--jobs={array}", "--format=%T")
+    wait_for(lambda: not {"RUNNING", "COMPLETING"} & set(cell.slurm(*states).split()), poll_s=0.2)
+    assert cell.slurm(*states).split() == ["COMPLETED"] * 4, "to pause is no failure"
     done = cell.vitpa("submit", "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "search: over after round" in done.stdout
