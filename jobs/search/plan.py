@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from pydantic import JsonValue
@@ -11,7 +11,7 @@ from jobs.errors import SweepError
 from jobs.search.config import SearchConfig
 from jobs.search.halving import epochs_of, last_hope, trials_within, who_goes_on
 from jobs.search.ledger import Entry, Ledger, Round, Trial
-from jobs.search.space import Dimension, dimensions_of, identity, random_values
+from jobs.search.space import TRIES, Dimension, Taken, dimensions_of, random_values
 from jobs.search.tpe import tpe_values
 from vitpa.config import RunConfig
 
@@ -27,6 +27,7 @@ class SearchPlan:
     rungs: Sequence[int]  # epochs, the last one those of the whole training
     runs_per_trial: int
     settings: Mapping[str, JsonValue]  # what must stay as it is from round to round
+    signatures: Callable[[Mapping[str, JsonValue]], Set[str]]  # of a trial's runs with one seed; ConfigError if none can be
 
     @staticmethod
     def of(
@@ -64,7 +65,12 @@ class SearchPlan:
             raise SweepError(f"{where}: search.halving.epochs: {rungs[-2]} is not before the end, train.epochs={rungs[-1]}")
         kept = config.model_dump(mode="json", include={"space", "sampler", "seed", "halving"})
         settings = {**kept, "attentions": list(attentions), "seeds": list(seeds), "recipe and overrides": base.signature}
-        plan = SearchPlan(config, dimensions, rungs, len(attentions) * len(seeds), settings)
+
+        def signatures(values: Mapping[str, JsonValue]) -> Set[str]:
+            place = f"{where}: search.space"
+            return {configure({**values, "model.attention": each}, place).signature for each in attentions}
+
+        plan = SearchPlan(config, dimensions, rungs, len(attentions) * len(seeds), settings, signatures)
         if config.budget.runs is not None and plan.most_trials(0.0, 0) < 1:
             raise SweepError(
                 f"{where}: search.budget.runs={config.budget.runs}: a trial alone takes {plan.runs_per_trial}, one for each "
@@ -129,7 +135,8 @@ class SearchPlan:
             gpu_hours: That all runs have taken so far.
 
         Raises:
-            SweepError: the sampler is not installed, or a budget in GPU-hours has nothing to go by.
+            SweepError: the sampler is not installed, a budget in GPU-hours has nothing to go by, or no run can have what the
+                space has.
         """
         told = Round(
             scores={str(number): values for number, values in scores.items()},
@@ -152,14 +159,16 @@ class SearchPlan:
         return told.model_copy(update={"trials": entries})
 
     def _draw(self, trials: Sequence[Trial], count: int) -> list[dict[str, JsonValue]]:
-        if self.config.sampler == "tpe":
-            return tpe_values(self.dimensions, self.config.seed, trials, count)
-        taken = {identity(trial.values) for trial in trials}
+        taken = Taken(self.signatures, [trial.values for trial in trials])
         found = []
-        for number in range(len(trials), len(trials) + count):
-            values = random_values(self.dimensions, self.config.seed, number, taken)
-            if values is None:
-                break
-            taken.add(identity(values))
-            found.append(values)
+        if self.config.sampler == "tpe":
+            found = tpe_values(self.dimensions, self.config.seed, trials, count, taken)
+        else:
+            for number in range(len(trials), len(trials) + count):
+                values = random_values(self.dimensions, self.config.seed, number, taken)
+                if values is None:
+                    break
+                found.append(values)
+        if not trials and not found:
+            raise SweepError(f"{taken.problem}; of {TRIES} settings of the space none can be those of a run")
         return found

@@ -1,6 +1,7 @@
 """The space of a search, key by key, and random values from it.
 
 The values of trial number i follow from (seed, i) alone, each key by itself: a key more leaves the others' values as they are.
+Only what a trial cannot have is drawn again (`Taken`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,13 +18,16 @@ from pydantic import JsonValue
 from jobs.errors import SweepError
 from jobs.grid import KEYS, OWN_LISTS, same
 from jobs.search.config import Range, SearchConfig
+from vitpa.arguments import ConfigError
 from vitpa.config import RunConfig
 from vitpa.config_file import fields_of, nearest_key, parse_model
 
 DIGITS = 3  # of a value that is not on a grid: more are noise in names and tables
-TRIES = 100  # to draw what has not been drawn yet
+TRIES = 100  # to draw what a trial can have
 WHOLE = frozenset(key for key, field in fields_of(RunConfig) if field.annotation is int)
 FIXED = {"train.epochs": "the halving says how long trials are trained", "train.holdout": "all trials have the same images"}
+
+Settings = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Dimension:
 
     @property
     def extremes(self) -> tuple[JsonValue, ...]:
-        """The values that have to be allowed for all to be."""
+        """The values that are looked at before the search begins."""
         return self.choices or (self.value_of(self.low), self.value_of(self.high))
 
     def at(self, share: float) -> JsonValue:
@@ -108,20 +112,50 @@ def _dimension(key: str, values: JsonValue, place: str) -> Dimension:
     return Dimension(key, (), found.low, found.high, found.log, step)
 
 
-def random_values(
-    dimensions: Sequence[Dimension], seed: int, number: int, taken: Container[str]
-) -> dict[str, JsonValue] | None:
-    """The values of trial `number`, unlike those `taken` (`identity`); None if there is none left, as far as that is tried."""
+class Taken:
+    """Which settings a new trial cannot have: those that no run can have, and those whose runs another trial has already.
+
+    Settings that differ can be of the same runs: a network without attention has no num_heads.
+    """
+
+    def __init__(self, signatures: Callable[[Settings], Set[str]], trials: Iterable[Settings]) -> None:
+        """Of these trials.
+
+        Args:
+            signatures: Of the runs of a trial with these settings; ConfigError if no run can have them.
+            trials: The settings of each so far.
+        """
+        self.problem = ""  # of settings that no run can have
+        self._signatures = signatures
+        self._tried: set[str] = set()
+        self._runs: set[str] = set()
+        for values in trials:
+            self.take(values)
+
+    def take(self, values: Settings) -> bool:
+        """Whether a new trial can have these settings; then it has them."""
+        text = json.dumps(values, sort_keys=True)
+        if text in self._tried:
+            return False
+        self._tried.add(text)
+        try:
+            runs = self._signatures(values)
+        except ConfigError as error:
+            self.problem = str(error)
+            return False
+        if runs & self._runs:
+            return False
+        self._runs |= runs
+        return True
+
+
+def random_values(dimensions: Sequence[Dimension], seed: int, number: int, taken: Taken) -> dict[str, JsonValue] | None:
+    """The values of trial `number`, the first that it can have; None if there is none left, as far as that is tried."""
     for attempt in range(TRIES):
         values = {each.key: each.at(_share(f"{seed} {number} {attempt} {each.key}")) for each in dimensions}
-        if identity(values) not in taken:
+        if taken.take(values):
             return values
     return None
-
-
-def identity(values: dict[str, JsonValue]) -> str:
-    """The same text for trials that set the same."""
-    return json.dumps(values, sort_keys=True)
 
 
 def _share(text: str) -> float:

@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from jobs.errors import SweepError
 from jobs.search.ledger import Trial
-from jobs.search.space import TRIES, Dimension, identity, whole_seed
+from jobs.search.space import TRIES, Dimension, Taken, whole_seed
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 HINT = "search.sampler=tpe needs optuna, which is not installed: pip install optuna (>= 4), or take sampler: random"
 
 
-def tpe_values(dimensions: Sequence[Dimension], seed: int, trials: Sequence[Trial], count: int) -> list[dict[str, JsonValue]]:
-    """The values of the next `count` trials, all different; fewer where the space has no more.
+def tpe_values(
+    dimensions: Sequence[Dimension], seed: int, trials: Sequence[Trial], count: int, taken: Taken
+) -> list[dict[str, JsonValue]]:
+    """The values of the next `count` trials, none of them `taken`; fewer where the space has no more.
 
     Trials that stopped at an epoch count as pruned there, with their score; those without a score as worse than all.
 
@@ -42,18 +44,17 @@ def tpe_values(dimensions: Sequence[Dimension], seed: int, trials: Sequence[Tria
     for trial in trials:
         study.add_trial(_frozen(trial, dimensions, distributions, longest))
     by_key = {each.key: each for each in dimensions}
-    taken = {identity(trial.values) for trial in trials}
     found: list[dict[str, JsonValue]] = []
-    for _ in range(count + TRIES):
+    in_vain = 0
+    while len(found) < count and in_vain < TRIES:
         asked = study.ask(distributions)
         values = {key: _value(by_key[key], value) for key, value in asked.params.items()}
-        if identity(values) in taken:
+        if taken.take(values):
+            found.append(values)
+            in_vain = 0
+        else:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            continue
-        taken.add(identity(values))
-        found.append(values)
-        if len(found) == count:
-            break
+            in_vain += 1
     return found
 
 

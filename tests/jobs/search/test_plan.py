@@ -19,7 +19,7 @@ from jobs.errors import SweepError
 from jobs.search.halving import epochs_of, share_of, trials_within
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
-from jobs.sweep import Sweep, load_sweep
+from jobs.sweep import Sweep, load_sweep, with_ledger
 from tests.support.search_sweeps import SPACE, make_search
 from vitpa.arguments import ConfigError
 from vitpa.cli import main
@@ -82,6 +82,47 @@ def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
             pytest.importorskip("optuna")
         found = carried_out(make_search(tmp_path, budget={"runs": 20}, space=space, sampler=sampler), lambda *_: 0.5)
         assert len(found.trials) == 3
+
+
+NOT_ALL_TOGETHER: list[dict[str, Any]] = [
+    {"model.embed_dim": {"low": 8, "high": 16, "step": 2}, "model.num_heads": [2, 4]},
+    {"train.global_batch_size": {"low": 16, "high": 24}, "augment.mixup_alpha": [0.0, 0.2]},
+    {"model.kind": ["vit", "resnet18"], "model.drop_path_rate": {"low": 0.0, "high": 0.2, "step": 0.05}},
+    {"model.kind": ["vit", "resnet18"], "model.depth": [1, 2]},
+    {"augment.mixup_alpha": [0.0, 0.2, 0.8], "train.ema_decay": [0.0, 0.9]},
+]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("space", NOT_ALL_TOGETHER)
+def test_every_trial_is_a_run_of_its_own(tmp_path: Path, space: dict[str, Any], sampler: str) -> None:
+    """Of settings that no run can have together, and of those that are the same run, others are drawn."""
+    if sampler == "tpe":
+        pytest.importorskip("optuna")
+    for seed in range(4):
+        options: dict[str, Any] = {"space": space, "sampler": sampler, "seed": seed, "budget": {"runs": 6}}
+        sweep = make_search(tmp_path, trials_at_once=2, **options)
+        ledger = carried_out(sweep, lambda *_: 0.5)
+        runs = with_ledger(sweep, ledger).runs
+        assert len({run.signature for run in runs}) == len(ledger.trials) >= 3
+        some = replace(ledger, rounds=ledger.rounds[:2])
+        told = {trial.number: [0.5] for trial in some.trials if trial.in_training}
+        assert sweep.search is not None
+        assert sweep.search.next_round(some, told, {}, 0.0) == ledger.rounds[2], "whoever goes on draws the same"
+        if sampler == "random":
+            at_once = carried_out(make_search(tmp_path, trials_at_once=6, **options), lambda *_: 0.5)
+            assert [trial.values for trial in at_once.trials] == [trial.values for trial in ledger.trials]
+
+
+def test_a_network_without_attention_is_no_trial_of_positional(tmp_path: Path) -> None:
+    space = {"model.kind": ["vit", "resnet18"], "optim.lr": [1e-4, 2e-4, 3e-4, 4e-4]}
+    make_search(tmp_path)
+    document = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    document |= {"attentions": ["content", "positional"], "search": {"space": space, "budget": {"runs": 20}}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(document))
+    sweep = load_sweep(str(tmp_path / "small.yaml"), tmp_path)
+    assert {run.config.model.kind for run in sweep.runs} == {"vit"}
+    assert len(sweep.runs) == 8
 
 
 @pytest.mark.parametrize("score", [by_rate, at_random])
@@ -205,6 +246,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"space": {"optim.lr": {"low": 1e-6, "high": 0.1}}}, "optim.min_lr=1e-05 is above optim.lr=1e-06"),
     ({"space": {"model.drop_path_rate": [0.1, "much"]}}, "search.space.model.drop_path_rate: model.drop_path_rate=much"),
     ({"space": {"model.depth": {"low": 1, "high": 2.5}}}, "search.space.model.depth: its values are whole numbers"),
+    (
+        {"space": {"train.global_batch_size": [33, 35], "augment.mixup_alpha": [0.2, 0.8]}},
+        "of 100 settings of the space none can be those of a run",
+    ),
     ({"halving": {"epochs": [3, 9]}}, "search.halving.epochs: 9 is not before the end, train.epochs=9"),
     ({"halving": {"epochs": [3, 3]}}, "epochs=[3, 3]: expected rising numbers from 1 on"),
 ]
