@@ -8,6 +8,7 @@ from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.report.collect import CollectedTable, MixedRunsError, collect
 from jobs.report.tables import markdown, set_report_aside, write_report
+from jobs.standing import trial_number
 from jobs.state import RunState
 from jobs.sweep import SweepDir
 
@@ -35,10 +36,16 @@ def print_collected(context: Context) -> bool:
 
 
 def trained_to_the_end(context: Context, states: list[RunState]) -> list[RunState]:
-    """The runs that belong in a table: of a search the finished ones, since the others were stopped on purpose; else all."""
-    if context.sweep.search is None:
+    """The runs that belong in a table: of a search those of trials that are to be trained to the end; else all.
+
+    Other trials were stopped on purpose. Of such a trial some run must have a result; then all its runs count, also missing ones.
+    """
+    search, ledger = context.sweep.search, context.sweep.ledger
+    if search is None or ledger is None:
         return states
-    return [state for state in states if state.result is not None] or states
+    to_the_end = {trial.number for trial in ledger.trials if trial.epochs == search.most_epochs}
+    with_result = {trial_number(state.run) for state in states if state.result is not None}
+    return [state for state in states if trial_number(state.run) in to_the_end & with_result] or states
 
 
 def collected(context: Context, states: list[RunState], folder: Path | None, *, compare: str | None) -> CollectedTable:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from jobs.sweep import Sweep, with_ledger
+from jobs.rounds import begin
+from jobs.sweep import Sweep, SweepDir, with_ledger
 from tests.support.jobs_sweeps import write_result
 from tests.support.search_sweeps import ledger_of, make_search
 from vitpa.cli import main
@@ -47,3 +49,31 @@ def test_a_search_whose_runs_have_all_been_trained(tmp_path: Path, capsys: pytes
         assert all(run.settings["trial"] in capsys.readouterr().out for run in whole.runs[-1:])
     assert submit(tmp_path) == 0
     assert "over after round 2; 3 trials: 3 finished" in capsys.readouterr().out
+
+
+def test_a_table_has_all_seeds_of_a_trial_that_is_trained_to_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a trial with one of three results it showed 1/1, complete. Trials that were paused or have no result are left out."""
+    sweep = make_search(tmp_path, seeds=3, budget={"runs": 9}, trials_at_once=3, halving={"epochs": [3], "keep": 0.7})
+    assert sweep.search is not None and sweep.ledger is not None
+    begin(sweep)
+    following = sweep.search.next_round(sweep.ledger, {0: [0.8] * 3, 1: [0.9] * 3, 2: [0.1] * 3}, {}, 1.0)
+    assert [entry.number for entry in following.trials if entry.epochs == 9] == [1, 0]
+    sweep = with_ledger(sweep, sweep.ledger.append(following))
+    SweepDir(tmp_path, sweep.name).record(sweep)
+    words = ["sweep", "collect", "small", "--root", str(tmp_path)]
+
+    def table(*finished: tuple[str, int]) -> tuple[int, list[tuple[str, str]]]:
+        for run in sweep.runs:
+            if (run.settings["trial"], run.seed) in finished:
+                write_result(tmp_path, run, val_top1=0.9, holdout=0.1)
+        code = main(words)
+        return code, re.findall(r"\| (t00\d) .*?\| (\d/\d) ", capsys.readouterr().out)
+
+    assert table(("t000", 1)) == (4, [("t000", "1/3")])
+    assert table(("t000", 0), ("t000", 2), ("t002", 0)) == (0, [("t000", "3/3")]), (
+        "t002 stays paused"
+    )
+    assert table(("t001", 0), ("t001", 1)) == (4, [("t000", "3/3"), ("t001", "2/3")])
+    assert table(("t001", 2)) == (0, [("t000", "3/3"), ("t001", "3/3")])
