@@ -24,7 +24,7 @@ from jobs.scheduler.client import Scheduler
 from jobs.standing import trial_number
 from jobs.state import LIVE, STATES, RunState, StateReader
 from jobs.sweep import Run, Sweep, SweepDir, load_sweep, recorded_sweep, value_text
-from jobs.variation import check_name, is_recipe, load_base, new_axes, values_of, variation, variation_name
+from jobs.variation import check_name, is_part, is_recipe, load_base, new_axes, values_of, variation, variation_name
 from vitpa.arguments import ConfigError, in_shell, literal_path
 from vitpa.config_file import Override, parse_config
 from vitpa.console import PrintableConsole
@@ -163,14 +163,15 @@ def _load(options: argparse.Namespace, root: Path) -> Sweep:
     starts = options.verb in ("plan", "submit")
     base = _or_as_recorded(load_base, options.sweep, root, starts=starts)
     axes, name = new_axes(base, options.terms), getattr(options, "name", None)
-    if not axes and name is None and not is_recipe(options.sweep):
+    own = not axes and name is None  # it is called as it is
+    if own and not is_recipe(options.sweep):
         return base
     if name is not None:
         check_name(name)
     name = name or variation_name(base, axes)
     if SweepDir(root, name).sweep_yaml.is_file():
         before = _or_as_recorded(load_sweep, name, root, starts=starts)
-        if not starts or _select_runs(options.terms, before):
+        if not starts or ((own or is_part(base, options.terms, before)) and _select_runs(options.terms, before)):
             options.sweep = name
             return before
     if not starts:

@@ -89,6 +89,26 @@ def variation(base: Sweep, terms: Sequence[str], name: str, root: Path) -> tuple
     return sweep_of(config, WHERE, root), [term for term in terms if term not in [*axes, *narrowing]]
 
 
+def is_part(base: Sweep, terms: Sequence[str], recorded: Sweep) -> bool:
+    """Whether the terms can be filters of the recorded sweep: but for their axes it is what `base` is now.
+
+    Seeds and attentions may be fewer or more: the words that it was made with may have named them.
+    """
+    now, before = base.config, recorded.config
+    new = {_key(term) for term in new_axes(base, terms)}
+    datasets = [value for term in terms if _key(term) == "dataset" for value in values_of(term)]
+    if datasets:
+        recipes = {run.recipe for run in base.runs if run.dataset in datasets} <= set(before.recipes)
+    else:
+        recipes = set(now.recipes) == set(before.recipes)
+    return (
+        recipes
+        and {key: value for key, value in now.overrides.items() if key not in new} == before.overrides
+        and now.axes == {key: values for key, values in before.axes.items() if key not in new}
+        and (now.include, now.exclude, now.search) == (before.include, before.exclude, before.search)
+    )
+
+
 def values_of(term: str) -> list[Any]:
     """The values of `key=A,B`, each read as YAML.
 

@@ -7,9 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.context import Context, load_context
 from jobs.sweep import SweepDir
+from tests.support.jobs_sweeps import make_sweep
 from vitpa.cli import main, parser
 
 
@@ -92,6 +94,34 @@ def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
     context = submitted(tmp_path, "demo optim.lr=1e-3,2e-3 seed=0 --name coarse")
     assert (context.sweep.name, context.drift.describe()) == ("coarse", "")
     assert len(context_of(tmp_path, "status coarse").look()) == 4
+
+
+def test_a_name_that_another_sweep_has_is_a_change(tmp_path: Path) -> None:
+    submitted(tmp_path, "cifar10 optim.lr=5e-4,1e-3 --name foo")
+    for words in ("svhn optim.lr=5e-4", "cifar10_short optim.lr=5e-4", "paper_small optim.lr=5e-4 dataset=svhn"):
+        context = context_of(tmp_path, f"plan {words} --name foo")
+        assert "20 no longer in it" in context.drift.describe(), words
+        assert all(run.settings == {"optim.lr": "0.0005"} for run in context.sweep.runs)
+    context = context_of(tmp_path, "plan cifar10 optim.lr=5e-4 --name foo")
+    assert (len(context.look()), context.drift.describe()) == (10, "")
+    submitted(tmp_path, "paper_small optim.lr=5e-4 dataset=svhn,cifar10")
+    context = context_of(tmp_path, "plan paper_small optim.lr=5e-4 dataset=svhn")
+    assert (len(context.look()), context.drift.describe()) == (10, "")
+
+
+@pytest.mark.parametrize(
+    "edit", [{"overrides": {"train.epochs": 30}}, {"axes": {"model.depth": [1, 2]}}, {"include": [{"model.depth": 3}]}]
+)
+def test_an_edit_of_the_base_counts_where_the_words_are_repeated(tmp_path: Path, edit: dict[str, object]) -> None:
+    make_sweep(tmp_path, seeds=1, axes={"model.depth": [1]}, overrides={"train.epochs": 60})
+    path = tmp_path / "small.yaml"
+    words = f"{path} optim.lr=5e-4,1e-3"
+    assert len(submitted(tmp_path, words).sweep.runs) == 4
+    assert not context_of(tmp_path, f"plan {words}").drift.describe()
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | edit))
+    for line in (f"submit {words}", f"plan {path} optim.lr=5e-4"):
+        assert "since the last submission the sweep has changed" in context_of(tmp_path, line).drift.describe()
+    assert len(context_of(tmp_path, f"status {words}").look()) == 4, "as it was submitted"
 
 
 @pytest.mark.parametrize(
