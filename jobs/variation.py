@@ -5,7 +5,7 @@ It has a name and a folder of its own, so that every other verb finds it by the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,19 @@ def variation(base: Sweep, terms: Sequence[str], name: str, root: Path) -> tuple
         if unknown:
             raise SweepError(f"there is no dataset {unknown[0]!r} in {base.name}; there is {', '.join(recipe_of)}")
         document["recipes"] = [recipe_of[each] for each in document["recipes"]]
-    document |= {"name": name, "reference": {} if document["axes"] else base.config.reference}
+    document |= {"name": name, "reference": {} if document["axes"] else _reference(base, document)}
     config = parse_model(SweepConfig, document, WHERE)
     return sweep_of(config, WHERE, root), [term for term in terms if term not in [*axes, *narrowing]]
+
+
+def _reference(base: Sweep, document: Mapping[str, Any]) -> dict[str, Any]:
+    """The references of `base`, of the data sets and attentions that are left."""
+    datasets = {run.dataset for run in base.runs if run.recipe in document["recipes"]}
+    return {
+        dataset: {attention: its for attention, its in of_attentions.items() if attention in document["attentions"]}
+        for dataset, of_attentions in document["reference"].items()
+        if dataset in datasets
+    }
 
 
 def is_part(base: Sweep, terms: Sequence[str], recorded: Sweep) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.context import Context, load_context
-from jobs.sweep import SweepDir
+from jobs.sweep import SweepDir, load_sweep
 from tests.support.jobs_sweeps import make_sweep
 from vitpa.cli import main, parser
 
@@ -94,6 +94,21 @@ def test_other_values_are_a_change_or_another_name(tmp_path: Path) -> None:
     context = submitted(tmp_path, "demo optim.lr=1e-3,2e-3 seed=0 --name coarse")
     assert (context.sweep.name, context.drift.describe()) == ("coarse", "")
     assert len(context_of(tmp_path, "status coarse").look()) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "references"),
+    [
+        ("cifar10 attention=content", {"cifar10": ["content"]}),
+        ("paper_small dataset=svhn", {"svhn": ["content", "positional"]}),
+        ("paper_small dataset=svhn,cifar10 attention=positional seed=0", {"cifar10": ["positional"], "svhn": ["positional"]}),
+        ("cifar10 seed=0", {"cifar10": ["content", "positional"]}),
+    ],
+)
+def test_a_part_keeps_its_references(tmp_path: Path, words: str, references: dict[str, list[str]]) -> None:
+    reference = submitted(tmp_path, f"{words} --name foo").sweep.config.reference
+    assert {dataset: list(attentions) for dataset, attentions in reference.items()} == references
+    assert load_sweep("foo", tmp_path).config.reference == reference
 
 
 def test_a_name_that_another_sweep_has_is_a_change(tmp_path: Path) -> None:
