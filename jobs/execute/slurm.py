@@ -360,7 +360,7 @@ class _Job:
         reason = f"{bad_nodes.PREFLIGHT}: " + "; ".join(f"{check['name']}: {check['detail']}" for check in failed)
         blamed = {check["blames"] for check in failed}
         if "node" in blamed:
-            bad_nodes.record(self.root, self.place.node, reason)
+            bad_nodes.record(self.root, self.intent.cluster or "", self.place.node, reason)
             return Outcome("interrupted", None, f"node {self.place.node}: {reason}"), self.place.node
         return Outcome("interrupted" if blamed == {"disk"} else "failed", None, reason), ""
 
@@ -437,9 +437,10 @@ class _Job:
         """Have the next execution avoid a node, and those that have failed before."""
         if not without_node:
             return
-        others = [self.profile.exclude, *bad_nodes.failed(self.root)]  # the list that SLURM has is replaced
         try:
             with _shielded():
+                failed = bad_nodes.failed(self.root, self.intent.cluster or "", self.scheduler)
+                others = [self.profile.exclude, *(node.name for node in failed)]  # the list that SLURM has is replaced
                 job = self.scheduler.job(self.place.job, self.intent.token)
                 if job is not None:
                     self.scheduler.leave_out(job, dict.fromkeys(filter(None, [*others, without_node])))

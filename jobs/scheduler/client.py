@@ -132,6 +132,14 @@ class Scheduler:
         """The name of the cluster that answers (ClusterName in slurm.conf)."""
         return self.configuration().get("ClusterName", "")
 
+    def nodes(self) -> set[str]:
+        """The names of the cluster's nodes, those of hidden partitions, too."""
+        return set(self.ask("sinfo", "--noheader", "--all", "--Node", "--format=%N").split())
+
+    def hostnames(self, hostlist: str) -> list[str]:
+        """The names that a list such as `gpu[01-08]` stands for."""
+        return self.ask("scontrol", "show", "hostnames", hostlist).split()
+
     def max_array_tasks(self) -> int:
         """The largest job array that SLURM takes."""
         configuration = self.configuration()

@@ -22,7 +22,6 @@ import math
 import os
 import re
 import secrets
-import shlex
 import socket
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from typing import Any
 from jobs.errors import SweepError
 from jobs.execute import bad_nodes
 from jobs.execute.attempt import training_command
+from jobs.execute.bad_nodes import BadNode
 from jobs.execute.slots import gpu_memory_gib, slots_of, threads_per_process
 from jobs.groups import ASSUMED_GPU_MEMORY_GIB, group_runs, most_replicas, notes_on_steps
 from jobs.profile import LocalProfile, Profile, SlurmProfile
@@ -162,9 +162,10 @@ def _prepare_slurm(
     """Runs with equal resources make an array, or several where SLURM limits their size; a group of them is a task."""
     limit = len(chosen) if scheduler is None else scheduler.max_array_tasks()
     cluster: dict[str, str] = {} if scheduler is None else _cluster_of(scheduler)
-    failed = bad_nodes.failed(root) if profile.exclude_failed_nodes else {}
-    again = {node: f"rm {shlex.quote(str(bad_nodes.path_of(root, node)))}" for node in failed}
-    notes = [f"leaving out {node}: {why} (to use it again: {again[node]})" for node, why in failed.items()]
+    failed: list[BadNode] = []
+    if scheduler is not None and profile.exclude_failed_nodes:
+        failed = bad_nodes.failed(root, cluster["cluster"], scheduler)
+    notes = [f"leaving out {node.name}: {node.reason} (to use it again: {node.again})" for node in failed]
     by_dataset = {dataset: profile.for_dataset(dataset) for dataset in {state.run.dataset for state in chosen}}
     same_resources: dict[str, list[RunState]] = {}
     for state in chosen:
@@ -172,6 +173,8 @@ def _prepare_slurm(
     parts = []
     for states in same_resources.values():
         resources = by_dataset[states[0].run.dataset]
+        if scheduler is not None and resources.nodelist and failed:
+            _check_nodelist(resources.nodelist, failed, scheduler)
         configs = [_configure(state.run, resources.runtime, root, overrides) for state in states]
         most = partial(_most_in_a_job, resources)
         groups = group_runs(configs, most)
@@ -188,7 +191,7 @@ def _prepare_slurm(
             "processes_per_node": resources.processes,
             "cpus_per_node": resources.cpus_per_node,
             "train_command": training_command(resources.processes),  # on one node; several are brought together by the job
-            "exclude": sorted(failed),
+            "exclude": [node.name for node in failed],
             **cluster,
         }
         batches.append(_part(Batch(states, configs, groups, how), [index for group in groups for index in group]))
@@ -198,6 +201,16 @@ def _prepare_slurm(
             f"array_parallelism={profile.array_parallelism}, but {len(parts)} arrays are needed, each with a job at a time"
         )
     return SubmissionPlan(batches, together, notes)
+
+
+def _check_nodelist(nodelist: str, failed: Sequence[BadNode], scheduler: Scheduler) -> None:
+    """Refuse a list with nodes that are left out: a job gets all the nodes of its list, or none."""
+    wanted = scheduler.hostnames(nodelist)
+    bad = [node for node in failed if node.name in wanted]
+    if bad:
+        said = "; ".join(f"{node.name} {node.reason} ({node.utc})" for node in bad)
+        again = "; ".join(node.again for node in bad)
+        raise SweepError(f"the profile's nodelist={nodelist}: {said}; name other nodes, or, to use it again: {again}")
 
 
 def _check_per_dataset(profile: SlurmProfile, configs: Sequence[RunConfig]) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.execute import bad_nodes
+from jobs.scheduler.client import Scheduler
 from jobs.sweep import Run
 from tests.support.cluster import FaultyCluster
 from tests.support.digits_sweeps import DIGITS, TERM, assert_ended
@@ -168,25 +170,14 @@ def test_no_process_is_left(nodes: Lives) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, digits: Path, tmp_path: Path, count: int) -> None:
-    """The last of the nodes that the job gets has too few CPUs; it goes on elsewhere by itself, and so does the next sweep."""
+    """The last of the nodes that the job gets has too few CPUs; it goes on elsewhere by itself, and so does the next sweep.
+
+    Nodes that this cluster does not know, which have failed elsewhere or are gone, hinder neither.
+    """
     bad = f"127.0.0.{count}"
-    (tmp_path / "bad").mkdir()
-    broken = f"import os\nif os.environ.get('SLURMD_NODENAME') == '{bad}':\n    os.sched_getaffinity = lambda pid: {{0}}\n"
-    (tmp_path / "bad" / "sitecustomize.py").write_text(broken)
-    cell = make_cell(
-        tmp_path / "root",
-        cluster,
-        {"digits": digits_recipe(epochs=1)},
-        data=digits,
-        profile={
-            "nodes": count,
-            "processes_per_node": 1,
-            "cpus_per_task": 2,
-            "preflight": True,
-            "min_free_gib": 0,
-            "setup": [f"export PYTHONPATH={tmp_path}/bad:$PYTHONPATH"],
-        },
-    )
+    cell = with_bad_node(bad, tmp_path, cluster, digits, nodes=count)
+    bad_nodes.record(cell.root, "", "gone", "no GPU")
+    bad_nodes.record(cell.root, "elsewhere", "127.0.0.4", "no GPU")
     first, second = cell.run("content", 0), cell.run("positional", 0)
     cell.submit("attention=content")
     cell.settle([first])
@@ -194,7 +185,7 @@ def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, dig
     failed, done = cell.ends(first)
     assert re.fullmatch(rf"interrupted: .*{bad}: failed its pre-flight: cpus: 1 CPUs of 2 asked for.*", failed)
     assert done == "done"
-    record = read_json(cell.root / "nodes" / f"{bad}.json")
+    record = read_json(cell.root / "nodes" / Scheduler(cluster.environment).cluster() / f"{bad}.json")
     assert record is not None
     assert "cpus: 1 CPUs of 2" in record["reason"]
     again = cell.start(first)["job"]
@@ -205,6 +196,21 @@ def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, dig
     assert processes_left([cell]) == []
     assert cell.ends(second) == ["done"]
     assert nodes_of(cell, second, 0).isdisjoint({bad})
+
+
+def with_bad_node(bad: str, tmp_path: Path, cluster: FaultyCluster, digits: Path, **profile: Any) -> Cell:
+    """A sweep for which a node of the cluster has too few CPUs."""
+    (tmp_path / "bad").mkdir()
+    broken = f"import os\nif os.environ.get('SLURMD_NODENAME') == '{bad}':\n    os.sched_getaffinity = lambda pid: {{0}}\n"
+    (tmp_path / "bad" / "sitecustomize.py").write_text(broken)
+    checks = {"preflight": True, "min_free_gib": 0, "setup": [f"export PYTHONPATH={tmp_path}/bad:$PYTHONPATH"]}
+    return make_cell(
+        tmp_path / "root",
+        cluster,
+        {"digits": digits_recipe(epochs=1)},
+        data=digits,
+        profile={"processes_per_node": 1, "cpus_per_task": 2, **checks, **profile},
+    )
 
 
 def test_too_little_room_is_waited_for_and_is_no_failure(cluster: FaultyCluster, digits: Path, tmp_path: Path) -> None:

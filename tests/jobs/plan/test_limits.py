@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.execute import bad_nodes
 from jobs.plan.limits import Need
 from jobs.profile import SlurmProfile
 from jobs.scheduler.client import Scheduler, SchedulerError
@@ -33,6 +35,7 @@ class Words(Scheduler):
         self.answers = {
             "scontrol show config": "MaxArraySize = 4\nMaxJobCount = 10000\nAccountingStorageEnforce = none\n",
             "scontrol show partition": PARTITION.format("main", "YES") + "\n" + PARTITION.format("fat", "NO") + "\n",
+            "sinfo --noheader --all --Node": "n1\nn7\nn7\n",
             "sinfo": (
                 "main|10|gpu:h100:4(S:0-1)|64|512000|idle\nmain|2|gpu:h100:4|64|512000|down*\nfat|1|(null)|8|1000|mixed\n"
             ),
@@ -230,6 +233,32 @@ def test_failed_nodes_that_are_left_out(plan: Shell) -> None:
     (plan.root / "nodes").mkdir()
     (plan.root / "nodes/n7.json").write_text(json.dumps({"node": "n7", "reason": "no GPU"}))
     assert "leaving out n7: no GPU" in plan.text(Words())[1]
+
+
+def test_failed_nodes_of_another_cluster_are_none_of_this(plan: Shell) -> None:
+    """Nor are those that have left the cluster since: sbatch would refuse the whole job."""
+    for cluster, node in (("lab", "n1"), ("farm", "n7"), ("lab", "gone"), ("", "gone")):
+        bad_nodes.record(plan.root, cluster, node, "no GPU")
+    words = Words(scontrol_show_config="ClusterName = lab\nMaxArraySize = 4\nAccountingStorageEnforce = none\n")
+    code, text = plan.text(words)
+    assert code == 0
+    assert re.findall(r"leaving out (\S+): .*use it again: rm (\S+)\)", text) == [("n1", f"{plan.root}/nodes/lab/n1.json")]
+
+
+def test_a_nodelist_with_a_failed_node_is_refused(plan: Shell) -> None:
+    """sbatch would say `Invalid node name specified`."""
+    bad_nodes.record(plan.root, "", "n7", "failed its pre-flight: no GPU")
+    words = Words(scontrol_show_hostnames="n6\nn7\n")
+    code, found = plan(words, nodelist="n[6-7]")
+    utc = json.loads((plan.root / "nodes/n7.json").read_text())["utc"]
+    assert (code, found["problem"]) == (
+        1,
+        f"the profile's nodelist=n[6-7]: n7 failed its pre-flight: no GPU ({utc}); "
+        f"name other nodes, or, to use it again: rm {plan.root}/nodes/n7.json",
+    )
+    assert ("scontrol", "show", "hostnames", "n[6-7]") in words.asked
+    assert plan(words, nodelist="n[6-7]", exclude_failed_nodes=False)[0] == 0
+    assert plan(Words(scontrol_show_hostnames="n6\n"), nodelist="n6")[0] == 0
 
 
 def test_groups_of_unequal_resources_are_looked_at_each(plan: Shell) -> None:

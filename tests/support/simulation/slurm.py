@@ -116,6 +116,8 @@ class Slurm:
         return subprocess.CompletedProcess(command, 0, said, "")
 
     def _sinfo(self, words: list[str]) -> str:
+        if "--Node" in words:
+            return "".join(f"{node.name}\n" for node in self.nodes)
         return "main|4|(null)|64|64000|idle\n"
 
     def _sdiag(self, words: list[str]) -> str:
