@@ -440,10 +440,12 @@ class _Job:
         try:
             with _shielded():
                 failed = bad_nodes.failed(self.root, self.intent.cluster or "", self.scheduler)
-                others = [self.profile.exclude, *(node.name for node in failed)]  # the list that SLURM has is replaced
+                names = dict.fromkeys([*(node.name for node in failed), without_node])
+                wanted = self.scheduler.hostnames(self.profile.nodelist) if self.profile.nodelist else []
+                left_out = [name for name in names if name not in wanted]  # else the job would wait for ever
                 job = self.scheduler.job(self.place.job, self.intent.token)
-                if job is not None:
-                    self.scheduler.leave_out(job, dict.fromkeys(filter(None, [*others, without_node])))
+                if job is not None and left_out:  # the list that SLURM has is replaced
+                    self.scheduler.leave_out(job, [*filter(None, [self.profile.exclude]), *left_out])
         except SchedulerError as error:
             _say(f"cannot keep the job off {without_node}: {error}")
 

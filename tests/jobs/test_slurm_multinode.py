@@ -198,6 +198,21 @@ def test_a_node_that_fails_its_preflight_is_left_out(cluster: FaultyCluster, dig
     assert nodes_of(cell, second, 0).isdisjoint({bad})
 
 
+def test_a_job_whose_nodelist_wants_a_bad_node_does_not_wait_for_ever(
+    cluster: FaultyCluster, digits: Path, tmp_path: Path
+) -> None:
+    cell = with_bad_node("127.0.0.1", tmp_path, cluster, digits, nodelist="127.0.0.[1]", max_idle_attempts=2)
+    run = cell.run("content", 0)
+    cell.submit("attention=content")
+    (state,) = cell.settle([run])
+    assert processes_left([cell]) == []
+    assert state.state == "interrupted"
+    assert [end.partition(": cpus")[0] for end in cell.ends(run)] == ["interrupted: node 127.0.0.1: failed its pre-flight"] * 2
+    refused = cell.vitpa("submit", "attention=content")
+    assert refused.returncode != 0
+    assert "the profile's nodelist=127.0.0.[1]: 127.0.0.1 failed its pre-flight: cpus: " in refused.stderr
+
+
 def with_bad_node(bad: str, tmp_path: Path, cluster: FaultyCluster, digits: Path, **profile: Any) -> Cell:
     """A sweep for which a node of the cluster has too few CPUs."""
     (tmp_path / "bad").mkdir()
