@@ -7,7 +7,7 @@ come from a line of a site's sbatch wrapper, and job ids begin anew when a clust
 make a `SlurmJob` but from SLURM's own words, and only a `SlurmJob` can be cancelled, requeued or changed (client.py).
 
 A run is one task of a job, by its index. A state that is not known to be an end counts as live (job_state_string in SLURM's
-source has the names).
+source has the names); so does REVOKED: in a federation, another cluster has started the job.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ENDED = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED"),
-    "TIMEOUT",
-)
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "CONFIGURING", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 COMMENT = "vitpa:"  # before the token
 RECORD, COLUMN = "\x1e", "\x1f"  # separators that occur in no name or comment that a person types

@@ -82,6 +82,12 @@ def test_what_waits_together_in_accounting() -> None:
     assert QUEUE_COLUMNS.count(COLUMN) == queued().count(COLUMN)
 
 
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "SPECIAL_EXIT", "REVOKED", "A_STATE_OF_2030"])
+def test_what_is_not_known_to_have_ended_is_live(state: str) -> None:
+    """REVOKED, too: another cluster of the federation has started the job."""
+    assert SlurmJob("12_3", state).live
+
+
 def test_environments() -> None:
     shell = {"SLURM_CONF": "/c", "PATH": "/bin", "HF_HOME": "/scratch", "SQUEUE_USERS": "x", "TZ": "Asia/Tokyo"}
     asked = query_environment({**shell, "SLURM_CLUSTERS": "other", "LC_ALL": "de_DE.UTF-8", "BASH_ENV": "/x"})
