@@ -1,7 +1,8 @@
 """What is asked of SLURM and told to it: squeue, sacct, scontrol, scancel, sbatch. Nothing else here starts those programs.
 
 They run in an environment of ours, in which nothing of the user's shell changes what they see or do but SLURM_CONF. What
-is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (own_jobs.py), never a number.
+is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (own_jobs.py), never a number. `--all`
+is for partitions with Hidden=YES, whose jobs squeue does not show otherwise, not even to their user.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Scheduler:
         return next((job for (found, _), job in self._queue(f"--jobs={identity}").items() if found == token), None)
 
     def _queue(self, *which: str) -> dict[tuple[str, int], SlurmJob]:
-        form = ("--noheader", "--array", "--states=all", f"--format={own_jobs.QUEUE_COLUMNS}")
+        form = ("--all", "--noheader", "--array", "--states=all", f"--format={own_jobs.QUEUE_COLUMNS}")
         return own_jobs.in_queue(self.ask("squeue", *form, f"--user={os.getuid()}", *which), os.getuid())
 
     def submit(self, script: str, token: str) -> SlurmJob:
@@ -111,14 +112,15 @@ class Scheduler:
     def time_left_s(self, identity: str) -> float | None:
         """Seconds until the time limit of a running job; None without a limit, or where SLURM does not say."""
         try:
-            return seconds_of(self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%L").strip())
+            return seconds_of(self.ask("squeue", "--all", "--noheader", f"--jobs={identity}", "--format=%L").strip())
         except SchedulerError:
             return None
 
     def waited_s(self, identity: str) -> float | None:
         """Seconds that a job which has started waited, since it was submitted or requeued; None where SLURM does not say."""
         try:
-            submitted, started = self.ask("squeue", "--noheader", f"--jobs={identity}", "--format=%V %S").split()
+            times = self.ask("squeue", "--all", "--noheader", f"--jobs={identity}", "--format=%V %S")
+            submitted, started = times.split()
             return max(0.0, (datetime.fromisoformat(started) - datetime.fromisoformat(submitted)).total_seconds())
         except (SchedulerError, ValueError):
             return None

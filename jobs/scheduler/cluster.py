@@ -84,16 +84,16 @@ def ask(scheduler: Scheduler) -> Cluster:
         SchedulerError: it does not answer.
     """
     cluster = Cluster(scheduler.configuration())
-    for line in scheduler.ask("scontrol", "show", "partition", "--oneliner").splitlines():
+    for line in scheduler.ask("scontrol", "show", "partition", "--all", "--oneliner").splitlines():
         fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
         if "PartitionName" in fields:
             cluster.partitions[fields["PartitionName"]] = fields
-    for line in scheduler.ask("sinfo", "--noheader", "--exact", f"--format={NODE_FORMAT}").splitlines():
+    for line in scheduler.ask("sinfo", "--all", "--noheader", "--exact", f"--format={NODE_FORMAT}").splitlines():
         partition, *columns = line.strip().split("|")
         if len(columns) != NODE_FORMAT.count("|"):  # a line of a site's wrapper
             continue
         cluster.nodes.setdefault(partition, []).append(_nodes_of(columns))
-    own = scheduler.ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
+    own = scheduler.ask("squeue", "--all", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i")
     cluster.own_jobs = len(re.findall(r"^\d+(?:_\d+)?$", own, re.MULTILINE))
     _ask_for_the_load(scheduler, cluster)
     _ask_for_limits(scheduler, cluster)

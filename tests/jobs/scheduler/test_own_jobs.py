@@ -103,18 +103,18 @@ class Neighbour:
 
     def __init__(self, cluster: BoundCluster) -> None:
         self._cluster = cluster
-        self._as_other: list[str] = []
+        self.as_other: list[str] = []
         self._modes: dict[Path, int] = {}  # as they were: other tests look at them
         if os.geteuid() == 0:
             folders = (cluster.root, cluster.layout.slurm_conf.parent, cluster.root / "run")
             for path, mode in (*((folder, 0o711) for folder in folders), (cluster.layout.slurm_conf, 0o644)):
                 self._modes[path] = path.stat().st_mode & 0o777
                 path.chmod(mode)
-            self._as_other = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+            self.as_other = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
         self.id = self._run("sbatch", "--parsable", "--hold", "--chdir=/tmp", "--job-name=small", "--wrap=sleep 9").strip()
 
     def _run(self, *words: str) -> str:
-        line = [*self._as_other, *words]
+        line = [*self.as_other, *words]
         return subprocess.run(line, env=self._cluster.environment, capture_output=True, text=True, check=True).stdout
 
     def facts(self) -> str:
@@ -288,6 +288,27 @@ def test_no_variable_of_the_manual_pages_is_forgotten() -> None:
         text = gzip.decompress(page.read_bytes()).decode().replace("\\", "")
         named = re.findall(r"^fB((?:SQUEUE|SCANCEL|SACCT|SINFO|SCONTROL)_[A-Z0-9_]+)fR$", text, re.MULTILINE)
         assert set(named) <= variables().keys()
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="who runs SLURM sees hidden partitions anyway, and only root can ask as another")
+def test_jobs_in_a_hidden_partition(field: Field, neighbour: Neighbour) -> None:
+    """As an ordinary user sees them."""
+    assert field.vitpa("submit").returncode == 0
+    for name in ("squeue", "sinfo", "scontrol"):
+        field.replace_program(name, f'exec {" ".join(neighbour.as_other)} {field.real(name)} "$@"')
+    hide = (str(field.real("scontrol")), "update", "PartitionName=main")
+    field.slurm(*hide, "Hidden=YES")
+    try:
+        assert field.slurm("squeue", "--noheader") == "", "not to be seen without --all"
+        field.assert_one_job_each()
+        ((job,), _) = field.jobs().values()
+        assert field.scheduler.time_left_s(job.id) is not None
+        cluster = ask(field.scheduler)
+        assert cluster.own_jobs == 2
+        assert {"main", "low"} == cluster.partitions.keys() == cluster.nodes.keys()
+    finally:
+        field.slurm(*hide, "Hidden=NO")
 
 
 @pytest.mark.slurm

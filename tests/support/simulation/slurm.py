@@ -109,6 +109,8 @@ class Slurm:
         program, *words = command
         if self.park.now_s < self.down_until_s:
             return subprocess.CompletedProcess(command, 1, "", DOWN)
+        if "--all" not in words and (program in ("squeue", "sinfo") or words[:2] == ["show", "partition"]):
+            return subprocess.CompletedProcess(command, 0, "", "")  # the partition is hidden
         try:
             said = getattr(self, f"_{program}")(words)
         except ValueError as error:
