@@ -38,7 +38,7 @@ def print_collected(context: Context) -> bool:
 def trained_to_the_end(context: Context, states: list[RunState]) -> list[RunState]:
     """The runs that belong in a table: of a search those of trials that are to be trained to the end; else all.
 
-    Other trials were stopped on purpose. Of such a trial some run must have a result; then all its runs count, also missing ones.
+    Other trials were stopped on purpose. Of such a trial some run must have a result; then all count, also missing ones.
     """
     search, ledger = context.sweep.search, context.sweep.ledger
     if search is None or ledger is None:

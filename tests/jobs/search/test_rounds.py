@@ -72,8 +72,6 @@ def test_a_table_has_all_seeds_of_a_trial_that_is_trained_to_the_end(
         return code, re.findall(r"\| (t00\d) .*?\| (\d/\d) ", capsys.readouterr().out)
 
     assert table(("t000", 1)) == (4, [("t000", "1/3")])
-    assert table(("t000", 0), ("t000", 2), ("t002", 0)) == (0, [("t000", "3/3")]), (
-        "t002 stays paused"
-    )
+    assert table(("t000", 0), ("t000", 2), ("t002", 0)) == (0, [("t000", "3/3")]), "t002 stays paused"
     assert table(("t001", 0), ("t001", 1)) == (4, [("t000", "3/3"), ("t001", "2/3")])
     assert table(("t001", 2)) == (0, [("t000", "3/3"), ("t001", "3/3")])
