@@ -16,11 +16,11 @@ from jobs.search.plan import SearchPlan
 from jobs.standing import Standing
 from jobs.sweep import Sweep
 from vitpa.arguments import in_shell
-from vitpa.config_file import Override, shipped_configs
+from vitpa.config_file import Override, parse_config, read_yaml, shipped_configs
 from vitpa.statistics import Estimate
 
 SHOWN = 5  # of the best trials
-NOT_OF_A_RUN = "train.holdout"  # of a search's overrides: what is chosen is trained on all of train
+NOT_OF_A_RUN = "train.holdout"  # of a search: what is chosen is trained on all of train
 
 
 def state_of(trial: Trial, standing: Standing) -> str:
@@ -114,8 +114,11 @@ def advice(sweep: Sweep, standing: Standing, root: Path, place: Place) -> list[s
     if best is None:
         return []
     settings = {key: value for key, value in sweep.config.overrides.items() if key != NOT_OF_A_RUN} | best.values
-    words = [shlex.quote(Override(key, value).text) for key, value in settings.items()]
     (recipe,), seeds = sweep.config.recipes, ",".join(map(str, sweep.config.seeds))
+    given = [Override(key, value) for key, value in settings.items()]
+    if parse_config(read_yaml(shipped_configs().get(recipe, Path(recipe))), recipe, given).train.holdout:
+        given.append(Override(NOT_OF_A_RUN, 0))  # the recipe's own
+    words = [shlex.quote(each.text) for each in given]
     where = "" if root == Path("outputs").resolve() else f" --root {in_shell(root)}"
     if recipe in shipped_configs():
         where += f" --profile {in_shell(place.profile)}" if place.profile != Place().profile else ""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs.rounds import begin
-from jobs.sweep import Sweep, SweepDir, with_ledger
+from jobs.sweep import Sweep, SweepDir, load_sweep, with_ledger
 from tests.support.jobs_sweeps import write_result
 from tests.support.search_sweeps import ledger_of, make_search
 from vitpa.cli import main
+from vitpa.config_file import load_config
 
 
 def submit(root: Path, *terms: str) -> int:
@@ -30,7 +33,7 @@ def with_results(root: Path, sweep: Sweep) -> Sweep:
         new = {trial.number: 0.5 + 0.01 * trial.number for trial in sweep.ledger.trials if trial.in_training}
         for run in sweep.runs:
             if (score := new.get(int(run.settings["trial"][1:]))) is not None:
-                write_result(root, run, val_top1=score, holdout=0.1)
+                write_result(root, run, val_top1=score, holdout=run.config.train.holdout)
         scores = {number: [score] * sweep.search.runs_per_trial for number, score in new.items()}
         following = sweep.search.next_round(sweep.ledger, scores, {}, 1.0)
         sweep = with_ledger(sweep, replace(sweep.ledger, rounds=[*sweep.ledger.rounds, following]))
@@ -75,3 +78,20 @@ def test_a_table_has_all_seeds_of_a_trial_that_is_trained_to_the_end(
     assert table(("t000", 0), ("t000", 2), ("t002", 0)) == (0, [("t000", "3/3")]), "t002 stays paused"
     assert table(("t001", 0), ("t001", 1)) == (4, [("t000", "3/3"), ("t001", "2/3")])
     assert table(("t001", 2)) == (0, [("t000", "3/3"), ("t001", "3/3")])
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train.holdout": 0.2}])
+def test_what_is_chosen_is_trained_on_all_of_train_whatever_the_recipe_says(
+    tmp_path: Path, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_search(tmp_path, budget={"runs": 2})
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe["train"]["holdout"] = 0.1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    document = yaml.safe_load((tmp_path / "small.yaml").read_text())
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(document | {"overrides": overrides}))
+    with_results(tmp_path, load_sweep(str(tmp_path / "small.yaml"), tmp_path))
+    assert submit(tmp_path) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  vitpa train"))
+    _, _, path, *words = shlex.split(line)
+    assert load_config(Path(path), words[: words.index("--seeds")]).train.holdout == 0
