@@ -108,17 +108,17 @@ class Standing:
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the highest score, of those that have come farthest; None before there is a score."""
+        """The first of `ranked`; None if there is none."""
         return next(iter(self.ranked), None)
 
     @property
     def ranked(self) -> list[Trial]:
-        """Trials with a score: those that have come farthest first, the best of them first."""
+        """Trials with a score that are not given up: those that have come farthest first, the best of them first."""
 
         def order(trial: Trial) -> tuple[int, float, int]:
             return -max(trial.scores), -trial.score(max(trial.scores)), trial.number
 
-        return sorted((trial for trial in self.trials if trial.scores), key=order)
+        return sorted((trial for trial in self.trials if trial.scores and not trial.out), key=order)
 
 
 def accuracy_at(state: RunState, root: Path) -> float | None:

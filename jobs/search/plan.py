@@ -99,15 +99,16 @@ class SearchPlan:
             gpu_hours: Taken so far.
             epochs: Trained for them, each run counted.
         """
+        affordable = self._affordable(gpu_hours, epochs)
+        return self.config.trials_at_once if affordable is None else trials_within(affordable, self.rungs, self.keep)
+
+    def _affordable(self, gpu_hours: float, epochs: int) -> float | None:
+        """Epochs of trials that the budget pays for; None if nobody knows yet what an epoch takes."""
         budget = self.config.budget
         if budget.runs is not None:
-            affordable = budget.runs * self.most_epochs / self.runs_per_trial
-        elif not epochs:  # nobody knows yet what an epoch takes
-            return self.config.trials_at_once
-        else:
-            assert budget.gpu_hours is not None
-            affordable = budget.gpu_hours / (gpu_hours / epochs) / self.runs_per_trial
-        return trials_within(affordable, self.rungs, self.keep)
+            return budget.runs * self.most_epochs / self.runs_per_trial
+        assert budget.gpu_hours is not None
+        return budget.gpu_hours / (gpu_hours / epochs) / self.runs_per_trial if epochs and gpu_hours else None
 
     def expected_runs(self, trials: int) -> float:
         """As much training as so many whole runs, that a search of so many trials is, at most."""
@@ -146,17 +147,27 @@ class SearchPlan:
         )
         trials = Ledger(ledger.folder, [*ledger.rounds, told]).trials
         epochs, budget = self.epochs_trained(trials), self.config.budget.gpu_hours
-        if budget is not None and epochs and not gpu_hours:
+        if budget is not None and not gpu_hours and any(trial.scores for trial in trials):
             raise SweepError("search.budget.gpu_hours: the trials have taken none, as on a CPU; give budget.runs instead")
         if budget is not None and gpu_hours >= budget:
             return told
         goes_on = who_goes_on(trials, self.rungs, self.keep, self.config.trials_at_once)
         room = min(self.config.trials_at_once - len(goes_on), self.most_trials(gpu_hours, epochs) - len(trials))
         values = self._draw(trials, room) if room > 0 else []
-        goes_on = goes_on if goes_on or values else last_hope(trials, self.rungs)
+        goes_on = goes_on if goes_on or values else self._last_hope(trials, self._affordable(gpu_hours, epochs))
         entries = [Entry(number=number, epochs=rung) for number, rung in goes_on]
         entries += [Entry(number=len(trials) + i, epochs=self.rungs[0], values=each) for i, each in enumerate(values)]
         return told.model_copy(update={"trials": entries})
+
+    def _last_hope(self, trials: Sequence[Trial], affordable: float | None) -> list[tuple[int, int]]:
+        """The last hope, if the budget pays for it; in GPU-hours, an estimate, a first one as long as there are any."""
+        found = last_hope(trials, self.rungs)
+        for number, rung in found:
+            after = sum(trial.epochs for trial in trials) - trials[number].epochs + rung
+            first = all(trial.epochs <= trials[number].epochs for trial in trials)
+            if affordable is not None and after > affordable and (self.config.budget.runs is not None or not first):
+                return []
+        return found
 
     def _draw(self, trials: Sequence[Trial], count: int) -> list[dict[str, JsonValue]]:
         taken = Taken(self.signatures, [trial.values for trial in trials])

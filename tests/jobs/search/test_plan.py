@@ -16,9 +16,11 @@ import pytest
 import yaml
 
 from jobs.errors import SweepError
+from jobs.report import search as search_report
 from jobs.search.halving import epochs_of, share_of, trials_within
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
+from jobs.standing import Standing
 from jobs.sweep import Sweep, load_sweep, with_ledger
 from tests.support.search_sweeps import SPACE, make_search
 from vitpa.arguments import ConfigError
@@ -192,6 +194,47 @@ def test_a_trial_that_is_given_up_does_not_go_on(tmp_path: Path) -> None:
     ledger = replace(sweep.ledger, rounds=[*sweep.ledger.rounds, following])
     assert [entry.number for entry in following.trials if entry.values is None] == [1]
     assert ledger.trials[2].out == "NaN"
+
+
+def after(sweep: Sweep, ledger: Ledger, scores: dict[int, list[float]], out: dict[int, str], hours: float = 0.0) -> Ledger:
+    """The ledger with the round that follows."""
+    assert sweep.search is not None
+    return replace(ledger, rounds=[*ledger.rounds, sweep.search.next_round(ledger, scores, out, hours)])
+
+
+def test_what_is_given_up_is_not_the_best_and_takes_no_more_than_the_budget(tmp_path: Path) -> None:
+    """When the only trial that goes on is given up the next best follows, as far as the budget goes."""
+    for epoch, hopes in ((3, [0]), (6, [0, 1])):  # 4 x 3 + 6 of 18 epochs, 2 x 6 + 2 x 3
+        sweep = make_search(tmp_path, halving={"epochs": [epoch], "keep": 0.2}, budget={"runs": 2}, trials_at_once=4)
+        assert sweep.search is not None and sweep.ledger is not None
+        scores = {trial.number: [0.5 - 0.01 * trial.number] for trial in sweep.ledger.trials}
+        ledger = after(sweep, sweep.ledger, scores, {})
+        while not ledger.over:
+            ledger = after(sweep, ledger, {}, {trial.number: "not finite" for trial in ledger.trials if trial.in_training})
+        assert sweep.search.epochs_trained(ledger.trials) == 18
+        assert [trial.number for trial in ledger.trials if trial.out] == hopes
+        standing = Standing(sweep.search, ledger, {}, {}, {}, [], {})
+        left = [trial.label for trial in ledger.trials if trial.number not in hopes]
+        assert [line.split()[0] for line in search_report.best_trials(standing)] == left
+        assert search_report.as_json(standing)["best"] == (left[0] if left else None)
+
+
+def test_a_hope_in_gpu_hours(tmp_path: Path) -> None:
+    """The first one may take more than was estimated; others, after that is given up, may not."""
+    sweep = make_search(tmp_path, halving={"epochs": [3], "keep": 0.2}, budget={"gpu_hours": 2}, trials_at_once=4)
+    assert sweep.ledger is not None
+    ledger = after(sweep, sweep.ledger, {number: [0.5 - 0.01 * number] for number in range(4)}, {}, 1.9)
+    assert [(entry.number, entry.epochs) for entry in ledger.rounds[-1].trials] == [(0, 9)]
+    assert after(sweep, ledger, {}, {0: "not finite"}, 1.9).over
+    assert not after(sweep, ledger, {}, {0: "not finite"}, 1.0).over
+
+
+def test_a_first_round_that_is_given_up_as_a_whole_is_no_matter_of_the_cpu(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path, budget={"gpu_hours": 2}, trials_at_once=4)
+    assert sweep.ledger is not None
+    assert after(sweep, sweep.ledger, {}, dict.fromkeys(range(4), "not finite")).over
+    with pytest.raises(SweepError, match="as on a CPU"):
+        after(sweep, sweep.ledger, {0: [0.5]}, dict.fromkeys(range(1, 4), "not finite"))
 
 
 def test_tpe_learns_and_can_go_on_from_the_ledger(tmp_path: Path) -> None:
