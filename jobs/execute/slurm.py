@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ FOLLOWERS_WAIT_S = 600.0  # for node 0 to come up
 REQUEUE_TRIES = 12
 REQUEUE_WAIT_S = 5.0
 POLL_S = 0.3
+NOT_ENDED = "VITPA_NOT_ENDED"  # a file of the job's script (jobs/scheduler/sbatch.py)
 _say = partial(print, flush=True)  # into the job's output
 
 
@@ -111,7 +112,12 @@ def run_task(root: str, submission: str) -> None:
         _say(f"task {place.task_on_node} on {place.node}: the job has several tasks on a node; the first one trains, not this")
         sys.exit(0)
     job = _Job(Path(root), Path(root) / submission, intent, place, signals)
-    sys.exit(job.lead() if place.node_rank == 0 else job.follow())
+    try:
+        sys.exit(job.lead() if place.node_rank == 0 else job.follow())
+    finally:  # not where this process is killed: the job's script starts it again then
+        if not_ended := os.environ.get(NOT_ENDED):
+            with suppress(OSError):
+                Path(not_ended).unlink()
 
 
 class _Job:

@@ -27,19 +27,27 @@ PYTHON = (
 # memory, nobody in the job can see to its runs: the script starts it again; the history of the runs says when to give up.
 # Where slurmctld answers, the second failure counts: the profile's srun_args may be wrong.
 # Not on several nodes: the others have joined the training that was. A job that SLURM ends or requeues ends with its script.
+# Under cgroups srun ends with 253 where the kernel has killed anything of the job for its memory. If that was a training, the
+# job's process has written it down, and has removed the second file at its end: it is not started again.
 STEP = """srun() {
-  local try code answered=0
+  local try code ended answered=0
   for try in {1..30}; do
     export VITPA_NOT_STARTED=$(mktemp "${TMPDIR:-/tmp}/vitpa-XXXXXXXX" 2> /dev/null)
-    command srun "$@" && return
-    code=$?
+    export VITPA_NOT_ENDED=$(mktemp "${TMPDIR:-/tmp}/vitpa-XXXXXXXX" 2> /dev/null)
+    code=0 ended=
+    command srun "$@" || code=$?
+    if [ -n "$VITPA_NOT_ENDED" ]; then
+      [ -e "$VITPA_NOT_ENDED" ] || ended=1
+      rm -f "$VITPA_NOT_ENDED"
+    fi
+    [ $code != 0 ] || return 0
     if [ -n "$VITPA_NOT_STARTED" ] && [ -e "$VITPA_NOT_STARTED" ]; then
       rm -f "$VITPA_NOT_STARTED"
       if scontrol ping 2> /dev/null | grep -q ' UP$'; then answered=$((answered + 1)); fi
       [ $answered -lt 2 ] || return $code
       echo "srun has not started the job's process; again in 10 s"
       sleep 10
-    elif [ $code = 137 ] && [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ]; then
+    elif [[ $code = 137 || $code = 253 ]] && [ -z "$ended" ] && [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ]; then
       echo "the job's process was killed by SIGKILL (out of memory?); it is started again"
     else
       return $code

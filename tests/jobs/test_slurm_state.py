@@ -159,6 +159,24 @@ def test_killed_wrapper(field: Field) -> None:
     assert of(field, run).state == "running"
 
 
+def test_killed_wrapper_where_srun_tells_of_memory(field: Field) -> None:
+    """Then srun ends with 253, whatever it was that the kernel has killed: only a wrapper that was is started again."""
+    run = field.sweep.runs[0]
+    (field.root / "srun").write_text(f'#!/bin/sh\necho >> {field.root}/sruns\n{field.real("srun")} "$@"\nexit 253\n')
+    (field.root / "srun").chmod(0o755)
+    profile = slurm_profile(field.root, "cgroups", setup=[f"export PATH={field.root}:$PATH"])
+    assert field.vitpa("submit", "attention=content", profile=profile).returncode == 0
+    wait_for(lambda: started(field, run))
+    (field.root / "fail").mkdir()
+    (field.root / "fail" / run.signature).touch()
+    first = read_json(run.directory(field.root).attempts()[0].start_json)
+    assert first is not None
+    os.kill(first["process"]["pid"], signal.SIGKILL)
+    wait_for(lambda: field.live() == 0, poll_s=0.2)
+    assert of(field, run).reason == "RuntimeError: the test wants this run to fail"
+    assert (len(run.directory(field.root).attempts()), (field.root / "sruns").read_text()) == (2, "\n\n")
+
+
 def test_a_line_of_setup_that_failed_is_said_with_the_failure(field: Field) -> None:
     """It did not end the job, and may be why the training has failed."""
     run = field.sweep.runs[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.execute.slurm import NOT_ENDED
 from jobs.scheduler.job_output import SETUP_FAILED
 from jobs.scheduler.sbatch import AFTER_SETUP, BEFORE_SETUP, PYTHON, STEP
 
@@ -63,6 +64,8 @@ def test_a_setup_that_ends_the_job_says_so(tmp_path: Path) -> None:
 
 UP = "touch up; exit 1"  # slurmctld is up again
 NEVER, KILLED, FAILED, FINE = "exit 1", 'sh -c "$*"; exit 137', 'sh -c "$*"; exit 1', 'sh -c "$*"'  # of srun, in turn
+NO_MEMORY = 'sh -c "$*"; exit 253'  # the kernel has killed the job's process
+NO_MEMORY_TO_TRAIN = f'sh -c "$*"; rm "${NOT_ENDED}"; exit 253'  # a training, and the job's process has ended by itself
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,9 @@ NEVER, KILLED, FAILED, FINE = "exit 1", 'sh -c "$*"; exit 137', 'sh -c "$*"; exi
         ([KILLED, FINE], 1, (2, 0)),
         ([KILLED, NEVER, KILLED, FAILED], 1, (3, 1)),
         ([FAILED, FINE], 1, (1, 1)),  # it has ended by itself, and knows why
+        ([NO_MEMORY, KILLED, FINE], 1, (3, 0)),
+        ([NO_MEMORY, NO_MEMORY_TO_TRAIN, FINE], 1, (2, 253)),
+        ([NO_MEMORY, FINE], 2, (1, 253)),
         ([KILLED, FINE], 2, (1, 137)),  # the other node has joined the training that was
         ([NEVER, FINE], 2, (1, 0)),
     ],
