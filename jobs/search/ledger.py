@@ -15,7 +15,9 @@ from pathlib import Path
 from pydantic import Field, JsonValue
 
 from jobs.errors import SweepError
-from vitpa.records import Record, create_exclusive, make_folders, read_record, to_json
+from vitpa.records import Record, RunError, create_exclusive, make_folders, read_record, to_json
+
+RESTORE = "restore it, or give the search another name"
 
 
 class Entry(Record):
@@ -76,11 +78,14 @@ class Ledger:
             RunError: a record has been cut or edited.
         """
         rounds: list[Round] = []
+        known: set[str] = set()
         count = sum(1 for path in folder.glob("[0-9]*.json"))
         while (found := read_record(Round, _path(folder, len(rounds) + 1))) is not None:
             rounds.append(found)
+            if problem := _problem_of(found, known):
+                raise RunError(f"{_path(folder, len(rounds))}: {problem}; {RESTORE}")
         if len(rounds) < count:
-            raise SweepError(f"{_path(folder, len(rounds) + 1)} is missing; restore it, or give the search another name")
+            raise SweepError(f"{_path(folder, len(rounds) + 1)} is missing; {RESTORE}")
         return Ledger(folder, rounds)
 
     def append(self, new: Round) -> Ledger:
@@ -109,6 +114,24 @@ class Ledger:
                 else:
                     found[entry.number].epochs = entry.epochs
         return found
+
+
+def _problem_of(found: Round, known: set[str]) -> str:
+    """What a round has that no search writes, empty if nothing. `known` are the trials before it; its own are added."""
+    for name, of_trials in (("scores", found.scores), ("out", found.out)):
+        for number in of_trials:
+            if number not in known:
+                return f"`{name}` of trial {number}, which there is not before it"
+    for number, scores in found.scores.items():
+        if not scores or not all(0 <= score <= 1 for score in scores):
+            return f"no usable `scores` of trial {number} in it"
+    for entry in found.trials:
+        if (entry.values is None) != (str(entry.number) in known):
+            return f"trial {entry.number} in `trials` " + ("has no `values`" if entry.values is None else "is there already")
+        if entry.values is not None and entry.number != len(known):
+            return f"trial {entry.number} in `trials`, where {len(known)} comes next"
+        known.add(str(entry.number))
+    return ""
 
 
 def _path(folder: Path, number: int) -> Path:

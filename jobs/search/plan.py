@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from jobs.errors import SweepError
 from jobs.search.config import SearchConfig
 from jobs.search.halving import epochs_of, last_hope, trials_within, who_goes_on
-from jobs.search.ledger import Entry, Ledger, Round, Trial
+from jobs.search.ledger import RESTORE, Entry, Ledger, Round, Trial
 from jobs.search.space import TRIES, Dimension, Taken, dimensions_of, random_values
 from jobs.search.tpe import tpe_values
 from vitpa.config import RunConfig
@@ -115,16 +115,22 @@ class SearchPlan:
         return epochs_of(trials, self.rungs, self.keep) * self.runs_per_trial / self.most_epochs
 
     def check(self, ledger: Ledger, where: str) -> None:
-        """Refuse to go on with other settings than the ledger was begun with.
+        """Refuse to go on with other settings than the ledger was begun with, or with trials that are not of the space.
 
         Raises:
-            SweepError: what has changed.
+            SweepError: what has changed, or which trial it is.
         """
         begun = (ledger.rounds[0].settings if ledger.rounds else None) or self.settings
         for key, value in self.settings.items():
             if begun.get(key) != value:
                 name = f"search.{key}" if key in SearchConfig.model_fields else key
                 raise SweepError(f"{where}: not as when the search began: {name}; undo that, or give the search another name")
+        if ledger.rounds and not ledger.trials:
+            raise SweepError(f"{ledger.folder}: has no trials; {RESTORE}")
+        keys = {each.key for each in self.dimensions}
+        for trial in ledger.trials:
+            if trial.values.keys() != keys or not all(each.has(trial.values[each.key]) for each in self.dimensions):
+                raise SweepError(f"{ledger.folder}: the `values` of {trial.label} are not of search.space; {RESTORE}")
 
     def next_round(self, ledger: Ledger, scores: Mapping[int, list[float]], out: Mapping[int, str], gpu_hours: float) -> Round:
         """The round that follows when all trials of the last one have a score, or are given up.

@@ -51,6 +51,14 @@ class Dimension:
         """The values that are looked at before the search begins."""
         return self.choices or (self.value_of(self.low), self.value_of(self.high))
 
+    def has(self, value: JsonValue) -> bool:
+        """Whether a value, as a ledger has it, is of this dimension."""
+        if self.choices:
+            return value in self.choices
+        beyond = 0.5 if self.whole else 1e-9 * max(abs(self.low), abs(self.high))  # by rounding
+        is_number = isinstance(value, int if self.whole else int | float) and not isinstance(value, bool)
+        return is_number and self.low - beyond <= float(str(value)) <= self.high + beyond
+
     def at(self, share: float) -> JsonValue:
         """The value at a share of the whole in [0, 1): drawn evenly, every value is as likely as its neighbours."""
         if self.choices:

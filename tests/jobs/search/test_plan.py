@@ -21,7 +21,7 @@ from jobs.search.halving import epochs_of, share_of, trials_within
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
 from jobs.standing import Standing
-from jobs.sweep import Sweep, load_sweep, with_ledger
+from jobs.sweep import Sweep, SweepDir, load_sweep, with_ledger
 from tests.support.search_sweeps import SPACE, make_search
 from vitpa.arguments import ConfigError
 from vitpa.cli import main
@@ -264,6 +264,71 @@ def test_of_two_that_decide_one_counts(tmp_path: Path) -> None:
     (tmp_path / "search" / "0003.json").write_text("{}")
     with pytest.raises(SweepError, match=r"0002.json is missing; restore it"):
         Ledger.read(tmp_path / "search")
+
+
+def edit(document: Any, *keys: Any, to: Any) -> None:
+    """Change one value of a document."""
+    for key in keys[:-1]:
+        document = document[key]
+    document[keys[-1]] = to
+
+
+VALUES = ("trials", 1, "values")
+EDITED: list[tuple[str, tuple[Any, ...], Any, str]] = [
+    ("0001", ("trials", 1, "number"), 5, "trial 5 in `trials`, where 1 comes next"),
+    ("0001", ("trials", 1, "number"), 0, "trial 0 in `trials` is there already"),
+    ("0001", ("trials", 1), {"number": 1, "epochs": 3}, "trial 1 in `trials` has no `values`"),
+    ("0001", ("trials",), [], "`scores` of trial 0, which there is not before it"),
+    ("0001", ("scores",), {"x": [0.5]}, "`scores` of trial x, which there is not before it"),
+    ("0001", ("out",), {"0": "NaN"}, "`out` of trial 0, which there is not before it"),
+    ("0002", ("scores", "x"), [0.5], "`scores` of trial x, which there is not before it"),
+    ("0002", ("scores", "00"), [0.5], "`scores` of trial 00, which there is not before it"),
+    ("0002", ("scores", "-1"), [0.5], "`scores` of trial -1, which there is not before it"),
+    ("0002", ("scores", "0"), [], "no usable `scores` of trial 0"),
+    ("0002", ("scores", "0"), [5.0], "no usable `scores` of trial 0"),
+    ("0002", ("scores", "0"), 5.0, "no usable `scores`"),
+    ("0002", ("out",), {"7": "NaN"}, "`out` of trial 7, which there is not before it"),
+    ("0002", ("trials", 0, "number"), 9, "trial 9 in `trials` has no `values`"),
+    ("0001", VALUES, {}, "the `values` of t001 are not of search.space"),
+    ("0001", (*VALUES, "optim.lrr"), 1, "the `values` of t001 are not of search.space"),
+    ("0001", (*VALUES, "optim.lr"), 5.0, "the `values` of t001 are not of search.space"),
+    ("0001", (*VALUES, "optim.lr"), "much", "the `values` of t001 are not of search.space"),
+    ("0001", (*VALUES, "augment.mixup_alpha"), 0.3, "the `values` of t001 are not of search.space"),
+    ("0001", (*VALUES, "augment.randaugment_magnitude"), 2.5, "the `values` of t001 are not of search.space"),
+]
+
+
+@pytest.mark.parametrize("edited", EDITED)
+def test_a_ledger_that_was_edited_is_one_line(
+    tmp_path: Path, edited: tuple[str, tuple[Any, ...], Any, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, keys, value, message = edited
+    sweep = make_search(tmp_path, halving={"epochs": [3], "keep": 0.5}, trials_at_once=2)
+    assert sweep.ledger is not None
+    written = Ledger(sweep.ledger.folder)
+    for each in after(sweep, sweep.ledger, {0: [0.5], 1: [0.4]}, {}).rounds:
+        written = written.append(each)
+    SweepDir(tmp_path, "small").record(sweep)
+    assert len(load_sweep("small", tmp_path).runs) == 3
+    path = sweep.ledger.folder / f"{record}.json"
+    document = json.loads(path.read_text())
+    edit(document, *keys, to=value)
+    path.write_text(json.dumps(document))
+    capsys.readouterr()
+    for verb, codes in (("plan", (1,)), ("status", (1, 4))):
+        assert main(["sweep", verb, "small", "--root", str(tmp_path)]) in codes
+        error = capsys.readouterr().err
+        assert message in error
+        assert "restore it" in error
+        assert error.count("\n") == 1
+
+
+def test_a_ledger_without_trials_is_one_line(tmp_path: Path) -> None:
+    sweep = make_search(tmp_path)
+    assert sweep.ledger is not None
+    replace(sweep.ledger, rounds=[]).append(sweep.ledger.rounds[0].model_copy(update={"trials": []}))
+    with pytest.raises(SweepError, match="search: has no trials; restore it"):
+        make_search(tmp_path)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
