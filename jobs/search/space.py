@@ -23,6 +23,7 @@ from vitpa.config import RunConfig
 from vitpa.config_file import fields_of, nearest_key, parse_model
 
 DIGITS = 3  # of a value that is not on a grid: more are noise in names and tables
+ENOUGH = 100  # values of a range
 TRIES = 100  # to draw what a trial can have
 WHOLE = frozenset(key for key, field in fields_of(RunConfig) if field.annotation is int)
 FIXED = {"train.epochs": "the halving says how long trials are trained", "train.holdout": "all trials have the same images"}
@@ -76,7 +77,13 @@ class Dimension:
             return round(number)
         if self.step is not None:
             return float(f"{number:.10g}")  # 0.1 + 2 x 0.1 is 0.3
-        return min(max(float(f"{number:.{DIGITS}g}"), self.low), self.high)
+        return min(max(self._rounded(number), self.low), self.high)
+
+    def _rounded(self, number: float) -> float:
+        """With few digits; where they would leave few values, as from 0.99 to 0.9999, with as many of the range's width."""
+        if self.low <= 0 <= self.high or abs(_place(self.high) - _place(self.low)) + 1 >= ENOUGH:
+            return float(f"{number:.{DIGITS}g}")
+        return round(number, DIGITS - 1 - math.floor(math.log10(self.high - self.low)))
 
 
 def dimensions_of(search: SearchConfig, overrides: Container[str], where: str) -> list[Dimension]:
@@ -164,6 +171,12 @@ def random_values(dimensions: Sequence[Dimension], seed: int, number: int, taken
         if taken.take(values):
             return values
     return None
+
+
+def _place(number: float) -> int:
+    """Where a number stands among those of DIGITS digits, of which there are 900 from one power of ten to the next."""
+    mantissa, exponent = f"{abs(number):.{DIGITS - 1}e}".split("e")
+    return 900 * int(exponent) + int(mantissa.replace(".", ""))
 
 
 def _share(text: str) -> float:

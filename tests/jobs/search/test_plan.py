@@ -20,6 +20,7 @@ from jobs.report import search as search_report
 from jobs.search.halving import epochs_of, share_of, trials_within
 from jobs.search.ledger import Ledger, Round, Trial
 from jobs.search.plan import SearchPlan
+from jobs.search.space import Dimension
 from jobs.standing import Standing
 from jobs.sweep import Sweep, SweepDir, load_sweep, with_ledger
 from tests.support.search_sweeps import SPACE, make_search
@@ -75,6 +76,28 @@ def test_values_are_of_the_space_and_evenly_so(tmp_path: Path) -> None:
     assert {type(value) for value in values["augment.randaugment_magnitude"]} == {int}
     assert min(Counter(values["augment.mixup_alpha"]).values()) > 150
     assert all(float(f"{rate:.3g}") == rate for rate in values["optim.lr"])
+
+
+def values_between(low: float, high: float, *, log: bool = False) -> set[Any]:
+    """What is drawn from a range."""
+    dimension = Dimension("train.ema_decay", (), low, high, log)
+    return {dimension.at(share / 10_000) for share in range(10_000)}
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_narrow_range_has_many_values(*, log: bool) -> None:
+    for low, high in ((0.99, 0.9999), (0.999, 1.001), (123_400.0, 123_500.0), (0.2, 0.25)):
+        found = values_between(low, high, log=log)
+        assert 100 <= len(found) <= 1001
+        assert low <= min(found) < low + 0.02 * (high - low)
+        assert high >= max(found) > high - 0.02 * (high - low)
+        assert max(len(f"{value:.12g}") for value in found) <= 8, "no more digits than that takes"
+
+
+def test_ranges_of_enough_values_keep_them() -> None:
+    """What a search that has begun draws next stays the same."""
+    for low, high, log in ((1e-4, 1e-3, True), (5e-3, 1e-2, False), (0.0, 0.2, False), (0.9, 0.999, False), (0.1, 0.25, True)):
+        assert all(value in (low, high, float(f"{value:.3g}")) for value in values_between(low, high, log=log))
 
 
 def test_a_space_that_is_used_up_ends_the_search(tmp_path: Path) -> None:
