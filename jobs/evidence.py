@@ -95,7 +95,8 @@ def in_progress(found: SlurmEvidence) -> Verdict | None:  # noqa: PLR0911 - rule
     if job is not None and job.live:
         if found.started and not job.waiting:
             return Verdict("running")
-        return Verdict("pending", f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else ""))
+        after = f", after it {ended.state}: {ended.reason}" if ended is not None and job.state == "SPECIAL_EXIT" else ""
+        return Verdict("pending", f"{job.state.lower()} in SLURM" + (f": {job.reason}" if job.reason else "") + after)
     if not found.identity and not found.submitted:
         if all(each is False for each in found.launchers):
             return nobody_left(found.log)

@@ -78,6 +78,14 @@ def _requeueing(configuration: Mapping[str, str]) -> Iterator[Check]:
             f"{codes}: SLURM starts failed runs again by itself; each is given up after max_idle_attempts executions",
             "set max_idle_attempts: 1 in the profile if you do not want that",
         )
+    held = configuration.get("RequeueExitHold", "(null)")
+    if "1" in _numbers(held):
+        yield Check(
+            "RequeueExitHold",
+            "warning",
+            f"{held}: SLURM puts the job of a failed run on hold; its runs are pending (special_exit) until you act",
+            "vitpa sweep status names such jobs: scontrol release has one try again, vitpa sweep cancel gives its runs up",
+        )
 
 
 def _numbers(text: str) -> set[str]:

@@ -53,13 +53,19 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     (r"resources", _BY_ITSELF.format(when="nodes are free")),
     (r"priority", _BY_ITSELF.format(when="its turn comes")),
 )
-HELD_STATES = ("REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_FAILED = (  # its reason is that of any job on hold
+    "SLURM holds it, since it ended with an exit code of the cluster's RequeueExitHold; to have it try again: "
+    "scontrol release {job}; if not, vitpa sweep cancel"
+)
+HELD_STATES = ("REQUEUE_HOLD", "RESV_DEL_HOLD")
 
 
 def advice(job: SlurmJob | None) -> str:
     """What a waiting job waits for, and what helps; empty for one that does not wait, or for a reason that is not known."""
     if job is None or not job.waiting:
         return ""
+    if job.state == "SPECIAL_EXIT":
+        return _FAILED.format(job=job.id.partition("_")[0])
     reason = re.sub(r"[\s_]", "", job.reason).lower()
     found = next((text for pattern, text in _ADVICE if re.match(pattern, reason)), "")
     if not found and job.state in HELD_STATES:

@@ -101,6 +101,14 @@ def test_by_the_records_and_the_queue(values: dict[str, Any], expected: tuple[st
     assert (verdict is not None and verdict.cluster == "lab") == ("here" in values and "job" not in values)
 
 
+def test_a_failed_run_whose_job_slurm_holds_says_why() -> None:
+    """RequeueExitHold: somebody has to release the job, or to cancel it."""
+    held = SlurmJob("7_0", "SPECIAL_EXIT", "JobHeldUser")
+    verdict = in_progress(evidence(start=STARTED, exit=FAILED, job=held))
+    assert verdict == Verdict("pending", "special_exit in SLURM: JobHeldUser, after it failed: a bug")
+    assert in_progress(evidence(start=STARTED, job=held)) == Verdict("pending", "special_exit in SLURM: JobHeldUser")
+
+
 @pytest.mark.parametrize(
     ("values", "accounted", "expected"),
     [

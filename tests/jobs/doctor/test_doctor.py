@@ -186,6 +186,7 @@ def test_a_controller_that_does_not_answer(doctor: Doctor) -> None:
         ({"PreemptType": "preempt/qos", "PreemptMode": "GANG,SUSPEND"}, "preemption", "warning", "keep their memory"),
         ({"PreemptType": "preempt/none", "PreemptMode": "OFF"}, "preemption", "ok", "not preempted"),
         ({"RequeueExit": "1-3"}, "RequeueExit", "warning", "SLURM starts failed runs again by itself"),
+        ({"RequeueExitHold": "1,9"}, "RequeueExitHold", "warning", "SLURM puts the job of a failed run on hold"),
         ({"MinJobAge": "10 sec"}, "MinJobAge", "warning", "so long squeue shows"),
         ({"MinJobAge": "300 sec"}, "MinJobAge", "ok", "so long squeue shows"),
         ({"JobRequeue": "0"}, "JobRequeue", "ok", "jobs of vitpa ask for it"),

@@ -78,6 +78,10 @@ def test_it_starts_by_itself(reason: str, expected: str) -> None:
 
 def test_states_without_a_reason() -> None:
     assert RELEASE in advice(SlurmJob("7", "REQUEUE_HOLD", ""))
+    said = advice(SlurmJob("7_0", "SPECIAL_EXIT", "JobHeldUser"))  # not because of `hold`
+    assert "RequeueExitHold" in said
+    assert RELEASE in said
+    assert needs_action(said)
     assert advice(SlurmJob("7_0", "PENDING", "AReasonOf2030")) == ""
     assert advice(SlurmJob("7_0", "RUNNING", "")) == advice(None) == ""
 
