@@ -143,12 +143,12 @@ class _Job:
         self._wait_for_room()
         members = [member for run in self.runs if (member := self._next_attempt(run)) is not None]
         if not members:
-            self._publish(None, 0)
+            self._publish(None, "", 0)
             self._tell()
             return 0
-        port = _free_port()
-        self._publish(members[0].attempt, port)
-        training = Training(members, self._command(self.place.node, port), {})
+        address, port = (address_of(self.place.node, os.environ) if self.place.num_nodes > 1 else ""), _free_port()
+        self._publish(members[0].attempt, address, port)
+        training = Training(members, self._command(address, port), {})
         for member in members:
             step = member.run.newest_step()
             _say(f"{member.run.path} attempt {member.attempt.number} on {self.place.node}, from step {step}")
@@ -266,12 +266,12 @@ class _Job:
             "started_utc": utc_now(),
         }
 
-    def _publish(self, attempt: AttemptDir | None, port: int) -> None:
+    def _publish(self, attempt: AttemptDir | None, address: str, port: int) -> None:
         if self.place.num_nodes == 1:
             return
         make_folders(self.published.parent)
         number = None if attempt is None else attempt.number
-        write_json(self.published, {"attempt": number, "master_addr": self.place.node, "master_port": port})
+        write_json(self.published, {"attempt": number, "master_addr": address, "master_port": port})
 
     def _command(self, master_addr: str, port: int) -> list[str]:
         if self.place.num_nodes == 1:
@@ -478,6 +478,18 @@ def _shielded() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def address_of(node: str, environment: Mapping[str, str]) -> str:
+    """Where others find node 0, which this is: by its name in SLURM, unless that is no host's (slurm.conf(5), NodeHostname).
+
+    Else by the address of the node on which the job's script has called srun, which is node 0, too.
+    """
+    try:
+        socket.getaddrinfo(node, None)
+    except (OSError, UnicodeError):
+        return environment.get("SLURM_LAUNCH_NODE_IPADDR") or node
+    return node
 
 
 def _free_port() -> int:
