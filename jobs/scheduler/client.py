@@ -1,8 +1,8 @@
 """What is asked of SLURM and told to it: squeue, sacct, scontrol, scancel, sbatch. Nothing else here starts those programs.
 
-They run in an environment of ours, in which nothing of the user's shell changes what they see or do but SLURM_CONF. What
-is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (own_jobs.py), never a number. `--all`
-is for partitions with Hidden=YES, whose jobs squeue does not show otherwise, not even to their user.
+They run in an environment of ours, in which nothing of the user's shell changes what they see or do but where the cluster
+is. What is cancelled, requeued or changed is a `SlurmJob`, which SLURM itself has called ours (own_jobs.py), never a number.
+`--all` is for partitions with Hidden=YES, whose jobs squeue does not show otherwise, not even to their user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from vitpa.child_process import run_program
 
 TIMEOUT_S = 60
 IN_FLIGHT_S = 2.0  # from the end of an sbatch until the queue shows its jobs, at most
-KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", "SLURM_CONF", "SLURM_JWT")
+OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT")  # where it is, and the password
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LD_LIBRARY_PATH", *OF_THE_CLUSTER)
 
 
 class SchedulerError(SweepError):
@@ -178,7 +179,8 @@ def query_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     A list of what they get, since no list of what changes them is complete: SQUEUE_PARTITION hides jobs, SCANCEL_STATE
     spares them, SLURM_CLUSTERS asks another cluster, and each version of SLURM adds some. PATH and LD_LIBRARY_PATH find
-    the programs, HOME and USER are for what a site wraps around them, SLURM_JWT is the password of clusters without munge.
+    the programs, HOME and USER are for what a site wraps around them. SLURM_CONF_SERVER is where a host without a slurm.conf
+    gets it from, SLURM_JWT is the password of clusters without munge.
     """
     kept = {key: environment[key] for key in KEPT if key in environment}
     return {**kept, "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}  # indices of an array in full
@@ -190,13 +192,12 @@ def scheduler_environment(environment: Mapping[str, str]) -> dict[str, str]:
     That is what sbatch and srun take options from, what SLURM sets in a job, and what torchrun sets, from which a training
     would take that it is one process of several.
     """
-    kept = {"SLURM_CONF", "SLURM_JWT"}
     dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"}
     prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SUBMITIT_", "PMI", "TORCHELASTIC_", "VITPA_")
     return {
         key: value
         for key, value in environment.items()
-        if key in kept or (key not in dropped and not key.startswith(prefixes))
+        if key in OF_THE_CLUSTER or (key not in dropped and not key.startswith(prefixes))
     }
 
 

@@ -163,5 +163,6 @@ def test_a_job_s_environment_is_not_handed_on() -> None:
         "WORLD_SIZE",
         "VITPA_ATTEMPT",
     )
-    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "x", "PATH": "/bin", "HF_HOME": "/scratch"}
+    cluster = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_CONF_SERVER": "c1:6817", "SLURM_JWT": "x"}
+    kept = {**cluster, "PATH": "/bin", "HF_HOME": "/scratch"}
     assert scheduler_environment({**dict.fromkeys(leaks, "1"), **kept}) == kept

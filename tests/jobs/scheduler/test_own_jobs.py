@@ -89,9 +89,10 @@ def test_what_is_not_known_to_have_ended_is_live(state: str) -> None:
 
 
 def test_environments() -> None:
-    shell = {"SLURM_CONF": "/c", "PATH": "/bin", "HF_HOME": "/scratch", "SQUEUE_USERS": "x", "TZ": "Asia/Tokyo"}
+    of_cluster = {"SLURM_CONF": "/c", "SLURM_CONF_SERVER": "c1:6817"}
+    shell = {**of_cluster, "PATH": "/bin", "HF_HOME": "/scratch", "SQUEUE_USERS": "x", "TZ": "Asia/Tokyo"}
     asked = query_environment({**shell, "SLURM_CLUSTERS": "other", "LC_ALL": "de_DE.UTF-8", "BASH_ENV": "/x"})
-    assert asked == {"SLURM_CONF": "/c", "PATH": "/bin", "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}
+    assert asked == {**of_cluster, "PATH": "/bin", "LC_ALL": "C", "SLURM_BITSTR_LEN": "0"}
     assert scheduler_environment({**shell, "SBATCH_PARTITION": "x", "SALLOC_QOS": "x", "SLURM_UMASK": "0"}) == shell
 
 
