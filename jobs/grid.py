@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +72,11 @@ class Cell:
 def short_name(axis: str) -> str:
     """An axis as names of runs and heads of columns have it: the last part of a dotted key."""
     return axis.rpartition(".")[2]
+
+
+def column_of(axis: str, own: Container[str]) -> str:
+    """The column of an axis in a file: its name, or axes.epochs beside an own column of that name."""
+    return f"axes.{axis}" if axis in own else axis
 
 
 def axes_of(axes: Mapping[str, JsonValue], overrides: Mapping[str, JsonValue], where: str) -> list[Axis]:

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from jobs.context import Context
 from jobs.errors import SweepError
+from jobs.grid import column_of
 from jobs.report.collect import data_version
 from jobs.report.goodput import Goodput
 from jobs.report.trackers import write_mlflow, write_wandb
@@ -31,6 +32,7 @@ JUDGED = ("top1", "top5", "loss")  # of the weights' average where a run keeps o
 IDENTITY = ("signature", "dataset", "attention", "seed", "beton_sha256")  # of a result: said otherwise
 RESULT = (*JUDGED, *(name for name in Result.model_fields if name not in IDENTITY))
 GOODPUT = tuple(each.name for each in fields(Goodput))
+OWN = ("run", *IDENTITY, "state", "evaluated_on", *RESULT, "data_version", "ettr", *GOODPUT, "step", "epoch")  # no axis's
 PARQUET = ".parquet"
 Row = dict[str, Any]
 
@@ -106,11 +108,11 @@ def _identities(states: Sequence[RunState]) -> list[Row]:
         run = state.run
         attention = run.attention if run.config.model.kind == "vit" else None
         its: Row = {"run": run.label, "signature": run.signature, "dataset": run.dataset, "attention": attention}
-        rows.append({**its, **run.settings, "seed": run.seed})
-    for axis in states[0].run.settings if states else ():
-        kind = kind_of_texts([row[axis] for row in rows])
+        rows.append({**its, **{column_of(axis, OWN): value for axis, value in run.settings.items()}, "seed": run.seed})
+    for column in [column_of(axis, OWN) for axis in states[0].run.settings] if states else ():
+        kind = kind_of_texts([row[column] for row in rows])
         for row in rows:
-            row[axis] = kind(row[axis])
+            row[column] = kind(row[column])
     return rows
 
 

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.grid import short_name
+from jobs.grid import column_of, short_name
 from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
 from jobs.report.compare import Best, Comparison
 from vitpa.records import to_json, write_atomic
 from vitpa.statistics import ROUNDING, Estimate
 from vitpa.terminal import printable
 
+AXES = "axes"  # of a row before it is written: the values on the axes, by axis
 OLDER = "older-than-the-last-attempt"  # the folder of a report that a later `collect` could not replace
 LATEX = {
     **{character: "\\" + character for character in "&%_#${}"},
@@ -75,7 +76,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
         {
             "dataset": cell.dataset,
             "quantity": cell.network,
-            **cell.settings,
+            AXES: cell.settings,
             "evaluated_on": cell.evaluated_on,
             **_estimate_columns(table, cell),
             "reference_val_top1_fraction": cell.reference_val_top1,
@@ -93,7 +94,7 @@ def _table_rows(table: CollectedTable) -> list[dict[str, Any]]:
         {
             "dataset": its.dataset,
             "quantity": quantity,
-            **its.settings,
+            AXES: its.settings,
             "evaluated_on": table.evaluated_on[its.dataset],
             **_estimate_columns(table, its),
         }
@@ -119,7 +120,7 @@ def _run_rows(table: CollectedTable) -> list[dict[str, Any]]:
         {
             "dataset": result.dataset,
             "attention": result.attention,
-            **table.settings[result.signature],
+            AXES: table.settings[result.signature],
             "seed": result.seed,
             "signature": result.signature,
             "evaluated_on": table.evaluated_on[result.dataset],
@@ -145,10 +146,20 @@ def _run_rows(table: CollectedTable) -> list[dict[str, Any]]:
 def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     if rows:
+        own = rows[0].keys() - {AXES}
+        rows = [_flat({**row, AXES: {column_of(axis, own): value for axis, value in row[AXES].items()}}) for row in rows]
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with the columns of the axes in their place."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        columns |= value if name == AXES else {name: value}
+    return columns
 
 
 def hours(value: float) -> str:

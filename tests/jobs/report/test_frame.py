@@ -9,7 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from jobs.report.collect import collect
 from jobs.report.frame import curves, results, write
+from jobs.report.tables import write_report
 from jobs.state import StateReader
 from jobs.sweep import Sweep, SweepDir
 from tests.support.jobs_sweeps import make_sweep, write_result
@@ -46,6 +48,38 @@ def test_a_row_per_run_with_all_axes_and_what_counts(tmp_path: Path, capsys: pyt
     capsys.readouterr()
     assert vitpa([*words, "attention=content"]) == 0  # printed, filtered
     assert len(capsys.readouterr().out.splitlines()) == 1 + 4
+
+
+def test_an_axis_called_as_a_column_has_one_of_its_own(tmp_path: Path) -> None:
+    axes = {
+        "epochs": {"short": {"optim.lr": 1e-3}, "long": {"optim.lr": 2e-3}},
+        "loss": {"ce": {}, "smooth": {"optim.label_smoothing": 0.3}},
+        "step": {"1": {}, "2": {"optim.weight_decay": 0.3}},
+        "quantity": {"x": {}},
+        "gpu_hours": {"y": {}},
+        "mixing": {"z": {}},
+    }
+    sweep = make_sweep(tmp_path, seeds=1, axes=axes)
+    for run in sweep.runs:
+        write_result(tmp_path, run, val_loss=0.25)
+    states = StateReader(tmp_path).states(sweep.runs)
+    write(results(states, tmp_path), tmp_path / "results.csv")
+    write(curves(states, tmp_path), tmp_path / "curves.csv")
+    write_report(collect(sweep, states, tmp_path), tmp_path)
+    for name, renamed in (
+        ("results", {"epochs", "loss", "step", "gpu_hours"}),
+        ("curves", {"epochs", "loss", "step", "gpu_hours"}),
+        ("runs", {"epochs", "gpu_hours"}),
+        ("table", {"quantity", "gpu_hours"}),
+    ):
+        rows = read(tmp_path / f"{name}.csv")
+        columns = {axis: f"axes.{axis}" if axis in renamed else axis for axis in axes}
+        expected = [{column: run.settings[axis] for axis, column in columns.items()} for run in sweep.runs]
+        found = [{column: row[column] for column in columns.values()} for row in rows[: len(expected)]]
+        assert sorted(map(str, found)) == sorted(map(str, expected)), name
+    assert {row["loss"] for row in read(tmp_path / "results.csv")} == {"0.25"}
+    assert {(row["epochs"], row["gpu_hours"]) for row in read(tmp_path / "runs.csv")} == {("4", "0.25")}
+    assert {row["quantity"] for row in read(tmp_path / "table.csv")} >= {"content", "positional"}
 
 
 def test_all_rows_of_all_curves(tmp_path: Path) -> None:
