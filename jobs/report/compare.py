@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from jobs.errors import SweepError
-from jobs.grid import short_name
+from jobs.grid import Attention, short_name
 from vitpa.statistics import Estimate, holm, paired_p
 
 LEVEL = 0.05  # of the corrected p values that count as a difference
+NONE = "-"  # in the place of the attention that two networks have in common
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Scores:
         return sorted(seed for seed, value in self.val_top1.items() if value is not None)
 
     @property
+    def has_attention(self) -> bool:
+        """Whether it is of a ViT; else another network stands in the place of the attention."""
+        return self.position.get("attention") in get_args(Attention)
+
+    @property
     def text(self) -> str:
         """Its position, for people."""
         return " ".join(
@@ -47,7 +54,7 @@ class Comparison:
 
     Attributes:
         dataset: Of both.
-        common: Where both are on the other axes.
+        common: Where both are on the other axes; the attention is that of the one that has an attention.
         first: Value of the one on the compared axis.
         second: Of the other.
         wanted: Seeds that both have in the sweep.
@@ -105,13 +112,19 @@ def axis_named(name: str, axes: Sequence[str]) -> str:
 
 
 def comparisons(cells: Sequence[Scores], axis: str) -> list[Comparison]:
-    """Every two cells of a data set that differ on `axis` alone."""
+    """Every two cells of a data set that differ on `axis` alone; a network without attention stands beside each attention."""
     alike: dict[str, list[Scores]] = {}
+    plain: dict[str, list[Scores]] = {}  # networks without attention
     for cell in cells:
-        alike.setdefault(json.dumps([cell.dataset, _without(cell, axis)]), []).append(cell)
-    found = [
-        _comparison(first, second, axis) for group in alike.values() for first, second in itertools.combinations(group, 2)
-    ]
+        groups = alike if cell.has_attention or axis == "attention" else plain
+        groups.setdefault(_place(cell, axis, attention=groups is alike), []).append(cell)
+    pairs = []
+    for group in alike.values():
+        networks = plain.get(_place(group[0], axis, attention=False), [])
+        pairs += [*itertools.combinations(group, 2), *itertools.product(group, networks)]
+    for networks in plain.values():
+        pairs += itertools.combinations(networks, 2)
+    found = [_comparison(first, second, axis) for first, second in pairs if first.position[axis] != second.position[axis]]
     return [replace(each, p_holm=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
 
 
@@ -144,15 +157,39 @@ def uneven(cells: Sequence[Scores]) -> bool:
     return len({tuple(cell.seeds) for cell in cells}) > 1
 
 
+def _place(cell: Scores, axis: str, *, attention: bool) -> str:
+    """Where a cell is on all axes but this one, and perhaps the attention."""
+    others = {name: value for name, value in _without(cell, axis).items() if attention or name != "attention"}
+    return json.dumps([cell.dataset, others])
+
+
+def scores_of(cells: Sequence[Scores], its: Comparison, axis: str, value: str) -> Scores:
+    """The cell of a comparison along `axis` that has this value there."""
+    place = {**its.common, axis: value}
+    return next(
+        cell
+        for cell in cells
+        if cell.dataset == its.dataset
+        and all(
+            cell.position[name] == its_value
+            for name, its_value in place.items()
+            if name == axis or name != "attention" or cell.has_attention
+        )
+    )
+
+
 def _without(cell: Scores, axis: str) -> dict[str, str]:
     return {name: value for name, value in cell.position.items() if name != axis}
 
 
 def _comparison(first: Scores, second: Scores, axis: str) -> Comparison:
     wanted, differences, p = paired(first, second)
+    common = _without(first, axis)
+    if not first.has_attention and "attention" in common and first.position["attention"] != second.position["attention"]:
+        common["attention"] = NONE
     return Comparison(
         first.dataset,
-        _without(first, axis),
+        common,
         first.position[axis],
         second.position[axis],
         wanted,

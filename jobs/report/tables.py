@@ -274,6 +274,10 @@ def about(table: CollectedTable) -> list[str]:
         if part != "val":
             notes.append(f"HELD OUT: {dataset} was evaluated on {part}, not on val; no reference is of these images.")
     notes += [verdict(best) for best in table.best]
+    if table.compared and not table.comparisons:
+        values = list(dict.fromkeys(cell.position[table.compared] for cell in table.scores))
+        why = f"all cells have {values[0]}" if len(values) == 1 else "no two cells of a data set differ in it alone"
+        notes.append(f"No comparison along {table.compared}: {why}.")
     if table.comparisons:
         notes.append("p: paired t test over the seeds, two-sided, corrected for all comparisons of the table (Holm).")
     for cell in table.cells:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from jobs.grid import short_name
 from jobs.report.collect import CollectedTable
-from jobs.report.compare import LEVEL, Comparison, Scores, uneven
+from jobs.report.compare import LEVEL, Comparison, Scores, scores_of, uneven
 from jobs.report.document.content import Block, Section, Table, Text
 from jobs.report.tables import digits_of, percent, span, verdict
 from vitpa.statistics import Estimate, bootstrap_interval, probability_of_superiority
@@ -96,14 +96,9 @@ class Compared:
 
 def compared(table: CollectedTable) -> list[Compared]:
     """The comparisons of `collect`, along its axis."""
-
-    def cell(its: Comparison, value: str) -> Scores:
-        position = {**its.common, table.compared: value}
-        return next(each for each in table.scores if (each.dataset, dict(each.position)) == (its.dataset, position))
-
     found = []
     for its in map(_as_in_the_table, table.comparisons):
-        first, second = cell(its, its.first), cell(its, its.second)
+        first, second = (scores_of(table.scores, its, table.compared, value) for value in (its.first, its.second))
         a, b = ([each.val_top1[seed] for seed in its.seeds] for each in (first, second))
         differences = [y - x for x, y in zip(a, b, strict=True) if x is not None and y is not None]
         odds = probability_of_superiority(second.values, first.values)

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from scipy import stats
 
 from jobs.report.collect import CollectedTable, collect
 from jobs.report.compare import Scores, best_cells, comparisons
+from jobs.report.document.verdict import compared
 from jobs.report.tables import latex, markdown, write_report
 from jobs.state import StateReader
-from jobs.sweep import Sweep, SweepDir
+from jobs.sweep import Sweep, SweepDir, load_sweep
 from tests.support.jobs_sweeps import make_sweep, write_result
 from vitpa.cli import main
 from vitpa.statistics import holm, paired_p
@@ -141,6 +143,55 @@ def test_a_small_difference_that_the_test_tells_from_none_is_shown(tmp_path: Pat
         write_result(tmp_path, run, val_top1=0.5 + 0.01 * run.seed - lower)
     text = markdown(table_of(tmp_path, sweep, compare="lr"))
     assert re.search(r"\| 0\.002 - 0\.001 +\| -0\.0035 ± 0\.0006 +\| \[-0\.0044, -0\.0026\] +\| 0\.00", text)
+
+
+def with_networks(root: Path, *kinds: str) -> Sweep:
+    """Both attentions of a ViT and networks without attention, 3 seeds, two rates."""
+    make_sweep(root, seeds=3)
+    path = root / "small.yaml"
+    axes = {"model.kind": list(kinds), "optim.lr": [1e-3, 2e-3]}
+    exclude = {"model.kind": [kind for kind in kinds if kind != "vit"], "attention": "positional"}
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "axes": axes, "exclude": [exclude]}))
+    sweep = load_sweep(str(path), root)
+    for run in sweep.runs:
+        top1 = {"content": 0.5, "positional": 0.6}.get(run.config.network_name, 0.8 + 0.001 * run.seed**2)
+        write_result(root, run, val_top1=top1 + 0.01 * run.seed)
+    return sweep
+
+
+def test_a_network_without_attention_is_compared_with_each_attention(tmp_path: Path) -> None:
+    sweep = with_networks(tmp_path, "vit", "resnet18")
+    table = table_of(tmp_path, sweep, compare="kind")
+    found = [(dict(each.common), each.first, each.second, each.seeds) for each in table.comparisons]
+    assert found == [
+        ({"attention": attention, "optim.lr": rate}, "vit", "resnet18", [0, 1, 2])
+        for attention in ("content", "positional")
+        for rate in ("0.001", "0.002")
+    ]
+    means = [each.val_top1.mean for each in table.comparisons]
+    assert means == pytest.approx([0.3 + 0.005 / 3, 0.3 + 0.005 / 3, 0.2 + 0.005 / 3, 0.2 + 0.005 / 3])
+    assert re.search(r"^\| digits +\| positional +\| 0\.001 +\| resnet18 - vit +\| \+20\.17 ", markdown(table), re.M)
+    sentences = [each.text for each in compared(table)]
+    assert sentences[2].startswith("digits positional lr=0.001: resnet18 is better than vit by 20.17 points")
+    along_rate = [(each.common["attention"], each.first) for each in table_of(tmp_path, sweep, compare="lr").comparisons]
+    assert along_rate == [("content", "0.001"), ("positional", "0.001"), ("resnet18", "0.001")]
+    assert "No comparison" not in markdown(table)
+
+
+def test_two_networks_without_attention_are_compared(tmp_path: Path) -> None:
+    cells = [Scores("digits", {"attention": kind, "model.kind": kind}, {0: 0.5, 1: 0.6}) for kind in ("resnet18", "resnet50")]
+    (its,) = comparisons(cells, "model.kind")
+    assert (its.common, its.first, its.second, its.seeds) == ({"attention": "-"}, "resnet18", "resnet50", [0, 1])
+
+
+def test_that_nothing_is_compared_is_said(tmp_path: Path) -> None:
+    sweep = filled(tmp_path)
+    states = StateReader(tmp_path).states([run for run in sweep.runs if run.config.optim.lr == 1e-3])
+    text = markdown(collect(sweep, states, tmp_path, compare="lr"))
+    assert "\nNo comparison along optim.lr: all cells have 0.001.\n" in text
+    states = [state for state in StateReader(tmp_path).states(sweep.runs) if state.run.seed == 0][1:3]
+    text = markdown(collect(sweep, states, tmp_path, compare="lr"))
+    assert "\nNo comparison along optim.lr: no two cells of a data set differ in it alone.\n" in text
 
 
 def test_pivot_is_a_table_along_two_axes(tmp_path: Path) -> None:
