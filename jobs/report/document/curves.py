@@ -33,7 +33,7 @@ class Quantity:
 QUANTITIES = (
     Quantity("", "top-1 accuracy", "%", 100, 100),  # the one that counts, of val or of what was held out
     Quantity("train/top1", "top-1 accuracy on train, as augmented", "%", 100, 100),
-    Quantity("val/loss", "loss", "nats"),
+    Quantity("val/loss", "loss", "nats"),  # of the weights' average where a run keeps one, as is the accuracy
     Quantity("train/loss", "loss on train, as optimised", "nats"),
 )
 
@@ -74,7 +74,9 @@ def _curves(members: Sequence[RunState], root: Path) -> list[tuple[RunState, str
         except OSError:  # its state, or the first section, says so
             continue
         for quantity in QUANTITIES:
-            metric = quantity.metric or state.run.config.top1_metric
+            config = state.run.config
+            average = "ema_" if config.train.ema_decay and quantity.metric.startswith("val/") else ""
+            metric = average + quantity.metric if quantity.metric else config.top1_metric
             curve = {
                 round(float(row["epoch"]), 4): quantity.factor * float(row[metric])
                 for row in rows

@@ -18,7 +18,8 @@ import yaml
 
 from jobs.report.collect import collect
 from jobs.report.compare import Scores, comparisons
-from jobs.report.document import render
+from jobs.report.document import curves, render
+from jobs.report.document.content import Charts
 from jobs.report.document.curves import mean_line
 from jobs.report.document.svg import ticks
 from jobs.report.document.verdict import Compared
@@ -417,6 +418,24 @@ def test_differences_of_two_seeds_that_are_the_same_tell_nothing() -> None:
     assert not found.certain
     assert found.text.startswith("digits: the seeds do not tell positional and content apart; positional is 0.50 points above")
     assert "p = 0.5, paired over 2 seeds" in found.text
+
+
+def test_loss_and_accuracy_are_of_the_same_weights(tmp_path: Path) -> None:
+    """Of the average where a run keeps one; others of the same chart keep none."""
+    make_sweep(tmp_path, seeds=1, axes={"train.ema_decay": [0.0, 0.99]})
+    sweep = load_sweep(str(tmp_path / "small.yaml"), tmp_path)
+    for run in sweep.runs:
+        average = {"ema_val_top1": 0.9, "ema_val_top5": 1.0, "ema_val_loss": 0.25} if run.config.train.ema_decay else {}
+        write_result(tmp_path, run, val_top1=0.3, val_loss=3.0, **average)
+    (charts,) = (
+        each
+        for each in curves.section(StateReader(tmp_path).states(sweep.runs), tmp_path, "").blocks
+        if isinstance(each, Charts)
+    )
+    said = {chart.title: chart.description for chart in charts.charts}
+    for title, plain, averaged in (("top-1 accuracy", "30.00", "90.00"), ("loss", "3.00", "0.25")):
+        assert f"content ema_decay=0 {plain} after epoch 4" in said[f"digits: {title} on val"]
+        assert f"content ema_decay=0.99 {averaged} after epoch 4" in said[f"digits: {title} on val"]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
