@@ -137,7 +137,7 @@ def _submit(context: Context) -> int:
             f"{context.drift.describe()}{live}. Undo the change in the sweep's file or recipe, repeat with --update "
             "to make the changed sweep the sweep, or give it another name with --name"
         )
-    if context.drift.gone or (context.drift.added and context.sweep.search is None):
+    if context.drift.gone or context.drift.renamed or (context.drift.added and context.sweep.search is None):
         context.say_changed()
     if context.options.give_up and context.sweep.search is None:
         raise SweepError(f"--give-up: {context.sweep.name} is no search; its other runs do not wait for those that failed")

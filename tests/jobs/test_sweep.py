@@ -143,6 +143,15 @@ def test_drift(tmp_path: Path) -> None:
     assert "2 no longer in it as configured before" in drift.describe()
 
 
+def test_labels_that_swap_their_settings_are_a_change(tmp_path: Path) -> None:
+    none: dict[str, float] = {}
+    both = {"augment.mixup_alpha": 0.8}
+    before = make_sweep(tmp_path, seeds=1, axes={"mixing": {"none": none, "both": both}})
+    drift = Drift.between(make_sweep(tmp_path, seeds=1, axes={"mixing": {"none": both, "both": none}}), before.runs)
+    assert not drift.added + drift.gone
+    assert "changed: 4 called otherwise (digits-content-both-s0 -> digits-content-none-s0, digits-pos" in drift.describe()
+
+
 def write(tmp_path: Path, **changes: object) -> str:
     make_sweep(tmp_path)
     path = tmp_path / "small.yaml"
