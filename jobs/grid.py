@@ -32,6 +32,15 @@ class Choice:
     settings: tuple[tuple[str, JsonValue], ...]  # dotted keys with the values that it gives them
     label: str | None = None
 
+    @property
+    def identity(self) -> str:
+        """The same text for equal values; labels are texts, of which 1 and 01 are two."""
+        return _identity(self.value) if self.label is None else json.dumps(self.label)
+
+    def is_named(self, value: JsonValue) -> bool:
+        """Whether `value` names it."""
+        return same(self.value, value) if self.label is None else self.label == _text(value)
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -46,9 +55,11 @@ class Axis:
         Raises:
             SweepError: there is none.
         """
-        for choice in self.choices:
-            if same(choice.value, value):
-                return choice
+        found = [choice for choice in self.choices if choice.is_named(value)]
+        if not found and not isinstance(value, str):  # a label that YAML reads as a number
+            found = [choice for choice in self.choices if same(choice.value, value)]
+        if len(found) == 1:
+            return found[0]
         there = ", ".join(_text(choice.value) for choice in self.choices)
         raise SweepError(f"{where}: {self.name} has no value {_text(value)}; it has {there}")
 
@@ -108,15 +119,16 @@ def _axis(name: str, values: JsonValue, where: str) -> Axis:
         raise SweepError(f"{where}: expected a list of values, such as [{_text(values)}], or labels with their settings")
     if not values:
         raise SweepError(f"{where} has no value; name some, or leave it out")
-    _check_once(values, where)
-    return Axis(name, tuple(Choice(value, ((name, value),)) for value in values))
+    choices = tuple(Choice(value, ((name, value),)) for value in values)
+    _check_once(choices, where)
+    return Axis(name, choices)
 
 
-def _check_once(values: Sequence[JsonValue], where: str) -> None:
-    times = Counter(map(_identity, values))
-    for value in values:
-        if (count := times[_identity(value)]) > 1:
-            raise SweepError(f"{where}: {_text(value)} is given {count} times; once is enough")
+def _check_once(choices: Sequence[Choice], where: str) -> None:
+    times = Counter(choice.identity for choice in choices)
+    for choice in choices:
+        if (count := times[choice.identity]) > 1:
+            raise SweepError(f"{where}: {_text(choice.value)} is given {count} times; once is enough")
 
 
 def _labelled(name: str, label: str, settings: JsonValue, where: str) -> Choice:
@@ -191,7 +203,7 @@ def _product(axes: Sequence[Axis], datasets: Mapping[str, str], attentions: Sequ
 
 def _key(cell: Cell) -> str:
     """The same for cells of equal values, whether they are written 1 or 1.0."""
-    return json.dumps([cell.recipe, cell.attention, *(_identity(choice.value) for choice in cell.choices)])
+    return json.dumps([cell.recipe, cell.attention, *(choice.identity for choice in cell.choices)])
 
 
 def _narrowed(
@@ -215,26 +227,25 @@ def _narrowed(
     own: dict[str, Sequence[str]] = {"dataset": list(datasets.values()), "attention": attentions}
     chosen: dict[str, list[JsonValue]] = {name: list(values) for name, values in own.items()}
     for name in own.keys() & entry.keys():
-        axis = Axis(name, tuple(Choice(value, ()) for value in own[name]))
-        chosen[name] = [axis.choice(value, where).value for value in _values(entry[name], axis, f"{where}: {name}")]
+        axis = Axis(name, tuple(Choice(value, (), value) for value in own[name]))
+        chosen[name] = [choice.value for choice in _choices(entry[name], axis, f"{where}: {name}", where)]
     narrowed = []
     for axis in axes:
         if axis.name in entry:
-            values = _values(entry[axis.name], axis, f"{where}: {axis.name}")
-            may_be_new = new and axis.name in KEYS
-            choices = [Choice(value, ((axis.name, value),)) if may_be_new else axis.choice(value, where) for value in values]
+            choices = _choices(entry[axis.name], axis, f"{where}: {axis.name}", where, new=new and axis.name in KEYS)
             axis = Axis(axis.name, tuple(choices))  # noqa: PLW2901 - the same axis with fewer choices
         narrowed.append(axis)
     recipes = {recipe: dataset for recipe, dataset in datasets.items() if dataset in chosen["dataset"]}
     return narrowed, recipes, [attention for attention in attentions if attention in chosen["attention"]]
 
 
-def _values(value: JsonValue, axis: Axis, where: str) -> list[JsonValue]:
-    """One value, or several as a list; a list that is itself a value of the axis is one."""
-    if not isinstance(value, list) or any(same(value, choice.value) for choice in axis.choices):
-        return [value]
-    _check_once(value, where)
-    return value
+def _choices(value: JsonValue, axis: Axis, place: str, where: str, *, new: bool = False) -> list[Choice]:
+    """The choices of one value, or of several as a list; a list that is itself a value of the axis is one."""
+    one = not isinstance(value, list) or any(choice.is_named(value) for choice in axis.choices)
+    values = [value] if one or not isinstance(value, list) else value
+    choices = [Choice(each, ((axis.name, each),)) if new else axis.choice(each, where) for each in values]
+    _check_once(choices, place)
+    return choices
 
 
 def same(first: JsonValue, second: JsonValue) -> bool:

@@ -117,10 +117,11 @@ def _identities(states: Sequence[RunState]) -> list[Row]:
 
 
 def kind_of_texts(texts: Sequence[str]) -> type[int] | type[float] | type[str]:
-    """What all of them are, as we write numbers."""
-    if all(parse_integer(text) is not None and text.isdigit() for text in texts):
-        return int
-    return float if all(parse_float(text) is not None for text in texts) else str
+    """What all of them are, as we write numbers; of labels such as 1 and 01 numbers would be the same."""
+    numbers = [parse_float(text) for text in texts]
+    if None in numbers or len(set(numbers)) < len(set(texts)):
+        return str
+    return int if all(parse_integer(text) is not None and text.isdigit() for text in texts) else float
 
 
 def _kind(values: Iterable[object]) -> type:

@@ -65,6 +65,25 @@ def test_included_cells_are_added_also_with_new_values(tmp_path: Path) -> None:
     assert labels(sweep) == [f"content-lr{rate}-{betas}" for rate, betas in pairs]
 
 
+def test_labels_are_texts(tmp_path: Path) -> None:
+    """They are what names of runs have; the values of a key are numbers, however they are written."""
+    axes = {"mixing": {label: {"optim.weight_decay": float(i)} for i, label in enumerate(("1", "01", "1.0"))}}
+    assert labels(sweep_of(tmp_path, axes=axes, exclude=[{"mixing": "01"}])) == ["content-1", "content-1.0"]
+    assert labels(sweep_of(tmp_path, axes=axes, exclude=[{"mixing": ["01", "1.0"]}])) == ["content-1"]
+    assert labels(sweep_of(tmp_path, axes=axes, exclude=[{"mixing": 1}])) == ["content-01", "content-1.0"]
+    include = [{"mixing": "1.0"}]
+    everything = ["content-1", "content-01", "content-1.0"]
+    assert labels(sweep_of(tmp_path, axes=axes, exclude=include, include=include)) == everything
+    with pytest.raises(SweepError, match="exclude: mixing has no value 001; it has 1, 01, "):
+        sweep_of(tmp_path, axes=axes, exclude=[{"mixing": "001"}])
+    with pytest.raises(SweepError, match="exclude: mixing: 01 is given 2 times"):
+        sweep_of(tmp_path, axes=axes, exclude=[{"mixing": ["01", "01"]}])
+    how = {label: {"optim.weight_decay": float(i)} for i, label in enumerate(("1e3", "2e3"))}
+    assert labels(sweep_of(tmp_path, axes={"how": how}, exclude=[{"how": 1e3}])) == ["content-2e3"], "without quotes"
+    rates = {"optim.lr": [5e-4, 1e-3]}
+    assert labels(sweep_of(tmp_path, axes=rates, exclude=[{"optim.lr": "5e-4"}])) == ["content-lr0.001"]
+
+
 def test_grid_can_be_written_point_by_point(tmp_path: Path) -> None:
     points = [{"optim.lr": 1e-3, "train.epochs": 3}, {"optim.lr": 2e-3, "train.epochs": 6}]
     axes = {"optim.lr": [1e-3, 2e-3], "train.epochs": [3, 6]}

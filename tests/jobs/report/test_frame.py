@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from jobs.report.collect import collect
-from jobs.report.frame import curves, results, write
+from jobs.report.frame import curves, kind_of_texts, results, write
 from jobs.report.tables import write_report
 from jobs.state import StateReader
 from jobs.sweep import Sweep, SweepDir
@@ -80,6 +80,11 @@ def test_an_axis_called_as_a_column_has_one_of_its_own(tmp_path: Path) -> None:
     assert {row["loss"] for row in read(tmp_path / "results.csv")} == {"0.25"}
     assert {(row["epochs"], row["gpu_hours"]) for row in read(tmp_path / "runs.csv")} == {("4", "0.25")}
     assert {row["quantity"] for row in read(tmp_path / "table.csv")} >= {"content", "positional"}
+
+
+def test_labels_that_are_one_number_stay_texts() -> None:
+    found = [kind_of_texts(texts) for texts in (["1", "01"], ["1", "1.0"], ["1", "2", "1"], ["0.5", "1"], ["a", "1"])]
+    assert found == [str, str, int, float, str]
 
 
 def test_all_rows_of_all_curves(tmp_path: Path) -> None:
