@@ -212,7 +212,7 @@ def test_dry_run_writes_nothing(sweep: Shell) -> None:
     assert "would start 2 runs" in text
     assert "digits-positional-s1 (missing)" in text
     code, text = sweep(f"retry --dry-run --data-dir {sweep.root}/data")
-    assert "would start 1 runs" in text
+    assert "would start 1 run, " in text
     assert sweep("cancel --dry-run")[0] == 0
     assert sorted(sweep.root.rglob("*")) == before
 
@@ -337,7 +337,7 @@ def test_where_a_sweep_runs_is_remembered(tmp_path: Path, capsys: pytest.Capture
     retry = [line for line in shell("status")[1].splitlines() if "to run again: " in line]
     assert "--profile" not in retry[0], "it is remembered"
     _, text = shell("retry --dry-run")
-    assert "would start 1 runs, 2 at a time" in text
+    assert "would start 1 run, 2 at a time" in text
     intent = read_json(next(shell.root.glob("sweeps/small/submissions/*/intent.json")))
     assert intent is not None
     assert intent["place"] == {"profile": str(tmp_path / "two.yaml"), "data_dir": str(tmp_path / "data")}
@@ -409,7 +409,7 @@ def test_what_a_search_has_given_up_is_not_to_be_retried(tmp_path: Path, capsys:
     retry = f"retry --dry-run --data-dir {tmp_path}/data"
     _, text = shell(retry)
     assert f"{first.label}: left alone, since the search has given up the trial and would not use it" in text
-    assert "would start 1 runs" in text
+    assert "would start 1 run, " in text
     assert "would start 2 runs" in shell(f"{retry} --force")[1]
     shell(f"report --out {tmp_path}/report")
     problems = (tmp_path / "report" / "report.md").read_text().partition("## 2.")[0]
