@@ -261,6 +261,17 @@ def test_a_changed_sweep_is_not_submitted_unnoticed(sweep: Shell) -> None:
     assert "would start 4 runs" in sweep(f"submit --update --dry-run --data-dir {sweep.root}/data")[1]
 
 
+def test_submit_says_what_is_called_otherwise(sweep: Shell) -> None:
+    none: dict[str, float] = {}
+    both = {"augment.mixup_alpha": 0.8}
+    before = make_sweep(sweep.root, seeds=1, axes={"mixing": {"none": none, "both": both}})
+    SweepDir(sweep.root, "small").record(before)
+    make_sweep(sweep.root, seeds=1, axes={"mixing": {"none": both, "both": none}})
+    code, text = sweep(f"submit --dry-run --data-dir {sweep.root}/data")
+    assert code == 0
+    assert "4 called otherwise (digits-content-both-s0 -> digits-content-none-s0, " in text
+
+
 def test_every_verb_that_shows_a_changed_sweep_as_it_was_submitted_says_so(sweep: Shell) -> None:
     folder = SweepDir(sweep.root, "small")
     assert sweep("collect")[0] == 4
