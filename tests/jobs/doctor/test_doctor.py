@@ -243,6 +243,7 @@ def test_a_package_that_every_process_compiles_again(tmp_path: Path, monkeypatch
     assert (check.name, check.level) == ("torch", "warning")
     assert check.found == f"{importlib.metadata.version('submitit')}; {NO_BYTECODE}"
     assert "PYTHONPYCACHEPREFIX" in check.hint
+    assert try_import("vitpa")["compiled"] is True, "of our own files it costs nothing"
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
     assert try_import("submitit") == {"ok": True, "detail": importlib.metadata.version("submitit"), "compiled": True}
     assert try_import("no_such_package")["compiled"] is True, "there is another problem with it"
