@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.support.waiting import wait_for
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 # what looks like a training under a job of submitit
-TRAINING = "bash -c 'python -m vitpa.train /runs/000000000000000$SLURM_ARRAY_TASK_ID/attempts/0001/config.yaml; true' submitit"
+RUN = "/runs/000000000000000$SLURM_ARRAY_TASK_ID/attempts/0001/config.yaml"
+TRAINING = f"bash -c '{sys.executable} -m vitpa.train {RUN}; true' submitit"
 
 
 @pytest.fixture
