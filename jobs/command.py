@@ -177,8 +177,8 @@ def _add_own_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     if verb in ("collect", "report"):
         parser.add_argument(
             "--compare",
-            metavar="AXIS",
-            help="an axis, or attention: differences between its values, paired by seed",
+            metavar="AXIS[=VALUE]",
+            help="an axis, or attention: differences between every two of its values, or from this one, paired by seed",
         )
         parser.add_argument(
             "--pivot", nargs=2, metavar=("ROWS", "COLUMNS"), help="tables of means along two of: attention, the sweep's axes"

@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs.errors import SweepError
 from jobs.grid import Attention
-from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons, paired
+from jobs.report.compare import Best, Comparison, Scores, axis_named, best_cells, comparisons, paired, value_named
 from jobs.report.goodput import Goodput
 from jobs.scheduler.client import ranges
 from jobs.state import RunState
@@ -148,16 +148,17 @@ def collect(
         states: Of its runs, or of some of them.
         root: Folder of runs/ and sweeps/.
         allow_mixed: Average results of different code or data.
-        compare: An axis, or `attention`, along which every two cells are compared.
+        compare: An axis, or `attention`, along which every two cells are compared; AXIS=VALUE: each with that value's.
         pivot: Two of them, for the rows and columns of tables of means.
         changed: How the sweep's file differs from `sweep`, for the table to say it; empty: not at all.
 
     Raises:
         MixedRunsError: and `allow_mixed` is not set.
-        SweepError: an axis that the sweep has not.
+        SweepError: an axis, or a value of it, that the sweep has not.
     """
     axes = ["attention", *(states[0].run.settings if states else ())]
-    compared = axis_named(compare, axes) if compare else ""
+    axis, against, value = (compare or "").partition("=")
+    compared = axis_named(axis, axes) if compare else ""
     rows_columns = (axis_named(pivot[0], axes), axis_named(pivot[1], axes)) if pivot else None
     if rows_columns and rows_columns[0] == rows_columns[1]:
         raise SweepError(f"--pivot {rows_columns[0]} twice: name two axes, one for the rows and one for the columns")
@@ -170,9 +171,10 @@ def collect(
         {"run": state.run.label, "state": state.state, "reason": state.reason} for state in states if state.result is None
     ]
     scores = [_scores(members) for members in groups]
+    base = value_named(value, compared, scores) if against else None
     return CollectedTable(
         compared=compared,
-        comparisons=comparisons(scores, compared) if compared else [],
+        comparisons=comparisons(scores, compared, base) if compared else [],
         best=best_cells(scores) if len(axes) > 1 else [],
         pivot=rows_columns,
         sweep=sweep.name,

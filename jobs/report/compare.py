@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from jobs.errors import SweepError
-from jobs.grid import Attention, short_name
+from jobs.grid import Attention, same, short_name
 from vitpa.statistics import Estimate, holm, paired_p
 
 LEVEL = 0.05  # of the corrected p values that count as a difference
@@ -111,8 +111,24 @@ def axis_named(name: str, axes: Sequence[str]) -> str:
     return found[0]
 
 
-def comparisons(cells: Sequence[Scores], axis: str) -> list[Comparison]:
-    """Every two cells of a data set that differ on `axis` alone; a network without attention stands beside each attention."""
+def value_named(name: str, axis: str, cells: Sequence[Scores]) -> str:
+    """The value on `axis` of that name, however a number is written.
+
+    Raises:
+        SweepError: no cell has it.
+    """
+    values = list(dict.fromkeys(cell.position[axis] for cell in cells))
+    found = [value for value in values if value == name] or [value for value in values if same(value, name)]
+    if not found:
+        raise SweepError(f"--compare {axis}={name}: no run has that value; there is {', '.join(values)}")
+    return found[0]
+
+
+def comparisons(cells: Sequence[Scores], axis: str, base: str | None = None) -> list[Comparison]:
+    """Every two cells of a data set that differ on `axis` alone; a network without attention stands beside each attention.
+
+    With `base`, a value of the axis, only each other value against that one.
+    """
     alike: dict[str, list[Scores]] = {}
     plain: dict[str, list[Scores]] = {}  # networks without attention
     for cell in cells:
@@ -124,7 +140,11 @@ def comparisons(cells: Sequence[Scores], axis: str) -> list[Comparison]:
         pairs += [*itertools.combinations(group, 2), *itertools.product(group, networks)]
     for networks in plain.values():
         pairs += itertools.combinations(networks, 2)
-    found = [_comparison(first, second, axis) for first, second in pairs if first.position[axis] != second.position[axis]]
+    pairs = [pair for pair in pairs if pair[0].position[axis] != pair[1].position[axis]]
+    if base is not None:
+        turned = [(second, first) if second.position[axis] == base else (first, second) for first, second in pairs]
+        pairs = [pair for pair in turned if pair[0].position[axis] == base]
+    found = [_comparison(first, second, axis) for first, second in pairs]
     return [replace(each, p_holm=p) for each, p in zip(found, holm([each.p for each in found]), strict=True)]
 
 
@@ -184,8 +204,9 @@ def _without(cell: Scores, axis: str) -> dict[str, str]:
 
 def _comparison(first: Scores, second: Scores, axis: str) -> Comparison:
     wanted, differences, p = paired(first, second)
-    common = _without(first, axis)
-    if not first.has_attention and "attention" in common and first.position["attention"] != second.position["attention"]:
+    common = _without(first if first.has_attention or not second.has_attention else second, axis)
+    neither = not first.has_attention and not second.has_attention
+    if neither and "attention" in common and first.position["attention"] != second.position["attention"]:
         common["attention"] = NONE
     return Comparison(
         first.dataset,

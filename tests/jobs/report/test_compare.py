@@ -83,6 +83,24 @@ def test_every_two_values_of_an_axis_are_compared(tmp_path: Path) -> None:
     assert found == [({"optim.lr": rate}, "content", "positional") for rate in RATES]
 
 
+@pytest.mark.parametrize("base", ["0.002", "2e-3"])
+def test_each_other_value_is_compared_with_one(tmp_path: Path, base: str) -> None:
+    table = table_of(tmp_path, filled(tmp_path), compare=f"lr={base}")
+    every_two = table_of(tmp_path, filled(tmp_path), compare="lr").comparisons
+    expected = [(attention, "0.002", other) for attention in POINTS for other in ("0.001", "0.003")]
+    assert [(each.common["attention"], each.first, each.second) for each in table.comparisons] == expected
+    up, down = (
+        next(each for each in found if {each.first, each.second} == {"0.001", "0.002"})
+        for found in (every_two, table.comparisons)
+    )
+    assert down.val_top1.mean == pytest.approx(-(up.val_top1.mean or 0))
+    assert down.p == up.p
+    assert [each.p_holm for each in table.comparisons] == pytest.approx(holm([each.p for each in table.comparisons]))
+    assert {each.first for each in table_of(tmp_path, filled(tmp_path), compare="attention=positional").comparisons} == {
+        "positional"
+    }
+
+
 def test_seeds_that_only_one_has_are_left_out(tmp_path: Path) -> None:
     sweep = filled(tmp_path)
     next(run for run in sweep.runs if run.label == "digits-content-lr0.002-s1").directory(tmp_path).result_json.unlink()
@@ -173,6 +191,11 @@ def test_a_network_without_attention_is_compared_with_each_attention(tmp_path: P
     assert re.search(r"^\| digits +\| positional +\| 0\.001 +\| resnet18 - vit +\| \+20\.17 ", markdown(table), re.M)
     sentences = [each.text for each in compared(table)]
     assert sentences[2].startswith("digits positional lr=0.001: resnet18 is better than vit by 20.17 points")
+    turned = table_of(tmp_path, sweep, compare="kind=resnet18")
+    assert [(dict(each.common), each.first, each.second) for each in turned.comparisons] == [
+        (common, second, first) for common, first, second, _ in found
+    ]
+    assert compared(turned)[2].text.startswith("digits positional lr=0.001: resnet18 is better than vit by 20.17 points")
     along_rate = [(each.common["attention"], each.first) for each in table_of(tmp_path, sweep, compare="lr").comparisons]
     assert along_rate == [("content", "0.001"), ("positional", "0.001"), ("resnet18", "0.001")]
     assert "No comparison" not in markdown(table)
@@ -216,6 +239,8 @@ def test_pivot_is_a_table_along_two_axes(tmp_path: Path) -> None:
     ("words", "message"),
     [
         ("--compare depth", "depth: the sweep has no such axis; there is attention, optim.lr"),
+        ("--compare lr=4e-3", "--compare optim.lr=4e-3: no run has that value; there is 0.001, 0.002, 0.003"),
+        ("--compare lr=", "--compare optim.lr=: no run has that value"),
         ("--pivot lr depth", "depth: the sweep has no such axis"),
         ("--pivot lr optim.lr", "--pivot optim.lr twice: name two axes, one for the rows and one for the columns"),
     ],
