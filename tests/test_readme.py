@@ -328,6 +328,27 @@ def test_accuracies_are_those_of_the_files(sweep: str) -> None:
     assert shown in ACCURACY
 
 
+def test_the_ablation_is_that_of_the_file() -> None:
+    document = read("jobs/sweeps/results/cifar100_ablation.json")
+    top1: dict[tuple[str, str], dict[int, float]] = {}
+    for run in document["runs"]:
+        top1.setdefault((run["attention"], run["settings"]["change"]), {})[run["seed"]] = 100 * run["val_top1"]
+    p_values = {(its["common"]["attention"], its["second"]): its["p_holm"] for its in document["comparisons"]}
+    changes = dict.fromkeys(change for _, change in top1)
+    assert len(changes) == 8
+    for change in changes:
+        row = re.search(rf"^\| `{re.escape(change)}` \|.*$", ACCURACY, re.M)
+        assert row
+        for attention in ("content", "positional"):
+            own, base = top1[attention, change], top1[attention, "none"]
+            assert f"| {statistics.mean(own.values()):.2f} ± {statistics.stdev(own.values()):.2f} % |" in row[0]
+            if change != "none":
+                gains = [own[seed] - base[seed] for seed in base]
+                shown = f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} ({p_values[attention, change]:.2g})"
+                assert f"| {shown} |" in row[0]
+    assert f"48 runs, {sum(cell['gpu_hours'] for cell in document['cells']):.2f} GPU-hours" in ACCURACY
+
+
 def test_speeds_are_those_of_the_files() -> None:
     for line in read("vitpa/bench/results/small_h200.json")["results"]:
         assert f"| {hundreds(line['images_per_s'])} ({line['times_timm']:.1f}x) |" in SPEED
@@ -346,6 +367,18 @@ def test_the_speeds_of_settings_in_a_step_are_those_of_the_file() -> None:
     for line in read("vitpa/bench/results/settings_h200.json")["results"]:
         factor = f" ({line['times_one_run']:.2f}x)" if line["times_one_run"] else ""
         assert f"| {hundreds(line['images_per_s'])}{factor} |" in SPEED
+
+
+def test_the_seconds_of_a_search_are_those_of_the_file() -> None:
+    document = read("vitpa/bench/results/search_h200.json")
+    together, (first, *others) = document["in_one_step"], document["one_after_another"]
+    in_one, later = max(run["wall_s"] for run in together), statistics.mean(run["wall_s"] for run in others)
+    in_all = first["wall_s"] + 15 * later
+    assert f"| 16 in one step | {in_one:.1f} | {16 * 3600 / in_one:.0f} |" in SPEED
+    assert f"the first | {first['wall_s']:.1f} |" in SPEED
+    assert f"(mean of 3) | {later:.1f} |" in SPEED
+    assert f"| {in_all:.1f} | {16 * 3600 / in_all:.0f} |" in SPEED
+    assert f"That is {in_all / in_one:.2f} times as many." in SPEED
 
 
 def test_the_seconds_of_starts_are_those_of_the_file() -> None:
