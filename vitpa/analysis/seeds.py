@@ -34,28 +34,40 @@ def findings(structures: Sequence[Structure]) -> pd.DataFrame:
 def over_seeds(found: pd.DataFrame) -> pd.DataFrame:
     """For each cell, epoch, measure, layer and head: n, mean, std, ends of the 95 % t interval; means of the rest.
 
+    The epochs of a cell ascend, whichever of them each seed was measured after.
+
     Args:
         found: As `findings` has it.
     """
     groups = found.groupby(["cell", "setting", "attention", *WHAT], dropna=False, sort=False)
     statistics = groups["value"].apply(_statistics).unstack()
-    return statistics.join(groups[["initial", *CHANCE]].mean()).reset_index()
+    return _by_epoch(statistics.join(groups[["initial", *CHANCE]].mean()).reset_index(), "cell")
 
 
 def differences(found: pd.DataFrame) -> pd.DataFrame:
     """content - positional, paired by seed, for each setting, epoch, measure and layer: statistics as `over_seeds` has them.
 
-    Heads have no partners in another network: only means over them are paired. Empty unless both attentions are there.
+    The epochs of a setting ascend. Heads have no partners in another network: only means over them are paired. Empty unless
+    both attentions have a seed in common.
     """
     of_layers = found[found["head"].isna()]
     paired = of_layers.pivot_table(
         index=["setting", "seed", "epoch", "measure", "layer"], columns="attention", values="value", dropna=False, sort=False
     )
-    if not {"content", "positional"} <= set(paired.columns):
+    if {"content", "positional"} <= set(paired.columns):
+        both = (paired["content"] - paired["positional"]).dropna()
+    else:
+        both = pd.Series()
+    if both.empty:
         return pd.DataFrame(columns=["setting", "epoch", "measure", "layer", *Estimate.__dataclass_fields__])
-    both = (paired["content"] - paired["positional"]).dropna()
     groups = both.groupby(["setting", "epoch", "measure", "layer"], dropna=False, sort=False)
-    return groups.apply(_statistics).unstack().reset_index()
+    return _by_epoch(groups.apply(_statistics).unstack().reset_index(), "setting")
+
+
+def _by_epoch(frame: pd.DataFrame, group: str) -> pd.DataFrame:
+    """Rows in the order of the epochs within each `group`; groups, and rows of one epoch, in the order that they have."""
+    numbers = pd.factorize(frame[group])[0]
+    return frame.assign(_=numbers).sort_values(["_", "epoch"], kind="stable", ignore_index=True).drop(columns="_")
 
 
 def _statistics(values: pd.Series) -> pd.Series:
