@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import logging
 import math
 import sys
@@ -32,6 +33,7 @@ from vitpa.rundir import RunDir
 
 LOGGER = logging.getLogger(__name__)
 KEEP = 2
+READERS = 8  # of the checkpoints of runs that are trained together
 SAY_EVERY_S = 60.0  # that a checkpoint waits for room
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
 
@@ -269,10 +271,12 @@ def _misfits(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
     if (window.dtype, window.shape) != (torch.float64, torch.Size([3])):
         yield f"window is {_type((window.dtype, window.shape))}"
     for name, tensor in [*found.items(), ("window", window)]:
-        if not tensor.isfinite().all():
-            yield f"{name} is not finite"
-        if name.endswith(("exp_avg_sq", "window")) and (tensor < 0).any():
-            yield f"{name} is negative"
+        if tensor.numel():
+            least, greatest = map(float, tensor.aminmax())  # both NaN if one value is
+            if not (math.isfinite(least) and math.isfinite(greatest)):
+                yield f"{name} is not finite"
+            if name.endswith(("exp_avg_sq", "window")) and least < 0:
+                yield f"{name} is negative"
         if name.endswith(" step") and tensor.item() != progress.step:
             yield f"{name} is {tensor.item():g} at step {progress.step}"
 
@@ -297,11 +301,12 @@ def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, t
 
     best: dict[int, tuple[Path, Checkpoint] | None] = {}
     for step in sorted(set().union(*found), reverse=True):
-        together: dict[int, tuple[Path, Checkpoint] | None] = {
-            number: (paths[step], state)
-            for number, paths in enumerate(found)
-            if step in paths and (state := believed(number, step)) is not None
-        }
+        there = [number for number, paths in enumerate(found) if step in paths]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="checkpoint") as pool:
+            states = pool.map(believed, there, itertools.repeat(step))
+            together: dict[int, tuple[Path, Checkpoint] | None] = {
+                number: (found[number][step], state) for number, state in zip(there, states, strict=True) if state is not None
+            }
         if len(together) == len(runs):
             return together
         if len(together) > len(best):
