@@ -28,6 +28,7 @@ from torch import Tensor
 from vitpa import snapshot
 from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, step_of, write_archive
 from vitpa.metrics_file import EMA_EVALUATED, EVALUATED
+from vitpa.records import RunError
 from vitpa.room import POLL_S, WAIT_S, is_full
 from vitpa.rundir import RunDir
 
@@ -209,7 +210,10 @@ def _write(run: RunDir, step: int, state: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = write_archive(run.checkpoints, buffer.getvalue(), run.signature, step)
-    found = files_by_step(run.checkpoints)
+    try:
+        found = files_by_step(run.checkpoints)
+    except RunError:
+        return path  # what is to go can go the next time
     kept = [each for each in sorted(found, reverse=True) if each <= step][:KEEP]  # beyond the step gone back to none is kept
     for other in set(found) - set(kept):
         with suppress(IsADirectoryError, PermissionError):  # nothing of ours
@@ -224,14 +228,10 @@ def load(path: Path, signature: str, layout: Layout | None = None) -> tuple[Chec
 
     Raises:
         CheckpointError: the file is damaged, of another run or step, or does not fit the run's `layout`.
+        RunError: it cannot be read, which says nothing about what is in it.
     """
     archive, has_checksum = read_archive(path, signature, sys.maxsize if layout is None else layout.max_bytes)
-    try:
-        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch.load raises many types on damaged files; its text has lines and advises to run their code
-        raise CheckpointError(f"it is no checkpoint ({type(error).__name__})") from error
+    state = snapshot.unpacked(path, archive, "it is no checkpoint")
     try:
         checkpoint = Checkpoint.model_validate(state)
     except ValidationError as error:
@@ -290,6 +290,9 @@ def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, t
 
     As many as possible, at the newest step for which that holds. What is not believed is warned about and set aside.
     A checkpoint has been read to be believed, so it is returned with its path, its tensors on the CPU.
+
+    Raises:
+        RunError: one cannot be read, as while a disk does not answer; it is not set aside, nor is another one used.
     """
     found = [files_by_step(run.checkpoints) for run in runs]
     for path in (path for run in runs for path in sorted(run.checkpoints.glob("step_*.pt")) if step_of(path.name) is None):

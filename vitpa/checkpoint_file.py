@@ -8,9 +8,11 @@ of earlier versions of vitpa end with the archive, which has a CRC-32 of each of
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -19,9 +21,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitpa.documents import DocumentError, read_bytes, read_end
-from vitpa.records import make_folders, write_atomic
+from vitpa.records import RunError, make_folders, write_atomic
 
 MAX_LINE = 512
+NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENOENT)  # a pipe, a folder, links that lead nowhere: no checkpoint
 _END_OF_ARCHIVE = b"PK\x05\x06"
 _END_BYTES = 22  # of the archive's last record, without a comment
 
@@ -75,8 +78,24 @@ def step_of(name: str) -> int | None:
 
 
 def files_by_step(folder: Path) -> dict[int, Path]:
-    """The files of a folder that are called like checkpoints, by their steps, in order."""
-    return dict(sorted((step, path) for path in folder.glob("step_*.pt") if (step := step_of(path.name)) is not None))
+    """The files of a folder that are called like checkpoints, by their steps, in order; none without the folder.
+
+    Raises:
+        RunError: it cannot be read, so that nobody knows what is in it.
+    """
+    try:
+        names = os.listdir(folder)  # noqa: PTH208 - Path.glob takes a folder that cannot be read for an empty one
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not folder.is_symlink():
+            return {}
+        raise unreadable(folder, error) from error
+    return dict(sorted((step, folder / name) for name in names if (step := step_of(name)) is not None))
+
+
+def unreadable(path: Path, error: OSError | MemoryError) -> RunError:
+    """What to raise where an error says nothing about what is in a file or a folder, such as a disk that does not answer."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or "out of memory"
+    return RunError(f"{path}: cannot be read ({reason}); all is left as it is: try again when it can be")
 
 
 def write_archive(folder: Path, archive: bytes, signature: str, step: int) -> Path:
@@ -94,8 +113,15 @@ def read_archive(path: Path, signature: str, max_bytes: int) -> tuple[bytes, boo
 
     Raises:
         CheckpointError: no whole file, larger than `max_bytes`, of another run, or not of the step in its name.
+        RunError: it cannot be read, which says nothing about what is in it.
     """
-    content = _read(path, max_bytes)
+    try:
+        return _checked(path, _read(path, max_bytes), signature)
+    except MemoryError as error:
+        raise unreadable(path, error) from error
+
+
+def _checked(path: Path, content: bytes, signature: str) -> tuple[bytes, bool]:
     footer = Footer.read(content[-MAX_LINE:])
     if footer is None:
         _check_archive(content)
@@ -116,6 +142,8 @@ def _read(path: Path, max_bytes: int) -> bytes:
     except DocumentError as error:
         raise CheckpointError(f"it is {error}, the most that a checkpoint of this run has") from error
     except OSError as error:
+        if error.errno not in NO_FILE:
+            raise unreadable(path, error) from error
         raise CheckpointError(f"it cannot be read ({error.strerror})") from error
 
 
@@ -129,6 +157,8 @@ def _check_archive(content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
             damaged = archive.testzip() if stored else "compressed"
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile raises many types
         damaged = type(error).__name__
     if damaged is not None:

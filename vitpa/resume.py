@@ -18,11 +18,31 @@ from vitpa.training import Training
 LOGGER = logging.getLogger(__name__)
 
 
-def resume_points(t: Training) -> dict[int, tuple[Path, Checkpoint] | None]:
+def resume_points(t: Training) -> tuple[dict[int, Path | None], dict[Path, Checkpoint]]:
     """Choose the runs that are trained now: their numbers, each with the checkpoint it resumes from (None: from the start).
 
     They must be at the same step. The others leave: they are resumed apart, when they are started again.
+
+    Returns:
+        the same in all processes; and, in the main process, which chooses, what it has read of these checkpoints.
+
+    Raises:
+        RunError: in all processes, if a checkpoint cannot be read now.
     """
+    points: dict[int, tuple[Path, Checkpoint] | None] = {}
+    refused = ""
+    if t.group.is_main:
+        try:
+            points = _points(t)
+        except RunError as error:
+            refused = str(error)
+    paths, refused = t.group.broadcast(({number: point and point[0] for number, point in points.items()}, refused))
+    if refused:
+        raise RunError(refused)
+    return paths, dict(point for point in points.values() if point is not None)
+
+
+def _points(t: Training) -> dict[int, tuple[Path, Checkpoint] | None]:
     points = checkpoint.in_step([replica.run for replica in t.replicas], layout(t))
     at = next(iter(points.values()))
     step = "the start" if at is None else f"step {step_of(at[0].name)}"

@@ -155,7 +155,10 @@ class RunDir:
 
     def checkpoint_steps(self) -> set[int]:
         """Steps done at each of the checkpoints that are kept, by their names and last lines; damage inside is not seen."""
-        found = files_by_step(self.checkpoints)
+        try:
+            found = files_by_step(self.checkpoints)
+        except RunError:  # it is the trainer's to say
+            return set()
         return {step for step, path in found.items() if is_plausible(path, self.signature)}
 
     def newest_step(self) -> int:

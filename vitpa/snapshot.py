@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitpa.checkpoint_file import CheckpointError, read_archive, write_archive
+from vitpa.checkpoint_file import CheckpointError, read_archive, unreadable, write_archive
 from vitpa.rundir import RunDir
 
 SLACK_BYTES = 2**24  # of a file, beside its tensors
@@ -30,16 +30,31 @@ def read(path: Path, signature: str, like: dict[str, Tensor]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is damaged, of another run or step, or does not fit.
+        RunError: it cannot be read, which says nothing about what is in it.
     """
     most = SLACK_BYTES + 2 * sum(tensor.element_size() * tensor.numel() for tensor in like.values())
     archive, has_checksum = read_archive(path, signature, most)
     if not has_checksum:
         raise CheckpointError("its checksum is missing: it was cut or changed")
-    try:
-        model = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
-        raise CheckpointError(f"it holds no weights ({type(error).__name__})") from error
+    model = unpacked(path, archive, "it holds no weights")
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in like.items()}
     if not isinstance(model, dict) or {name: (each.dtype, each.shape) for name, each in model.items()} != shapes:
         raise CheckpointError("its tensors are not those of the run's model")
     return model
+
+
+def unpacked(path: Path, archive: bytes, otherwise: str) -> Any:
+    """What torch wrote into the archive of the file at `path`, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: torch cannot have written it; the message begins with `otherwise`.
+        RunError: there is no memory for it.
+    """
+    try:
+        return torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise unreadable(path, error) from error
+    except Exception as error:  # of many types on damaged files; the text has lines and advises to run their code
+        if "DefaultCPUAllocator" in str(error):  # torch's own for a tensor that there is no memory for
+            raise unreadable(path, MemoryError()) from error
+        raise CheckpointError(f"{otherwise} ({type(error).__name__})") from error

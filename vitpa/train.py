@@ -84,15 +84,14 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
             hash_compilers()  # while the data are opened and the models are built
         t = set_up(configs, group, clock)
         clock.enter("restore")
-        points = resume_points(t) if group.is_main else {}
-        paths = group.broadcast({number: None if point is None else point[0] for number, point in points.items()})
+        paths, states = resume_points(t)
         if len(paths) < len(configs):
             t.steps.close()
             del t  # and the memory that it takes
             t = set_up([configs[number] for number in paths], group, clock)
         t.compile_cache = cache
-        resume(t, [path for path in paths.values() if path is not None], dict(point for point in points.values() if point))
-        del points  # and the memory that the states take
+        resume(t, [path for path in paths.values() if path is not None], states)
+        del states  # and the memory that they take
         clock.enter("set_up")
         open_logs(t, stack)
         stack.callback(t.steps.close)

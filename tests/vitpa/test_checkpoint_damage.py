@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -19,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import EVALUATION, SIGNATURE, fields, load_newest
-from vitpa import checkpoint
+from vitpa import checkpoint, snapshot
 from vitpa.checkpoint import Checkpoint, Layout, Progress, weights_sha256
 from vitpa.checkpoint_file import CheckpointError, Footer
+from vitpa.records import RunError
 from vitpa.rundir import RunDir
 
 TOTAL_STEPS = 100
@@ -163,6 +165,72 @@ def test_odd_files_are_passed_over(
     assert run.newest_step() == 10
     checkpoint.save(run, later())  # and it is in nobody's way
     assert run.newest_step() == 30
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(where, fail)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "reason"),
+    [
+        *(
+            ("vitpa.checkpoint_file.read_bytes", OSError(number, os.strerror(number)), os.strerror(number))
+            for number in (errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ETIMEDOUT)
+        ),
+        ("vitpa.checkpoint_file.read_bytes", MemoryError(), "out of memory"),
+        ("torch.load", MemoryError(), "out of memory"),
+        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory:\nyou tried"), "out of memory"),
+        ("torch.load", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        ("os.listdir", OSError(errno.EIO, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_what_cannot_be_read_now_ends_the_run_and_stays_as_it_is(
+    run: RunDir, where: str, error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing about the file, so the run neither goes back to an older one nor begins anew."""
+    (run.checkpoints / "step_000000020.pt").write_bytes(content(fields(20), 20))
+    before = sorted(run.checkpoints.iterdir())
+    with monkeypatch.context() as patched:
+        fails(patched, where, error)
+        with pytest.raises(RunError, match=rf"checkpoints.*: cannot be read \({reason}\); all is left as it is") as caught:
+            newest(run)
+    assert "\n" not in str(caught.value)
+    assert sorted(run.checkpoints.iterdir()) == before
+    assert newest(run) == 20
+
+
+def test_without_memory_for_one_of_an_earlier_version_it_is_not_damaged(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.checkpoints / "step_000000020.pt").write_bytes(without_checksum(20))
+    with monkeypatch.context() as patched:
+        fails(patched, "zipfile.ZipFile", MemoryError())
+        with pytest.raises(RunError, match="out of memory"):
+            newest(run)
+    assert newest(run) == 20
+
+
+def test_a_snapshot_that_cannot_be_read_now_is_not_called_damaged(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = fields(20)["model"]
+    path = snapshot.write(run, 20, weights)
+    with monkeypatch.context() as patched:
+        fails(patched, "torch.load", MemoryError())
+        with pytest.raises(RunError, match="out of memory"):
+            snapshot.read(path, SIGNATURE, weights)
+    assert weights_sha256(snapshot.read(path, SIGNATURE, weights)) == weights_sha256(weights)
+
+
+def test_a_folder_that_is_not_mounted_is_no_empty_folder(run: RunDir) -> None:
+    run.checkpoints.rename(elsewhere := run.path / "elsewhere")
+    assert load_newest(run, LAYOUT) is None
+    run.checkpoints.symlink_to("not_mounted")
+    with pytest.raises(RunError, match=r"checkpoints: cannot be read \(No such file or directory\)"):
+        load_newest(run, LAYOUT)
+    assert run.newest_step() == 0
+    elsewhere.rename(run.path / "not_mounted")
+    assert newest(run) == 10
 
 
 def later() -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -347,6 +348,29 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     os.truncate(newest[-1], newest[-1].stat().st_size // 2)
     assert trained(words).weights_sha256 == first.weights_sha256 == undisturbed.weights_sha256
     warned(r"step_000000088.pt: it does not end as a checkpoint does")
+
+
+def test_a_disk_that_does_not_answer_costs_no_progress(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = arguments(digits, tmp_path)
+    run = config_of(words).run_dir
+    assert main([*words, "runtime.stop_after_epoch=1"]) == 0
+    before = {path.name: path.read_bytes() for path in run.checkpoints.iterdir()}
+
+    def fail(path: Path, _: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("vitpa.checkpoint_file.read_bytes", fail)
+        assert main([*words, "runtime.stop_after_epoch=2"]) == 1
+    line = capsys.readouterr().err
+    assert re.search(r"step_000000022\.pt: cannot be read \(Input/output error\); all is left as it is", line)
+    assert line.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in run.checkpoints.iterdir()} == before
+    assert main([*words, "runtime.stop_after_epoch=2"]) == 0
+    assert f"resumed at step {EPOCH_STEPS}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "digit", "gone", "line", "checkpoint without checksum"])
