@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from vitpa.config import RunConfig
+from vitpa.errors import UserError
 from vitpa.records import Holder, ProcessId, Record, RunError, create_exclusive, read_record, to_json, utc_now, write_json
 from vitpa.rundir import CLAIMED, AttemptDir, RunDir
 
 CANCEL = "cancel"  # the reason to stop a run that is no longer wanted
+
+
+class RunsFailedError(UserError):
+    """Some of the runs that were trained together have failed; the others have ended as they would have without them."""
 
 
 class Stop(Record):
@@ -64,9 +69,8 @@ def claimed_attempt(run: RunDir, *, takeover: bool, last_epoch: int | None = Non
     if CLAIMED in os.environ:
         yield
         return
+    check_free(run, takeover=takeover)
     attempts = run.attempts()
-    if attempts:
-        refuse_if_held(attempts[-1], takeover=takeover)
     me = {"process": ProcessId.mine().model_dump(), "utc": utc_now()}
     attempt = run.claim_attempt(attempts[-1].number + 1 if attempts else 1, {"by": "vitpa train", **me})
     if attempt is None:
@@ -84,18 +88,35 @@ def claimed_attempt(run: RunDir, *, takeover: bool, last_epoch: int | None = Non
         end: dict[str, Any] = {"state": state, "reason": reason, "finished_utc": utc_now()}
         write_json(attempt.exit_json, {**end, "duration_s": time.monotonic() - started_s})
 
+    def record_end() -> None:
+        if last_epoch is not None and (paused := reason_of_pause(run, last_epoch)):
+            record("paused", paused)
+        else:
+            record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+
     try:
         yield
     except KeyboardInterrupt:
         record("interrupted", "interrupted from the keyboard")
         raise
+    except RunsFailedError:
+        record_end()
+        raise
     except BaseException as error:
         record("failed", f"{type(error).__name__}: {error}")
         raise
-    if last_epoch is not None and (paused := reason_of_pause(run, last_epoch)):
-        record("paused", paused)
-    else:
-        record("cancelled" if was_cancelled(run) else "interrupted", f"stopped by the file {run.stop}")
+    record_end()
+
+
+def check_free(run: RunDir, *, takeover: bool) -> None:
+    """See that nobody trains the run, as `claimed_attempt` will.
+
+    Raises:
+        RunError: another process trains it, or may be training it on another host.
+    """
+    if CLAIMED not in os.environ:
+        for attempt in run.attempts()[-1:]:
+            refuse_if_held(attempt, takeover=takeover)
 
 
 def reason_of_pause(run: RunDir, last_epoch: int) -> str:

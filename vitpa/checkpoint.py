@@ -210,6 +210,9 @@ def _write(run: RunDir, step: int, state: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = write_archive(run.checkpoints, buffer.getvalue(), run.signature, step)
+    for unfinished in run.checkpoints.glob(".step_*.pt.*"):  # of attempts that were killed while they wrote
+        with suppress(OSError):
+            unfinished.unlink()
     try:
         found = files_by_step(run.checkpoints)
     except RunError:

@@ -66,7 +66,7 @@ class ModelConfig(Section):
     depth: int = Field(7, ge=1, le=1024, description="number of blocks")
     num_heads: int = Field(12, ge=1, le=4096, description="attention heads per block")
     mlp_ratio: Float = Field(1.0, gt=0, le=100, description="hidden width of the MLP as a multiple of embed_dim")
-    drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block, rising linearly")
+    drop_path_rate: Float = Field(0.0, ge=0, lt=1, description="stochastic depth at the last block; 0 at the first")
     pos_embed_std: Float = Field(0.02, ge=1e-9, le=1e3, description="standard deviation of the initial positional encoding")
     global_pool: Literal["token", "avg"] = Field(
         "token", description="what the head sees: the class token, or (avg) the mean of all patches, without a class token"
@@ -84,6 +84,10 @@ class ModelConfig(Section):
             raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}")
         if self.img_size % self.patch_size:
             raise ValueError(f"model.img_size={self.img_size} is not a multiple of model.patch_size={self.patch_size}")
+        if self.drop_path_rate and self.depth == 1:
+            raise ValueError(
+                f"model.drop_path_rate={self.drop_path_rate} drops nothing with model.depth=1: it is 0 at the first block"
+            )
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise ValueError(
                 f"model.mlp_ratio={self.mlp_ratio} of model.embed_dim={self.embed_dim} is less than 1 hidden unit"
@@ -272,7 +276,10 @@ class RuntimeConfig(Section):
         description="epoch after which the run pauses, and can be gone on with; null: none before its end",
     )
     poll_every_steps: int = Field(
-        10, ge=1, le=MAX_STEPS, description="steps between looks at the clock and at the file `stop`"
+        10,
+        ge=1,
+        le=MAX_STEPS,
+        description="steps between looks at the clock and at the file `stop`",
     )
     tensorboard: bool = Field(True, description="write TensorBoard logs beside metrics.jsonl")
     takeover: bool = Field(False, description="resume a run last seen alive on another host")

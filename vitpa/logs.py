@@ -24,7 +24,7 @@ from vitpa.appended_file import AppendedFile
 from vitpa.console import PrintableConsole
 from vitpa.documents import open_regular
 from vitpa.event_file import EventFile
-from vitpa.metrics_file import read_metrics, to_line
+from vitpa.metrics_file import EVALUATED, parse_line, read_metrics, to_line
 from vitpa.records import write_atomic
 from vitpa.rundir import RunDir
 from vitpa.seconds import Seconds
@@ -74,6 +74,13 @@ class Logs:
     def rows(self) -> str:
         """What metrics.jsonl holds."""
         return "".join(self._lines)
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step of the last row, if it is an evaluation's."""
+        last = self.rows.rstrip("\n").rpartition("\n")[2]
+        row = parse_line(last) if last else {}
+        return row["step"] if EVALUATED[0] in row else None
 
     @property
     def wall_time_s(self) -> float:

@@ -8,6 +8,7 @@ Axes: R replicas.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -84,8 +85,7 @@ class Metrics:
     def flush(self) -> dict[int, int]:
         """Write the rows that are open, waiting for them: of the window, then of the evaluation after it."""
         nonfinite = self._write_window()
-        self._write_evaluation()
-        return nonfinite
+        return nonfinite | self._write_evaluation()
 
     def _write_window(self) -> dict[int, int]:
         if self._window is None:
@@ -115,18 +115,21 @@ class Metrics:
         self._show(shown)
         return nonfinite
 
-    def _write_evaluation(self) -> None:
+    def _write_evaluation(self) -> dict[int, int]:
         if self._evaluation is None:
-            return
+            return {}
         (step, _, copy), self._evaluation = self._evaluation, None
         found = evaluation_metrics(copy.result(), num_samples=self._num_val)
         self._row_s = time.monotonic()
+        nonfinite = {number: step for number, _ in self._written() if not all(map(math.isfinite, found[number].values()))}
+        self._nonfinite |= nonfinite.keys()
         for number, replica in self._written():
             replica.progress.val = found[number]
             if replica.logs is not None:
                 replica.logs.row(step, step // self._epoch_steps, found[number])
         counts = self._replicas[0].config.top1_metric
         self._show([{**found[number], "val/top1": found[number][counts]} for number, _ in self._written()])
+        return nonfinite
 
     def _written(self) -> Iterator[tuple[int, Replica]]:
         """The replicas that rows are written of, with their numbers."""

@@ -52,6 +52,11 @@ class Replica:
         before_j = self.progress.energy_j
         self.progress.energy_j = None if before_j is None or energy_j is None else before_j + energy_j
 
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step of the last row of metrics.jsonl, if it is an evaluation's; None also where nothing is logged."""
+        return None if self.logs is None else self.logs.evaluated_at
+
     def begin_seconds(self, clock: Clock) -> None:
         """Begin the record of where this attempt's time goes; metrics.jsonl still has the rows that will be made again."""
         self.resumed_train_time_s = self.progress.train_time_s
@@ -138,5 +143,8 @@ class Replica:
             utc=utc_now(),
         )
         write_json(self.run.paused_json, with_checksum(pause.model_dump()))
-        accuracy = f"{self.config.top1_name} {100 * progress.val[self.config.top1_metric]:.2f} %"
+        if self.evaluated_at == progress.step:
+            accuracy = f"{self.config.top1_name} {100 * progress.val[self.config.top1_metric]:.2f} %"
+        else:
+            accuracy = f"at step {progress.step}, where it is not evaluated"
         return f"paused after epoch {pause.epoch} of {self.config.train.epochs}: {accuracy}; without the pause it goes on"

@@ -6,13 +6,14 @@ The bytes of the file are vitpa/checkpoint_file.py's, its name says the step.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vitpa.checkpoint_file import CheckpointError, read_archive, unreadable, write_archive
+from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, unreadable, write_archive
 from vitpa.rundir import RunDir
 
 SLACK_BYTES = 2**24  # of a file, beside its tensors
@@ -23,6 +24,14 @@ def write(run: RunDir, step: int, model: dict[str, Tensor]) -> Path:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     return write_archive(run.snapshots, buffer.getvalue(), run.signature, step)
+
+
+def not_kept(run: RunDir, epochs: Iterable[int], epoch_steps: int, step: int) -> str:
+    """A line about those of `epochs` that a run at `step` has behind it and no snapshot of; empty if there are none."""
+    there = files_by_step(run.snapshots)
+    past = [str(epoch) for epoch in epochs if epoch * epoch_steps <= step and epoch * epoch_steps not in there]
+    which = f"runtime.keep_epochs: the run is past epoch {', '.join(past)}"
+    return f"{run.path}: {which}, and the weights were not kept then" if past else ""
 
 
 def read(path: Path, signature: str, like: dict[str, Tensor]) -> dict[str, Any]:

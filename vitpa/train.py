@@ -27,9 +27,9 @@ if __name__ == "__main__":  # nothing of what is imported is garbage, and lookin
 import torch
 from torchvision.utils import make_grid
 
-from vitpa import checkpoint
+from vitpa import checkpoint, snapshot
 from vitpa.analysis.similarity import positional_similarity, similarity_grid
-from vitpa.attempt import record_left
+from vitpa.attempt import RunsFailedError, record_left
 from vitpa.checkpoint import Checkpoint
 from vitpa.clock import Clock
 from vitpa.config import RunConfig
@@ -55,6 +55,7 @@ from vitpa.together import check_together, group_name, replica_names
 from vitpa.training import Training, say
 
 LOGGER = logging.getLogger(__name__)
+POLL_S = 1.0  # between looks at the clock and the file `stop` of a process that needs not agree with others
 ALL_STOPS_S = 0.3  # within which the files `stop` of runs that are stopped together appear
 
 
@@ -98,6 +99,8 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         t.checkpoints = stack.enter_context(checkpoint.Writer()) if group.is_main else None
         t.meter = EnergyMeter(group, counter or gpu_counter(group.device))
         prepare_steps(t)
+        if t.epoch >= t.config.last_epoch:
+            evaluate_again(t)
         if all(train_epoch(t, epoch) for epoch in range(t.epoch, t.config.last_epoch)):
             finish(t)
     check_left(t)
@@ -162,6 +165,8 @@ def open_logs(t: Training, stack: ExitStack) -> None:
     shown = config.runtime.tensorboard and not step
     previews = t.data.previews([replica.config for replica in t.replicas]) if shown else None
     for number, replica in enumerate(t.replicas):
+        if note := snapshot.not_kept(replica.run, config.runtime.keep_epochs if step else (), t.epoch_steps, step):
+            say(t, note)
         logs = Logs(
             replica.run,
             restored_step=step,
@@ -255,6 +260,14 @@ def train_epoch(t: Training, epoch: int) -> bool:
     return last_epoch or save_or_stop(t)
 
 
+def evaluate_again(t: Training) -> None:
+    """Evaluate runs that are to pause at the end of the epoch where they are, unless that was done."""
+    done = t.group.broadcast(all(replica.evaluated_at == t.step for _, replica in t.active))
+    if t.step < t.total_steps and t.step % t.epoch_steps == 0 and not done:
+        with t.clock.evaluating(t.group.device):
+            t.metrics.evaluated(t.step, t.group.all_reduce_sum(t.steps.evaluate()))
+
+
 def note_first_step(t: Training) -> None:
     """Say and record how long the start has taken, now that the first step has been begun."""
     t.clock.first_step(t.group.device)
@@ -306,6 +319,8 @@ def save_or_stop(t: Training) -> bool:
     runtime, step = t.config.runtime, t.step
     due = runtime.checkpoint_every_steps is not None and step % runtime.checkpoint_every_steps == 0
     polls = step % runtime.poll_every_steps == 0 or step % t.epoch_steps == 0
+    if polls or (t.group.world_size == 1 and time.monotonic() - t.polled_s >= POLL_S):
+        polls, t.polled_s = True, time.monotonic()
     stopped: list[int] = []
     if due or polls:
         late = polls and time.monotonic() - t.saved_s >= runtime.checkpoint_every_s
@@ -413,14 +428,14 @@ def check_left(t: Training) -> None:
     """Say which runs are not trained to their end.
 
     Raises:
-        TrainError: some have failed.
+        RunsFailedError: some have failed.
     """
     for replica in t.replicas:
         if replica.left and not replica.failed and t.group.is_main:
             LOGGER.info(f"{replica.name} is not finished: {replica.left}")
     failed = [replica.left for replica in t.replicas if replica.failed]
     if failed:
-        raise TrainError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
+        raise RunsFailedError(f"{len(failed)} of {len(t.replicas)} runs have failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":  # so that it is started by its name: torchrun -m vitpa.train

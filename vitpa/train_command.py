@@ -13,14 +13,14 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
 
 from vitpa import distributed
 from vitpa.arguments import ConfigError, path_argument, whole_numbers
-from vitpa.attempt import check_unedited, claimed_attempt
+from vitpa.attempt import check_free, check_unedited, claimed_attempt
 from vitpa.clock import Clock
 from vitpa.config import RunConfig
 from vitpa.config_file import Override, keys_help, load_config, record_config
@@ -31,6 +31,7 @@ from vitpa.distributed import Group
 from vitpa.errors import run_command
 from vitpa.records import RunError, make_folders
 from vitpa.rundir import CLAIMED
+from vitpa.snapshot import not_kept
 from vitpa.step.fit import GIB, state_bytes
 from vitpa.terminal import printable_output
 from vitpa.together import MAX_REPLICAS, alternatives, check_together, keys_that_may_differ
@@ -144,7 +145,9 @@ def train_unfinished(configs: Sequence[RunConfig], group: Group, clock: Clock | 
                 if len(configs) > 1 and group.world_size > 1:
                     raise ConfigError("several runs are trained together by one process, without torchrun")
                 check_memory(configs, group.device)
-                unfinished = [number for number, config in enumerate(configs) if claim(config, stack)]
+                unfinished = [number for number, config in enumerate(configs) if can_be_trained(config)]
+                for number in unfinished:  # once all can be: none is left with an attempt that failed for another
+                    stack.enter_context(claimed(configs[number]))
             except (ConfigError, BetonError, RunError, OSError) as error:
                 refused = error
         unfinished, stays_out = group.broadcast((unfinished, refused is not None))
@@ -175,12 +178,17 @@ def check_memory(configs: Sequence[RunConfig], device: torch.device) -> None:
         )
 
 
-def claim(config: RunConfig, stack: ExitStack) -> bool:
-    """Take a run for this process, until `stack` closes; False if it is finished.
+def claimed(config: RunConfig) -> AbstractContextManager[None]:
+    """Hold a run for this process."""
+    return claimed_attempt(config.run_dir, takeover=config.runtime.takeover, last_epoch=config.last_epoch)
+
+
+def can_be_trained(config: RunConfig) -> bool:
+    """Make the run's folder and see whether there is something to train; False if it is finished.
 
     Raises:
         BetonError: its data cannot be used; the run is as it was.
-        RunError: its directory cannot be used.
+        RunError: its directory cannot be used, or another process trains it.
         OSError: it cannot be made or written.
     """
     root = config.runtime.root_path
@@ -189,13 +197,15 @@ def claim(config: RunConfig, stack: ExitStack) -> bool:
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise RunError(f"runtime.root={root}: cannot be made a folder ({error.strerror}); name another one") from error
     run = record_config(config)
-    if run.result() is not None:
+    if (result := run.result()) is not None:
         LOGGER.info(f"{run.result_json}: the run is finished already")
+        if note := not_kept(run, config.runtime.keep_epochs, result.steps // result.epochs, result.steps):
+            LOGGER.warning(note)
         return False
     if not config.runtime.stage_dir:  # else the node may have a copy
         for beton in open_splits(config.runtime.data_path, config.dataset).values():
             beton.close()
-    stack.enter_context(claimed_attempt(run, takeover=config.runtime.takeover, last_epoch=config.last_epoch))
+    check_free(run, takeover=config.runtime.takeover)
     return True
 
 

@@ -37,6 +37,7 @@ class Training:
     meter: EnergyMeter | None = None
     checkpoints: checkpoint.Writer | None = None  # in the main process
     saved_s: float = 0.0  # time.monotonic() of the newest checkpoint
+    polled_s: float = 0.0  # of the last look at the clock and the files `stop`
     clock: Clock = field(default_factory=Clock)
     compile_cache: CompileCache | None = None
 

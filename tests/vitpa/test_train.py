@@ -36,7 +36,7 @@ from vitpa.data.augment.permute import block_order, permute_blocks
 from vitpa.data.beton import Beton
 from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
-from vitpa.metrics_file import read_metrics
+from vitpa.metrics_file import read_metrics, to_line
 from vitpa.models import build_model
 from vitpa.records import read_json
 from vitpa.rundir import Result, RunDir
@@ -68,6 +68,116 @@ def test_a_pause_changes_nothing(digits: Path, tmp_path: Path, undisturbed: Resu
     assert result.weights_sha256 == undisturbed.weights_sha256
     assert (result.val_loss, result.attempts) == (undisturbed.val_loss, 4)
     assert main([*words, "runtime.stop_after_epoch=2"]) == 0, "it is finished"
+
+
+def test_a_pause_where_the_run_already_is(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the end of an epoch it is evaluated, in the middle of one nothing is said to be its accuracy."""
+    often = ["runtime.checkpoint_every_steps=1", "runtime.eval_every_epochs=4", "runtime.cpu_threads=1"]
+    words = arguments(digits, tmp_path, *often, "runtime.stop_after_epoch=2")
+    run = config_of(words).run_dir
+    assert main(words) == 0
+    for step, epoch in ((2 * EPOCH_STEPS, 2), (EPOCH_STEPS + 5, 1)):
+        newest = load_newest(run)
+        assert newest is not None
+        state = newest[1].model_copy(deep=True)
+        evaluated = [row for row in read_metrics(run.metrics_jsonl) if "val/top1" in row]
+        state.progress.step = step
+        state.progress.val = {}
+        for moments in state.optimizer["state"].values():
+            moments["step"].fill_(step)
+        kept = [to_line(row) for row in read_metrics(run.metrics_jsonl) if row["step"] <= step and "val/top1" not in row]
+        state = state.model_copy(update={"metrics": "".join(kept)})
+        for path in run.checkpoints.iterdir():
+            path.unlink()
+        checkpoint.save(run, state)
+        capsys.readouterr()
+        assert main([*words[:-1], "runtime.stop_after_epoch=1" if epoch == 1 else words[-1]]) == 0
+        told, last = capsys.readouterr().err, metrics(run)[-1]
+        if epoch == 2:
+            assert (last["step"], last["val/top1"]) == (step, evaluated[-1]["val/top1"])
+            assert f"paused after epoch 2 of {EPOCHS}: val top-1 {100 * last['val/top1']:.2f} %" in told
+        else:
+            assert "val/top1" not in last
+            assert f"paused after epoch 1 of {EPOCHS}: at step {step}, where it is not evaluated" in told
+        pause = run.paused()
+        assert pause is not None
+        assert (pause.epoch, pause.step) == (epoch, step)
+
+
+def test_epochs_to_keep_that_are_past_are_named(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warned: Callable[[str], str]
+) -> None:
+    words = arguments(digits, tmp_path, "runtime.cpu_threads=1")
+    line = "runtime.keep_epochs: the run is past epoch 1, and the weights were not kept then"
+    assert main([*words, "runtime.stop_after_epoch=1"]) == 0
+    assert main([*words, "runtime.stop_after_epoch=2", "runtime.keep_epochs=[1,2,3]"]) == 0
+    assert capsys.readouterr().err.count(line) == 1
+    assert main([*words, "runtime.keep_epochs=[2]"]) == 0
+    assert "the run is past" not in capsys.readouterr().err
+    assert main([*words, "runtime.keep_epochs=[1,2]"]) == 0, "it is finished"
+    assert "past epoch 1, and" in warned("the weights were not kept then")
+
+
+def test_a_healthy_run_of_a_group_is_paused_where_another_fails(digits: Path, tmp_path: Path) -> None:
+    """It is not recorded as failed for the other's reason, so that `submit` takes it."""
+    ways = ["optim.warmup_epochs=0", "optim.grad_clip_norm=null", "runtime.stop_after_epoch=1"]
+    words = arguments(digits, tmp_path, *ways)
+    assert main([*words, "optim.lr=2e-3,1e30"]) == 1
+    ends = [read_json(config_of([*words, f"optim.lr={rate}"]).run_dir.attempts()[0].exit_json) for rate in ("2e-3", "1e30")]
+    assert [(end or {})["state"] for end in ends] == ["paused", "failed"]
+    assert (ends[0] or {})["reason"] == "after epoch 1"
+
+
+def test_of_a_group_none_is_claimed_if_one_is_trained_already(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(digits, tmp_path)
+    other = start([*words, "seed=1"])
+    try:
+        run = config_of([*words, "seed=1"]).run_dir
+        wait_until(lambda: any(each.start_json.exists() for each in run.attempts()), other)
+        assert main([*words, "--seeds=0,1"]) == 1
+        assert f"this run is being trained by process {other.pid}" in capsys.readouterr().err
+        assert config_of([*words, "seed=0"]).run_dir.attempts() == []
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_an_evaluation_that_is_not_finite_is_a_failure(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a last step whose loss was finite, of the weights before it: no row, no result, no checkpoint, one line."""
+    rates = ["optim.lr=1e30", "optim.min_lr=1e30", "optim.warmup_epochs=0"]
+    words = arguments(digits, tmp_path, "train.global_batch_size=1437", "train.epochs=1", *rates)
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "the loss or its gradient became non-finite at step 1 (epoch 1.00)" in error
+    run = config_of(words).run_dir
+    assert run.newest_step() == 0
+    assert all("val/loss" not in row for row in read_metrics(run.metrics_jsonl))
+
+
+def test_what_killed_attempts_left_of_checkpoints_goes(digits: Path, tmp_path: Path) -> None:
+    words = arguments(digits, tmp_path)
+    run = config_of(words).run_dir
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / ".step_000000001.pt.22683.61311e49").write_bytes(b"half")
+    assert main([*words, "runtime.stop_after_epoch=1"]) == 0
+    assert {path.name for path in run.checkpoints.iterdir()} == {f"step_{EPOCH_STEPS:09d}.pt"}
+
+
+def test_a_stop_is_seen_within_a_second(digits: Path, tmp_path: Path) -> None:
+    seldom = ["runtime.poll_every_steps=1000000", "runtime.log_every_steps=1", "train.global_batch_size=2"]
+    words = arguments(digits, tmp_path, *seldom)
+    run = config_of(words).run_dir
+    process = start(words)
+    wait_until(lambda: rows(run) >= 1, process)
+    run.stop.touch()
+    wait_for(lambda: process.poll() is not None)
+    assert process.returncode == 0
+    process.communicate()
+    assert 0 < run.newest_step() < 1437 // 2, "before the epoch's end"
 
 
 def test_a_checkpoint_is_read_once(
