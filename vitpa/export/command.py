@@ -21,6 +21,7 @@ from vitpa.trained import TrainedRun, found_target
 
 CARD = "README.md"
 EXPORTED = {WEIGHTS, CONFIG, CARD, RUN_YAML, *FILES.values()}
+MARKS = (RUN_YAML, CONFIG, WEIGHTS)  # by which a folder is known as an export
 LOGGER = logging.getLogger(__name__)
 DESCRIPTION = f"""A finished run as a folder to hand on: {WEIGHTS} with timm's parameter names, {CONFIG} (in the form of timm's
 models on the Hugging Face Hub, enough to build the network again), {RUN_YAML} (the whole configuration) and {CARD}, a model
@@ -42,7 +43,9 @@ def command_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_name", metavar="RUN", type=path_argument, help="a folder, or a signature")
-    parser.add_argument("--out", metavar="DIR", type=path_argument, help="a new folder (default: export in the run's)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=path_argument, help="a new folder, or an export to replace (default: export in the run's)"
+    )
     parser.add_argument(
         "--root", type=path_argument, default=Path("outputs"), help="folder of runs/ and sweeps/ (default: outputs)"
     )
@@ -74,12 +77,11 @@ def export(run: TrainedRun, out: Path, licence: str = "MIT") -> tuple[Path, floa
         the folder, and the largest difference of the logits after loading.
 
     Raises:
-        RunError: the run is not finished, `out` holds other files, or the files do not give the run's logits.
+        RunError: the run is not finished, `out` holds anything but an export, or the files do not give the run's logits.
     """
     if run.result is None:
         raise RunError(f"{run.path}: is not finished; train it to its end, then export it")
-    if others := [path.name for path in out.glob("*") if path.name not in EXPORTED]:
-        raise RunError(f"{out}: holds {others[0]}, which is not of an export; name a new folder with --out")
+    _check_replaceable(out)
     model = run.model(ema=run.config.train.ema_decay > 0)
     draft = out.parent / f".draft-{secrets.token_hex(4)}"
     draft.mkdir(parents=True)
@@ -98,11 +100,29 @@ def export(run: TrainedRun, out: Path, licence: str = "MIT") -> tuple[Path, floa
             licence=licence,
         )
         write_atomic(draft / CARD, card)
+        _check_replaceable(out)  # it took a while
         out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob("*"):
-            old.unlink()
-        for path in draft.iterdir():
-            path.replace(out / path.name)
+        new = [path.name for path in draft.iterdir()]
+        for name in new:
+            (draft / name).replace(out / name)
+        for name in EXPORTED.difference(new):
+            (out / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return out, difference
+
+
+def _check_replaceable(out: Path) -> None:
+    """Whether an export may be written to `out`: there is nothing, an empty folder, or a whole export and nothing else.
+
+    Raises:
+        RunError: there is something of the user's.
+    """
+    hint = "name a new folder with --out"
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: is not a folder; {hint}")
+    found = sorted(path.name for path in out.glob("*"))
+    if others := [name for name in found if name not in EXPORTED or not (out / name).is_file()]:
+        raise RunError(f"{out}: holds {others[0]}, which is not of an export; {hint}")
+    if found and (missing := [name for name in MARKS if name not in found]):
+        raise RunError(f"{out}: holds {found[0]}, but no {missing[0]}, so that it is not an export to be replaced; {hint}")

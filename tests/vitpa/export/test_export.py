@@ -128,6 +128,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         capsys.readouterr().err
         == f"vitpa export: {tmp_path}: holds notes.txt, which is not of an export; name a new folder with --out\n"
     )
+    assert (tmp_path / "notes.txt").exists()
     assert vitpa_export([str(run.path.parent.parent / "sweeps" / "pair")]) == 1
     assert "is a sweep; name one of its runs, such as" in capsys.readouterr().err
     with pytest.raises(RunError, match="is not finished; train it to its end"):
@@ -135,3 +136,41 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(RunError, match="not exported: the files do not load"):
         check(run.model(), run.config.model.img_size, tmp_path)
+
+
+def folder_of(path: Path, names: tuple[str, ...]) -> dict[str, str]:
+    path.mkdir()
+    for name in names:
+        (path / name).write_text(f"my {name}")
+    return {name: f"my {name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("README.md",), r"holds README.md, but no run.yaml, so that it is not an export to be replaced; name a new folder"),
+        (("README.md", "config.json", "model.safetensors"), "holds README.md, but no run.yaml"),  # another tool's
+        (("README.md", "config.json", "run.yaml"), "holds README.md, but no model.safetensors"),
+        ((".git", "config.json", "model.safetensors", "run.yaml"), "holds .git, which is not of an export"),
+    ],
+)
+def test_a_folder_that_holds_no_export_is_left_as_it_is(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    files = folder_of(tmp_path / "mine", names)
+    config = config_of(["digits"])
+    run = TrainedRun(config.run_dir, config, Result.model_construct())
+    with pytest.raises(RunError, match=re.escape(says)):
+        export(run, tmp_path / "mine")
+    assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == files
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_file_or_a_folder_with_a_file_s_name_is_not_replaced(tmp_path: Path) -> None:
+    config = config_of(["digits"])
+    run = TrainedRun(config.run_dir, config, Result.model_construct())
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="is not a folder; name a new folder with --out"):
+        export(run, tmp_path / "file")
+    folder_of(tmp_path / "mine", ("config.json", "model.safetensors", "run.yaml"))
+    (tmp_path / "mine" / "README.md").mkdir()
+    with pytest.raises(RunError, match=r"holds README\.md, which is not of an export"):
+        export(run, tmp_path / "mine")
