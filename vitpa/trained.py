@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,11 +187,13 @@ class TrainedSweep:
         path: The sweep's folder.
         runs: Those that have a configuration; finished or not.
         missing: The names of the others.
+        labels: The names that the runs have in the sweep, by signature.
     """
 
     path: Path
     runs: list[TrainedRun]
     missing: list[str]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -200,6 +202,10 @@ class TrainedSweep:
 
     def __iter__(self) -> Iterator[TrainedRun]:
         return iter(self.runs)
+
+    def label(self, run: TrainedRun) -> str:
+        """The name of a run in the sweep, with its place on the axes."""
+        return self.labels.get(run.directory.signature, run.name)
 
     def frame(self) -> pd.DataFrame:
         """A row per run, indexed by its signature: what it is, whether it is finished, and its result (NaN before that).
@@ -287,7 +293,7 @@ def load_sweep(path: str | os.PathLike[str]) -> TrainedSweep:
             runs.append(load_run(directory.path))
         else:
             missing.append(each.label)
-    return TrainedSweep(folder, runs, missing)
+    return TrainedSweep(folder, runs, missing, {each.signature: each.label for each in listed.runs})
 
 
 def found_target(target: Path, root: Path) -> TrainedRun | TrainedSweep:

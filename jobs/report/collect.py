@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from jobs.scheduler.client import ranges
 from jobs.state import RunState
 from jobs.sweep import Sweep
 from vitpa.metrics_file import damaged_lines
+from vitpa.mixture import HOW, data_version, mixtures
 from vitpa.records import utc_now
 from vitpa.rundir import Result
 from vitpa.statistics import Estimate
@@ -162,10 +162,9 @@ def collect(
     rows_columns = (axis_named(pivot[0], axes), axis_named(pivot[1], axes)) if pivot else None
     if rows_columns and rows_columns[0] == rows_columns[1]:
         raise SweepError(f"--pivot {rows_columns[0]} twice: name two axes, one for the rows and one for the columns")
-    datasets = list(dict.fromkeys(state.run.dataset for state in states))
-    mixed = [dataset for dataset in datasets if _mixture(dataset, states)]
+    mixed = mixtures((state.run.label, state.result) for state in states if state.result is not None)
     if mixed and not allow_mixed:
-        raise MixedRunsError("; ".join(_mixture(dataset, states) for dataset in mixed) + _MIXED_HINT)
+        raise MixedRunsError("; ".join(mixed.values()) + _MIXED_HINT)
     groups = by_cell(states)
     absent = [
         {"run": state.run.label, "state": state.state, "reason": state.reason} for state in states if state.result is None
@@ -180,7 +179,7 @@ def collect(
         sweep=sweep.name,
         description=sweep.config.description,
         collected_utc=utc_now(),
-        mixed=mixed,
+        mixed=list(mixed),
         cells=[_cell(sweep, members, root) for members in groups],
         scores=scores,
         differences=_differences(scores),
@@ -203,41 +202,7 @@ def by_cell(states: Sequence[RunState]) -> list[list[RunState]]:
     return [groups[key] for key in sorted(groups, key=lambda group: (datasets.index(group[0]), group[1]))]
 
 
-_MIXED_HINT = (
-    ". Train the older ones again (delete their folders under runs/, then submit), select with filters, or average all the "
-    "same with --allow-mixed"
-)
-
-
-def _mixture(dataset: str, states: list[RunState]) -> str:
-    """What is different between the results of a data set, and which runs have which; empty if nothing is."""
-    parts = []
-    for name, version in (("code_version", _code), ("beton_sha256", data_version)):
-        runs: dict[str, list[str]] = {}
-        for state in states:
-            if state.result is not None and state.run.dataset == dataset:
-                runs.setdefault(version(state.result), []).append(state.run.label.removeprefix(f"{dataset}-"))
-        if len(runs) > 1:
-            which = ", ".join(
-                f"{value} ({' '.join(runs[whole])})" for whole, value in zip(runs, short_versions(list(runs)), strict=True)
-            )
-            parts.append(f"{dataset}: runs of different {name}: {which}")
-    return "; ".join(parts)
-
-
-def _code(result: Result) -> str:
-    return result.code_version
-
-
-def data_version(result: Result) -> str:
-    """The whole digests: what is compared, and what programs get."""
-    return " ".join(f"{split}:{digest}" for split, digest in sorted(result.beton_sha256.items()))
-
-
-def short_versions(versions: Sequence[str]) -> list[str]:
-    """Versions for people to read: digests with 12 digits where that does not make two of them alike."""
-    short = [re.sub(r"(:[0-9a-f]{12})[0-9a-f]{52}\b", r"\1", version) for version in versions]
-    return short if len(set(short)) == len(set(versions)) else list(versions)
+_MIXED_HINT = f". {HOW}, select with filters, or average all the same with --allow-mixed"
 
 
 def _damage(state: RunState, root: Path) -> str:
@@ -268,7 +233,7 @@ def _cell(sweep: Sweep, members: list[RunState], root: Path) -> Cell:
         val_top1=Estimate.of([result.top1 for result in results]),
         seeds=sorted(result.seed for result in results),
         gpu_hours=math.fsum(result.gpu_hours for result in results),
-        code_versions=sorted({_code(result) for result in results}),
+        code_versions=sorted({result.code_version for result in results}),
         data_versions=sorted({data_version(result) for result in results}),
         reference_val_top1=reference.val_top1 if reference else None,
         reference_source=reference.source if reference else "",

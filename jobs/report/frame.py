@@ -18,12 +18,12 @@ from typing import IO, Any
 from jobs.context import Context
 from jobs.errors import SweepError
 from jobs.grid import column_of
-from jobs.report.collect import data_version
 from jobs.report.goodput import Goodput
 from jobs.report.trackers import write_mlflow, write_wandb
 from jobs.state import RunState
 from vitpa.arguments import parse_float, parse_integer
 from vitpa.metrics_file import read_metrics
+from vitpa.mixture import data_version
 from vitpa.rundir import Result
 
 LOGGER = logging.getLogger(__name__)

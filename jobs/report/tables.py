@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.grid import column_of, short_name
-from jobs.report.collect import Cell, CollectedTable, Difference, data_version, short_versions
+from jobs.report.collect import Cell, CollectedTable, Difference
 from jobs.report.compare import Best, Comparison
+from vitpa.mixture import data_version, mixed_mark, short_versions
 from vitpa.records import to_json, write_atomic
 from vitpa.statistics import ROUNDING, Estimate
 from vitpa.terminal import printable
@@ -294,7 +295,7 @@ def about(table: CollectedTable) -> list[str]:
         data = sorted({version for cell in table.cells if cell.dataset == dataset for version in cell.data_versions})
         notes.append(f"Data {dataset}: {', '.join(short_versions(data)) or '-'}.")
     if table.mixed:
-        notes.append(f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}.")
+        notes.append(mixed_mark(table.mixed))
     return [one_line(note) for note in notes]
 
 

@@ -22,6 +22,7 @@ from vitpa.analysis.structure import IMAGES, NEIGHBOURS, Structure, structure
 from vitpa.arguments import path_argument, whole_number
 from vitpa.errors import run_command
 from vitpa.event_file import EventFile
+from vitpa.mixture import HOW, mixed_mark, mixtures
 from vitpa.records import RunError, write_atomic, write_json
 from vitpa.terminal import printable_output
 from vitpa.trained import TrainedRun, TrainedSweep, found_target
@@ -83,6 +84,9 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="measure patch association (the paper's definition 2.2), too, with squares of K x K patches as the sets",
     )
+    parser.add_argument(
+        "--allow-mixed", action="store_true", help="average runs of different code or data, and mark the table"
+    )
     parser.add_argument("--again", action="store_true", help="measure runs of a sweep again that were measured before")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -111,7 +115,8 @@ def analyze(options: argparse.Namespace) -> int:
         written.check()
         return 0
     written = Written()
-    found = SweepStructure.of(target, *structures_of(target, wanted, written, again=options.again))
+    mixed = mixed_datasets(target, allowed=options.allow_mixed)
+    found = SweepStructure.of(target, *structures_of(target, wanted, written, again=options.again), mixed)
     written.attempt(found.write)
     print(json.dumps(found.document()) if options.json else found.table())
     written.check()
@@ -145,6 +150,19 @@ class Written:
             )
 
 
+def mixed_datasets(sweep: TrainedSweep, *, allowed: bool) -> list[str]:
+    """The data sets whose runs are of different code or data: none, unless that is `allowed`.
+
+    Raises:
+        RunError: there are some.
+    """
+    done = [(sweep.label(run), run.result) for run in sweep if run.result is not None and run.config.model.kind == "vit"]
+    mixed = mixtures(done)
+    if mixed and not allowed:
+        raise RunError(f"{'; '.join(mixed.values())}. {HOW}, or average all the same with --allow-mixed")
+    return list(mixed)
+
+
 def structures_of(
     sweep: TrainedSweep, wanted: dict[str, Any], written: Written, *, again: bool
 ) -> tuple[list[Structure], dict[str, str]]:
@@ -158,7 +176,7 @@ def structures_of(
     structures, left_out = [], {}
     for run in sweep:
         if run.result is None:
-            left_out[run.name] = "not finished"
+            left_out[sweep.label(run)] = "not finished"
             continue
         try:
             its = None if again else recorded(run, **{name: wanted[name] for name in ("neighbours", "images", "block")})
@@ -166,7 +184,7 @@ def structures_of(
                 its = structure(run, **wanted)
                 written.attempt(partial(write_run, its))
         except RunError as error:
-            left_out[run.name] = str(error)
+            left_out[sweep.label(run)] = str(error)
             continue
         structures.append(its)
     left_out |= dict.fromkeys(sweep.missing, "not started")
@@ -203,12 +221,13 @@ class SweepStructure:
     left_out: dict[str, str]  # names of runs, and why
     cells: pd.DataFrame
     differences: pd.DataFrame
+    mixed: list[str]  # data sets whose runs are of different code or data, averaged because the user said so
 
     @staticmethod
-    def of(sweep: TrainedSweep, structures: list[Structure], left_out: dict[str, str]) -> SweepStructure:
+    def of(sweep: TrainedSweep, structures: list[Structure], left_out: dict[str, str], mixed: list[str]) -> SweepStructure:
         """That of the runs that could be analysed."""
         found = findings(structures)
-        return SweepStructure(sweep, structures, left_out, over_seeds(found), differences(found))
+        return SweepStructure(sweep, structures, left_out, over_seeds(found), differences(found), mixed)
 
     def write(self) -> None:
         """Write numbers, tables and figures into the sweep's folder `analysis`."""
@@ -226,6 +245,7 @@ class SweepStructure:
             "sweep": self.sweep.name,
             "runs": [each.run.directory.signature for each in self.structures],
             "left_out": self.left_out,
+            "mixed": self.mixed,
             "grid": sorted({each.grid for each in self.structures}),
             "neighbours": self.structures[0].neighbours,
             "images": next((each.images for each in self.structures if each.images), None),
@@ -237,7 +257,7 @@ class SweepStructure:
 
     def table(self) -> str:
         """For people: each measure of each cell at the end, as mean ± std over the seeds, and paired differences."""
-        lines = []
+        lines = [mixed_mark(self.mixed)] if self.mixed else []
         for measure, (title, unit) in ALL.items():
             cells = of_measure(self.cells, measure)
             if cells.empty:

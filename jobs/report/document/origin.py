@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.report.collect import CollectedTable, data_version
+from jobs.report.collect import CollectedTable
 from jobs.report.document.content import Block, Section, Table, Text
 from jobs.report.status import first_of
 from jobs.report.tables import percent
 from jobs.state import RunState
 from vitpa.arguments import in_shell
+from vitpa.mixture import data_version
 from vitpa.records import made_with
 
 MAX_RUNS = 200  # rows

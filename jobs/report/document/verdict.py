@@ -11,6 +11,7 @@ from jobs.report.collect import CollectedTable
 from jobs.report.compare import LEVEL, Comparison, Scores, scores_of, uneven
 from jobs.report.document.content import Block, Section, Table, Text
 from jobs.report.tables import digits_of, percent, span, verdict
+from vitpa.mixture import mixed_mark
 from vitpa.statistics import Estimate, bootstrap_interval, probability_of_superiority
 
 SENTENCES = 8  # more comparisons than this are counted, and stand in the table
@@ -138,7 +139,7 @@ def section(table: CollectedTable, search: Sequence[str], command: str) -> Secti
         caption = f"Differences along {short_name(table.compared)}, in points of top-1 accuracy"
         blocks += [Table(caption, [header, *(each.row for each in found)], keys=2), Text([METHOD])]
     if table.mixed:
-        blocks.append(Text([f"MIXED: runs of different code or data are averaged for {', '.join(table.mixed)}."], strong=True))
+        blocks.append(Text([mixed_mark(table.mixed)], strong=True))
     if not found and not table.best and not (search and table.results):
         blocks.append(Text(_untested(table.scores) or [_nothing(table)]))
     return Section("verdict", "Verdict", blocks, [command])

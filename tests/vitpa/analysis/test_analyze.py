@@ -26,7 +26,7 @@ from vitpa.analysis.record import recorded, write_record
 from vitpa.analysis.structure import Structure, structure
 from vitpa.config_file import record_config
 from vitpa.models import build_model
-from vitpa.records import RunError, with_checksum, write_json
+from vitpa.records import CHECKSUM, RunError, with_checksum, write_json
 from vitpa.train_command import main as train
 from vitpa.trained import TrainedRun, TrainedSweep, differing_settings
 
@@ -229,6 +229,45 @@ def test_a_table_for_people(sweep: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert "digits-positional-s0" in printed
     assert "chance [95 %]" in printed
+
+
+def changed_result(run: TrainedRun, **changes: object) -> None:
+    """Write the run's result anew with other facts, and env.json as if it had been made with these."""
+    assert run.result is not None
+    environment = json.loads(run.directory.env_json.read_text())
+    facts = {name: value for name, value in environment.items() if name != CHECKSUM}
+    write_json(run.directory.env_json, with_checksum({**facts, **changes}))
+    write_json(run.directory.result_json, with_checksum({**run.result.model_dump(), **changes}))
+
+
+def copied(sweep: Path, folder: Path) -> Path:
+    """The sweep in a root of its own, to be changed."""
+    shutil.copytree(sweep.parent.parent, folder, symlinks=True)
+    return folder / "sweeps" / sweep.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["code_version", "beton_sha256"])
+def test_runs_of_different_code_or_data_are_averaged_on_request_only(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    theirs = copied(sweep, tmp_path / "theirs")
+    run = vitpa.load_run(run_folder(theirs, 1))
+    assert run.result is not None
+    other = {"code_version": "of-before", "beton_sha256": {**run.result.beton_sha256, "train": "0" * 64}}
+    changed_result(run, **{what: other[what]})
+    shutil.rmtree(theirs / "analysis", ignore_errors=True)
+    assert analyze([str(theirs), "--images", "0"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"vitpa analyze: digits: runs of different {what}: " in told.err
+    assert " (content-s0 positional-s0 positional-s1), " in told.err
+    assert " (content-s1). Train the older ones again" in told.err
+    assert "or average all the same with --allow-mixed" in told.err
+    assert not (theirs / "analysis").exists()
+    assert analyze([str(theirs), "--images", "0", "--allow-mixed"]) == 0
+    assert "MIXED: runs of different code or data are averaged for digits." in capsys.readouterr().out
+    assert json.loads((theirs / "analysis" / "structure.json").read_text())["mixed"] == ["digits"]
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_epochs_ascend_where_seeds_were_measured_after_others() -> None:
     for _, rows in paired.groupby(["measure", paired["layer"].fillna(-1)]):
         assert rows["epoch"].tolist() == [0, 4, END]
         assert rows["n"].tolist() == [2, 1, 2]
-    table = SweepStructure(TrainedSweep(Path("sw"), [], []), [], {}, cells, paired).table()
+    table = SweepStructure(TrainedSweep(Path("sw"), [], []), [], {}, cells, paired, []).table()
     assert table.count("6.050 ± 0.071") == 4  # two cells, two measures, over both seeds at the end
     assert "(1 seed)" not in table
 
@@ -54,5 +54,5 @@ def test_epochs_ascend_where_seeds_were_measured_after_others() -> None:
 def test_attentions_that_share_no_seed_have_no_differences() -> None:
     frame = found({("positional", 0): [0, END], ("content", 1): [0, END]})
     assert differences(frame).empty
-    table = SweepStructure(TrainedSweep(Path("sw"), [], []), [], {}, over_seeds(frame), differences(frame)).table()
+    table = SweepStructure(TrainedSweep(Path("sw"), [], []), [], {}, over_seeds(frame), differences(frame), []).table()
     assert "content - positional" not in table
