@@ -39,6 +39,14 @@ SAY_EVERY_S = 60.0  # that a checkpoint waits for room
 SLACK_BYTES = 2**30  # of a file, beside its tensors: the rows of metrics.jsonl
 
 
+class OtherDataError(Exception):
+    """A checkpoint of the run that was trained on other data; its path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: was trained on other data")
+        self.path = path
+
+
 class Progress(BaseModel):
     """How far a run is, over all attempts."""
 
@@ -77,11 +85,15 @@ class Checkpoint(BaseModel):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors that a run's checkpoints hold, by name with type and shape, and how the optimiser groups its own."""
+    """The tensors that a run's checkpoints hold, by name with type and shape, and how the optimiser groups its own.
+
+    All of it follows from the configuration and the data, whose checksums are those of `Checkpoint`; None: of any data.
+    """
 
     tensors: Mapping[str, tuple[torch.dtype, torch.Size]]
     groups: Sequence[Sequence[int]]
     total_steps: int
+    beton_sha256: Mapping[str, str] | None = None
 
     @staticmethod
     def of(
@@ -89,10 +101,11 @@ class Layout:
         optimizer: Mapping[str, Any],
         total_steps: int,
         ema: Mapping[str, Tensor] | None = None,
+        beton_sha256: Mapping[str, str] | None = None,
     ) -> Layout:
         """That of a model's and an optimiser's state_dict(), and of an average of the parameters if there is one."""
         tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in _tensors(model, optimizer, ema)}
-        return Layout(tensors, [group["params"] for group in optimizer["param_groups"]], total_steps)
+        return Layout(tensors, [group["params"] for group in optimizer["param_groups"]], total_steps, beton_sha256)
 
     @property
     def evaluated(self) -> set[str]:
@@ -232,6 +245,7 @@ def load(path: Path, signature: str, layout: Layout | None = None) -> tuple[Chec
     Raises:
         CheckpointError: the file is damaged, of another run or step, or does not fit the run's `layout`.
         RunError: it cannot be read, which says nothing about what is in it.
+        OtherDataError: it is whole, but of other data than `layout` is for.
     """
     archive, has_checksum = read_archive(path, signature, sys.maxsize if layout is None else layout.max_bytes)
     state = snapshot.unpacked(path, archive, "it is no checkpoint")
@@ -246,6 +260,8 @@ def load(path: Path, signature: str, layout: Layout | None = None) -> tuple[Chec
         raise CheckpointError(f"it is a checkpoint of another run ({checkpoint.signature})")
     if checkpoint.progress.step != step_of(path.name):
         raise CheckpointError(f"it is a checkpoint of step {checkpoint.progress.step}, which is not what its name says")
+    if layout is not None and layout.beton_sha256 not in (None, checkpoint.beton_sha256):
+        raise OtherDataError(path)  # before its layout, which may be another one for that alone
     if layout is not None and (reason := next(_misfits(checkpoint, layout), "")):
         raise CheckpointError(f"it does not fit the run: {reason}")
     return checkpoint, has_checksum
@@ -296,6 +312,7 @@ def in_step(runs: Sequence[RunDir], layout: Layout | None = None) -> dict[int, t
 
     Raises:
         RunError: one cannot be read, as while a disk does not answer; it is not set aside, nor is another one used.
+        OtherDataError: one was trained on other data than `layout` is for, likewise.
     """
     found = [files_by_step(run.checkpoints) for run in runs]
     for path in (path for run in runs for path in sorted(run.checkpoints.glob("step_*.pt")) if step_of(path.name) is None):

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vitpa import checkpoint
+from vitpa import checkpoint, snapshot
 from vitpa.attempt import record_left
-from vitpa.checkpoint import Checkpoint
+from vitpa.checkpoint import Checkpoint, OtherDataError
 from vitpa.checkpoint_file import CheckpointError, step_of
 from vitpa.environment import environment
 from vitpa.records import RunError, with_checksum, write_json
@@ -27,7 +27,7 @@ def resume_points(t: Training) -> tuple[dict[int, Path | None], dict[Path, Check
         the same in all processes; and, in the main process, which chooses, what it has read of these checkpoints.
 
     Raises:
-        RunError: in all processes, if a checkpoint cannot be read now.
+        RunError: in all processes, if a checkpoint cannot be read now, or is of other data.
     """
     points: dict[int, tuple[Path, Checkpoint] | None] = {}
     refused = ""
@@ -36,6 +36,11 @@ def resume_points(t: Training) -> tuple[dict[int, Path | None], dict[Path, Check
             points = _points(t)
         except RunError as error:
             refused = str(error)
+        except OtherDataError as error:
+            refused = (
+                f"{error.path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
+                f"restore that data, or remove {error.path.parent.parent} to start again"
+            )
     paths, refused = t.group.broadcast(({number: point and point[0] for number, point in points.items()}, refused))
     if refused:
         raise RunError(refused)
@@ -57,23 +62,18 @@ def _points(t: Training) -> dict[int, tuple[Path, Checkpoint] | None]:
 def layout(t: Training) -> checkpoint.Layout:
     """The tensors that a checkpoint of any of the runs has, since what differs between them has no tensors."""
     model, steps = t.replicas[0].model.state_dict(), t.steps
-    return checkpoint.Layout.of(model, steps.optimizer_state(0, 0), t.total_steps, steps.ema_state(0))
+    return checkpoint.Layout.of(model, steps.optimizer_state(0, 0), t.total_steps, steps.ema_state(0), t.data.beton_sha256)
 
 
 def resume(t: Training, paths: Sequence[Path], states: Mapping[Path, Checkpoint]) -> None:
     """Continue from the checkpoints, if there are any; `states` are those that this process has read already.
 
     Raises:
-        RunError: a checkpoint was damaged after the main process had read it, or is of other data.
+        RunError: a checkpoint was damaged after the main process had read it.
     """
     for number, path in enumerate(paths):
         replica = t.replicas[number]
         state = states[path] if path in states else _load(path, replica.config.signature, layout(t))
-        if state.beton_sha256 != t.data.beton_sha256:
-            raise RunError(
-                f"{path}: was trained on other data than {t.config.runtime.data_dir}/{t.config.dataset} holds now; "
-                f"restore that data, or remove {replica.run.path} to start again"
-            )
         replica.model.load_state_dict(state.model)
         t.steps.load_optimizer(number, state.optimizer)
         t.steps.load_ema(number, state.ema)
@@ -84,6 +84,7 @@ def resume(t: Training, paths: Sequence[Path], states: Mapping[Path, Checkpoint]
     if t.group.is_main:
         for replica in t.replicas:
             replica.begin_seconds(t.clock)
+            snapshot.set_aside(replica.run, beyond=t.step)
     record_environment(t)
 
 
@@ -91,8 +92,8 @@ def _load(path: Path, signature: str, its: checkpoint.Layout) -> Checkpoint:
     """A checkpoint that the main process has chosen, for another one."""
     try:
         return checkpoint.load(path, signature, its)[0]
-    except CheckpointError as error:  # since the main process has looked at it
-        raise RunError(f"{path}: {error}; start again") from error
+    except (CheckpointError, OtherDataError) as error:  # since the main process has looked at it
+        raise RunError(f"{path}: was changed a moment ago ({error}); start again") from error
 
 
 def record_environment(t: Training) -> None:

@@ -6,6 +6,7 @@ The bytes of the file are vitpa/checkpoint_file.py's, its name says the step.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from vitpa.checkpoint_file import CheckpointError, files_by_step, read_archive, unreadable, write_archive
 from vitpa.rundir import RunDir
 
+LOGGER = logging.getLogger(__name__)
 SLACK_BYTES = 2**24  # of a file, beside its tensors
 
 
@@ -32,6 +34,22 @@ def not_kept(run: RunDir, epochs: Iterable[int], epoch_steps: int, step: int) ->
     past = [str(epoch) for epoch in epochs if epoch * epoch_steps <= step and epoch * epoch_steps not in there]
     which = f"runtime.keep_epochs: the run is past epoch {', '.join(past)}"
     return f"{run.path}: {which}, and the weights were not kept then" if past else ""
+
+
+def set_aside(run: RunDir, *, beyond: int) -> None:
+    """Rename the snapshots after more than `beyond` steps: an earlier training wrote them, which the run has not gone on from.
+
+    The training writes those of its own again. On the way from step 0 they may be of other data.
+
+    Raises:
+        RunError, OSError: it cannot be done.
+    """
+    earlier = [path for step, path in files_by_step(run.snapshots).items() if step > beyond]
+    for path in earlier:
+        path.replace(path.with_name(f"passed_over_{path.name}"))
+    if earlier:
+        what = f"{len(earlier)} snapshot{'s' * (len(earlier) > 1)} of an earlier training beyond step {beyond}"
+        LOGGER.warning(f"{run.snapshots}: {what} passed over, and called passed_over_... now")
 
 
 def read(path: Path, signature: str, like: dict[str, Tensor]) -> dict[str, Any]:

@@ -87,8 +87,15 @@ class TrainedRun:
         Raises:
             RunError: the run has no checkpoint.
         """
-        found = {step / self.steps_per_epoch for step in files_by_step(self.directory.snapshots)}
-        return sorted({0.0, *found, self._newest_step / self.steps_per_epoch})
+        return sorted({0.0, *self.kept_epochs(), self._newest_step / self.steps_per_epoch})
+
+    def kept_epochs(self) -> list[float]:
+        """The epochs after which there are snapshots.
+
+        Raises:
+            RunError: the run has no checkpoint.
+        """
+        return [step / self.steps_per_epoch for step in self._snapshots]
 
     def model(self, epoch: float | None = None, *, ema: bool = False) -> nn.Module:
         """The model with the weights after `epoch` epochs, on the CPU, ready to evaluate; None: the newest there are.
@@ -119,6 +126,12 @@ class TrainedRun:
         if not steps:
             raise RunError(f"{self.path}: there is no checkpoint: the run has not been trained, or its checkpoints are gone")
         return max(steps)
+
+    @property
+    def _snapshots(self) -> dict[int, Path]:
+        """By their steps; one beyond the newest checkpoint is of a training that the run has not gone on from."""
+        found = files_by_step(self.directory.snapshots)
+        return {step: path for step, path in found.items() if step <= self._newest_step}
 
     @cached_property
     def _initial(self) -> nn.Module:
@@ -153,7 +166,7 @@ class TrainedRun:
     def _weights(self, step: int) -> dict[str, Any]:
         if step == self._newest_step:
             return self._newest.model
-        path = files_by_step(self.directory.snapshots).get(step)
+        path = self._snapshots.get(step)
         if path is None:
             there = ", ".join(f"{epoch:g}" for epoch in self.epochs())
             raise RunError(

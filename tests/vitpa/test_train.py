@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,9 +39,10 @@ from vitpa.data.manifest import beton_path
 from vitpa.datasets import facts_of
 from vitpa.metrics_file import read_metrics, to_line
 from vitpa.models import build_model
-from vitpa.records import read_json
+from vitpa.records import RunError, read_json
 from vitpa.rundir import Result, RunDir
 from vitpa.train_command import main
+from vitpa.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -587,6 +589,52 @@ def test_other_data_than_the_checkpoints_is_refused(digits: Path, tmp_path: Path
     checkpoint.save(run, state.model_copy(update={"beton_sha256": {**state.beton_sha256, "train": "0" * 64}}))
     assert main(words) == 1
     assert "was trained on other data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [20, 1024])  # of 22
+def test_other_data_is_refused_also_where_they_make_another_number_of_steps(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
+    words = arguments(digits, tmp_path, "train.epochs=1")
+    trained(words)
+    run = config_of(words).run_dir
+    run.result_json.unlink()
+    newest = load_newest(run)
+    assert newest is not None
+    path, state = newest
+    other = {
+        "beton_sha256": {"train": "0" * 64, "val": "1" * 64},
+        "progress": state.progress.model_copy(update={"step": step, "val": {}}),
+    }
+    checkpoint.save(run, state.model_copy(update=other))
+    path.unlink(missing_ok=True)
+    before = sorted(run.checkpoints.iterdir())
+    capsys.readouterr()
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert f"was trained on other data than {digits}/digits holds now; restore that data, or remove {run.path}" in told
+    assert told.count("\n") == 1
+    assert sorted(run.checkpoints.iterdir()) == before
+
+
+def test_a_start_from_0_believes_no_snapshots_of_an_earlier_training(
+    digits: Path, tmp_path: Path, warned: Callable[[str], str]
+) -> None:
+    words = arguments(digits, tmp_path, "runtime.keep_epochs=[1,2]")
+    run = config_of(words).run_dir
+    for epoch in (1, 2):
+        assert main([*words, f"runtime.stop_after_epoch={epoch}"]) == 0
+    assert load_run(run.path).epochs() == [0, 1, 2]
+    (run.checkpoints / f"step_{2 * EPOCH_STEPS:09d}.pt").unlink()  # as after a kill before that was written
+    assert load_run(run.path).epochs() == [0, 1], "the one beyond it is not believed"
+    with pytest.raises(RunError, match="no weights of epoch 2 were kept, only of 0, 1;"):
+        load_run(run.path).model(2)
+    shutil.rmtree(run.checkpoints)
+    before = {path.name for path in run.snapshots.iterdir()}
+    assert main([*arguments(digits, tmp_path), "runtime.stop_after_epoch=2"]) == 0
+    warned("snapshots: 2 snapshots of an earlier training beyond step 0 passed over")
+    assert load_run(run.path).epochs() == [0, 2]
+    assert {path.name for path in run.snapshots.iterdir()} == {f"passed_over_{name}" for name in before}
 
 
 @pytest.fixture

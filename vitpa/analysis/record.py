@@ -11,7 +11,6 @@ from vitpa.analysis import maps_file
 from vitpa.analysis.findings import MEASURES, NAME, read_structure
 from vitpa.analysis.maps_file import SavedMaps, write_maps
 from vitpa.analysis.structure import Structure, undone
-from vitpa.checkpoint_file import files_by_step
 from vitpa.records import RunError, write_json
 from vitpa.trained import TrainedRun
 
@@ -66,7 +65,7 @@ def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> St
         if read is None or run.result is None or not (folder / maps_file.NAME).is_file():
             return None
         record, found = read
-        kept = {step / run.steps_per_epoch for step in files_by_step(run.directory.snapshots)}
+        kept = set(run.kept_epochs())
     except RunError:  # it is written anew
         return None
     wanted = (run.result.weights_sha256, neighbours, block)
