@@ -84,10 +84,6 @@ class ModelConfig(Section):
             raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of model.num_heads={self.num_heads}")
         if self.img_size % self.patch_size:
             raise ValueError(f"model.img_size={self.img_size} is not a multiple of model.patch_size={self.patch_size}")
-        if self.drop_path_rate and self.depth == 1:
-            raise ValueError(
-                f"model.drop_path_rate={self.drop_path_rate} drops nothing with model.depth=1: it is 0 at the first block"
-            )
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise ValueError(
                 f"model.mlp_ratio={self.mlp_ratio} of model.embed_dim={self.embed_dim} is less than 1 hidden unit"
