@@ -81,6 +81,20 @@ class TrainedRun:
         """
         return int(self._environment["steps_per_epoch"])
 
+    @property
+    def beton_sha256(self) -> dict[str, str]:
+        """The checksum of each split that it was made from: by its result, or if it is not finished by its env.json.
+
+        Raises:
+            RunError: the run has not been started, or its record does not say it.
+        """
+        if self.result is not None:
+            return self.result.beton_sha256
+        found = self._environment.get("beton_sha256")
+        if not isinstance(found, dict):
+            raise RunError(f"{self.directory.env_json}: says no beton_sha256; restore it, or train the run again")
+        return found
+
     def epochs(self) -> list[float]:
         """The epochs after which there are weights: 0 (initialisation), the snapshots, and the newest checkpoint.
 

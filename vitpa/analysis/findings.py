@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from vitpa.config import RunConfig
 from vitpa.records import Record, RunError, read_record
+from vitpa.rundir import Result
 
 NAME = "structure.json"
 TITLES = {  # what is measured, and its unit
@@ -76,6 +78,7 @@ class StructureRecord(Record):
     neighbours: int
     images: int | None
     images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
+    images_sha256: str | None = None  # of the file that they are in; earlier versions did not say
     block: int
     findings: list[dict[str, Any]]
 
@@ -86,6 +89,28 @@ class StructureRecord(Record):
             ValueError: they are not of this form.
         """
         return TypeAdapter(list[Finding]).validate_python(self.findings)
+
+
+def split_of(config: RunConfig) -> str:
+    """The split whose file holds the images that a run is evaluated on."""
+    return "train" if config.train.holdout else "val"
+
+
+def unusable_reason(record: StructureRecord, config: RunConfig, result: Result) -> str:
+    """Why a record is not what is to be found of a finished run; empty if it is.
+
+    Args:
+        record: What stands in its folder.
+        config: The run's.
+        result: The run's.
+    """
+    if record.weights_sha256 != result.weights_sha256:
+        return "analysed with other weights than its result's"
+    if record.images and record.images_sha256 is None:
+        return "analysed by an earlier version, which did not record with which images"
+    if record.images and record.images_sha256 != result.beton_sha256.get(split_of(config)):
+        return "analysed with other images than it was evaluated on"
+    return ""
 
 
 def read_structure(folder: Path) -> tuple[StructureRecord, list[Finding]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vitpa.analysis import maps_file
-from vitpa.analysis.findings import MEASURES, NAME, read_structure
+from vitpa.analysis.findings import MEASURES, NAME, read_structure, unusable_reason
 from vitpa.analysis.maps_file import SavedMaps, write_maps
 from vitpa.analysis.structure import Structure, undone
 from vitpa.records import RunError, write_json
@@ -31,6 +31,7 @@ def document_of(found: Structure) -> dict[str, Any]:
         "images": found.images,
         "images_wanted": found.images_wanted,
         "images_of": config.evaluated_on,
+        "images_sha256": found.images_sha256,
         "block": found.block,
         "measures": MEASURES,
         "findings": [asdict(each) for each in found.findings],
@@ -58,7 +59,7 @@ def saved_maps(found: Structure) -> SavedMaps:
 
 
 def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> Structure | None:
-    """What was found about a finished run before, without maps; None if it was of other weights or asked otherwise."""
+    """What was found about a finished run before, without maps; None if it is not of the run, or was asked otherwise."""
     folder = run.path / "analysis"
     try:
         read = read_structure(folder)
@@ -68,10 +69,11 @@ def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> St
         kept = set(run.kept_epochs())
     except RunError:  # it is written anew
         return None
-    wanted = (run.result.weights_sha256, neighbours, block)
+    if unusable_reason(record, run.config, run.result):
+        return None
     needed = images or None if run.config.model.attention == "content" else None
     images_wanted = record.images if record.images_wanted is None else record.images_wanted
-    fits = (record.weights_sha256, record.neighbours, record.block) == wanted and images_wanted == needed
+    fits = (record.neighbours, record.block, images_wanted) == (neighbours, block, needed)
     if not fits or not kept <= {each.epoch for each in found}:
         return None
-    return Structure(run, record.grid, neighbours, record.images, images_wanted, block, found, {})
+    return Structure(run, record.grid, neighbours, record.images, images_wanted, record.images_sha256, block, found, {})

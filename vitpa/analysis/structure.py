@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitpa.analysis import measures
 from vitpa.analysis.attention import patch_attention
-from vitpa.analysis.findings import Finding
+from vitpa.analysis.findings import Finding, split_of
 from vitpa.analysis.images import val_images
 from vitpa.analysis.measures import Measured, Places
 from vitpa.config import RunConfig
@@ -55,6 +55,7 @@ class Structure:
         neighbours: How many neighbours the recall asks for.
         images: Of those that the run is evaluated on, over which content attention is a mean; None: no image was needed.
         images_wanted: As many as were asked for; there may be fewer.
+        images_sha256: Of the file that they are in; None: no image was needed.
         block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
         maps: By epoch; none if it was read from a file.
@@ -65,6 +66,7 @@ class Structure:
     neighbours: int
     images: int | None
     images_wanted: int | None
+    images_sha256: str | None
     block: int
     findings: list[Finding]
     maps: dict[float, Maps]
@@ -109,7 +111,8 @@ def structure(
         block: Measure patch association, too, with squares of block x block patches as sets; 0: do not.
 
     Raises:
-        RunError: the network has no positional encodings, or weights are missing, damaged or not finite.
+        RunError: the network has no positional encodings, weights are missing, damaged or not finite, or the images are
+            others than those that the run was evaluated on.
         BetonError: the images cannot be used.
     """
     config = run.config
@@ -125,7 +128,8 @@ def structure(
             f"several patches; sides that do: {sizes}"
         )
     needed = images if config.model.attention == "content" else 0
-    batches = list(val_images(config, needed, data_dir)) if needed else []
+    images_sha256 = run.beton_sha256.get(split_of(config)) if needed else None
+    batches = list(val_images(config, needed, data_dir, images_sha256)) if needed else []
     sets = squares(side, block) if block else None
     geometry = Geometry(measures.grid_places(side), neighbours, measures.orders(side * side), sets)
     epochs = run.epochs()
@@ -141,7 +145,7 @@ def structure(
         for measure, layer, head, value, *chance in measured(its, entropies, geometry):
             found.append(Finding(epoch, measure, layer, head, value, first.get((measure, layer, head), value), *chance))
     used = sum(map(len, batches))
-    return Structure(run, side, neighbours, used or None, needed or None, block, found, maps)
+    return Structure(run, side, neighbours, used or None, needed or None, images_sha256, block, found, maps)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jobs.report.document.content import Block, Explorer, Picture, Section, Text
 from jobs.report.document.png import CIVIDIS, png
 from jobs.report.status import first_of
 from jobs.state import RunState
+from vitpa.analysis.findings import read_structure, unusable_reason
 from vitpa.analysis.maps_file import SavedMaps, read_maps
 from vitpa.records import RunError
 
@@ -107,6 +108,8 @@ def _read(states: Sequence[RunState], root: Path) -> tuple[list[list[_Run]], dic
                 maps, reason = None, str(error)
             if maps is not None and state.result is not None and maps.weights_sha256 != state.result.weights_sha256:
                 maps, reason = None, "its maps are of other weights than its result's"
+            elif maps is not None and (other := _unusable_reason(state, root)):
+                maps, reason = None, other
             if maps is None:
                 problems.setdefault(reason, []).append(state.run.label)
             else:
@@ -114,6 +117,16 @@ def _read(states: Sequence[RunState], root: Path) -> tuple[list[list[_Run]], dic
         if runs:
             cells.append(runs)
     return cells, problems
+
+
+def _unusable_reason(state: RunState, root: Path) -> str:
+    """Why what was measured with the maps is not of the finished run; empty if it is, or nothing says so."""
+    assert state.result is not None
+    try:
+        read = read_structure(state.run.directory(root).path / "analysis")
+    except RunError:  # the section before says it
+        return ""
+    return "" if read is None else unusable_reason(read[0], state.run.config, state.result)
 
 
 def _fill(cells: Sequence[Sequence[_Run]], budget_bytes: int) -> list[str]:

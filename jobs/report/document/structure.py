@@ -13,7 +13,7 @@ from jobs.report.document.cells import CellName, shown_cells
 from jobs.report.document.content import Block, Chart, Charts, Line, Point, Section, Table, Text
 from jobs.report.status import first_of
 from jobs.state import RunState
-from vitpa.analysis.findings import MEANINGS, MEASURES, Finding, read_structure
+from vitpa.analysis.findings import MEANINGS, MEASURES, Finding, read_structure, unusable_reason
 from vitpa.records import RunError
 from vitpa.statistics import Estimate
 
@@ -72,8 +72,8 @@ def _read(state: RunState, root: Path) -> Measured | str:
         return "not analysed yet"
     record, findings = read
     assert state.result is not None
-    if record.weights_sha256 != state.result.weights_sha256:
-        return "analysed with other weights than its result's"
+    if reason := unusable_reason(record, state.run.config, state.result):
+        return reason
     overall = {(each.measure, each.epoch): each for each in findings if each.layer is None}
     return Measured(overall, record.grid, record.neighbours)
 

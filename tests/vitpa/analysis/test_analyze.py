@@ -270,6 +270,64 @@ def test_runs_of_different_code_or_data_are_averaged_on_request_only(
     assert json.loads((theirs / "analysis" / "structure.json").read_text())["mixed"] == ["digits"]
 
 
+@pytest.fixture
+def other_images(digits: Path, tmp_path: Path) -> Path:
+    """A folder of data sets whose digits are, by their manifest, others than those of the trainings."""
+    folder = tmp_path / "others"
+    shutil.copytree(digits / "digits", folder / "digits")
+    path = folder / "digits" / "val.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beton_sha256": "0" * 64}))
+    return folder
+
+
+@pytest.mark.slow
+def test_attention_is_not_measured_on_other_images_than_the_runs(
+    sweep: Path, other_images: Path, tmp_path: Path, warned: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = copied(sweep, tmp_path / "theirs")
+    for number in range(4):
+        shutil.rmtree(run_folder(theirs, number) / "analysis", ignore_errors=True)
+    content, others = run_folder(theirs, 0), ["--data-dir", str(other_images)]
+    says = f"{other_images}/digits/val.beton: holds other images than those that run {content.name} was evaluated on"
+    assert analyze([str(content), *others]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"vitpa analyze: {says} (beton_sha256 000000000000, the run's is ")
+    assert error.endswith("name their folder with --data-dir, or leave out the attention that depends on images: --images 0\n")
+    assert not (content / "analysis").exists()
+    run = vitpa.load_run(content)
+    with pytest.raises(RunError, match="holds other images"):  # by env.json
+        structure(TrainedRun(run.directory, run.config, None), images=4, data_dir=str(other_images))
+    assert analyze([str(theirs), *others]) == 4
+    warned(f"digits-content-s0 is left out: {re.escape(says)}")
+    document = json.loads((theirs / "analysis" / "structure.json").read_text())
+    assert document["runs"] == [signature(theirs, 2), signature(theirs, 3)]
+    assert analyze([str(content), *others, "--images", "0"]) == 0
+
+
+@pytest.mark.slow
+def test_what_was_measured_on_other_images_is_measured_again(sweep: Path, tmp_path: Path) -> None:
+    theirs = copied(sweep, tmp_path / "theirs")
+    content, positional = (vitpa.load_run(run_folder(theirs, number)) for number in (0, 2))
+    for run in (content, positional):
+        (run.path / "analysis").mkdir(exist_ok=True)
+        write_record(structure(run, images=4))
+    path = content.path / "analysis" / "structure.json"
+    written = json.loads(path.read_text())
+    assert content.result is not None
+    assert written["images_sha256"] == content.result.beton_sha256["val"]
+    assert recorded(content, neighbours=4, images=4, block=0) is not None
+    write_json(path, {**written, "images_sha256": "0" * 64})
+    assert recorded(content, neighbours=4, images=4, block=0) is None
+    del written["images_sha256"]  # as earlier versions wrote it
+    write_json(path, written)
+    assert recorded(content, neighbours=4, images=4, block=0) is None
+    path = positional.path / "analysis" / "structure.json"
+    written = json.loads(path.read_text())
+    assert written.pop("images_sha256") is None
+    write_json(path, written)
+    assert recorded(positional, neighbours=4, images=4, block=0) is not None
+
+
 @pytest.mark.slow
 def test_the_readmes_notebook_runs(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -362,7 +420,7 @@ def test_settings_that_differ_have_the_values_of_defaults_and_only_those_that_co
 @pytest.mark.parametrize(("block_px", "undone"), [(0, False), (2, False), (4, True), (8, True)])
 def test_only_blocks_of_whole_patches_are_put_back(block_px: int, undone: bool) -> None:
     config = config_of(["digits", f"augment.permute_block_px={block_px}", "model.patch_size=4"])
-    found = Structure(TrainedRun(config.run_dir, config, None), 2, 1, None, None, 0, [], {})
+    found = Structure(TrainedRun(config.run_dir, config, None), 2, 1, None, None, None, 0, [], {})
     assert found.permuted is undone
 
 

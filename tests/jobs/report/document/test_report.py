@@ -338,7 +338,9 @@ def test_nothing_is_finished(tmp_path: Path) -> None:
     assert "digits-content-s0 (missing)" in page, "the curve that is there"
 
 
-@pytest.mark.parametrize("kind", ["one seed", "axes", "resnet", "permuted", "search", "held out", "other weights"])
+@pytest.mark.parametrize(
+    "kind", ["one seed", "axes", "resnet", "permuted", "search", "held out", "other weights", "other images"]
+)
 def test_any_sweep_has_a_report(tmp_path: Path, kind: str) -> None:
     if kind == "search":
         sweep, expected = make_search(tmp_path), "search: "
@@ -359,6 +361,7 @@ def test_any_sweep_has_a_report(tmp_path: Path, kind: str) -> None:
             "permuted": "the permutation undone",
             "held out": "HELD OUT: digits was evaluated on",
             "other weights": "analysed with other weights",
+            "other images": "analysed with other images",
         }[kind]
     for run in sweep.runs:
         finish(tmp_path, run, 0.5 + 0.1 * run.seed + (0.05 if run.attention == "content" else 0))
@@ -366,7 +369,12 @@ def test_any_sweep_has_a_report(tmp_path: Path, kind: str) -> None:
             write_analysis(tmp_path, run)
         if kind == "other weights":
             write_result(tmp_path, run, val_top1=0.5, weights_sha256="1" * 64)
+        if kind == "other images" and run.attention == "content":
+            path = run.directory(tmp_path).path / "analysis" / "structure.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "images": 4, "images_sha256": "2" * 64}))
     page, text = report(tmp_path, sweep)
+    if kind == "other images":  # not in the explorer either
+        assert {each["attention"] for each in explorer_data(page)["runs"]} == {"positional"}
     assert [attributes["id"] for attributes in Page(page).all("section")] == ORDER
     assert expected in text.replace("\\", "")
     assert ("nothing to compare" in text) == (kind == "resnet")
