@@ -111,6 +111,14 @@ class TrainedRun:
         """
         return [step / self.steps_per_epoch for step in self._snapshots]
 
+    def is_averaged(self, epoch: float) -> bool:
+        """Whether there is an average of the weights after `epoch`: of a run with train.ema_decay at its newest checkpoint.
+
+        Raises:
+            RunError: the run has no checkpoint.
+        """
+        return self.config.train.ema_decay > 0 and round(epoch * self.steps_per_epoch) == self._newest_step
+
     def model(self, epoch: float | None = None, *, ema: bool = False) -> nn.Module:
         """The model with the weights after `epoch` epochs, on the CPU, ready to evaluate; None: the newest there are.
 

@@ -15,7 +15,7 @@ import pandas as pd
 from torch.utils.tensorboard import summary
 
 from vitpa.analysis.figures import draw_run, draw_sweep
-from vitpa.analysis.findings import ASSOCIATION, MEASURES, TITLES
+from vitpa.analysis.findings import ASSOCIATION, AVERAGED, MEASURES, TITLES
 from vitpa.analysis.record import document_of, recorded, write_record
 from vitpa.analysis.seeds import differences, findings, over_seeds
 from vitpa.analysis.structure import IMAGES, NEIGHBOURS, Structure, structure
@@ -44,6 +44,7 @@ With --block also:
 {listed(ASSOCIATION)}
 Similarity maps: P^T P, scaled and cut as in the paper's figure 1. The numbers are the field's measures and ours, not the
 paper's. Chance: the patches change places at random; the exact expectation, and the interval of 95 % of 1,000 orders.
+Of a run with train.ema_decay the average is measured at its newest checkpoint, by which it is judged; snapshots have none.
 Attention is that between patches, without the class token; the content model's is a mean over images that
 the run is evaluated on: of val, or of the part of train that train.holdout holds out.
 
@@ -250,6 +251,7 @@ class SweepStructure:
             "neighbours": self.structures[0].neighbours,
             "images": next((each.images for each in self.structures if each.images), None),
             "images_of": {each.run.config.dataset: each.run.config.evaluated_on for each in self.structures},
+            "averaged_epochs": {each.run.directory.signature: each.averaged_epochs for each in self.structures},
             "measures": MEASURES,
             "cells": records(self.cells),
             "differences_content_minus_positional": records(self.differences),
@@ -269,6 +271,8 @@ class SweepStructure:
                 lines.append(f"  {name:32} {estimate(row)}; initial {row['initial']:.3f}{chance}")
             for setting, rows in of_measure(self.differences, measure).groupby("setting", sort=False):
                 lines.append(f"  {f'{setting} content - positional':32} {estimate(rows.iloc[-1])}")
+        if any(each.averaged_epochs for each in self.structures):
+            lines.append(AVERAGED)
         return "\n".join([*lines, f"figures and numbers: {self.sweep.path / 'analysis'}"])
 
 
@@ -287,7 +291,8 @@ def run_table(found: Structure) -> str:
     """For people: each measure at initialisation, at the end and by chance."""
     last = found.findings[-1].epoch
     head = f"{found.run.name} ({found.run.path}): {found.grid} x {found.grid} patches, {found.neighbours} neighbours"
-    lines = [f"{head}, epoch {last:g}" + (f", {found.images_text}" if found.images else "")]
+    head += f", epoch {last:g}" + (" (the weights' average)" if last in found.averaged_epochs else "")
+    lines = [head + (f", {found.images_text}" if found.images else "")]
     lines.append(f"{'':24}{'initial':>10}{'epoch ' + format(last, 'g'):>12}   chance [95 %]")
     for each in found.findings:
         if each.epoch == last and each.layer is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vitpa.config import RunConfig
 from vitpa.records import Record, RunError, read_record
@@ -69,6 +69,11 @@ class Finding:
     chance_high: float | None = None
 
 
+AVERAGED = (  # which weights were measured, for people
+    "Of runs with train.ema_decay the values at the end are those of the average, which counts, those before of the weights."
+)
+
+
 class StructureRecord(Record):
     """What is read of the file."""
 
@@ -79,6 +84,9 @@ class StructureRecord(Record):
     images: int | None
     images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
     images_sha256: str | None = None  # of the file that they are in; earlier versions did not say
+    averaged_epochs: list[float] = Field(
+        default_factory=list
+    )  # after which the average of train.ema_decay was measured; earlier versions: never
     block: int
     findings: list[dict[str, Any]]
 
@@ -106,6 +114,8 @@ def unusable_reason(record: StructureRecord, config: RunConfig, result: Result) 
     """
     if record.weights_sha256 != result.weights_sha256:
         return "analysed with other weights than its result's"
+    if config.train.ema_decay and not record.averaged_epochs:
+        return "analysed without the average of its weights (train.ema_decay), which counts"
     if record.images and record.images_sha256 is None:
         return "analysed by an earlier version, which did not record with which images"
     if record.images and record.images_sha256 != result.beton_sha256.get(split_of(config)):

@@ -32,6 +32,7 @@ def document_of(found: Structure) -> dict[str, Any]:
         "images_wanted": found.images_wanted,
         "images_of": config.evaluated_on,
         "images_sha256": found.images_sha256,
+        "averaged_epochs": found.averaged_epochs,
         "block": found.block,
         "measures": MEASURES,
         "findings": [asdict(each) for each in found.findings],
@@ -76,4 +77,15 @@ def recorded(run: TrainedRun, *, neighbours: int, images: int, block: int) -> St
     fits = (record.neighbours, record.block, images_wanted) == (neighbours, block, needed)
     if not fits or not kept <= {each.epoch for each in found}:
         return None
-    return Structure(run, record.grid, neighbours, record.images, images_wanted, record.images_sha256, block, found, {})
+    return Structure(
+        run,
+        record.grid,
+        neighbours,
+        record.images,
+        images_wanted,
+        record.images_sha256,
+        block,
+        found,
+        {},
+        record.averaged_epochs,
+    )

@@ -6,7 +6,7 @@ Each value stands beside its value at initialisation and under chance (vitpa/ana
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Structure:
         block: Side of the squares of patches that patch association was measured of; 0: it was not.
         findings: All numbers, in the order of the epochs.
         maps: By epoch; none if it was read from a file.
+        averaged_epochs: After which the average of train.ema_decay was measured, and not the weights.
     """
 
     run: TrainedRun
@@ -70,6 +71,7 @@ class Structure:
     block: int
     findings: list[Finding]
     maps: dict[float, Maps]
+    averaged_epochs: list[float] = field(default_factory=list)
 
     @property
     def permuted(self) -> bool:
@@ -136,7 +138,7 @@ def structure(
     found: list[Finding] = []
     maps = {}
     for epoch in epochs:
-        model = run.model(epoch)
+        model = run.model(ema=True) if run.is_averaged(epoch) else run.model(epoch)
         if not all(value.isfinite().all() for value in model.state_dict().values()):
             raise RunError(f"{run.path}: its weights after epoch {epoch:g} are not finite numbers: the training has diverged")
         its, entropies = maps_of(model, batches, undone(config))
@@ -145,7 +147,8 @@ def structure(
         for measure, layer, head, value, *chance in measured(its, entropies, geometry):
             found.append(Finding(epoch, measure, layer, head, value, first.get((measure, layer, head), value), *chance))
     used = sum(map(len, batches))
-    return Structure(run, side, neighbours, used or None, needed or None, images_sha256, block, found, maps)
+    averaged = [epoch for epoch in epochs if run.is_averaged(epoch)]
+    return Structure(run, side, neighbours, used or None, needed or None, images_sha256, block, found, maps, averaged)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jobs.report.document.cells import CellName, shown_cells
 from jobs.report.document.content import Block, Chart, Charts, Line, Point, Section, Table, Text
 from jobs.report.status import first_of
 from jobs.state import RunState
-from vitpa.analysis.findings import MEANINGS, MEASURES, Finding, read_structure, unusable_reason
+from vitpa.analysis.findings import AVERAGED, MEANINGS, MEASURES, Finding, read_structure, unusable_reason
 from vitpa.records import RunError
 from vitpa.statistics import Estimate
 
@@ -33,6 +33,7 @@ class Measured:
     findings: dict[tuple[str, float], Finding]
     grid: int  # patches along a side
     neighbours: int
+    averaged: bool  # at the end
 
     @property
     def epochs(self) -> list[float]:
@@ -75,7 +76,7 @@ def _read(state: RunState, root: Path) -> Measured | str:
     if reason := unusable_reason(record, state.run.config, state.result):
         return reason
     overall = {(each.measure, each.epoch): each for each in findings if each.layer is None}
-    return Measured(overall, record.grid, record.neighbours)
+    return Measured(overall, record.grid, record.neighbours, bool(record.averaged_epochs))
 
 
 def _notes(read: dict[str, Measured | str], command: str) -> list[str]:
@@ -93,7 +94,8 @@ def _meanings(runs: Iterable[Measured]) -> list[str]:
     grids = ", ".join(f"{side} x {side}" for side in sides)
     patches = f"Images are grids of {grids} patches; neighbours of a patch: the {' or '.join(map(str, counts))} nearest."
     found = {measure for run in runs for measure, _ in run.findings}
-    return [patches, *(f"{about['what']}: {MEANINGS[name]}." for name, about in MEASURES.items() if name in found)]
+    averaged = [AVERAGED] if any(run.averaged for run in runs) else []
+    return [patches, *averaged, *(f"{about['what']}: {MEANINGS[name]}." for name, about in MEASURES.items() if name in found)]
 
 
 def _of_dataset(dataset: str, cells: Sequence[tuple[CellName, Sequence[Measured]]]) -> Charts:

@@ -329,6 +329,48 @@ def test_what_was_measured_on_other_images_is_measured_again(sweep: Path, tmp_pa
 
 
 @pytest.mark.slow
+def test_of_an_average_of_the_weights_that_is_measured_which_counts(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(
+        digits, tmp_path, "train.epochs=2", "runtime.keep_epochs=[1,2]", "train.ema_decay=0.99", "model.attention=positional"
+    )
+    assert train(words) == 0
+    run = vitpa.load_run(config_of(words).run_dir.path)
+    assert [run.is_averaged(epoch) for epoch in run.epochs()] == [False, False, True]
+    found = structure(run)
+    assert found.averaged_epochs == [2]
+    for epoch, model in ((1, run.model(1)), (2, run.model(ema=True))):
+        assert (found.maps[epoch].similarity - similarity_of(model)).abs().max() < 1e-6
+    assert (found.maps[2].similarity - similarity_of(run.model())).abs().max() > 1e-4
+    capsys.readouterr()
+    assert analyze([str(run.path)]) == 0
+    assert "epoch 2 (the weights' average)" in capsys.readouterr().out
+    path = run.path / "analysis" / "structure.json"
+    written = json.loads(path.read_text())
+    assert written["averaged_epochs"] == [2]
+    again = recorded(run, neighbours=4, images=256, block=0)
+    assert again is not None
+    assert again.averaged_epochs == [2]
+    del written["averaged_epochs"]  # as earlier versions wrote it, which measured the weights
+    write_json(path, written)
+    assert recorded(run, neighbours=4, images=256, block=0) is None
+    folder = tmp_path / "sweeps" / "averaged"
+    folder.mkdir(parents=True)
+    write_json(folder / "runs.json", {"runs": [{"signature": run.directory.signature, "label": run.name}]})
+    assert analyze([str(folder)]) == 0
+    assert "at the end are those of the average, which counts, those before of the weights" in capsys.readouterr().out
+    document = json.loads((folder / "analysis" / "structure.json").read_text())
+    assert document["averaged_epochs"] == {run.directory.signature: [2]}
+
+
+def similarity_of(model: torch.nn.Module) -> torch.Tensor:
+    """Cosines of the positional encodings of the patches."""
+    vectors = torch.nn.functional.normalize(model.get_parameter("pos_embed").detach()[0, 1:].double(), dim=-1)
+    return vectors @ vectors.T
+
+
+@pytest.mark.slow
 def test_the_readmes_notebook_runs(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
