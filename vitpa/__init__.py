@@ -36,11 +36,10 @@ def load_sweep(path: str | os.PathLike[str]) -> TrainedSweep:
     """The sweep in a folder, such as `outputs/sweeps/<name>`.
 
     Returns:
-        its `runs`, and `frame()`: a pandas DataFrame with a row per run.
+        its `runs`, and `frame()`: a pandas DataFrame with a row per run; `broken`: why other runs cannot be used.
 
     Raises:
-        RunError: the folder holds no sweep, or its record, or one of its runs, cannot be used.
-        ConfigError: a run's configuration has been edited.
+        RunError: the folder holds no sweep, or its record cannot be used.
     """
     from vitpa import trained  # noqa: PLC0415
 

@@ -9,6 +9,7 @@ Nothing is trained and nothing is written; a GPU is not needed. What is read is 
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,13 @@ from vitpa.checkpoint_file import CheckpointError, files_by_step, name_of
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config
 from vitpa.data.rng import Purpose, key
+from vitpa.errors import UserError, os_error_line
 from vitpa.metrics_file import read_metrics
 from vitpa.models import build_model
 from vitpa.records import Record, RunError, read_json, read_record
 from vitpa.rundir import Result, RunDir
 
+LOGGER = logging.getLogger(__name__)
 COLUMNS = ("val_top1", "val_top5", "val_loss", "top1", "epochs", "steps", "train_time_s", "gpu_hours", "images_per_s")
 
 
@@ -206,6 +209,7 @@ class _Listed(Record):
 
     signature: str = Field(pattern=r"^[0-9a-f]{16}$")
     label: str
+    config: dict[str, Any] = Field(default_factory=dict)  # without `runtime`
 
 
 class _List(Record):
@@ -221,14 +225,18 @@ class TrainedSweep:
     Attributes:
         path: The sweep's folder.
         runs: Those that have a configuration; finished or not.
-        missing: The names of the others.
-        labels: The names that the runs have in the sweep, by signature.
+        missing: The names of those that have none.
+        labels: The names that the runs have in the sweep, by signature, of all of them.
+        broken: The names of those whose configuration, result or another record cannot be trusted, each with the reason.
+        seeds: Of all runs by signature, where the sweep's record says them.
     """
 
     path: Path
     runs: list[TrainedRun]
     missing: list[str]
     labels: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -245,12 +253,15 @@ class TrainedSweep:
     def frame(self) -> pd.DataFrame:
         """A row per run, indexed by its signature: what it is, whether it is finished, and its result (NaN before that).
 
+        Runs that cannot be used (`broken`) have none; a warning names them.
         `attention` is missing (NaN) where the network has none.
         Other settings that differ between the runs have a column each, such as train.epochs; lists are tuples, so that
         `groupby` takes them. Accuracies are fractions, of
         the images that `evaluated_on` names. `top1` is the one that counts: of the weights' average if a run keeps one, else
         val_top1.
         """
+        for name, reason in self.broken.items():
+            LOGGER.warning(f"{name} is left out: {reason}")
         rows = []
         for run, settings in zip(self.runs, differing_settings(self.runs), strict=True):
             model = run.config.model
@@ -314,21 +325,27 @@ def load_sweep(path: str | os.PathLike[str]) -> TrainedSweep:
     """The sweep in a folder, such as `outputs/sweeps/<name>`.
 
     Raises:
-        RunError: the folder holds no sweep, or its record, or one of its runs, cannot be used.
-        ConfigError: a run's configuration has been edited.
+        RunError: the folder holds no sweep, or its record cannot be used.
     """
     folder = Path(path).expanduser().resolve()
     listed = read_record(_List, folder / "runs.json")
     if listed is None:
         raise RunError(f"{path}: holds no sweep; name a folder such as outputs/sweeps/<name>")
-    runs, missing = [], []
+    runs, missing, broken = [], [], {}
     for each in listed.runs:
         directory = RunDir(folder.parent.parent, each.signature)
-        if directory.config_yaml.is_file():
-            runs.append(load_run(directory.path))
-        else:
-            missing.append(each.label)
-    return TrainedSweep(folder, runs, missing, {each.signature: each.label for each in listed.runs})
+        try:
+            if directory.config_yaml.is_file():
+                runs.append(load_run(directory.path))
+            else:
+                missing.append(each.label)
+        except UserError as error:
+            broken[each.label] = str(error)
+        except OSError as error:
+            broken[each.label] = os_error_line(error)
+    seeds = {each.signature: seed for each in listed.runs if type(seed := each.config.get("seed")) is int}
+    labels = {each.signature: each.label for each in listed.runs}
+    return TrainedSweep(folder, runs, missing, labels, broken, seeds)
 
 
 def found_target(target: Path, root: Path) -> TrainedRun | TrainedSweep:

@@ -59,7 +59,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vitpa analyze",
         description=DESCRIPTION,
-        epilog="exit codes: 0 ok, 1 an error that is yours to fix, 2 usage, 4 partial (runs of the sweep are missing)\n\n"
+        epilog="exit codes: 0 ok, 1 an error that is yours to fix, 2 usage, 4 partial (runs of the sweep are left out)\n\n"
         "example: vitpa analyze demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -188,7 +188,7 @@ def structures_of(
             left_out[sweep.label(run)] = str(error)
             continue
         structures.append(its)
-    left_out |= dict.fromkeys(sweep.missing, "not started")
+    left_out |= {**sweep.broken, **dict.fromkeys(sweep.missing, "not started")}
     for name, reason in left_out.items():
         LOGGER.warning(f"{name} is left out: {reason}")
     if not structures:

@@ -84,9 +84,7 @@ class StructureRecord(Record):
     images: int | None
     images_wanted: int | None = None  # files of earlier versions say here what was asked for as `images`
     images_sha256: str | None = None  # of the file that they are in; earlier versions did not say
-    averaged_epochs: list[float] = Field(
-        default_factory=list
-    )  # after which the average of train.ema_decay was measured; earlier versions: never
+    averaged_epochs: list[float] = Field(default_factory=list)  # at which train.ema_decay's average was measured
     block: int
     findings: list[dict[str, Any]]
 

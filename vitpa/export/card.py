@@ -129,18 +129,33 @@ def _images(config: RunConfig, document: dict[str, Any]) -> str:
     return f"{text}images of seeded noise."
 
 
+ONE_SEED = "One seed: how much another would differ is not known."
+_WITHOUT = {  # of Seeds.without
+    "not started": "they had not been started",
+    "not finished": "they had not finished",
+    "damaged": "their records are damaged",
+}
+
+
 def _accuracy(config: RunConfig, result: Result, seeds: Seeds) -> str:
     row = f"| this run, on {config.evaluated_on} | {100 * result.top1:.2f} % | {100 * result.top5:.2f} % | {result.loss:.4f} |"
     lines = ["## Accuracy", "", "| | top-1 | top-5 | loss |", "| --- | --- | --- | --- |", row, ""]
     its = seeds.top1
     if its.mean is None or its.std is None or its.ci95_low is None or its.ci95_high is None:
-        lines.append("One seed: how much another would differ is not known.")
+        of = f" ({its.n} of {seeds.wanted} of the sweep {seeds.sweep})" if seeds.wanted > 1 else ""
+        others = bool(of or seeds.unread)
+        lines.append(f"One seed{of}, so that there is no interval." if others else ONE_SEED)
     else:
         which = f"Over the seeds {', '.join(map(str, seeds.seeds))} of the sweep {seeds.sweep} ({its.n} of {seeds.wanted})"
         interval = f"95 % interval of the mean by Student's t [{100 * its.ci95_low:.2f}, {100 * its.ci95_high:.2f}] %"
         lines.append(f"{which}: top-1 {100 * its.mean:.2f} ± {100 * its.std:.2f} %, {interval}.")
     if seeds.left_out:
         lines.append(f"Not in the mean, as other code or data made them: {', '.join(seeds.left_out)}.")
+    for reason in dict.fromkeys(seeds.without.values()):
+        names = ", ".join(name for name, its_reason in seeds.without.items() if its_reason == reason)
+        lines.append(f"Not in the mean, as {_WITHOUT[reason]}: {names}.")
+    if seeds.unread:
+        lines.append(f"Not looked at for other seeds, as the record cannot be used: sweep {', sweep '.join(seeds.unread)}.")
     return "\n".join(lines)
 
 

@@ -410,6 +410,31 @@ def test_a_run_that_is_missing_makes_it_partial(sweep: Path, tmp_path: Path, war
 
 
 @pytest.mark.slow
+def test_runs_that_cannot_be_trusted_are_left_out_and_named(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = copied(sweep, tmp_path / "theirs")
+    result, config = run_folder(theirs, 1) / "result.json", run_folder(theirs, 2) / "config.yaml"
+    result.write_text(result.read_text().replace('"val_top1": 0.', '"val_top1": 0.9'))
+    config.write_text(config.read_text().replace("seed: 0", "seed: 7"))
+    assert analyze([str(theirs), "--images", "0", "--json"]) == 4
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document["runs"] == [signature(theirs, 0), signature(theirs, 3)]
+    assert list(document["left_out"]) == ["digits-content-s1", "digits-positional-s0"]
+    assert f"digits-content-s1 is left out: {result}: was changed after it was written" in printed.err
+    assert f"digits-positional-s0 is left out: {config}: is the configuration of run" in printed.err
+    loaded = vitpa.load_sweep(theirs)
+    assert list(loaded.broken) == ["digits-content-s1", "digits-positional-s0"]
+    assert list(loaded.frame().index) == document["runs"]
+    assert f"digits-content-s1 is left out: {result}" in caplog.records[-2].message
+    for number in (0, 3):
+        (run_folder(theirs, number) / "result.json").write_text("{")
+    assert analyze([str(theirs)]) == 1
+    assert "none of its runs can be analysed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_one_line(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = sorted((run_folder(sweep, 3) / "snapshots").iterdir())[0]
     whole = path.read_bytes()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.trainings import arguments, config_of
-from vitpa.config_file import load_config, shipped_configs
+from vitpa.config import RunConfig
+from vitpa.config_file import load_config, record_config, shipped_configs
 from vitpa.export.command import export
 from vitpa.export.command import main as vitpa_export
 from vitpa.export.files import check, check_images, write_network
@@ -112,6 +114,46 @@ def test_the_card_has_the_interval_over_seeds_and_the_command(runs: dict[str, Tr
     assert load_config(shipped_configs()[recipe], changes).signature == result.signature
     assert "runtime" not in (out / "run.yaml").read_text()
     assert export(run, out)[0] == out  # again, over itself
+
+
+@pytest.mark.slow
+def test_the_card_says_which_seeds_it_has_not(
+    runs: dict[str, TrainedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "theirs"
+    shutil.copytree(runs["content"].path.parent.parent, root)
+    run = load_run(root / "runs" / runs["content"].path.name)
+    configs = [seeded(run, seed, root) for seed in range(1, 6)]
+    for config in configs[2:4]:  # 3 is begun, 4 is damaged, 5 is not there
+        record_config(config)
+    (configs[3].run_dir.path / "result.json").write_text("{")
+    listed = [{"signature": each.signature, "label": f"s{each.seed}", "config": {"seed": each.seed}} for each in configs]
+    shutil.rmtree(root / "sweeps" / "pair")
+    (root / "sweeps" / "five").mkdir()
+    write_json(root / "sweeps" / "five" / "runs.json", {"name": "five", "runs": listed})
+    out = tmp_path / "out"
+    assert vitpa_export([str(run.path), "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "Over the seeds 1, 2 of the sweep five (2 of 5): top-1 " in card
+    assert "Not in the mean, as they had not finished: s3.\nNot in the mean, as their records are damaged: s4.\n" in card
+    assert "Not in the mean, as they had not been started: s5." in card
+    assert str(root) not in card
+    assert f"s4 is not in the card: {configs[3].run_dir.result_json}: " in capsys.readouterr().err
+    (seeded(run, 3 - run.config.seed, root).run_dir.result_json).write_text("{")
+    assert vitpa_export([str(run.path), "--out", str(out)]) == 0
+    assert "One seed (1 of 5 of the sweep five), so that there is no interval.\n" in (out / "README.md").read_text()
+    assert "how much another would differ is not known" not in (out / "README.md").read_text()
+    (root / "sweeps" / "five" / "runs.json").write_text(f"{{ {run.path.name}")
+    assert vitpa_export([str(run.path), "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "One seed, so that there is no interval.\nNot looked at for other seeds, as the record cannot be " in card
+    assert "the seeds of the sweep five are not in the card: " in capsys.readouterr().err
+
+
+def seeded(run: TrainedRun, seed: int, root: Path) -> RunConfig:
+    """The configuration of a run with another seed, below another root."""
+    runtime = run.config.runtime.model_copy(update={"root": str(root)})
+    return run.config.model_copy(update={"seed": seed, "runtime": runtime})
 
 
 @pytest.mark.slow
