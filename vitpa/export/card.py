@@ -12,7 +12,8 @@ from torch import nn
 
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, shipped_configs
-from vitpa.datasets import facts_of
+from vitpa.data.manifest import Manifest, beton_path, manifest_path
+from vitpa.datasets import DATASETS, SPLITS, facts_of
 from vitpa.errors import UserError
 from vitpa.export.files import CHECK_IMAGES, CONFIG, FILES, TOLERANCE, WEIGHTS
 from vitpa.export.seeds import Seeds
@@ -167,15 +168,55 @@ def _training(config: RunConfig, its: Result) -> str:
     )
     if its.energy_j is not None:
         took += f"; {its.energy_j / 3.6e6:.3g} kWh of the GPUs"
+    prep, unknown = prep_command(config, its)
     return f"""## Training
 
 ```bash
-vitpa prep {config.dataset}
+{prep}
 vitpa train {RUN_YAML}
 ```
 
-{RUN_YAML}, beside this file, is the whole configuration, of signature `{its.signature}`.{also}
+{RUN_YAML}, beside this file, is the whole configuration, of signature `{its.signature}`.{also}{unknown}
 It took {took}; finished {its.finished_utc}."""
+
+
+PHOTOS = {"resize": "short_side", "size_px": 256, "jpeg_share": 1, "jpeg_quality": 90}  # vitpa prep's defaults for photos
+SMALL = {"resize": "none", "size_px": None, "jpeg_share": 0, "jpeg_quality": None}  # and for images of at most 32 px
+
+
+def prep_command(config: RunConfig, result: Result) -> tuple[str, str]:
+    """The `vitpa prep` that makes the run's data, with the settings of its manifest that are not the default; and what to add.
+
+    DIR stands for the folder of the source, which is a place on the machine of who exports.
+    """
+    dataset = config.dataset
+    if dataset in DATASETS and DATASETS[dataset].image_size_px is not None:  # neither a source nor settings are needed
+        return f"vitpa prep {dataset}", ""
+    manifests = [_manifest(config, result, split) for split in SPLITS]
+    train = manifests[0]
+    words = ["vitpa", "prep", dataset, "--source", "DIR"]
+    source = f" DIR holds the images of {dataset}: train/ and val/ with a folder per class."
+    if train is None:
+        return shlex.join(words), f"{source} Other settings than the defaults of `vitpa prep` are not known here."
+    its = train.images
+    stored = its.model_dump(include=set(PHOTOS))
+    if stored not in (PHOTOS, SMALL):
+        if its.resize != "none":
+            words += ["--max-side-px" if its.resize == "max_side" else "--short-side-px", str(its.size_px)]
+        words += ["--jpeg-share", f"{its.jpeg_share:g}"]
+        words += ["--jpeg-quality", str(its.jpeg_quality)] if its.jpeg_quality else []
+    words += [] if its.white_level is None else ["--white-level", str(its.white_level)]
+    words += ["--skip-corrupt"] if any(each is not None and each.skipped for each in manifests) else []
+    return shlex.join(words), source
+
+
+def _manifest(config: RunConfig, result: Result, split: str) -> Manifest | None:
+    """The manifest of a split that the run was trained with; None if other data lie there now, or none."""
+    try:
+        manifest = Manifest.read(manifest_path(beton_path(config.runtime.data_path, config.dataset, split)))
+    except (UserError, OSError):
+        return None
+    return manifest if manifest.beton_sha256 == result.beton_sha256.get(split) else None
 
 
 def command_of(config: RunConfig) -> str:

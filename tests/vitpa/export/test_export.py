@@ -16,9 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.prep import Options, image_settings
 from tests.support.trainings import arguments, config_of
+from vitpa.cli import parser
 from vitpa.config import RunConfig
 from vitpa.config_file import load_config, record_config, shipped_configs
+from vitpa.data.manifest import ImageSettings, Manifest
+from vitpa.export.card import prep_command
 from vitpa.export.command import export
 from vitpa.export.command import main as vitpa_export
 from vitpa.export.files import check, check_images, write_network
@@ -216,3 +220,53 @@ def test_a_file_or_a_folder_with_a_file_s_name_is_not_replaced(tmp_path: Path) -
     (tmp_path / "mine" / "README.md").mkdir()
     with pytest.raises(RunError, match=r"holds README\.md, which is not of an export"):
         export(run, tmp_path / "mine")
+
+
+OWN = {"resize": "short_side", "size_px": 256, "jpeg_share": 1.0, "jpeg_quality": 90, "white_level": None}
+RAW = {"resize": "none", "size_px": None, "jpeg_share": 0.0, "jpeg_quality": None}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "images", "skipped", "command"),
+    [
+        ("digits", RAW, (), "vitpa prep digits"),
+        ("pets", {}, (), "vitpa prep pets --source DIR"),
+        ("imagenet", {}, (), "vitpa prep imagenet --source DIR"),
+        ("pets", RAW, (), "vitpa prep pets --source DIR"),  # small images
+        (
+            "pets",
+            {"resize": "max_side", "size_px": 500, "jpeg_share": 0.5},
+            ("a.jpg",),
+            "vitpa prep pets --source DIR --max-side-px 500 --jpeg-share 0.5 --jpeg-quality 90 --skip-corrupt",
+        ),
+        ("pets", {"size_px": 64, "jpeg_share": 0.0, "jpeg_quality": None}, (),
+         "vitpa prep pets --source DIR --short-side-px 64 --jpeg-share 0"),
+        ("pets", {"white_level": 4095}, (), "vitpa prep pets --source DIR --white-level 4095"),
+    ],
+)  # fmt: skip
+def test_the_cards_prep_makes_the_runs_data(
+    tmp_path: Path, dataset: str, images: dict[str, object], skipped: tuple[str, ...], command: str
+) -> None:
+    settings = ImageSettings.model_validate({**OWN, **images})
+    config = config_of(["digits", f"dataset={dataset}", f"runtime.data_dir={tmp_path}"])
+    for split in ("train", "val"):
+        its = Manifest(
+            dataset=dataset, split=split, num_samples=1, class_names=("a",), class_counts=(1,), images=settings, source="DIR",
+            source_sha256="", beton_sha256=f"of {split}", file_size_bytes=1, skipped=skipped, tools={},
+            created_utc="", duration_s=0,
+        )  # fmt: skip
+        path = tmp_path / dataset / f"{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(its.model_dump_json())
+    result = Result.model_construct(beton_sha256={"train": "of train", "val": "of val"})
+    found, more = prep_command(config, result)
+    assert found == command
+    assert ("DIR holds the images of" in more) == ("DIR" in command)
+    options = parser().parse_args(shlex.split(command)[1:])
+    assert (options.dataset, options.source is None) == (dataset, dataset == "digits")
+    if dataset != "digits":  # the defaults have not moved away from what the card takes them to be
+        asked = Options(**{name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__})
+        assert image_settings(asked, small_images=settings.resize == "none") == settings
+        other = Result.model_construct(beton_sha256={"train": "of another train", "val": "of val"})
+        assert prep_command(config, other)[0].startswith(f"vitpa prep {dataset} --source DIR")
+        assert "Other settings than the defaults of `vitpa prep` are not known here." in prep_command(config, other)[1]
