@@ -1,7 +1,8 @@
 """The conversion of a data set: from its source to a finished pair of files per split, or to nothing.
 
-A split is written to a temporary name; the old manifest goes, the .beton is renamed into place, the new manifest is written
-last. At every moment the pair is whole or `Beton.open` refuses it.
+All splits are written to temporary names; then the old manifests go, the .beton files are renamed into place, and the new
+manifests are written last. At every moment a split is whole or `Beton.open` refuses it, and what was there before stays until
+all is written, so that no split of a new source is beside one of an old source.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,7 @@ def prepare(options: Options, say: Callable[[str], None]) -> bool:
             raise read_only
         if todo:
             with Writer() as writer:
-                for split in todo:
-                    _convert(writer, split, options, settings, say)
+                _convert(writer, todo, options, settings, say)
         if not options.verify:
             return True
         verified = [_verified(split, options, say) for split in splits]  # each is reported, also after a failure
@@ -167,53 +167,71 @@ def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callabl
     return False
 
 
-def _convert(writer: Writer, split: Split, options: Options, settings: ImageSettings, say: Callable[[str], None]) -> None:
-    start = time.monotonic()
-    path = beton_path(options.out, options.dataset, split.name)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+def _convert(
+    writer: Writer, splits: Sequence[Split], options: Options, settings: ImageSettings, say: Callable[[str], None]
+) -> None:
+    """Write the splits, all of them before one takes its place."""
+    paths = [beton_path(options.out, options.dataset, split.name) for split in splits]
+    parts = [path.with_name(f".{path.name}.{secrets.token_hex(8)}.part") for path in paths]
     try:
-        kept, skipped, written = _write(writer, split, part, options, settings)
-        with BetonFile(part) as file:
-            if not np.array_equal(file.labels, kept.labels):
-                raise PrepError(f"{part}: FFCV wrote other labels than it was given")
-            with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
-                content_sha256 = file.content_sha256(advance)
-        with part.open("rb+") as whole:
-            os.fsync(whole.fileno())
-        notes = (*kept.notes(), *_seen_notes(kept, written.seen))
-        manifest = Manifest(
-            dataset=options.dataset,
-            split=split.name,
-            num_samples=len(kept),
-            class_names=kept.class_names,
-            class_counts=kept.class_counts(),
-            images=settings,
-            source=split.source,
-            source_sha256=split.source_sha256,
-            beton_sha256=content_sha256,
-            file_size_bytes=part.stat().st_size,
-            skipped=skipped,
-            left_out=dict(kept.left_out),
-            notes=notes,
-            tools={"vitpa": VITPA_VERSION, **written.tools},
-            created_utc=utc_now(),
-            duration_s=round(time.monotonic() - start, 1),
-        )
-        manifest_path(path).unlink(missing_ok=True)
-        part.replace(path)
+        manifests = [_written(writer, split, part, options, settings) for split, part in zip(splits, parts, strict=True)]
+        for path in paths:
+            manifest_path(path).unlink(missing_ok=True)
+        for part, path in zip(parts, paths, strict=True):
+            part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
-    write_json(manifest_path(path), manifest.model_dump(mode="json"))
+        for part in parts:
+            part.unlink(missing_ok=True)
+    for path, manifest in zip(paths, manifests, strict=True):
+        write_json(manifest_path(path), manifest.model_dump(mode="json"))
+        _report(path, manifest, say)
+
+
+def _written(writer: Writer, split: Split, part: Path, options: Options, settings: ImageSettings) -> Manifest:
+    """Write a split to `part`; its manifest."""
+    start = time.monotonic()
+    kept, skipped, written = _write(writer, split, part, options, settings)
+    with BetonFile(part) as file:
+        if not np.array_equal(file.labels, kept.labels):
+            raise PrepError(f"{part}: FFCV wrote other labels than it was given")
+        with progress_bar(f"{options.dataset}/{split.name} checksum", len(file)) as advance:
+            content_sha256 = file.content_sha256(advance)
+    with part.open("rb+") as whole:
+        os.fsync(whole.fileno())
+    return Manifest(
+        dataset=options.dataset,
+        split=split.name,
+        num_samples=len(kept),
+        class_names=kept.class_names,
+        class_counts=kept.class_counts(),
+        images=settings,
+        source=split.source,
+        source_sha256=split.source_sha256,
+        beton_sha256=content_sha256,
+        file_size_bytes=part.stat().st_size,
+        skipped=skipped,
+        left_out=dict(kept.left_out),
+        notes=(*kept.notes(), *_seen_notes(kept, written.seen)),
+        tools={"vitpa": VITPA_VERSION, **written.tools},
+        created_utc=utc_now(),
+        duration_s=round(time.monotonic() - start, 1),
+    )
+
+
+def _report(path: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
+    """Say what a split that is in its place holds."""
+    what, skipped = f"{manifest.dataset}/{manifest.split}", manifest.skipped
     say(
-        f"{options.dataset}/{split.name}: {len(kept):,} images of {len(kept.class_names)} classes -> {path} "
+        f"{what}: {manifest.num_samples:,} images of {len(manifest.class_names)} classes -> {path} "
         f"({manifest.file_size_bytes / 2**20:,.0f} MiB, {manifest.duration_s} s)"
         + (f"; {len(skipped)} corrupt ones left out, listed in {manifest_path(path).name}" if skipped else "")
     )
-    for note in notes:
-        say(f"{options.dataset}/{split.name}: {note}")
-    wanted = {"train": facts_of(options.dataset).num_train, "val": facts_of(options.dataset).num_val}[split.name]
-    if wanted not in (None, len(kept)):
-        say(f"{options.dataset}/{split.name}: note that the full data set has {wanted:,} images")
+    for note in manifest.notes:
+        say(f"{what}: {note}")
+    facts = facts_of(manifest.dataset)
+    wanted = {"train": facts.num_train, "val": facts.num_val}[manifest.split]
+    if wanted not in (None, manifest.num_samples):
+        say(f"{what}: note that the full data set has {wanted:,} images")
 
 
 def _write(

@@ -301,6 +301,19 @@ def test_interrupted_between_beton_and_manifest(folder: Path, tmp_path: Path) ->
     assert [path.name for path in path.parent.glob(".*")] == [".train.beton.part"]
 
 
+def test_a_conversion_that_fails_in_val_leaves_both_splits_as_they_were(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("pets", "--source", folder, "--out", tmp_path / "out")
+    assert prep(*common) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "pets").iterdir()}
+    photo(5).save(folder / "train" / "cats" / "new.jpg")
+    (folder / "val" / "cats" / "new.jpg").write_bytes(b"no image")
+    assert prep(*common, "--force") == 1
+    assert "1 of 13 images of pets/val are corrupt" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "pets").iterdir()} == before
+
+
 def test_damaged_file_is_not_taken_for_done(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("pets", "--source", folder, "--out", tmp_path / "out")
     assert prep(*common) == 0
