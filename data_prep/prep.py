@@ -163,7 +163,8 @@ def _to_do(split: Split, options: Options, settings: ImageSettings, say: Callabl
         differences.append(f"the source has changed since {manifest.created_utc} (was {manifest.source}, now {split.source})")
     if differences:
         raise PrepError(f"{path} was made otherwise: {'; '.join(differences)}; --force makes it again")
-    say(f"{options.dataset}/{split.name}: {manifest.num_samples:,} images in {path} are up to date")
+    if manifest.source_sha256 == split.source_sha256:
+        say(f"{options.dataset}/{split.name}: {manifest.num_samples:,} images in {path} are up to date")
     return False
 
 
@@ -303,6 +304,11 @@ def _verified(split: Split, options: Options, say: Callable[[str], None]) -> boo
     except BetonError as error:
         say(f"{what}: NOT VERIFIED: {error}")
         return False
+    changed = beton.manifest.source_sha256 != split.source_sha256
     for line in report.lines():
-        say(f"{what}: {line}")
-    return report.ok
+        say(f"{what}: {line}" if not (changed and report.ok) else f"{what}: NOT VERIFIED: equal are {line.partition(': ')[2]}")
+    if changed:
+        kind = "names, sizes or times of files" if is_photo_set(options.dataset) else "class names, labels or pixels"
+        since = beton.manifest.created_utc
+        say(f"{what}: NOT VERIFIED: {kind} in the source have changed since {since}; --force makes it again")
+    return report.ok and not changed

@@ -330,6 +330,20 @@ def test_damaged_file_is_not_taken_for_done(folder: Path, tmp_path: Path, capsys
 # ---- verification
 
 
+def test_verify_says_that_the_source_has_changed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("pets", "--source", folder, "--out", tmp_path / "out")
+    assert prep(*common) == 0
+    os.utime(folder / "train" / "cats" / "0.jpg", ns=(1, 1))
+    capsys.readouterr()
+    assert prep(*common) == 1
+    assert prep(*common, "--verify") == 1
+    told = capsys.readouterr().out
+    assert "pets/train: NOT VERIFIED: equal are content hash, 12 labels, 12 of 12 images\n" in told
+    assert "pets/train: NOT VERIFIED: names, sizes or times of files in the source have changed since" in told
+    assert "pets/val: verified: content hash" in told
+    assert "pets/train: 12 images" not in told and "train.beton are up to date" not in told
+
+
 @pytest.fixture(scope="module")
 def digits_dir(writer: SharedWriter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
