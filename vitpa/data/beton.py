@@ -34,6 +34,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = ((2, "image"), (1, "label"))  # (type_id, name) in order; ffcv.types.TYPE_ID_HANDLER: 1 IntField, 2 RGBImageField
 JPEG, RAW = 0, 1  # ffcv.fields.rgb_image.IMAGE_MODES
 MIN_PAGE_BYTES = 1 << 21
+OPENINGS = 2  # of a file and its manifest, where `vitpa prep --force` replaces them in between
 MAX_PIXELS = 178_956_970  # of a JPEG: Pillow, which reads the sources of `vitpa prep`, refuses larger images
 MAX_PIXELS_PER_BYTE = 1024  # of a JPEG: one bit for a block of 64 pixels is Huffman's least, in channels of half the size
 
@@ -243,6 +244,14 @@ class Beton(BetonFile):
     manifest: Manifest
     whole: Beton | None = None  # of which this is a part
 
+    def is_in_place(self, dir_fd: int | None = None) -> bool:
+        """Whether the file that is open is still the one of its name; else a manifest read since then may be another one's."""
+        try:
+            now = os.stat(self.path) if dir_fd is None else os.stat(self.path.name, dir_fd=dir_fd)  # noqa: PTH116 - of both
+        except FileNotFoundError:
+            return False
+        return all(getattr(now, name) == getattr(self.status, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns"))
+
     def part(self, samples: Ints) -> Beton:
         """Some of the samples as a data set of their own, numbered from 0; it keeps the file's checksum.
 
@@ -264,8 +273,13 @@ class Beton(BetonFile):
         Raises:
             BetonError: missing, not finished, damaged, of another data set or split, or not what its manifest says.
         """
-        beton = cls(path, dir_fd)
-        beton.manifest = manifest = Manifest.read(manifest_path(path), dir_fd)
+        for _ in range(OPENINGS):
+            beton = cls(path, dir_fd)
+            beton.manifest = manifest = Manifest.read(manifest_path(path), dir_fd)
+            if beton.is_in_place(dir_fd):
+                break
+        else:
+            raise BetonError(f"{path}: was made again while it was opened; start again when `vitpa prep` has ended")
         num_classes = len(manifest.class_names)
         for what, wanted, found in (("data set", dataset, manifest.dataset), ("split", split, manifest.split)):
             if wanted is not None and wanted != found:

@@ -20,6 +20,7 @@ from PIL import Image
 import data_prep.prep
 from data_prep.prep import Options, prepare
 from data_prep.write import Writer
+from tests.support.betons import raw_sample, write_data
 from vitpa.data.beton import ALLOCATION, FIELD, HEADER, SAMPLE, Beton, BetonFile
 from vitpa.data.manifest import BetonError, ImageSettings, Manifest, beton_path, manifest_path
 from vitpa.datasets import facts_of
@@ -319,3 +320,33 @@ def flip_byte(path: Path, offset: int) -> None:
         file.seek(offset)
         old = file.read(1)[0]
     overwrite(path, offset, bytes([old ^ 0xFF]))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_that_is_replaced_while_it_is_opened_is_not_paired_with_the_new_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Once: the new one is opened. Again and again: it is refused."""
+    samples = [raw_sample(4, 4, value, label=value % 2) for value in range(4)]
+    others = [raw_sample(4, 4, 9 + value, label=value % 2) for value in range(4)]
+    path, new = beton_path(tmp_path, "noise", "train"), beton_path(tmp_path / "new", "noise", "train")
+    write_data(tmp_path, samples, "noise", ["train"])
+    read, left = Manifest.read, times
+
+    def replaced(manifest: Path, dir_fd: int | None = None) -> Manifest:
+        nonlocal left
+        if left:
+            left -= 1
+            write_data(tmp_path / "new", others, "noise", ["train"])
+            manifest_path(path).unlink()
+            new.replace(path)
+            manifest_path(new).replace(manifest_path(path))
+        return read(manifest, dir_fd)
+
+    monkeypatch.setattr(Manifest, "read", replaced)
+    if times > 1:
+        with pytest.raises(BetonError, match="was made again while it was opened; start again"):
+            Beton.open(path)
+        return
+    with Beton.open(path) as beton:
+        assert beton.content_sha256() == beton.manifest.beton_sha256
