@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _training(config: RunConfig, its: Result) -> str:
     )
     if its.energy_j is not None:
         took += f"; {its.energy_j / 3.6e6:.3g} kWh of the GPUs"
-    prep, unknown = prep_command(config, its)
+    prep, unknown = prep_command(config, its.beton_sha256)
     return f"""## Training
 
 ```bash
@@ -184,7 +185,7 @@ PHOTOS = {"resize": "short_side", "size_px": 256, "jpeg_share": 1, "jpeg_quality
 SMALL = {"resize": "none", "size_px": None, "jpeg_share": 0, "jpeg_quality": None}  # and for images of at most 32 px
 
 
-def prep_command(config: RunConfig, result: Result) -> tuple[str, str]:
+def prep_command(config: RunConfig, beton_sha256: Mapping[str, str]) -> tuple[str, str]:
     """The `vitpa prep` that makes the run's data, with the settings of its manifest that are not the default; and what to add.
 
     DIR stands for the folder of the source, which is a place on the machine of who exports.
@@ -192,7 +193,7 @@ def prep_command(config: RunConfig, result: Result) -> tuple[str, str]:
     dataset = config.dataset
     if dataset in DATASETS and DATASETS[dataset].image_size_px is not None:  # neither a source nor settings are needed
         return f"vitpa prep {dataset}", ""
-    manifests = [_manifest(config, result, split) for split in SPLITS]
+    manifests = [_manifest(config, beton_sha256, split) for split in SPLITS]
     train = manifests[0]
     words = ["vitpa", "prep", dataset, "--source", "DIR"]
     source = f" DIR holds the images of {dataset}: train/ and val/ with a folder per class."
@@ -210,13 +211,13 @@ def prep_command(config: RunConfig, result: Result) -> tuple[str, str]:
     return shlex.join(words), source
 
 
-def _manifest(config: RunConfig, result: Result, split: str) -> Manifest | None:
+def _manifest(config: RunConfig, beton_sha256: Mapping[str, str], split: str) -> Manifest | None:
     """The manifest of a split that the run was trained with; None if other data lie there now, or none."""
     try:
         manifest = Manifest.read(manifest_path(beton_path(config.runtime.data_path, config.dataset, split)))
     except (UserError, OSError):
         return None
-    return manifest if manifest.beton_sha256 == result.beton_sha256.get(split) else None
+    return manifest if manifest.beton_sha256 == beton_sha256.get(split) else None
 
 
 def command_of(config: RunConfig) -> str:

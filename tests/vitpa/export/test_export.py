@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -191,6 +192,9 @@ def folder_of(path: Path, names: tuple[str, ...]) -> dict[str, str]:
     return {name: f"my {name}" for name in names}
 
 
+UNREAD = cast("Result", object())  # a result of which nothing is looked at
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
     [
@@ -203,7 +207,7 @@ def folder_of(path: Path, names: tuple[str, ...]) -> dict[str, str]:
 def test_a_folder_that_holds_no_export_is_left_as_it_is(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
     files = folder_of(tmp_path / "mine", names)
     config = config_of(["digits"])
-    run = TrainedRun(config.run_dir, config, Result.model_construct())
+    run = TrainedRun(config.run_dir, config, UNREAD)
     with pytest.raises(RunError, match=re.escape(says)):
         export(run, tmp_path / "mine")
     assert {path.name: path.read_text() for path in (tmp_path / "mine").iterdir()} == files
@@ -212,7 +216,7 @@ def test_a_folder_that_holds_no_export_is_left_as_it_is(tmp_path: Path, names: t
 
 def test_a_file_or_a_folder_with_a_file_s_name_is_not_replaced(tmp_path: Path) -> None:
     config = config_of(["digits"])
-    run = TrainedRun(config.run_dir, config, Result.model_construct())
+    run = TrainedRun(config.run_dir, config, UNREAD)
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="is not a folder; name a new folder with --out"):
         export(run, tmp_path / "file")
@@ -258,8 +262,7 @@ def test_the_cards_prep_makes_the_runs_data(
         path = tmp_path / dataset / f"{split}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(its.model_dump_json())
-    result = Result.model_construct(beton_sha256={"train": "of train", "val": "of val"})
-    found, more = prep_command(config, result)
+    found, more = prep_command(config, {"train": "of train", "val": "of val"})
     assert found == command
     assert ("DIR holds the images of" in more) == ("DIR" in command)
     options = parser().parse_args(shlex.split(command)[1:])
@@ -267,6 +270,6 @@ def test_the_cards_prep_makes_the_runs_data(
     if dataset != "digits":  # the defaults have not moved away from what the card takes them to be
         asked = Options(**{name: value for name, value in vars(options).items() if name in Options.__dataclass_fields__})
         assert image_settings(asked, small_images=settings.resize == "none") == settings
-        other = Result.model_construct(beton_sha256={"train": "of another train", "val": "of val"})
+        other = {"train": "of another train", "val": "of val"}
         assert prep_command(config, other)[0].startswith(f"vitpa prep {dataset} --source DIR")
         assert "Other settings than the defaults of `vitpa prep` are not known here." in prep_command(config, other)[1]
