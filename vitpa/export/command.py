@@ -121,7 +121,7 @@ def _check_replaceable(out: Path) -> None:
     hint = "name a new folder with --out"
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: is not a folder; {hint}")
-    found = sorted(path.name for path in out.glob("*"))
+    found = sorted(path.name for path in out.glob("*") if path.name != "__pycache__")  # Python's, of who loaded an export
     if others := [name for name in found if name not in EXPORTED or not (out / name).is_file()]:
         raise RunError(f"{out}: holds {others[0]}, which is not of an export; {hint}")
     if found and (missing := [name for name in MARKS if name not in found]):

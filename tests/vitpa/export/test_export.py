@@ -170,6 +170,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     with pytest.raises(RunError, match="not exported: reloaded, the weights give other logits"):
         check(run.model(ema=True), run.config.model.img_size, tmp_path)
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "__pycache__").mkdir(exist_ok=True)  # as Python makes it where it may
     assert vitpa_export([str(run.path), "--out", str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err
