@@ -73,7 +73,8 @@ def train(configs: Sequence[RunConfig], group: Group, counter: Counter | None = 
         whether the runs are finished; False if they pause or a stop was requested, the state being in checkpoints.
 
     Raises:
-        TrainError: a loss became non-finite.
+        TrainError: the losses of all runs became non-finite.
+        RunsFailedError: some of the runs have failed, the others have ended.
         ConfigError: the configuration does not fit the data, the processes or the device.
         BetonError: the data cannot be used.
         RunError: a run directory cannot be used.
