@@ -328,25 +328,26 @@ def test_accuracies_are_those_of_the_files(sweep: str) -> None:
     assert shown in ACCURACY
 
 
-def test_the_ablation_is_that_of_the_file() -> None:
-    document = read("jobs/sweeps/results/cifar100_ablation.json")
+@pytest.mark.parametrize(
+    ("sweep", "axis", "base", "cells", "runs"),
+    [("cifar100_ablation", "change", "none", 16, 48), ("imagenette", "recipe", "deit", 5, 15)],
+)
+def test_a_table_of_changes_is_that_of_the_file(sweep: str, axis: str, base: str, cells: int, runs: int) -> None:
+    document = read(f"jobs/sweeps/results/{sweep}.json")
     top1: dict[tuple[str, str], dict[int, float]] = {}
     for run in document["runs"]:
-        top1.setdefault((run["attention"], run["settings"]["change"]), {})[run["seed"]] = 100 * run["val_top1"]
+        top1.setdefault((run["attention"], run["settings"][axis]), {})[run["seed"]] = 100 * run["val_top1"]
     p_values = {(its["common"]["attention"], its["second"]): its["p_holm"] for its in document["comparisons"]}
-    changes = dict.fromkeys(change for _, change in top1)
-    assert len(changes) == 8
-    for change in changes:
+    assert (len(top1), len(document["runs"])) == (cells, runs)
+    for (attention, change), own in top1.items():
         row = re.search(rf"^\| `{re.escape(change)}` \|.*$", ACCURACY, re.M)
         assert row
-        for attention in ("content", "positional"):
-            own, base = top1[attention, change], top1[attention, "none"]
-            assert f"| {statistics.mean(own.values()):.2f} ± {statistics.stdev(own.values()):.2f} % |" in row[0]
-            if change != "none":
-                gains = [own[seed] - base[seed] for seed in base]
-                shown = f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} ({p_values[attention, change]:.2g})"
-                assert f"| {shown} |" in row[0]
-    assert f"48 runs, {sum(cell['gpu_hours'] for cell in document['cells']):.2f} GPU-hours" in ACCURACY
+        assert f"| {statistics.mean(own.values()):.2f} ± {statistics.stdev(own.values()):.2f} % |" in row[0]
+        if change != base:
+            gains = [own[seed] - its for seed, its in top1[attention, base].items()]
+            shown = f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f} ({p_values[attention, change]:.2g})"
+            assert f"| {shown} |" in row[0]
+    assert f"{runs} runs, {sum(cell['gpu_hours'] for cell in document['cells']):.2f} GPU-hours" in ACCURACY
 
 
 def test_speeds_are_those_of_the_files() -> None:
