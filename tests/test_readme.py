@@ -388,6 +388,23 @@ def test_the_seconds_of_starts_are_those_of_the_file() -> None:
         assert f"| {name} | {' | '.join(f'{part:.1f}' for part in parts)} |" in SPEED
 
 
+def test_the_hour_of_chaos_is_that_of_the_certificate() -> None:
+    document, text = read("slurm/chaos/results/seed1.json"), TEXTS["slurm/README.md"]
+    kinds = document["faults_by_kind"]
+    struck, interrupted = (sum(its[key] for its in kinds.values()) for key in ("struck", "interruptions"))
+    of_all = {"struck": struck, "interruptions": interrupted, "lost_s": document["lost_s"]}
+    assert len(kinds) == 10
+    for kind, its in {**kinds, "all": of_all}.items():
+        lost = its["lost_s"]
+        shown = f" {lost['p50']} | {lost['max']} |" if lost["count"] else " | |"
+        assert f"| {kind} | {its['struck']} | {its['interruptions']} |{shown}" in text
+    ettr, by = document["ettr"], document["recoveries"]
+    assert f"ETTR {ettr['measured']:.3f}, {ettr['of_daly_bound']:.3f} of Daly's bound." in text
+    assert f"Of {interrupted} recoveries {by['itself']} needed no hand, {by['submit']} were by" in text
+    assert by["retry"] == 1
+    assert (document["runs"]["lost"], document["runs"]["doubled"], document["runs"]["different"]) == ([], {}, {})
+
+
 def test_the_readmes_speeds_are_among_them() -> None:
     sentence = README.partition("[How fast it is]")[2].partition("\n\n")[0]
     figures = re.findall(r"\d+,\d+|\d+\.\d+x", sentence)
