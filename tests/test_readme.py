@@ -388,6 +388,20 @@ def test_the_seconds_of_starts_are_those_of_the_file() -> None:
         assert f"| {name} | {' | '.join(f'{part:.1f}' for part in parts)} |" in SPEED
 
 
+def test_the_starts_with_pyc_files_are_those_of_the_runs() -> None:
+    rows: dict[str, list[dict[str, float]]] = {}
+    for run in read("jobs/sweeps/results/imagenette.json")["runs"]:
+        sizes = "three sizes" if run["settings"]["recipe"] == "progressive" else "one size"
+        rows.setdefault(f"{'cold' if run['start']['graphs_compiled'] else 'warm'}, {sizes}", []).append(run["start"])
+    assert len(rows) == 4
+    for name, starts in rows.items():
+        spans = []
+        for part in ("first_step", "imports", "data", "set_up", "compilation"):
+            least, most = (f"{extreme(start[f'{part}_s'] for start in starts):.1f}" for extreme in (min, max))
+            spans.append(least if least == most else f"{least} to {most}")
+        assert f"| {name} | {len(starts)} | {' | '.join(spans)} |" in SPEED
+
+
 def test_the_hour_of_chaos_is_that_of_the_certificate() -> None:
     document, text = read("slurm/chaos/results/seed1.json"), TEXTS["slurm/README.md"]
     kinds = document["faults_by_kind"]
